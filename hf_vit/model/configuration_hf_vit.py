@@ -1,0 +1,302 @@
+"""Configuration of the Vision Transformer.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", ICLR 2021
+(arXiv:2010.11929). Fields that transformers' own `ViTConfig` has keep its names; defaults are ViT-B/16, with the
+LayerNorm epsilon of the paper's code (1e-6).
+
+Every size is `(height, width)` and is resolved here, once: nobody else divides an image by a patch.
+"""
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "none")
+POOLINGS = ("cls", "mean", "attention")
+MIM_OBJECTIVES = ("pixels", "mean_color")
+
+# How a table of positions is brought to another grid: arguments of `torch.nn.functional.interpolate`.
+POSITION_INTERPOLATIONS: dict[str, dict[str, Any]] = {
+    "bicubic_antialias": {"mode": "bicubic", "antialias": True},  # timm; the default here
+    "bicubic": {"mode": "bicubic"},  # transformers' ViT, DeiT, DINO
+    "bilinear_antialias": {"mode": "bilinear", "antialias": True},  # big_vision
+    "bilinear": {"mode": "bilinear"},
+    "bilinear_corners": {"mode": "bilinear", "align_corners": True},  # the paper's code: scipy.ndimage.zoom, order 1
+}
+
+# What other libraries call a field; kept as an unknown attribute, such a keyword would change nothing in silence.
+OTHER_NAMES = {
+    "depth": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "mlp_ratio": "intermediate_size",
+    "mlp_dim": "intermediate_size",
+    "num_classes": "num_labels",
+    "in_chans": "num_channels",
+    "dropout": "hidden_dropout_prob",
+    "drop_rate": "hidden_dropout_prob",
+    "attn_drop_rate": "attention_probs_dropout_prob",
+    "layer_scale": "layer_scale_init_value",
+    "init_values": "layer_scale_init_value",
+    "reg_tokens": "num_register_tokens",
+    "pos_embed": "position_embedding_type",
+    "global_pool": "pooling",
+    "pool": "pooling",
+}
+
+CLASSES = {
+    "AutoConfig": "configuration_hf_vit.HFViTConfig",
+    "AutoModel": "modeling_hf_vit.HFViTModel",
+    "AutoModelForImageClassification": "modeling_hf_vit.HFViTForImageClassification",
+    "AutoModelForMaskedImageModeling": "modeling_hf_vit.HFViTForMaskedImageModeling",
+    "AutoBackbone": "modeling_hf_vit.HFViTBackbone",
+}
+
+
+@strict
+class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Describe a Vision Transformer; every architecture of this package is one such description.
+
+    Args:
+        hidden_size: Width D of a token.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Heads of the attention; divides `hidden_size` unless `head_dim` is given.
+        intermediate_size: Width of the MLP's hidden layer.
+        hidden_act: Name of the MLP's activation in transformers' `ACT2FN`; `"gelu"` is the exact one.
+        hidden_dropout_prob: Dropout after every dense layer but qkv, and after the position embeddings (appendix B.1).
+        attention_probs_dropout_prob: Dropout on the attention weights.
+        drop_path_rate: Stochastic depth (arXiv:1603.09382) of the last block; the rate grows linearly from 0.
+        patch_dropout_prob: Share of patches dropped in training (arXiv:2212.00794).
+        layer_scale_init_value: Start of LayerScale (arXiv:2103.17239); `None` leaves it out.
+        initializer_range: Standard deviation of the initial weights.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        image_size: Pixels, one number or `(height, width)`. The grid that position embeddings are learned on; a
+            forward takes any size that the patch divides.
+        patch_size: Pixels, one number or `(height, width)`.
+        num_channels: Colour channels of the input.
+        qkv_bias: Whether queries, keys and values have a bias.
+        head_dim: Width of a head; `None` is `hidden_size / num_attention_heads`.
+        use_qk_norm: Whether queries and keys pass a LayerNorm of their own (arXiv:2302.05442).
+        num_register_tokens: Additional tokens without position (arXiv:2309.16588).
+        use_cls_token: Whether there is a class token; `None` is "if the pooling needs it".
+        position_embedding_type: `"learned"` (the paper's), `"learned_2d"` (rows and columns, D/2 each),
+            `"sincos_2d"` (arXiv:2205.01580), `"relative"` (a bias a head and offset, in every block) or `"none"`.
+        position_interpolation: How positions are resampled to another grid; a key of `POSITION_INTERPOLATIONS`.
+        pooling: What the head reads: `"cls"` (the class token), `"mean"` (of the patches) or `"attention"`
+            (multi-head attention pooling, arXiv:2106.04560).
+        representation_size: Width of the pre-logits layer with tanh of the paper's pre-training head; `None`: none.
+        zero_init_head: Whether a new classifier starts at zero, as in the paper's fine-tuning.
+        mim_objective: What `HFViTForMaskedImageModeling` predicts: `"pixels"` (SimMIM, arXiv:2111.09886) or
+            `"mean_color"` (the paper's appendix B.1.2: 3 bits a channel).
+        apply_layernorm: Whether a backbone's feature maps pass the final LayerNorm.
+        reshape_hidden_states: Whether a backbone's feature maps are `[B, D, h, w]` instead of tokens.
+        out_features, out_indices: Stages that a backbone returns: `"stem"`, `"stage1"`, ...
+
+    Raises:
+        ValueError: For values that cannot work together, and for a keyword that nearly matches a field.
+    """
+
+    model_type = "hf_vit"
+    _auto_class = "AutoConfig"
+    base_model_tp_plan = {
+        "layers.*.attention.qkv": "colwise",  # rows are ordered (head, q/k/v, head_dim): a shard is whole heads
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    patch_dropout_prob: float | int = 0.0
+    layer_scale_init_value: float | int | None = None
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    head_dim: int | None = None
+    use_qk_norm: bool = False
+    num_register_tokens: int = 0
+    use_cls_token: bool | None = None
+    position_embedding_type: str = "learned"
+    position_interpolation: str = "bicubic_antialias"
+    pooling: str = "cls"
+    representation_size: int | None = None
+    zero_init_head: bool = False
+    mim_objective: str = "pixels"
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            if meant := self._field_meant_by(name):
+                raise ValueError(f"Unknown field {name!r} of {type(self).__name__}: did you mean {meant!r}?")
+        if self.use_cls_token is None:
+            self.use_cls_token = self.pooling == "cls"
+        if self.use_qk_norm:
+            norms = {f"layers.*.attention.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+            self.base_model_tp_plan = {**self.base_model_tp_plan, **norms}  # type: ignore[misc]
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        # The stage names follow from the depth; in a file from elsewhere they may be stale.
+        kwargs.pop("stage_names", None)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(CLASSES)
+        self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "HFViTConfig":
+        """Build from a stored dictionary; fields among `kwargs` win, and the whole is validated as one.
+
+        Stored keys that nearly match a field may be another version's: they are kept, have no effect, and it is said.
+        """
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        strangers = {name: value for name, value in config_dict.items() if cls._field_meant_by(name)}
+        for name in strangers:
+            logger.warning(f"The stored config has {name!r}, not a field; {cls._field_meant_by(name)!r} is one.")
+        config_dict = {name: value for name, value in {**config_dict, **overrides}.items() if name not in strangers}
+        if "num_hidden_layers" in overrides:  # stored stages belong to the stored depth
+            config_dict.pop("out_features", None)
+            config_dict.pop("out_indices", None)
+        if kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
+            config_dict.pop("id2label", None)  # stored names belong to the stored number of labels
+            config_dict.pop("label2id", None)
+        built = super().from_dict(config_dict, **kwargs)
+        for name, value in strangers.items():
+            setattr(built[0] if isinstance(built, tuple) else built, name, value)
+        return built
+
+    def check(self) -> None:
+        """Raise `ValueError` for values that cannot work, saying what would."""
+        positive = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
+        positive += [name for name in ("head_dim", "representation_size") if getattr(self, name) is not None]
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens must be at least 0, got {self.num_register_tokens}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}.")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name, kinds in {
+            "position_embedding_type": POSITION_EMBEDDINGS,
+            "position_interpolation": POSITION_INTERPOLATIONS,
+            "pooling": POOLINGS,
+            "mim_objective": MIM_OBJECTIVES,
+            "hidden_act": ACT2FN,
+        }.items():
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} must be one of {sorted(kinds)}, got {getattr(self, name)!r}.")
+        self._check_width()
+        if self.pooling == "cls" and not self.use_cls_token:
+            raise ValueError("pooling='cls' reads the class token: set use_cls_token=True or pooling='mean'.")
+        assert self.grid_size  # raises if the patch does not divide the image
+
+    def _check_width(self) -> None:
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads and (self.head_dim is None or self.pooling == "attention"):
+            fits = _multiples_around(width, heads)
+            raise ValueError(
+                f"hidden_size={width} is not divisible by num_attention_heads={heads}: "
+                f"use hidden_size={' or '.join(map(str, fits))}, another number of heads, or set head_dim."
+            )
+        divisor = {"learned_2d": 2, "sincos_2d": 4}.get(self.position_embedding_type, 1)
+        if width % divisor:
+            raise ValueError(
+                f"position_embedding_type={self.position_embedding_type!r} needs hidden_size divisible by {divisor}, "
+                f"got {width}: use {' or '.join(map(str, _multiples_around(width, divisor)))}."
+            )
+
+    @classmethod
+    def _field_meant_by(cls, name: str) -> str | None:
+        """Return the field that an unknown `name` nearly matches, if any."""
+        fields = [*cls.__dataclass_fields__, "out_features", "out_indices"]
+        if name in (*fields, "stage_names", "num_labels", "output_hidden_states") or hasattr(cls, name):
+            return None
+        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, fields, 1, cutoff=0.75)
+        return near[0] if near else None
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """`(height, width)` of the configured image, pixels."""
+        return _pair("image_size", self.image_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """`(height, width)` of a patch, pixels."""
+        return _pair("patch_size", self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """`(rows, columns)` of patches in the configured image."""
+        return self.grid_of(*self.image_shape)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Return `(rows, columns)` of patches in an image of `height` x `width` pixels.
+
+        Raises:
+            ValueError: If the patch does not divide the image; names the nearest sizes that fit.
+        """
+        patch_height, patch_width = self.patch_shape
+        if height % patch_height or width % patch_width or not (height and width):
+            heights, widths = _multiples_around(height, patch_height), _multiples_around(width, patch_width)
+            fits = sorted({f"{fit_height}x{fit_width}" for fit_height in heights for fit_width in widths})
+            raise ValueError(
+                f"An image of {height}x{width} pixels (height x width) does not divide into patches of "
+                f"{patch_height}x{patch_width}: the nearest sizes that do are {', '.join(fits)}."
+            )
+        return height // patch_height, width // patch_width
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head, given or derived."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+    # transformers refuses `output_attentions` beside any attention but the eager one. This model computes the
+    # weights when they are asked for, so the wish is simply kept.
+    @property
+    def output_attentions(self) -> bool | None:
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Accept attention weights with every attention implementation."""
+
+
+def _pair(name: str, size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name} must be a positive number of pixels or (height, width), got {size!r}.")
+    return pair
+
+
+def _multiples_around(value: int, divisor: int) -> list[int]:
+    """Return the positive multiples of `divisor` next to `value`, or `value` itself where it is one."""
+    below = value // divisor * divisor
+    return [size for size in dict.fromkeys((below, -(-value // divisor) * divisor)) if size > 0] or [divisor]

@@ -1,0 +1,73 @@
+"""Image processor of the Vision Transformer: the torchvision backend.
+
+Inputs, presets and all steps but the resize are those of the PIL backend's file. The resize keeps within one level of
+255 of Pillow's, on every device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvF
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_transforms import group_images_by_shape, reorder_images
+
+from .image_processing_pil_hf_vit import (
+    HFViTImageProcessing,
+    HFViTImageProcessorKwargs,
+    tensor_of_pil,
+)
+
+INTERPOLATIONS: dict[int, tvF.InterpolationMode] = {
+    Image.Resampling.NEAREST: tvF.InterpolationMode.NEAREST_EXACT,
+    Image.Resampling.BILINEAR: tvF.InterpolationMode.BILINEAR,
+    Image.Resampling.BICUBIC: tvF.InterpolationMode.BICUBIC,
+}
+
+
+class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ignore[misc]
+    """Image processor by torchvision, on the CPU or, with `device`, on an accelerator."""
+
+    valid_kwargs = HFViTImageProcessorKwargs
+
+    def process_image(self, image: Any, device: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        image = super().process_image(image, device=device, **kwargs)
+        if isinstance(image, Image.Image) and device is not None and torch.device(device).type != "cpu":
+            return tensor_of_pil(image).to(device)
+        return image
+
+    def _map(self, function: Callable[[Any], Any], images: list[Any], disable_grouping: bool | None) -> list[Any]:
+        """Have images of one shape resized as one batch where they lie on an accelerator."""
+        if any(isinstance(image, Image.Image) or image.device.type == "cpu" for image in images):
+            return super()._map(function, images, disable_grouping)
+        groups, index = group_images_by_shape(images, disable_grouping=disable_grouping)
+        return list(reorder_images({shape: function(batch) for shape, batch in groups.items()}, index))
+
+    def _resize(
+        self, image: Image.Image | Tensor, size: tuple[int, int], resample: int, do_clip: bool
+    ) -> Image.Image | Tensor:
+        if isinstance(image, Image.Image) or image.is_floating_point():
+            return super()._resize(image, size, resample, do_clip)
+        # Not to round between the passes, as Pillow does, moves a value by less than one level.
+        floats = super()._resize(image.float(), size, resample, do_clip=True)
+        return floats.round().to(image.dtype)
+
+    def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Image.Image | Tensor:
+        interpolation = INTERPOLATIONS.get(resample)
+        if isinstance(image, Image.Image):
+            # Both sides by torchvision's 8-bit kernel, whose weights have 16 bits, would differ from Pillow by two
+            # levels: one value of a million, but with bicubic in one photo of five. Columns are Pillow's, then.
+            if interpolation is None or image.width != size[1]:
+                return image.resize((size[1], size[0]), resample)
+            image = tensor_of_pil(image)
+        elif interpolation is None:
+            raise ValueError(
+                f"Expected resample nearest (0), bilinear (2) or bicubic (3) for floats and on an accelerator, "
+                f"got {resample}: use backend='pil'."
+            )
+        return tvF.resize(image, list(size), interpolation=interpolation)
+
+
+__all__ = ["HFViTImageProcessor"]

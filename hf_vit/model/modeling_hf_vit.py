@@ -1,0 +1,1005 @@
+"""The Vision Transformer.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", ICLR 2021
+(arXiv:2010.11929). Equations (1) to (4) of the paper are `HFViTEmbeddings.forward`, the two residual lines of
+`HFViTLayer.forward`, and the pooling. The file goes from parts to whole:
+
+    patches -> positions -> attention, MLP, layer -> pooling -> model -> heads
+
+Letters in shapes: B batch, C channels, H W pixels, h w grid, N = h*w patches, P class and register tokens,
+T = P + N tokens, D width, A heads, d width of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
+from .repository_hf_vit import complete_repository
+
+logger = logging.get_logger(__name__)
+
+
+# ----------------------------------------------------------------------------------------------------- patches
+
+
+def patchify(pixels: Tensor, patch_shape: tuple[int, int]) -> Tensor:
+    """Cut images `[B, C, H, W]` into flattened patches `[B, N, C*ph*pw]`, row by row."""
+    patch_height, patch_width = patch_shape
+    cut = pixels.unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))  # [B, C, h, ph, w, pw]
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Put flattened patches `[B, N, C*ph*pw]` back together to images `[B, C, H, W]`."""
+    cut = patches.unflatten(2, (-1, *patch_shape)).unflatten(1, grid)  # [B, h, w, C, ph, pw]
+    return cut.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+class HFViTPatchEmbeddings(nn.Module):
+    """Project flattened patches linearly: the strided convolution of other implementations as a matrix product."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_shape = config.patch_shape
+        self.projection = nn.Linear(config.num_channels * prod(self.patch_shape), config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must be [batch, {self.num_channels}, height, width], got {list(pixel_values.shape)}: "
+                "let the image processor prepare the images, or set num_channels in the config."
+            )
+        return self.projection(patchify(pixel_values.to(self.projection.weight.dtype), self.patch_shape))  # [B, N, D]
+
+
+class HFViTMaskToken(nn.Module):
+    """Show a learned token in place of every masked patch, as SimMIM does (arXiv:2111.09886)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+
+    def forward(self, patches: Tensor, is_masked: Tensor) -> Tensor:
+        return torch.where(is_masked.unsqueeze(-1), self.weight.to(patches.dtype), patches)
+
+
+class HFViTPaperCorruption(HFViTMaskToken):
+    """Replace 80 % of the masked patches by the token and 10 % by another patch, and keep 10 % (appendix B.1.2).
+
+    The draw belongs to training. In evaluation every masked patch shows the token, so that results repeat.
+    """
+
+    def forward(self, patches: Tensor, is_masked: Tensor) -> Tensor:
+        masked = super().forward(patches, is_masked)
+        if not self.training:
+            return masked
+        draw = torch.rand(is_masked.shape, device=patches.device).unsqueeze(-1)
+        pool = patches.flatten(0, 1)  # [B*N, D]
+        others = pool[torch.randint(len(pool), is_masked.shape, device=patches.device)]
+        corrupted = torch.where(draw < 0.8, masked, torch.where(draw < 0.9, others, patches))
+        return torch.where(is_masked.unsqueeze(-1), corrupted, patches)
+
+
+class HFViTPatchDropout(nn.Module):
+    """Keep a random subset of the patches in training (arXiv:2212.00794)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the patches kept `[B, K, D]` and their indices `[B, K]`, or all of them and `None`."""
+        if not self.training or not self.probability:
+            return patches, None
+        batch, number, _ = patches.shape
+        kept = max(1, round(number * (1 - self.probability)))
+        indices = torch.rand(batch, number, device=patches.device).argsort(dim=1)[:, :kept]
+        return patches.take_along_dim(indices.unsqueeze(-1), dim=1), indices
+
+
+# --------------------------------------------------------------------------------------------------- positions
+
+
+def resample_position_embeddings(
+    table: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    interpolation: str = "bicubic_antialias",
+) -> Tensor:
+    """Resample learned position embeddings of patches between (rows, columns) grids.
+
+    Args:
+        table: `[K, rows*columns, D]` without class or register tokens; computed in float32, returned in its dtype.
+        old_grid: `(rows, columns)` of `table`.
+        new_grid: `(rows, columns)` wanted. The same number of cells in another aspect is another grid.
+        interpolation: A key of `POSITION_INTERPOLATIONS`.
+
+    Returns:
+        `[K, rows*columns, D]` on `new_grid`.
+    """
+    if new_grid == old_grid:
+        return table
+    cells = table.float().unflatten(1, old_grid).permute(0, 3, 1, 2)  # [K, D, rows, columns]
+    cells = F.interpolate(cells, size=new_grid, **POSITION_INTERPOLATIONS[interpolation])
+    return cells.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+class HFViTPositionTable(nn.Module):
+    """Hold a learned table over a grid, `[K, rows, columns, D]`, and answer for any other grid.
+
+    The table keeps its grid in its shape, so that a checkpoint says by itself which grid it was learned on.
+    A resampled table is kept for each grid until the weights change, the module moves, or training begins.
+    """
+
+    def __init__(self, config: HFViTConfig, shape: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.interpolation = config.position_interpolation
+        self._resampled: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """Return the table on `grid`, `[K, rows, columns, D]`."""
+        old_grid = (self.weight.shape[1], self.weight.shape[2])
+        if grid == old_grid:
+            return self.weight
+        # A kept table has no gradient; a compiled graph keeps nothing by itself.
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
+            return self._resample(old_grid, grid)
+        version, table = self._resampled.get(grid, (-1, self.weight))
+        if version != self.weight._version:
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used elsewhere
+                table = self._resample(old_grid, grid)
+            self._resampled[grid] = (self.weight._version, table)
+        return table
+
+    def _resample(self, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        table = self.weight.flatten(1, 2)
+        return resample_position_embeddings(table, old_grid, grid, self.interpolation).unflatten(1, grid)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "HFViTPositionTable":
+        self._resampled.clear()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> "HFViTPositionTable":
+        self._resampled.clear()
+        return super().train(mode)
+
+
+class HFViTNoPositions(nn.Module):
+    """Leave the patches a bag without order; also what the other kinds of position embedding start from."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return `patches` `[B, N, D]` with their positions."""
+        return patches
+
+    def place_cls(self, cls_token: Tensor) -> Tensor:
+        """Return the class token `[1, 1, D]` with its position."""
+        return cls_token
+
+    def attention_bias(self, grid: tuple[int, int]) -> Tensor | None:
+        """Return what every layer adds to its attention scores between patches, `[layers, A, N, N]`, if anything."""
+        return None
+
+
+class HFViTLearnedPositions(HFViTNoPositions):
+    """The paper's: one learned vector a patch, and one for the class token."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        self.cls = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if config.use_cls_token else None
+        self._make_tables(config)
+
+    def _make_tables(self, config: HFViTConfig) -> None:
+        self.table = HFViTPositionTable(config, (1, *config.grid_size, config.hidden_size))
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return patches + self.on_grid(grid)
+
+    def place_cls(self, cls_token: Tensor) -> Tensor:
+        return cls_token if self.cls is None else cls_token + self.cls
+
+    def on_grid(self, grid: tuple[int, int]) -> Tensor:
+        """Return the embeddings of all positions, `[1, N, D]`."""
+        return self.table(grid).flatten(1, 2)
+
+
+class HFViTLearned2DPositions(HFViTLearnedPositions):
+    """The ablation of the paper's appendix D.4: a vector of D/2 a row and one of D/2 a column, concatenated."""
+
+    def _make_tables(self, config: HFViTConfig) -> None:
+        rows, columns = config.grid_size
+        self.rows = HFViTPositionTable(config, (1, rows, 1, config.hidden_size // 2))
+        self.columns = HFViTPositionTable(config, (1, 1, columns, config.hidden_size // 2))
+
+    def on_grid(self, grid: tuple[int, int]) -> Tensor:
+        rows = self.rows((grid[0], 1)).expand(-1, -1, grid[1], -1)
+        columns = self.columns((1, grid[1])).expand(-1, grid[0], -1, -1)
+        return torch.cat([rows, columns], dim=-1).flatten(1, 2)
+
+
+class HFViTSinCos2DPositions(HFViTNoPositions):
+    """Fixed sines and cosines of the column and the row, a quarter of the width each (arXiv:2205.01580).
+
+    A position is the patch's index on the grid at hand, so that nothing is resampled.
+    """
+
+    TEMPERATURE = 10_000
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        self.width = config.hidden_size
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return patches + self.on_grid(grid, patches.device).to(patches.dtype)
+
+    def on_grid(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+        """Return the embeddings of all positions, float32 `[1, N, D]`."""
+        quarter = self.width // 4
+        # In float64, as numpy computes it at the source: float32 powers are off in the last digits.
+        exponents = torch.arange(quarter, device=device, dtype=torch.float64) / max(quarter - 1, 1)
+        frequencies = self.TEMPERATURE**-exponents
+        rows, columns = (torch.arange(size, device=device, dtype=torch.float64) for size in grid)
+        row_angles = torch.outer(rows, frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # [h, w, D/4]
+        column_angles = torch.outer(columns, frequencies).unsqueeze(0).expand(grid[0], -1, -1)
+        parts = [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()]
+        return torch.cat(parts, dim=-1).flatten(0, 1).unsqueeze(0).float()
+
+
+class HFViTRelativePositions(HFViTNoPositions):
+    """A learned bias for every layer, head and offset (rows, columns) between two patches.
+
+    Class and register tokens have no place and hence no bias.
+    """
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        rows, columns = config.grid_size
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        self.config = config
+        self.offsets = HFViTPositionTable(config, (layers, 2 * rows - 1, 2 * columns - 1, heads))
+
+    def attention_bias(self, grid: tuple[int, int]) -> Tensor:
+        if self.config._attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                "Relative positions are added to the scores of the attention, which "
+                f"{self.config._attn_implementation!r} does not offer: use attn_implementation='sdpa' or 'eager'."
+            )
+        rows, columns = grid
+        table = self.offsets((2 * rows - 1, 2 * columns - 1))  # [layers, 2h-1, 2w-1, A]
+        row = torch.arange(rows, device=table.device).repeat_interleave(columns)  # [N]
+        column = torch.arange(columns, device=table.device).repeat(rows)
+        row_offset = row.unsqueeze(1) - row.unsqueeze(0) + rows - 1  # [N, N]
+        column_offset = column.unsqueeze(1) - column.unsqueeze(0) + columns - 1
+        return table[:, row_offset, column_offset].permute(0, 3, 1, 2)
+
+
+POSITIONS: dict[str, type[HFViTNoPositions]] = {
+    "learned": HFViTLearnedPositions,
+    "learned_2d": HFViTLearned2DPositions,
+    "sincos_2d": HFViTSinCos2DPositions,
+    "relative": HFViTRelativePositions,
+    "none": HFViTNoPositions,
+}
+CORRUPTIONS = {"pixels": HFViTMaskToken, "mean_color": HFViTPaperCorruption}
+
+
+class HFViTEmbeddings(nn.Module):
+    """Turn an image into a sequence, equation (1): [class token] [registers] patches, with positions by sum."""
+
+    def __init__(self, config: HFViTConfig, use_mask_token: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embeddings = HFViTPatchEmbeddings(config)
+        self.position_embeddings = POSITIONS[config.position_embedding_type](config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_cls_token else None
+        registers = config.num_register_tokens
+        self.register_tokens = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        self.mask_token = CORRUPTIONS[config.mim_objective](config) if use_mask_token else None
+        self.patch_dropout = HFViTPatchDropout(config.patch_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor, is_masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return tokens `[B, T, D]` and the bias of the attention `[layers, B or 1, A, T, T]`, if there is one."""
+        grid = self.config.grid_of(*pixel_values.shape[-2:])
+        patches = self.patch_embeddings(pixel_values)
+        if is_masked is not None:
+            patches = self._mask(patches, is_masked)
+        patches = self.position_embeddings(patches, grid)
+        patches, kept = self.patch_dropout(patches)
+        prefix = [token.to(patches.dtype).expand(len(patches), -1, -1) for token in self._prefix_tokens()]
+        tokens = torch.cat([*prefix, patches], dim=1)
+        return self.dropout(tokens), self._attention_bias(grid, kept)
+
+    def _mask(self, patches: Tensor, is_masked: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos needs a mask token: build the model with use_mask_token=True.")
+        if is_masked.flatten(1).shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos must be [batch, patches] = {list(patches.shape[:2])}, got {list(is_masked.shape)}."
+            )
+        return self.mask_token(patches, is_masked.flatten(1).bool())
+
+    def _prefix_tokens(self) -> list[Tensor]:
+        prefix = [] if self.cls_token is None else [self.position_embeddings.place_cls(self.cls_token)]
+        return prefix if self.register_tokens is None else [*prefix, self.register_tokens]
+
+    def _attention_bias(self, grid: tuple[int, int], kept: Tensor | None) -> Tensor | None:
+        bias = self.position_embeddings.attention_bias(grid)
+        if bias is None:
+            return None
+        bias = bias.unsqueeze(2)  # [layers, A, 1, N, N]
+        if kept is not None:
+            bias = bias[:, :, 0, kept.unsqueeze(2), kept.unsqueeze(1)]  # [layers, A, B, K, K]
+        prefix = num_prefix_tokens(self.config)
+        return F.pad(bias.transpose(1, 2), (prefix, 0, prefix, 0))  # [layers, B or 1, A, T, T]
+
+
+# --------------------------------------------------------------------------------------------------- the layer
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attend in plain matrix products: from `[B, A, T, d]` to the output `[B, T, A, d]` and weights `[B, A, T, T]`."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        mask = attention_mask if attention_mask.ndim == 4 else attention_mask[:, None, None]
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class HFViTAttention(nn.Module):
+    """Multi-head self-attention, with queries, keys and values from one matrix product.
+
+    Its rows are ordered (head, q/k/v, head_dim), so that any shard by heads is a complete attention of its own.
+    """
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_width
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        inner = config.num_attention_heads * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=config.qkv_bias)
+        norm = nn.LayerNorm if config.use_qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, eps=config.layer_norm_eps)
+        self.k_norm = norm(self.head_dim, eps=config.layer_norm_eps)
+        self.o_proj = nn.Linear(inner, config.hidden_size)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, Tensor | None]:
+        qkv = self.qkv(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, A, 3, d]
+        query, key, value = qkv.transpose(1, 2).unbind(3)  # [B, A, T, d] each
+        attended, weights = self._attention_function(kwargs)(
+            self,
+            self.q_norm(query),
+            self.k_norm(key),
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(attended.flatten(2)), weights
+
+    def _attention_function(self, kwargs: Any) -> Callable:
+        implementation = self.config._attn_implementation
+        if implementation != "eager" and kwargs.get("output_attentions", self.config.output_attentions):
+            logger.warning_once(
+                f"Attention weights were asked for: {implementation} does not form them, so they are computed in "
+                "plain matrix products, slower and with a memory of batch x heads x tokens^2 in every layer."
+            )
+            return eager_attention
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+
+
+class HFViTMLP(nn.Module):
+    """Two dense layers with a GELU between them."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
+
+
+class HFViTLayerScale(nn.Module):
+    """Scale every channel of a residual branch by a learned factor (arXiv:2103.17239)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * self.weight
+
+
+class HFViTDropPath(nn.Module):
+    """Drop a residual branch for whole samples in training, stochastic depth (arXiv:1603.09382)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.training or not self.probability:
+            return hidden_states
+        keep = 1 - self.probability
+        kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(keep)
+        return hidden_states * kept / keep
+
+
+class HFViTLayer(GradientCheckpointingLayer):
+    """One block of the encoder, equations (2) and (3)."""
+
+    def __init__(self, config: HFViTConfig, layer_index: int) -> None:
+        super().__init__()
+        scale = nn.Identity if config.layer_scale_init_value is None else HFViTLayerScale
+        drop_path = config.drop_path_rate * layer_index / max(config.num_hidden_layers - 1, 1)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = HFViTAttention(config)
+        self.attention_scale = scale(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HFViTMLP(config)
+        self.mlp_scale = scale(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = HFViTDropPath(drop_path)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(attended)))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.mlp_scale(self.dropout(transformed)))
+
+
+# ----------------------------------------------------------------------------------------------------- pooling
+
+
+class HFViTClassTokenPooling(nn.Module):
+    """Read the class token, equation (4)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[:, 0]
+
+
+class HFViTMeanPooling(nn.Module):
+    """Average the patches; class and register tokens are left out."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[:, self.num_prefix_tokens :].mean(dim=1)
+
+
+class HFViTAttentionPooling(nn.Module):
+    """Let one learned query attend to all tokens (arXiv:2106.04560, big_vision's MAP head)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.head_dim = width // config.num_attention_heads
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)  # rows ordered (head, k/v, head_dim)
+        self.o_proj = nn.Linear(width, width)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = HFViTMLP(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query = self.query(self.probe).expand(len(hidden_states), -1, -1).unflatten(-1, (-1, self.head_dim))
+        key, value = self.key_value(hidden_states).unflatten(-1, (-1, 2, self.head_dim)).transpose(1, 2).unbind(3)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)  # [B, A, 1, d]
+        pooled = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return (pooled + self.mlp(self.layernorm(pooled))).squeeze(1)
+
+
+POOLINGS: dict[str, type[nn.Module]] = {
+    "cls": HFViTClassTokenPooling,
+    "mean": HFViTMeanPooling,
+    "attention": HFViTAttentionPooling,
+}
+
+
+class HFViTPooler(nn.Module):
+    """Reduce tokens `[B, T, D]` to what the head reads: `[B, D]`, or `[B, R]` behind the pre-logits layer."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.pooling = POOLINGS[config.pooling](config)
+        size = config.representation_size
+        # The paper's head in pre-training: one hidden layer with tanh.
+        self.pre_logits = nn.Identity() if size is None else nn.Linear(config.hidden_size, size)
+        self.activation = nn.Identity() if size is None else nn.Tanh()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.activation(self.pre_logits(self.pooling(hidden_states)))
+
+
+def num_prefix_tokens(config: HFViTConfig) -> int:
+    """Return how many tokens stand before the patches."""
+    return int(bool(config.use_cls_token)) + config.num_register_tokens
+
+
+# --------------------------------------------------------------------------------------------------- the model
+
+
+class ResamplePositions(ConversionOps):
+    """Bring a position table of a checkpoint to the grid of the model that loads it."""
+
+    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict:
+        (name, stored), *_ = input_dict.items()
+        table = stored[0] if isinstance(stored, list) else stored
+        model, config = kwargs["model"], kwargs["config"]
+        old_grid, new_grid = tuple(table.shape[1:3]), tuple(model.get_parameter(kwargs["full_layer_name"]).shape[1:3])
+        # A rank may hold an empty shard: the table is sharded along its first dimension, which is often 1.
+        if old_grid == new_grid or not table.numel():
+            return {name: table.new_empty(table.shape[0], *new_grid, table.shape[3]) if not table.numel() else table}
+        flat = resample_position_embeddings(table.flatten(1, 2), old_grid, new_grid, config.position_interpolation)
+        return {name: flat.unflatten(1, new_grid)}
+
+    @property
+    def reverse_op(self) -> "ConversionOps":
+        return self  # what is saved has the model's grid already
+
+
+class HFViTPreTrainedModel(PreTrainedModel):
+    """What every class of this file shares: its place in transformers, initial weights, and how it is saved."""
+
+    config: HFViTConfig
+    config_class = HFViTConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HFViTEmbeddings", "HFViTLayer", "HFViTPooler"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HFViTLayer, "attentions": HFViTAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        with_own_parameters = (
+            HFViTEmbeddings,
+            HFViTMaskToken,
+            HFViTPositionTable,
+            HFViTLearnedPositions,
+            HFViTAttentionPooling,
+        )
+        if isinstance(module, with_own_parameters):
+            for parameter in module.parameters(recurse=False):
+                init.trunc_normal_(parameter, std=self.config.initializer_range)
+        elif isinstance(module, HFViTLayerScale):
+            init.constant_(module.weight, cast(float, self.config.layer_scale_init_value))
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save a folder that stands alone: weights, config, image processors, this code and a card.
+
+        The weights have the names of the modules in memory, so that every `load_state_dict` reads them. A processor
+        or card that lies in the folder already is left as it is. Arguments are those of `PreTrainedModel`.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            complete_repository(save_directory, self.config)
+            if push_to_hub:
+                self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)  # type: ignore[arg-type]
+
+
+class HFViTModel(HFViTPreTrainedModel):
+    """The encoder, with the pooling that its head reads.
+
+    Args:
+        config: The architecture.
+        add_pooling_layer: Whether `pooler_output` is computed.
+        use_mask_token: Whether masked patches can be replaced by a learned token.
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: HFViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
+        super().__init__(config)
+        self.embeddings = HFViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.layers = nn.ModuleList([HFViTLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = HFViTPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, normalised by the image processor. Any height and width that the patch
+                divides: positions are resampled to the grid at hand.
+            bool_masked_pos: `[B, N]`, true where a patch is masked; for a model with a mask token.
+            attention_mask: `[B, T]`, 1 for tokens that are attended to, prefix tokens first.
+
+        Returns:
+            `last_hidden_state` `[B, T, D]` behind the final LayerNorm, ordered class token, registers, patches row
+            by row; `pooler_output` `[B, D]` (`[B, representation_size]` behind a pre-logits layer).
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: pass what the image processor returns, [B, C, H, W].")
+        hidden_states, bias = self.embeddings(pixel_values, bool_masked_pos)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, mask if bias is None else with_bias(mask, bias[index]), **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        pooled = None if self.pooler is None else self.pooler(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+def with_bias(mask: Any, bias: Tensor) -> Tensor:
+    """Join a mask of the attention, boolean or added, with a bias that is added to its scores."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
+# --------------------------------------------------------------------------------------------------- the heads
+
+
+def classification_loss(
+    labels: Tensor,
+    logits: Tensor,
+    config: HFViTConfig,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute the loss of a classifier in float32, without writing a guess into the config.
+
+    Args:
+        labels: Classes `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0/1 for each label
+            `[B, num_labels]` with `problem_type="multi_label_classification"`; or targets of a regression.
+        logits: `[B, num_labels]`.
+        config: Of which `problem_type` decides, and the labels where it is `None`.
+        num_items_in_batch: Entries of `labels` over all accumulated batches, which the sum is divided by instead of
+            the mean over this batch.
+
+    Raises:
+        ValueError: If soft labels do not sum to one, or their shape is not that of the logits.
+    """
+    logits, labels = logits.float(), labels.to(logits.device)
+    is_class = not labels.is_floating_point() and labels.ndim == 1
+    kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    if kind == "single_label_classification" and is_class:
+        loss = F.cross_entropy(logits, labels, reduction="none")  # [B]; a label of -100 is ignored
+        entries = (labels != -100).sum().clamp(min=1)
+        return loss.sum() / (entries if num_items_in_batch is None else num_items_in_batch)
+    if kind == "regression" and config.num_labels == 1:
+        logits = logits.squeeze(-1)
+        labels = labels.reshape(logits.shape)
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"{kind} with {config.num_labels} labels needs labels of shape {list(logits.shape)}, or class numbers "
+            f"[batch] for single_label_classification; got {list(labels.shape)} of {labels.dtype}."
+        )
+    labels = labels.float()
+    if kind == "single_label_classification":
+        _check_soft_labels(labels, config)
+        # Every row is one distribution: its entries together count as num_labels items.
+        loss = -(labels * logits.log_softmax(dim=-1)) * logits.shape[-1]
+    elif kind == "regression":
+        loss = F.mse_loss(logits, labels, reduction="none")
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+
+
+def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:
+    # Stated, the kind is believed. Guessed, several labels an image must not pass as one distribution.
+    if config.problem_type is not None or torch.compiler.is_compiling():
+        return
+    if (labels.sum(dim=-1) - 1).abs().max() > 1e-3:
+        raise ValueError(
+            "Labels [batch, num_labels] were taken for soft labels, but their rows do not sum to one: set "
+            "problem_type='multi_label_classification' in the config for several labels an image."
+        )
+
+
+class HFViTForImageClassification(HFViTPreTrainedModel):
+    """The encoder with a linear classifier on what the pooling gives."""
+
+    _auto_class = "AutoModelForImageClassification"
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        self.vit = HFViTModel(config)
+        width = config.representation_size or config.hidden_size
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
+        self.loss_function = classification_loss
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # The paper fine-tunes from a head of zeros (appendix B.1.1): so does a new head on an encoder that was loaded.
+        is_encoder_loaded = getattr(self.vit.layernorm.weight, "_is_hf_initialized", False)
+        if module is self.classifier and (self.config.zero_init_head or is_encoder_loaded):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
+            labels: See `classification_loss`; with labels there is a loss.
+
+        Returns:
+            `logits` `[B, num_labels]` and, with labels, `loss`.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.vit(pixel_values, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@dataclass
+class HFViTMaskedImageModelingOutput(MaskedImageModelingOutput):
+    """What `HFViTForMaskedImageModeling` returns.
+
+    `reconstruction` is an image `[B, C, H, W]`: predicted pixels, or every patch in its likeliest mean colour.
+    `predictions` is what the loss reads: pixels `[B, N, C*ph*pw]`, or scores of the colours `[B, N, 8**C]`.
+    """
+
+    predictions: torch.FloatTensor | None = None
+
+
+class PixelObjective(nn.Module):
+    """Predict the pixels of masked patches; L1 loss (SimMIM, arXiv:2111.09886)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.patch_shape = config.patch_shape
+        self.decoder = nn.Linear(config.hidden_size, config.num_channels * prod(self.patch_shape))
+
+    def loss(self, predictions: Tensor, pixel_values: Tensor) -> Tensor:
+        """Return the loss of every patch, `[B, N]`."""
+        return (predictions.float() - patchify(pixel_values.float(), self.patch_shape)).abs().mean(dim=-1)
+
+    def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the image `[B, C, H, W]` that the predictions stand for."""
+        return unpatchify(predictions, self.patch_shape, grid)
+
+
+class MeanColorObjective(nn.Module):
+    """Predict the mean colour of masked patches, 3 bits a channel; cross-entropy (the paper's appendix B.1.2).
+
+    Colours are levels of [-1, 1], the range of the paper's pixels (`image_mean` and `image_std` of 0.5).
+    """
+
+    LEVELS = 8
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.patch_shape = config.patch_shape
+        self.num_channels = config.num_channels
+        self.decoder = nn.Linear(config.hidden_size, self.LEVELS**config.num_channels)
+
+    def loss(self, predictions: Tensor, pixel_values: Tensor) -> Tensor:
+        """Return the loss of every patch, `[B, N]`."""
+        return F.cross_entropy(predictions.float().transpose(1, 2), self.colors(pixel_values), reduction="none")
+
+    def colors(self, pixel_values: Tensor) -> Tensor:
+        """Return the number of every patch's mean colour, `[B, N]` in 0 to 8**C - 1, first channel highest."""
+        patches = patchify(pixel_values.float(), self.patch_shape).unflatten(2, (self.num_channels, -1))
+        levels = ((patches.mean(dim=-1) + 1) / 2 * self.LEVELS).long().clamp(0, self.LEVELS - 1)  # [B, N, C]
+        return (levels * self._places(levels.device)).sum(dim=-1)
+
+    def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the image `[B, C, H, W]` that the predictions stand for."""
+        places = self._places(predictions.device)
+        levels = predictions.argmax(dim=-1, keepdim=True) // places % self.LEVELS  # [B, N, C]
+        colors = (levels.to(predictions.dtype) + 0.5) / self.LEVELS * 2 - 1
+        return unpatchify(colors.repeat_interleave(prod(self.patch_shape), dim=-1), self.patch_shape, grid)
+
+    def _places(self, device: torch.device) -> Tensor:
+        return self.LEVELS ** torch.arange(self.num_channels - 1, -1, -1, device=device)
+
+
+OBJECTIVES: dict[str, type[PixelObjective | MeanColorObjective]] = {
+    "pixels": PixelObjective,
+    "mean_color": MeanColorObjective,
+}
+
+
+def refuse_patch_dropout(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model that must answer for every patch but would drop some."""
+    if model.config.patch_dropout_prob:
+        raise ValueError(
+            f"{type(model).__name__} returns something for every patch: set patch_dropout_prob=0, "
+            f"got {model.config.patch_dropout_prob}."
+        )
+
+
+class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
+    """The encoder with a decoder that predicts masked patches; `config.mim_objective` says what of them."""
+
+    _auto_class = "AutoModelForMaskedImageModeling"
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        refuse_patch_dropout(self)
+        self.vit = HFViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.objective = OBJECTIVES[config.mim_objective](config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HFViTMaskedImageModelingOutput:
+        """Predict patches, and compare those that are masked.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
+            bool_masked_pos: `[B, N]`, true where a patch is masked; with it there is a loss, over masked patches.
+        """
+        outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
+        patches = outputs.last_hidden_state[:, num_prefix_tokens(self.config) :]
+        predictions = self.objective.decoder(patches)
+        pixel_values = cast(Tensor, pixel_values)
+        loss = None
+        if bool_masked_pos is not None:
+            is_masked = bool_masked_pos.flatten(1).float()
+            losses = self.objective.loss(predictions, pixel_values)
+            loss = (losses * is_masked).sum() / is_masked.sum().clamp(min=1)
+        return HFViTMaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=self.objective.paint(predictions, self.config.grid_of(*pixel_values.shape[-2:])),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            predictions=predictions,
+        )
+
+
+class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
+    """The encoder for segmentation and detection heads: feature maps of chosen stages."""
+
+    _auto_class = "AutoBackbone"
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        refuse_patch_dropout(self)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.vit = HFViTModel(config, add_pooling_layer=False)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """Return a feature map for each of `config.out_features`.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
+
+        Returns:
+            `feature_maps`, `[B, D, h, w]` each; tokens `[B, T, D]` with `reshape_hidden_states=False`.
+        """
+        outputs = self.vit(pixel_values, **kwargs)
+        grid = self.config.grid_of(*pixel_values.shape[-2:])
+        feature_maps = []
+        for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True):
+            if stage not in self.out_features:
+                continue
+            if self.config.apply_layernorm:
+                hidden_state = self.vit.layernorm(hidden_state)
+            if self.config.reshape_hidden_states:
+                patches = hidden_state[:, num_prefix_tokens(self.config) :]
+                hidden_state = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, h, w]
+            feature_maps.append(hidden_state)
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+register_checkpoint_conversion_mapping(
+    HFViTModel.__name__,
+    [
+        WeightConverter(
+            f"position_embeddings.{table}.weight", f"position_embeddings.{table}.weight", [ResamplePositions()]
+        )
+        for table in ("table", "rows", "columns", "offsets")
+    ],
+    overwrite=True,
+)
+
+__all__ = [
+    "HFViTBackbone",
+    "HFViTForImageClassification",
+    "HFViTForMaskedImageModeling",
+    "HFViTModel",
+    "HFViTPreTrainedModel",
+]

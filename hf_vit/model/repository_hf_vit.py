@@ -1,0 +1,80 @@
+"""What makes a saved folder complete beside weights, config and code: an image processor and a card.
+
+A folder saved by any model of this package works in `AutoModel`, `AutoImageProcessor` and `pipeline`, with the
+package installed or with `trust_remote_code=True`.
+"""
+
+from os import PathLike
+from pathlib import Path
+
+from .configuration_hf_vit import HFViTConfig
+from .image_processing_pil_hf_vit import HFViTImageProcessorPil
+
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags:
+- vision-transformer
+- hf_vit
+---
+
+# {name}
+
+A Vision Transformer ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)) of {layers} layers, width {width}
+and {heads} heads, on images of {height}x{width_px} pixels in patches of {patch_height}x{patch_width}.
+
+```python
+from transformers import pipeline
+
+model = pipeline("{task}", "{name}", trust_remote_code=True)
+```
+
+The code beside the weights is that of [hf-vit](https://pypi.org/project/hf-vit/); with the package installed,
+`import hf_vit` replaces `trust_remote_code=True`.
+"""
+
+
+def complete_repository(folder: str | PathLike, config: HFViTConfig) -> None:
+    """Write the image processor and the card that `folder` does not have yet."""
+    folder = Path(folder)
+    if not (folder / "preprocessor_config.json").exists():
+        processor = processor_of(config)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(card_of(config, folder.resolve().name), encoding="utf-8")
+
+
+def processor_of(config: HFViTConfig) -> HFViTImageProcessorPil | None:
+    """Return the processor of the checkpoint that the model came from, at the model's size.
+
+    A model that came from nowhere gets the original's preprocessing; one whose source has no processor at hand gets
+    none, since a guess of mean and standard deviation would be wrong in silence.
+    """
+    if not config.name_or_path:
+        return HFViTImageProcessorPil.from_preset("original", config.image_shape, num_channels=config.num_channels)
+    try:
+        processor = HFViTImageProcessorPil.from_pretrained(config.name_or_path, local_files_only=True)
+    except OSError:
+        return None
+    processor.set_output_size(config.image_shape)
+    return processor
+
+
+def card_of(config: HFViTConfig, name: str) -> str:
+    """Return a card that says what the config knows; measured figures are for whoever trained the model."""
+    is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    height, width = config.image_shape
+    patch_height, patch_width = config.patch_shape
+    return CARD.format(
+        task="image-classification" if is_classifier else "image-feature-extraction",
+        name=name,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        height=height,
+        width_px=width,
+        patch_height=patch_height,
+        patch_width=patch_width,
+    )

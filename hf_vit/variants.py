@@ -1,0 +1,66 @@
+"""The standard sizes of the Vision Transformer, by the names that the literature uses.
+
+Sources: B, L and H from table 1 of Dosovitskiy et al. 2021 (arXiv:2010.11929); Ti and S from Touvron et al. 2021
+(arXiv:2012.12877) and Steiner et al. 2022 (arXiv:2106.10270); g from Zhai et al. 2022 (arXiv:2106.04560), table 2.
+"""
+
+from typing import Any, NamedTuple
+
+from .model.configuration_hf_vit import HFViTConfig
+
+
+class Size(NamedTuple):
+    """What a letter stands for: the dimensions of the encoder."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+
+
+class Variant(NamedTuple):
+    """A size with its patch, and the parameters of its classifier of 1,000 classes at 224 pixels."""
+
+    size: Size
+    patch_size: int
+    num_parameters: int
+
+
+SIZES = {
+    "Ti": Size(192, 12, 768, 3),
+    "S": Size(384, 12, 1536, 6),
+    "B": Size(768, 12, 3072, 12),
+    "L": Size(1024, 24, 4096, 16),
+    "H": Size(1280, 32, 5120, 16),
+    "g": Size(1408, 40, 6144, 16),
+}
+
+VARIANTS = {
+    "ViT-Ti/16": Variant(SIZES["Ti"], 16, 5_717_416),
+    "ViT-S/16": Variant(SIZES["S"], 16, 22_050_664),
+    "ViT-S/32": Variant(SIZES["S"], 32, 22_878_952),
+    "ViT-B/8": Variant(SIZES["B"], 8, 86_576_872),
+    "ViT-B/16": Variant(SIZES["B"], 16, 86_567_656),
+    "ViT-B/32": Variant(SIZES["B"], 32, 88_224_232),
+    "ViT-L/14": Variant(SIZES["L"], 14, 304_203_752),
+    "ViT-L/16": Variant(SIZES["L"], 16, 304_326_632),
+    "ViT-L/32": Variant(SIZES["L"], 32, 306_535_400),
+    "ViT-H/14": Variant(SIZES["H"], 14, 632_045_800),
+    "ViT-g/14": Variant(SIZES["g"], 14, 1_012_611_432),
+}
+
+
+def config_of(name: str, **fields: Any) -> HFViTConfig:
+    """Return the config of a variant, with further or other `fields` of `HFViTConfig`.
+
+    Args:
+        name: A key of `VARIANTS`, for example `"ViT-B/16"`.
+        fields: Fields of `HFViTConfig`; they win over the variant's.
+
+    Raises:
+        ValueError: For a name that is not there; the message lists those that are.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"Unknown variant {name!r}: choose one of {', '.join(VARIANTS)}.")
+    variant = VARIANTS[name]
+    return HFViTConfig(**{**variant.size._asdict(), "patch_size": variant.patch_size, **fields})

@@ -1,0 +1,44 @@
+"""What all tests share: a tiny architecture, a seed before every test, and the folder of outside data if it is there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_vit
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": (32, 48),
+    "patch_size": 8,
+    "num_labels": 5,
+}
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config():
+    """Build a config of 3 layers, width 32, on 32x48 pixels in patches of 8 (a grid of 4x6), with any field changed."""
+    return lambda **fields: hf_vit.HFViTConfig(**{**TINY, **fields})
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    """Two images of the tiny config's size."""
+    return torch.randn(2, 3, 32, 48)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data sets and reference checkpoints beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no data at {SHARED}")
+    return SHARED

@@ -1,0 +1,127 @@
+"""The config resolves sizes, refuses what cannot work and says what would, and survives a round trip."""
+
+import json
+
+import pytest
+
+from hf_vit import HFViTConfig
+
+
+def test_defaults_are_base_16():
+    config = HFViTConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (768, 12, 12)
+    assert (config.image_shape, config.patch_shape, config.grid_size) == ((224, 224), (16, 16), (14, 14))
+    assert config.layer_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "grid"),
+    [(224, 16, (14, 14)), ((96, 160), 16, (6, 10)), ([32, 48], (8, 16), (4, 3)), (32, [4, 8], (8, 4))],
+)
+def test_sizes_are_height_width(image_size, patch_size, grid):
+    assert HFViTConfig(image_size=image_size, patch_size=patch_size).grid_size == grid
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 26, "num_attention_heads": 4}, "hidden_size=24 or 28"),
+        ({"image_size": (40, 47)}, r"40x47.*16x16.*32x32, 32x48, 48x32, 48x48"),
+        ({"image_size": 8}, "16x16"),
+        ({"image_size": [32, 32, 32]}, "image_size"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
+        ({"num_register_tokens": -1}, "num_register_tokens"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate.*\[0, 1\)"),
+        ({"hidden_dropout_prob": -0.1}, "hidden_dropout_prob"),
+        ({"initializer_range": -1.0}, "initializer_range"),
+        ({"pooling": "gap"}, "attention.*cls.*mean.*'gap'"),
+        ({"position_embedding_type": "rope"}, "learned_2d.*'rope'"),
+        ({"position_interpolation": "cubic"}, "bicubic_antialias"),
+        ({"mim_objective": "dvae"}, "mean_color"),
+        ({"hidden_act": "gleu"}, "gelu"),
+        ({"use_cls_token": False}, "pooling='mean'"),
+        (
+            {"position_embedding_type": "sincos_2d", "hidden_size": 6, "num_attention_heads": 1},
+            "divisible by 4.*4 or 8",
+        ),
+        ({"position_embedding_type": "learned_2d", "hidden_size": 5, "num_attention_heads": 5}, "divisible by 2"),
+        ({"pooling": "attention", "hidden_size": 26, "num_attention_heads": 4, "head_dim": 8}, "24 or 28"),
+        ({"hiden_size": 64}, "'hidden_size'"),
+        ({"drop_path": 0.1}, "'drop_path_rate'"),
+        ({"qk_norm": True}, "'use_qk_norm'"),
+        ({"depth": 3}, "'num_hidden_layers'"),
+        ({"num_classes": 3}, "'num_labels'"),
+        ({"out_feature": ["stage1"]}, "'out_features'"),
+    ],
+)
+def test_refuses_and_says_what_would_do(fields, message):
+    with pytest.raises(ValueError, match=message):
+        HFViTConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"image_size": "224"}, {"hidden_size": 64.0}, {"qkv_bias": "yes"}])
+def test_refuses_wrong_types(fields):
+    with pytest.raises(Exception, match=next(iter(fields))):
+        HFViTConfig(**fields)
+
+
+def test_unrelated_keywords_are_kept():
+    assert HFViTConfig(my_note="kept").my_note == "kept"
+
+
+def test_a_head_width_of_its_own():
+    assert HFViTConfig(hidden_size=26, num_attention_heads=4, head_dim=8).head_width == 8
+
+
+def test_the_class_token_follows_the_pooling_unless_told():
+    assert HFViTConfig().use_cls_token is True
+    assert HFViTConfig(pooling="mean").use_cls_token is False
+    assert HFViTConfig(pooling="mean", use_cls_token=True).use_cls_token is True
+
+
+def test_round_trip(tmp_path, tiny_config):
+    config = tiny_config(patch_size=(8, 16), pooling="attention", out_features=["stage1", "stage3"], my_note="kept")
+    config.save_pretrained(tmp_path)
+    assert HFViTConfig.from_pretrained(tmp_path).to_dict() == {
+        **config.to_dict(),
+        "image_size": [32, 48],
+        "patch_size": [8, 16],
+    }
+
+
+def test_overrides_are_validated_with_the_stored_fields(tmp_path, tiny_config):
+    tiny_config(out_features=["stage3"]).save_pretrained(tmp_path)
+    config = HFViTConfig.from_pretrained(tmp_path, image_size=(96, 160), num_hidden_layers=2, num_labels=7)
+    assert (config.grid_size, config.num_labels, config.out_features) == ((12, 20), 7, ["stage2"])
+    with pytest.raises(ValueError, match="does not divide"):
+        HFViTConfig.from_pretrained(tmp_path, image_size=(33, 48))
+
+
+def test_a_stored_key_that_nearly_matches_is_kept_and_named(tmp_path, tiny_config, caplog):
+    config = tiny_config()
+    config.layer_norm_epsilon = 1.0  # as another version or tool may leave it
+    config.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="transformers"):
+        loaded = HFViTConfig.from_pretrained(tmp_path)
+    assert (loaded.layer_norm_epsilon, loaded.layer_norm_eps) == (1.0, 1e-6)
+
+
+def test_the_file_names_the_code_of_every_class(tmp_path, tiny_config):
+    tiny_config().save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageClassification",
+        "AutoModelForMaskedImageModeling",
+        "AutoBackbone",
+    }
+
+
+def test_output_attentions_needs_no_particular_attention(tiny_config):
+    config = tiny_config(attn_implementation="sdpa")
+    config.output_attentions = True
+    assert config.output_attentions
+    assert tiny_config(attn_implementation="sdpa", output_attentions=True).output_attentions

@@ -1,0 +1,622 @@
+"""The model's properties, for every kind of position embedding and pooling."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hf_vit
+from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from hf_vit.model import modeling_hf_vit as modeling
+from hf_vit.model.configuration_hf_vit import POOLINGS as POOLING_KINDS
+from hf_vit.model.configuration_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
+
+EVERYTHING = {
+    "num_register_tokens": 2,
+    "layer_scale_init_value": 0.5,
+    "use_qk_norm": True,
+    "head_dim": 12,
+    "representation_size": 16,
+    "drop_path_rate": 0.2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "patch_dropout_prob": 0.25,
+    "initializer_range": 0.2,
+}
+KINDS = list(itertools.product(POSITION_EMBEDDINGS, POOLING_KINDS))
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Give every parameter a value of its own, so that no zero or one hides a mistake."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- patches
+
+
+@pytest.mark.parametrize("patch_size", [8, (8, 16), (16, 8)])
+def test_projection_of_patches_is_the_strided_convolution(tiny_config, pixel_values, patch_size):
+    config = tiny_config(patch_size=patch_size)
+    embeddings = modeling.HFViTPatchEmbeddings(config)
+    weight = embeddings.projection.weight.unflatten(1, (3, *config.patch_shape))
+    convolved = F.conv2d(pixel_values, weight, embeddings.projection.bias, stride=config.patch_shape)
+    torch.testing.assert_close(embeddings(pixel_values), convolved.flatten(2).transpose(1, 2))
+
+
+def test_patches_go_back_to_the_image(pixel_values):
+    patches = modeling.patchify(pixel_values, (8, 16))
+    assert patches.shape == (2, 4 * 3, 3 * 8 * 16)
+    assert torch.equal(modeling.unpatchify(patches, (8, 16), (4, 3)), pixel_values)
+    assert torch.equal(patches[0, 4].view(3, 8, 16), pixel_values[0, :, 8:16, 16:32])  # second row, second column
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32, 48), (3, 32, 48)])
+def test_a_wrong_input_is_refused(tiny_config, shape):
+    with pytest.raises(ValueError, match=r"\[batch, 3, height, width\]"):
+        HFViTModel(tiny_config())(torch.randn(shape))
+
+
+def test_missing_pixels_are_refused(tiny_config):
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        HFViTModel(tiny_config())()
+
+
+@pytest.mark.parametrize("size", [(40, 47), (4, 48), (0, 48)])
+def test_an_image_that_the_patch_does_not_divide_is_refused(tiny_config, size):
+    with pytest.raises(ValueError, match="nearest sizes"):
+        HFViTModel(tiny_config())(torch.randn(1, 3, *size))
+
+
+# -------------------------------------------------------------------------------------------------- positions
+
+
+def test_resampling_to_the_same_grid_is_the_identity():
+    table = torch.randn(1, 24, 8)
+    assert modeling.resample_position_embeddings(table, (4, 6), (4, 6)) is table
+
+
+@pytest.mark.parametrize("interpolation", POSITION_INTERPOLATIONS)
+def test_resampling_keeps_a_constant_and_turns_with_the_grid(interpolation):
+    constant = torch.full((1, 24, 8), 2.5)
+    resampled = modeling.resample_position_embeddings(constant, (4, 6), (7, 3), interpolation)
+    torch.testing.assert_close(resampled, torch.full((1, 21, 8), 2.5))
+
+    table = torch.randn(1, 4, 6, 8)
+    wide = modeling.resample_position_embeddings(table.flatten(1, 2), (4, 6), (5, 9), interpolation)
+    turned = table.transpose(1, 2).flatten(1, 2)
+    tall = modeling.resample_position_embeddings(turned, (6, 4), (9, 5), interpolation)
+    torch.testing.assert_close(tall.unflatten(1, (9, 5)).transpose(1, 2), wide.unflatten(1, (5, 9)))
+
+
+def test_the_same_number_of_patches_in_another_aspect_is_resampled():
+    table = torch.randn(1, 24, 8)
+    assert not torch.allclose(modeling.resample_position_embeddings(table, (4, 6), (6, 4)), table)
+
+
+def test_resampling_computes_in_float32():
+    table = torch.randn(1, 24, 8)
+    low = modeling.resample_position_embeddings(table.bfloat16(), (4, 6), (8, 12))
+    assert low.dtype == torch.bfloat16
+    high = modeling.resample_position_embeddings(table.bfloat16().float(), (4, 6), (8, 12))
+    assert torch.equal(low, high.bfloat16())
+
+
+def test_sincos_is_big_vision_s():
+    """The formula of big_vision's posemb_sincos_2d, in numpy."""
+    import numpy as np
+
+    rows, columns = np.mgrid[:3, :5]
+    omega = 1.0 / 10_000 ** (np.arange(4) / 3)
+    row_angles, column_angles = (np.einsum("m,d->md", part.flatten(), omega) for part in (rows, columns))
+    waves = [np.sin(column_angles), np.cos(column_angles), np.sin(row_angles), np.cos(row_angles)]
+    positions = modeling.HFViTSinCos2DPositions(hf_vit.HFViTConfig(hidden_size=16, num_attention_heads=1))
+    expected = torch.from_numpy(np.concatenate(waves, axis=1)).float()[None]
+    torch.testing.assert_close(positions.on_grid((3, 5)), expected, rtol=0, atol=1e-7)
+
+
+def test_relative_bias_depends_on_the_offset_alone(tiny_config):
+    positions = randomised(modeling.HFViTRelativePositions(tiny_config(position_embedding_type="relative")))
+    bias = positions.attention_bias((4, 6)).unflatten(2, (4, 6)).unflatten(4, (4, 6))  # [layers, A, h, w, h, w]
+    assert bias.shape == (3, 4, 4, 6, 4, 6)
+    assert torch.equal(bias[..., 0, 0, 1, 2], bias[..., 2, 3, 3, 5])
+    assert not torch.equal(bias[..., 0, 0, 1, 2], bias[..., 1, 2, 0, 0])
+    assert torch.equal(bias[:, :, 0, 0, 1, 2], positions.offsets.weight[:, 3 - 1, 5 - 2])
+
+
+def test_without_positions_patches_are_a_bag(tiny_config):
+    model = HFViTModel(tiny_config(position_embedding_type="none")).eval()
+    patches = modeling.patchify(torch.randn(1, 3, 32, 48), (8, 8))
+    shuffled = patches[:, torch.randperm(24)]
+    outputs = [model(modeling.unpatchify(order, (8, 8), (4, 6))).pooler_output for order in (patches, shuffled)]
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_2d", "sincos_2d", "relative"])
+def test_with_positions_the_order_matters(tiny_config, kind):
+    model = randomised(HFViTModel(tiny_config(position_embedding_type=kind))).eval()
+    patches = modeling.patchify(torch.randn(1, 3, 32, 48), (8, 8))
+    shuffled = patches[:, torch.randperm(24)]
+    outputs = [model(modeling.unpatchify(order, (8, 8), (4, 6))).pooler_output for order in (patches, shuffled)]
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-4  # rounding alone is below 1e-6
+
+
+def test_patches_permuted_with_their_positions_permute_the_outputs(tiny_config):
+    model = randomised(HFViTModel(tiny_config())).eval()
+    permuted = copy.deepcopy(model)
+    order = torch.randperm(24)
+    table = permuted.embeddings.position_embeddings.table.weight
+    table.data = table.data.flatten(1, 2)[:, order].unflatten(1, (4, 6))
+    patches = modeling.patchify(torch.randn(1, 3, 32, 48), (8, 8))
+    plain = model(modeling.unpatchify(patches, (8, 8), (4, 6))).last_hidden_state
+    moved = permuted(modeling.unpatchify(patches[:, order], (8, 8), (4, 6))).last_hidden_state
+    torch.testing.assert_close(moved[:, 0], plain[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved[:, 1:], plain[:, 1:][:, order], rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- any resolution
+
+
+@pytest.mark.parametrize("kind", POSITION_EMBEDDINGS)
+@pytest.mark.parametrize("size", [(64, 48), (24, 80), (8, 8), (48, 32)])
+def test_a_forward_takes_any_size(tiny_config, kind, size):
+    model = HFViTForImageClassification(tiny_config(position_embedding_type=kind, num_register_tokens=1)).eval()
+    assert model(torch.randn(2, 3, *size)).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_2d", "sincos_2d", "relative"])
+@pytest.mark.parametrize("size", [64, (48, 80), (48, 32)])
+def test_loading_at_another_size_resamples_once(tmp_path, tiny_config, kind, size):
+    model = randomised(HFViTForImageClassification(tiny_config(position_embedding_type=kind))).eval()
+    model.save_pretrained(tmp_path / "small")
+    larger = HFViTForImageClassification.from_pretrained(tmp_path / "small", image_size=size).eval()
+    pixel_values = torch.randn(2, 3, *larger.config.image_shape)
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        torch.testing.assert_close(larger(pixel_values).logits, expected, rtol=1e-5, atol=1e-5)
+
+    larger.save_pretrained(tmp_path / "large")
+    again = HFViTForImageClassification.from_pretrained(tmp_path / "large").eval()
+    assert again.config.image_shape == larger.config.image_shape
+    for name, parameter in larger.state_dict().items():
+        assert torch.equal(parameter, again.state_dict()[name]), name
+
+
+def test_a_resampled_table_is_kept_until_the_weights_change(tiny_config):
+    model = HFViTModel(tiny_config()).eval()
+    table = model.embeddings.position_embeddings.table
+    with torch.no_grad():
+        first = table((8, 8))
+        assert table((8, 8)) is first
+        assert table((4, 6)) is table.weight
+        table.weight.mul_(2)
+        torch.testing.assert_close(table((8, 8)), 2 * first)
+        doubled = table((8, 8))
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        assert table((8, 8)) is not doubled
+        model.double()
+        assert table((8, 8)).dtype == torch.float64
+        model.train()
+        assert table((8, 8)) is not table((8, 8))
+
+
+def test_a_table_kept_in_inference_mode_serves_elsewhere(tiny_config):
+    model = HFViTModel(tiny_config()).eval()
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(pixel_values).pooler_output.clone()
+    model.layernorm.weight.requires_grad_(True)
+    output = model(pixel_values).pooler_output
+    output[:, 0].sum().backward()
+    torch.testing.assert_close(output, expected)
+    assert model.embeddings.position_embeddings.table.weight.grad.abs().sum() > 0  # no kept table in the graph
+
+
+# -------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize(("positions", "pooling"), KINDS)
+def test_a_gradient_reaches_every_parameter(tiny_config, pixel_values, positions, pooling):
+    config = tiny_config(position_embedding_type=positions, pooling=pooling, use_cls_token=True, **EVERYTHING)
+    model = HFViTForImageClassification(config).train()
+    model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
+    without = {name for name, parameter in model.named_parameters() if not _is_reached(parameter)}
+    assert not without
+
+
+@pytest.mark.parametrize("objective", ["pixels", "mean_color"])
+def test_a_gradient_reaches_every_parameter_of_masked_image_modeling(tiny_config, pixel_values, objective):
+    model = HFViTForMaskedImageModeling(tiny_config(mim_objective=objective)).train()
+    model(pixel_values, bool_masked_pos=torch.rand(2, 24) < 0.5).loss.backward()
+    assert not {name for name, parameter in model.named_parameters() if not _is_reached(parameter)}
+
+
+def _is_reached(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_gradient_checkpointing_changes_nothing(tiny_config, pixel_values):
+    model = HFViTForImageClassification(tiny_config(position_embedding_type="relative")).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize(("positions", "pooling"), KINDS)
+def test_eager_equals_sdpa(tiny_config, pixel_values, positions, pooling):
+    config = tiny_config(position_embedding_type=positions, pooling=pooling, use_cls_token=True, **EVERYTHING)
+    model = HFViTForImageClassification(config).eval()
+    logits = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits[attention] = model(pixel_values).logits
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.slow
+def test_flex_equals_sdpa(tiny_config, pixel_values):
+    model = HFViTModel(tiny_config(hidden_size=64)).eval()
+    with torch.no_grad():
+        expected = model(pixel_values).last_hidden_state
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_relative_positions_refuse_an_attention_that_cannot_add_them(tiny_config, pixel_values):
+    model = HFViTModel(tiny_config(position_embedding_type="relative", attn_implementation="flex_attention"))
+    with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
+        model(pixel_values)
+
+
+def test_attentions_are_given_with_sdpa_too(tiny_config, pixel_values):
+    model = HFViTForImageClassification(tiny_config(attn_implementation="sdpa", num_register_tokens=1)).eval()
+    with torch.no_grad():
+        plain = model(pixel_values)
+        asked = model(pixel_values, output_attentions=True)
+        model.config.output_attentions = True
+        configured = model(pixel_values)
+    assert plain.attentions is None
+    for outputs in (asked, configured):
+        assert [weights.shape for weights in outputs.attentions] == [(2, 4, 26, 26)] * 3
+        torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 4, 26))
+        torch.testing.assert_close(outputs.logits, plain.logits)
+
+
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_masked_tokens_are_not_attended_to(tiny_config, pixel_values, positions, attention):
+    config = tiny_config(position_embedding_type=positions, attn_implementation=attention)
+    model = HFViTModel(config).eval()
+    attention_mask = torch.ones(2, 25, dtype=torch.long)
+    attention_mask[:, -6:] = 0  # the last row of patches
+    changed = pixel_values.clone()
+    changed[:, :, -8:] += 1
+    with torch.no_grad():
+        outputs = [model(image, attention_mask=attention_mask).last_hidden_state for image in (pixel_values, changed)]
+        weights = model(pixel_values, attention_mask=attention_mask, output_attentions=True).attentions[0]
+    torch.testing.assert_close(outputs[0][:, :-6], outputs[1][:, :-6])
+    assert weights[..., -6:].max() == 0
+
+
+# ------------------------------------------------------------------------------------------------ the pooling
+
+
+def test_poolings_read_what_they_say(tiny_config):
+    hidden_states = torch.randn(2, 1 + 2 + 24, 32)
+    fields = {"num_register_tokens": 2, "use_cls_token": True}
+    cls, mean, attention = (
+        randomised(modeling.HFViTPooler(tiny_config(pooling=pooling, **fields)))
+        for pooling in ("cls", "mean", "attention")
+    )
+    assert torch.equal(cls(hidden_states), hidden_states[:, 0])
+    torch.testing.assert_close(mean(hidden_states), hidden_states[:, 3:].mean(1))
+    torch.testing.assert_close(attention(hidden_states), attention(hidden_states[:, torch.randperm(27)]))
+
+
+def test_attention_pooling_is_torch_s_multi_head_attention(tiny_config):
+    pooling = randomised(modeling.HFViTAttentionPooling(tiny_config(pooling="attention"))).eval()
+    reference = nn.MultiheadAttention(32, 4, batch_first=True)
+    with torch.no_grad():
+        key, value = pooling.key_value.weight.unflatten(0, (4, 2, 8)).unbind(1)
+        reference.in_proj_weight.copy_(torch.cat([pooling.query.weight, key.flatten(0, 1), value.flatten(0, 1)]))
+        key, value = pooling.key_value.bias.unflatten(0, (4, 2, 8)).unbind(1)
+        reference.in_proj_bias.copy_(torch.cat([pooling.query.bias, key.flatten(), value.flatten()]))
+        reference.out_proj.load_state_dict(pooling.o_proj.state_dict())
+    hidden_states = torch.randn(2, 24, 32)
+    pooled, _ = reference(pooling.probe.expand(2, -1, -1), hidden_states, hidden_states)
+    expected = (pooled + pooling.mlp(pooling.layernorm(pooled))).squeeze(1)
+    torch.testing.assert_close(pooling(hidden_states), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- regularisation
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    drop_path = modeling.HFViTDropPath(0.25).train()
+    out = drop_path(torch.ones(4000, 2, 3))
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert torch.equal(out, out[:, :1, :1].expand_as(out))
+    assert abs(out.mean().item() - 1) < 0.05
+    assert torch.equal(drop_path.eval()(out), out)
+
+
+def test_drop_path_grows_with_depth(tiny_config):
+    layers = HFViTModel(tiny_config(drop_path_rate=0.2)).layers
+    assert [layer.drop_path.probability for layer in layers] == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_patch_dropout_keeps_a_share_in_training_alone(tiny_config, pixel_values, positions):
+    model = HFViTModel(tiny_config(patch_dropout_prob=0.5, position_embedding_type=positions))
+    assert model.train()(pixel_values).last_hidden_state.shape == (2, 1 + 12, 32)
+    assert model.eval()(pixel_values).last_hidden_state.shape == (2, 1 + 24, 32)
+
+
+def test_a_dropped_patch_takes_its_relative_bias_along(tiny_config, pixel_values):
+    embeddings = randomised(HFViTModel(tiny_config(position_embedding_type="relative")).embeddings)
+    _, whole = embeddings(pixel_values)
+    kept = torch.tensor([[3, 1, 20], [0, 5, 7]])
+    embeddings.patch_dropout.forward = lambda patches: (patches.take_along_dim(kept.unsqueeze(-1), 1), kept)
+    _, bias = embeddings(pixel_values)
+    assert bias.shape == (3, 2, 4, 4, 4)
+    assert torch.equal(bias[:, 0, :, 1, 3], whole[:, 0, :, 1 + 3, 1 + 20])
+    assert torch.equal(bias[:, 1, :, 2, 1], whole[:, 0, :, 1 + 5, 1 + 0])
+    assert not bias[:, :, :, 0].any()  # the class token has no place
+
+
+@pytest.mark.parametrize("model_class", [HFViTBackbone, HFViTForMaskedImageModeling])
+def test_patch_dropout_is_refused_where_every_patch_counts(tiny_config, model_class):
+    with pytest.raises(ValueError, match="patch_dropout_prob=0"):
+        model_class(tiny_config(patch_dropout_prob=0.5))
+
+
+# ---------------------------------------------------------------------------------------------- classification
+
+
+def classifier(tiny_config, **fields):
+    return HFViTForImageClassification(tiny_config(**fields)).eval()
+
+
+def test_single_label_loss(tiny_config, pixel_values):
+    model = classifier(tiny_config)
+    labels = torch.tensor([4, 0])
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    summed = model(pixel_values, labels=labels, num_items_in_batch=8).loss
+    torch.testing.assert_close(summed, F.cross_entropy(outputs.logits, labels, reduction="sum") / 8)
+    ignored = model(pixel_values, labels=torch.tensor([4, -100])).loss
+    torch.testing.assert_close(ignored, F.cross_entropy(outputs.logits[:1], labels[:1]))
+
+
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification"])
+def test_soft_labels_are_cross_entropy_and_leave_the_config_alone(tiny_config, pixel_values, problem_type):
+    model = classifier(tiny_config, problem_type=problem_type)
+    labels = torch.rand(2, 5).softmax(-1)
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    assert model.config.problem_type == problem_type
+    # Trainer counts the entries of labels, here 5 a sample: 4 accumulated samples are 20 items.
+    accumulated = model(pixel_values, labels=labels, num_items_in_batch=20).loss
+    torch.testing.assert_close(accumulated, F.cross_entropy(outputs.logits, labels, reduction="sum") / 4)
+
+
+def test_several_labels_an_image_do_not_pass_for_soft_labels(tiny_config, pixel_values):
+    labels = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 0, 1]])
+    with pytest.raises(ValueError, match="multi_label_classification"):
+        classifier(tiny_config)(pixel_values, labels=labels)
+    model = classifier(tiny_config, problem_type="multi_label_classification")
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, F.binary_cross_entropy_with_logits(outputs.logits, labels))
+    accumulated = model(pixel_values, labels=labels, num_items_in_batch=20).loss
+    torch.testing.assert_close(accumulated, outputs.loss / 2)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_regression(tiny_config, pixel_values, num_labels):
+    model = classifier(tiny_config, num_labels=num_labels, problem_type="regression")
+    labels = torch.randn(2) if num_labels == 1 else torch.randn(2, 3)
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, F.mse_loss(outputs.logits, labels.view(2, num_labels)))
+
+
+def test_labels_of_the_wrong_shape_are_refused(tiny_config, pixel_values):
+    with pytest.raises(ValueError, match=r"\[2, 5\]"):
+        classifier(tiny_config)(pixel_values, labels=torch.rand(2, 4))
+
+
+def test_the_head_starts_at_zero_on_request(tiny_config, pixel_values):
+    assert not classifier(tiny_config, zero_init_head=True)(pixel_values).logits.any()
+    assert classifier(tiny_config)(pixel_values).logits.any()
+
+
+def test_without_labels_the_head_is_the_pooling(tiny_config, pixel_values):
+    model = classifier(tiny_config, num_labels=0)
+    assert torch.equal(model(pixel_values).logits, model.vit(pixel_values).pooler_output)
+
+
+# ------------------------------------------------------------------------------------- masked image modelling
+
+
+def test_reconstruction_of_pixels(tiny_config):
+    model = randomised(HFViTForMaskedImageModeling(tiny_config(num_register_tokens=1))).eval()
+    pixel_values, mask = torch.randn(2, 3, 40, 24), torch.rand(2, 15) < 0.5  # another grid than the config's
+    outputs = model(pixel_values, bool_masked_pos=mask)
+    difference = modeling.patchify((outputs.reconstruction - pixel_values).abs(), (8, 8)).mean(-1)
+    torch.testing.assert_close(outputs.loss, difference[mask].mean())
+    changed = pixel_values.clone()
+    flat = modeling.patchify(changed, (8, 8))
+    flat[mask] += 1
+    hidden = model(modeling.unpatchify(flat, (8, 8), (5, 3)), bool_masked_pos=mask).reconstruction
+    torch.testing.assert_close(hidden, outputs.reconstruction)  # what is masked is not seen
+
+
+def test_mean_colours_are_three_bits_a_channel(tiny_config):
+    model = HFViTForMaskedImageModeling(tiny_config(mim_objective="mean_color")).eval()
+    colors = torch.tensor([[-1.0, 0.0, 0.999], [1.0, -0.7, 0.3]])
+    pixel_values = colors[:, :, None, None].expand(-1, -1, 32, 48)
+    numbers = model.objective.colors(pixel_values)
+    assert numbers[:, 0].tolist() == [0 * 64 + 4 * 8 + 7, 7 * 64 + 1 * 8 + 5]
+    scores = F.one_hot(numbers, 512).float()
+    painted = model.objective.paint(scores, (4, 6))
+    assert (painted - pixel_values).abs().max() <= 1 / 8
+    outputs = model(pixel_values, bool_masked_pos=torch.ones(2, 24))
+    assert outputs.predictions.shape == (2, 24, 512)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.predictions.flatten(0, 1), numbers.flatten()))
+
+
+def test_the_paper_s_corruption_is_80_10_10(tiny_config):
+    corruption = modeling.HFViTPaperCorruption(tiny_config()).train()
+    nn.init.constant_(corruption.weight, 7.0)
+    patches, mask = torch.arange(20_000.0).view(10, 2000, 1).expand(-1, -1, 32), torch.rand(10, 2000) < 0.5
+    corrupted = corruption(patches, mask)[..., 0]
+    assert torch.equal(corrupted[~mask], patches[..., 0][~mask])
+    token, same = corrupted[mask] == 7, corrupted[mask] == patches[..., 0][mask]
+    assert token.float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert same.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(corruption.eval()(patches, mask)[..., 0][mask], torch.full((int(mask.sum()),), 7.0))
+
+
+def test_a_mask_of_the_wrong_shape_is_refused(tiny_config, pixel_values):
+    with pytest.raises(ValueError, match=r"\[2, 24\]"):
+        HFViTForMaskedImageModeling(tiny_config())(pixel_values, bool_masked_pos=torch.ones(2, 25))
+    with pytest.raises(ValueError, match="use_mask_token"):
+        HFViTModel(tiny_config())(pixel_values, bool_masked_pos=torch.ones(2, 24))
+
+
+def test_no_masked_patch_is_no_loss(tiny_config, pixel_values):
+    outputs = HFViTForMaskedImageModeling(tiny_config())(pixel_values, bool_masked_pos=torch.zeros(2, 24))
+    assert outputs.loss == 0
+    assert HFViTForMaskedImageModeling(tiny_config())(pixel_values).loss is None
+
+
+# ------------------------------------------------------------------------------------------------- the backbone
+
+
+@pytest.mark.parametrize("positions", POSITION_EMBEDDINGS)
+def test_feature_maps_are_the_hidden_states_on_the_grid(tiny_config, positions):
+    config = tiny_config(
+        out_features=["stem", "stage1", "stage3"], num_register_tokens=2, position_embedding_type=positions
+    )
+    backbone = HFViTBackbone(config).eval()
+    with torch.no_grad():
+        outputs = backbone(torch.randn(2, 3, 48, 16), output_hidden_states=True)
+    assert [feature_map.shape for feature_map in outputs.feature_maps] == [(2, 32, 6, 2)] * 3
+    expected = backbone.vit.layernorm(outputs.hidden_states[3])[:, 3:].transpose(1, 2).unflatten(2, (6, 2))
+    torch.testing.assert_close(outputs.feature_maps[-1], expected)
+    assert backbone.channels == [32] * 3
+
+
+def test_a_backbone_reads_a_classifier_s_weights(tmp_path, tiny_config, pixel_values):
+    model = HFViTForImageClassification(tiny_config()).eval()
+    model.save_pretrained(tmp_path)
+    backbone = HFViTBackbone.from_pretrained(tmp_path, out_features=["stage2", "stage3"]).eval()
+    with torch.no_grad():
+        feature_map = backbone(pixel_values).feature_maps[-1]
+        expected = model.vit(pixel_values).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (4, 6))
+    assert torch.equal(feature_map, expected)
+
+
+# ----------------------------------------------------------------------------------------- loading and saving
+
+
+@pytest.mark.parametrize(("positions", "pooling"), KINDS)
+def test_names_on_disk_are_the_names_in_memory(tmp_path, tiny_config, positions, pooling):
+    from safetensors.torch import load_file
+
+    model = HFViTForImageClassification(tiny_config(position_embedding_type=positions, pooling=pooling))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == model.state_dict().keys()
+    HFViTForImageClassification(model.config).load_state_dict(stored, strict=True)
+
+
+def test_another_number_of_labels_is_a_new_head_and_nothing_else(tmp_path, tiny_config):
+    model = randomised(HFViTForImageClassification(tiny_config()))
+    model.save_pretrained(tmp_path)
+    loaded, info = HFViTForImageClassification.from_pretrained(
+        tmp_path, num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {key for key, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not loaded.classifier.weight.any() and not loaded.classifier.bias.any()
+    for name, parameter in model.vit.state_dict().items():
+        assert torch.equal(parameter, loaded.vit.state_dict()[name]), name
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        HFViTForImageClassification.from_pretrained(tmp_path, num_labels=7)
+
+
+def test_a_built_model_has_the_stated_spread(tiny_config):
+    model = HFViTForImageClassification(tiny_config(hidden_size=128, layer_scale_init_value=0.1))
+    assert model.vit.embeddings.position_embeddings.table.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.vit.layers[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(model.vit.layers[1].mlp_scale.weight, torch.full((128,), 0.1))
+
+
+# --------------------------------------------------------------------------------------- compilers and devices
+
+
+@pytest.mark.parametrize("positions", POSITION_EMBEDDINGS)
+def test_a_meta_device_computes_shapes(tiny_config, positions):
+    with torch.device("meta"):
+        model = HFViTForImageClassification(tiny_config(position_embedding_type=positions))
+        assert model(torch.empty(2, 3, 64, 64)).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tiny_config, pixel_values, dtype):
+    model = HFViTForImageClassification(tiny_config()).eval()
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        logits = model.to(dtype)(pixel_values).logits  # float32 pixels are brought to the weights' dtype
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("positions", POSITION_EMBEDDINGS)
+def test_autocast(tiny_config, pixel_values, positions):
+    model = HFViTForImageClassification(tiny_config(position_embedding_type=positions)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(pixel_values, labels=torch.tensor([0, 1])).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+
+
+@pytest.mark.parametrize("positions", POSITION_EMBEDDINGS)
+def test_export(tiny_config, positions):
+    model = HFViTForImageClassification(tiny_config(position_embedding_type=positions)).eval()
+    pixel_values = torch.randn(2, 3, 64, 48)
+    exported = torch.export.export(model, (pixel_values,))
+    torch.testing.assert_close(exported.module()(pixel_values).logits, model(pixel_values).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("positions", POSITION_EMBEDDINGS)
+def test_compiles_in_one_graph(tiny_config, positions):
+    torch._dynamo.reset()
+    model = HFViTForImageClassification(tiny_config(position_embedding_type=positions)).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    for size in [(32, 48), (64, 64)]:
+        pixel_values = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, rtol=1e-4, atol=1e-5)
+    model.train()
+    compiled(torch.randn(2, 3, 32, 48), labels=torch.tensor([0, 1])).loss.backward()
+    assert model.classifier.weight.grad.any()

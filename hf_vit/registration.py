@@ -12,7 +12,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-from .model.configuration_hf_vit import HFViTConfig
+from .model.configuration_hf_vit import CLASSES, HFViTConfig
 
 MODELS = f"{__package__}.model.modeling_hf_vit"
 
@@ -35,9 +35,10 @@ def _import_models(registry: ModuleType) -> None:
 def _register_models(modeling: ModuleType) -> None:
     from transformers.models.auto import modeling_auto
 
-    for model_class in (getattr(modeling, name) for name in modeling.__all__):
-        if model_class._auto_class is not None:
-            getattr(modeling_auto, model_class._auto_class).register(HFViTConfig, model_class, exist_ok=True)
+    for auto_class, reference in CLASSES.items():
+        if auto_class != "AutoConfig":
+            model_class = getattr(modeling, reference.split(".")[1])
+            getattr(modeling_auto, auto_class).register(HFViTConfig, model_class, exist_ok=True)
 
 
 def _register_image_processors(registry: ModuleType) -> None:
@@ -45,7 +46,7 @@ def _register_image_processors(registry: ModuleType) -> None:
 
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 
-    classes = {"pil": HFViTImageProcessorPil}
+    classes: dict[str, type] = {"pil": HFViTImageProcessorPil}
     if is_torchvision_available():
         from .model.image_processing_hf_vit import HFViTImageProcessor
 

@@ -1,4 +1,4 @@
-"""What all tests share: a tiny architecture, a seed before every test, and the folder of outside data if it is there."""
+"""What all tests share: a tiny architecture, a seed before every test, and outside data where it is there."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def seed() -> None:
 
 @pytest.fixture
 def tiny_config():
-    """Build a config of 3 layers, width 32, on 32x48 pixels in patches of 8 (a grid of 4x6), with any field changed."""
+    """Build a config of 3 layers, width 32, 32x48 pixels, patches of 8 (a grid of 4x6), with any field changed."""
     return lambda **fields: hf_vit.HFViTConfig(**{**TINY, **fields})
 
 

@@ -113,6 +113,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         "layers.*.mlp.fc1": "colwise",
         "layers.*.mlp.fc2": "rowwise",
     }
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -154,6 +155,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.use_qk_norm:
             norms = {f"layers.*.attention.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
             self.base_model_tp_plan = {**self.base_model_tp_plan, **norms}  # type: ignore[misc]
+        if self.position_embedding_type == "relative":
+            # Its biases are of all heads: every rank attends with all of them, and the MLPs alone are shared out.
+            mlp = {name: style for name, style in self.base_model_tp_plan.items() if ".mlp." in name}
+            self.base_model_tp_plan = mlp  # type: ignore[misc]
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)

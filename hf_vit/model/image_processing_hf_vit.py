@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_transforms import group_images_by_shape, reorder_images
@@ -45,16 +44,14 @@ class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ig
         groups, index = group_images_by_shape(images, disable_grouping=disable_grouping)
         return list(reorder_images({shape: function(batch) for shape, batch in groups.items()}, index))
 
-    def _resize(
-        self, image: Image.Image | Tensor, size: tuple[int, int], resample: int, do_clip: bool
-    ) -> Image.Image | Tensor:
+    def _resize(self, image: Any, size: tuple[int, int], resample: int, do_clip: bool) -> Any:
         if isinstance(image, Image.Image) or image.is_floating_point():
             return super()._resize(image, size, resample, do_clip)
         # Not to round between the passes, as Pillow does, moves a value by less than one level.
         floats = super()._resize(image.float(), size, resample, do_clip=True)
         return floats.round().to(image.dtype)
 
-    def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Image.Image | Tensor:
+    def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Any:
         interpolation = INTERPOLATIONS.get(resample)
         if isinstance(image, Image.Image):
             # Both sides by torchvision's 8-bit kernel, whose weights have 16 bits, would differ from Pillow by two

@@ -7,6 +7,7 @@ Pixels of 8 bits are resized as Pillow does it: in 8 bits, columns before rows. 
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -226,6 +227,7 @@ def tensor_to_gray(pixels: Tensor) -> Tensor:
 
 
 def size_of(image: Image.Image | Tensor) -> tuple[int, int]:
+    """Return (height, width), the last two dimensions of a tensor."""
     return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[-2], image.shape[-1])
 
 
@@ -283,7 +285,11 @@ def per_channel(values: float | Sequence[float], num_channels: int, name: str) -
 
 
 class HFViTImageProcessing(BaseImageProcessor):
-    """What both backends do alike; a backend adds `_resize_side`."""
+    """What both backends do alike; a backend adds `_resize_side`.
+
+    Takes PIL images of any mode, arrays and tensors of shape (H, W), (H, W, C) or (C, H, W) in any type, paths, URLs,
+    4-D batches and lists of all these. `PRESETS` has the preprocessing of the usual checkpoints.
+    """
 
     _auto_class = "AutoImageProcessor"  # saving copies the code too
     valid_kwargs = HFViTImageProcessorKwargs
@@ -337,14 +343,13 @@ class HFViTImageProcessing(BaseImageProcessor):
         """Open paths of files as they are, so that their mode and orientation reach `convert_to_rgb`."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, Path) or (
-            isinstance(image_url_or_urls, str) and Path(image_url_or_urls).is_file()
-        ):
-            with Image.open(image_url_or_urls) as image:
+        source = image_url_or_urls
+        if isinstance(source, Path) or (isinstance(source, str) and os.path.isfile(source)):
+            with Image.open(source) as image:
                 image.load()
             return image
         # URLs and base64 become RGB in transformers.
-        return BaseImageProcessor.fetch_images(self, image_url_or_urls)
+        return BaseImageProcessor.fetch_images(self, source)
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
         return list(flatten(self.fetch_images(images)))
@@ -394,7 +399,7 @@ class HFViTImageProcessing(BaseImageProcessor):
                 return pixels
             image = Image.fromarray((pixels[0] if pixels.shape[0] == 1 else pixels.permute(1, 2, 0)).numpy())
 
-        if do_convert_rgb and not (do_grayscale and image.mode == "L" and not image.has_transparency_data):
+        if do_convert_rgb:
             image = convert_to_rgb(image)
         else:
             image = upright_8_bit(image)
@@ -404,9 +409,7 @@ class HFViTImageProcessing(BaseImageProcessor):
             image = image.convert("L")
         return image if image.mode in ("RGB", "L") else tensor_of_pil(image)
 
-    def _resize(
-        self, image: Image.Image | Tensor, size: tuple[int, int], resample: int, do_clip: bool
-    ) -> Image.Image | Tensor:
+    def _resize(self, image: Any, size: tuple[int, int], resample: int, do_clip: bool) -> Any:
         """Resize columns, then rows, to (height, width); with `do_clip` floats stay in 0..255, as 8 bits do.
 
         The order shows: bicubic overshoots beside hard edges, and each pass clips. Pillow had this order before
@@ -419,7 +422,7 @@ class HFViTImageProcessing(BaseImageProcessor):
                     image = image.clamp(0, 255)
         return image
 
-    def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Image.Image | Tensor:
+    def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Any:
         raise NotImplementedError
 
     def _map(self, function: Callable[[Any], Any], images: list[Any], disable_grouping: bool | None) -> list[Any]:
@@ -503,7 +506,7 @@ class HFViTImageProcessorPil(HFViTImageProcessing, PilBackend):  # type: ignore[
     def process_image(self, image: Any, device: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         return super().process_image(image.cpu() if isinstance(image, Tensor) else image, **kwargs)
 
-    def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Image.Image | Tensor:
+    def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Any:
         height, width = size
         if isinstance(image, Image.Image):
             return image.resize((width, height), resample)

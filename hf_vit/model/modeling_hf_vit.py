@@ -13,6 +13,7 @@ T = P + N tokens, D width, A heads, d width of a head.
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -40,7 +41,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
-from .repository_hf_vit import complete_repository
+from .repository_hf_vit import complete_repository, replace_empty_form
 
 logger = logging.get_logger(__name__)
 
@@ -166,6 +167,9 @@ class HFViTPositionTable(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """Return the table on `grid`, `[K, rows, columns, D]`."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # One graph a grid: torch (2.11 to 2.15) cannot derive an interpolation to a size that is a symbol.
+            grid = (index(grid[0]), index(grid[1]))
         old_grid = (self.weight.shape[1], self.weight.shape[2])
         if grid == old_grid:
             return self.weight
@@ -480,10 +484,10 @@ class HFViTDropPath(nn.Module):
 class HFViTLayer(GradientCheckpointingLayer):
     """One block of the encoder, equations (2) and (3)."""
 
-    def __init__(self, config: HFViTConfig, layer_index: int) -> None:
+    def __init__(self, config: HFViTConfig, number: int) -> None:
         super().__init__()
         scale = nn.Identity if config.layer_scale_init_value is None else HFViTLayerScale
-        drop_path = config.drop_path_rate * layer_index / max(config.num_hidden_layers - 1, 1)
+        drop_path = config.drop_path_rate * number / max(config.num_hidden_layers - 1, 1)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = HFViTAttention(config)
         self.attention_scale = scale(config)
@@ -582,19 +586,21 @@ class ResamplePositions(ConversionOps):
     """Bring a position table of a checkpoint to the grid of the model that loads it."""
 
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict:
-        (name, stored), *_ = input_dict.items()
+        (stored,) = input_dict.values()
         table = stored[0] if isinstance(stored, list) else stored
-        model, config = kwargs["model"], kwargs["config"]
-        old_grid, new_grid = tuple(table.shape[1:3]), tuple(model.get_parameter(kwargs["full_layer_name"]).shape[1:3])
-        # A rank may hold an empty shard: the table is sharded along its first dimension, which is often 1.
-        if old_grid == new_grid or not table.numel():
-            return {name: table.new_empty(table.shape[0], *new_grid, table.shape[3]) if not table.numel() else table}
-        flat = resample_position_embeddings(table.flatten(1, 2), old_grid, new_grid, config.position_interpolation)
+        name, interpolation = kwargs["full_layer_name"], kwargs["config"].position_interpolation
+        (_, *old_grid, _), (_, *new_grid, _) = table.shape, kwargs["model"].get_parameter(name).shape
+        if not table.numel():  # sharded along its first dimension, often 1, a rank may hold none of it
+            return {name: table.new_empty(table.shape[0], *new_grid, table.shape[3])}
+        flat = resample_position_embeddings(table.flatten(1, 2), tuple(old_grid), tuple(new_grid), interpolation)
         return {name: flat.unflatten(1, new_grid)}
 
     @property
     def reverse_op(self) -> "ConversionOps":
         return self  # what is saved has the model's grid already
+
+
+PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
 
 
 class HFViTPreTrainedModel(PreTrainedModel):
@@ -647,9 +653,20 @@ class HFViTPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
-            complete_repository(save_directory, self.config)
+            complete_repository(save_directory, self.config, __file__)
             if push_to_hub:
-                self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)  # type: ignore[arg-type]
+                options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
+                self.push_to_hub(repo_id or Path(save_directory).name, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """Keep transformers from copying code: it looks for the class's own module, which FSDP replaces."""
+        return False
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # At a push, transformers puts its empty form of a card over ours.
+        replace_empty_form(working_dir, self.config, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class HFViTModel(HFViTPreTrainedModel):
@@ -661,12 +678,10 @@ class HFViTModel(HFViTPreTrainedModel):
         use_mask_token: Whether masked patches can be replaced by a learned token.
     """
 
-    _auto_class = "AutoModel"
-
     def __init__(self, config: HFViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
         super().__init__(config)
         self.embeddings = HFViTEmbeddings(config, use_mask_token=use_mask_token)
-        self.layers = nn.ModuleList([HFViTLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([HFViTLayer(config, number) for number in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = HFViTPooler(config) if add_pooling_layer else None
         self.post_init()
@@ -698,8 +713,8 @@ class HFViTModel(HFViTPreTrainedModel):
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        for index, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, mask if bias is None else with_bias(mask, bias[index]), **kwargs)
+        for number, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, mask if bias is None else with_bias(mask, bias[number]), **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
@@ -777,8 +792,6 @@ def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:
 
 class HFViTForImageClassification(HFViTPreTrainedModel):
     """The encoder with a linear classifier on what the pooling gives."""
-
-    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
@@ -905,8 +918,6 @@ def refuse_patch_dropout(model: PreTrainedModel) -> None:
 class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
     """The encoder with a decoder that predicts masked patches; `config.mim_objective` says what of them."""
 
-    _auto_class = "AutoModelForMaskedImageModeling"
-
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         refuse_patch_dropout(self)
@@ -948,8 +959,6 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
 class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
     """The encoder for segmentation and detection heads: feature maps of chosen stages."""
 
-    _auto_class = "AutoBackbone"
-
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         refuse_patch_dropout(self)
@@ -989,9 +998,10 @@ register_checkpoint_conversion_mapping(
     HFViTModel.__name__,
     [
         WeightConverter(
-            f"position_embeddings.{table}.weight", f"position_embeddings.{table}.weight", [ResamplePositions()]
+            r"position_embeddings\.(table|rows|columns|offsets)\.weight",
+            r"position_embeddings.\1.weight",
+            [ResamplePositions()],
         )
-        for table in ("table", "rows", "columns", "offsets")
     ],
     overwrite=True,
 )

@@ -1,11 +1,15 @@
-"""What makes a saved folder complete beside weights, config and code: an image processor and a card.
+"""What makes a saved folder complete beside weights and config: the code, an image processor and a card.
 
 A folder saved by any model of this package works in `AutoModel`, `AutoImageProcessor` and `pipeline`, with the
 package installed or with `trust_remote_code=True`.
 """
 
+import shutil
 from os import PathLike
 from pathlib import Path
+
+from huggingface_hub import ModelCard
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_hf_vit import HFViTConfig
 from .image_processing_pil_hf_vit import HFViTImageProcessorPil
@@ -34,9 +38,14 @@ The code beside the weights is that of [hf-vit](https://pypi.org/project/hf-vit/
 """
 
 
-def complete_repository(folder: str | PathLike, config: HFViTConfig) -> None:
-    """Write the image processor and the card that `folder` does not have yet."""
+def complete_repository(folder: str | PathLike, config: HFViTConfig, code: str) -> None:
+    """Write into `folder` the code, and the image processor and the card if it does not have them yet.
+
+    `code` is the file of the models; what it imports from beside itself comes along.
+    """
     folder = Path(folder)
+    for file in {code, *get_relative_import_files(code)}:
+        shutil.copyfile(file, folder / Path(file).name)
     if not (folder / "preprocessor_config.json").exists():
         processor = processor_of(config)
         if processor is not None:
@@ -44,6 +53,17 @@ def complete_repository(folder: str | PathLike, config: HFViTConfig) -> None:
     card = folder / "README.md"
     if not card.exists():
         card.write_text(card_of(config, folder.resolve().name), encoding="utf-8")
+
+
+def replace_empty_form(folder: str | PathLike, config: HFViTConfig, name: str) -> None:
+    """Put a card in the place of the form that transformers leaves for the author to fill in; keep its tags."""
+    path = Path(folder) / "README.md"
+    form = ModelCard.load(path)
+    if "[More Information Needed]" not in form.content:
+        return
+    card = ModelCard(card_of(config, name))
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(form.data.get("tags") or [])]))
+    card.save(path)
 
 
 def processor_of(config: HFViTConfig) -> HFViTImageProcessorPil | None:

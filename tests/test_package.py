@@ -1,0 +1,107 @@
+"""The house keeps its order: a light import, imports in one direction, a border around what goes to the Hub."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_vit
+
+PACKAGE = Path(hf_vit.__file__).parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+# What a module may import of ours. The way of the data is the way of the imports, and nobody imports cli.
+MAY_IMPORT = {
+    "model": set(),
+    "registration": {"model"},
+    "variants": {"model"},
+    "hub": {"model"},
+    "inspection": {"model"},
+    "optim": set(),
+    "augmentation": set(),
+    "data": set(),
+    "evaluation": set(),
+    "checkpointing": set(),
+    "training": {"data", "augmentation", "optim", "evaluation", "checkpointing", "model", "variants"},
+    "trainer": {"data", "augmentation", "optim"},
+    "report": {"training", "data", "evaluation", "hub", "inspection", "model"},
+    "quickstart": {"report", "training", "data"},
+    "cli": {"quickstart", "report", "training", "hub"},
+}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Return the modules that a file imports anywhere, absolute ones with their full name, ours with a dot before."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module or "")
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            names |= {"." * node.level + str(module) for module in modules}
+    return names
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    unit = unit_of(path)
+    assert unit in MAY_IMPORT, f"say in MAY_IMPORT what {unit} may import"
+    ours = {name.split(".")[1] for name in imported_names(path) if name.startswith("hf_vit.")}
+    if unit != "model":
+        ours |= {name.lstrip(".").split(".")[0] for name in imported_names(path) if name.startswith(".")}
+    assert ours - {unit} <= MAY_IMPORT[unit]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.name)
+def test_remote_code_stands_alone(path):
+    allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL", *sys.stdlib_module_names}
+    for name in imported_names(path):
+        if name.startswith("."):
+            # transformers copies what `from .name import` names, flat: other forms are not found by it.
+            assert (PACKAGE / "model" / f"{name[1:]}.py").is_file(), name
+        else:
+            assert name.split(".")[0] in allowed, name
+
+
+def run(code: str) -> str:
+    """Run Python code in a fresh process and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    heavy = ["torchvision", "matplotlib", "datasets", "sklearn", "typer", "transformers.modeling_utils"]
+    assert run(f"import sys, hf_vit; print([name for name in {heavy} if name in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize("order", ["import transformers.pipelines, hf_vit", "import hf_vit, transformers.pipelines"])
+def test_auto_classes_know_the_package(order):
+    code = f"""
+{order}
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
+from transformers import AutoBackbone, IMAGE_PROCESSOR_MAPPING
+small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+config = AutoConfig.for_model("hf_vit", **small)
+autos = AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling, AutoBackbone
+print(*(type(auto.from_config(config)).__name__ for auto in autos))
+print(*sorted(cls.__name__ for cls in IMAGE_PROCESSOR_MAPPING[type(config)].values()))
+print(all(getattr(hf_vit, name) is not None for name in hf_vit.__all__))
+"""
+    models, processors, all_names_exist = run(code).splitlines()[-3:]
+    assert models == "HFViTModel HFViTForImageClassification HFViTForMaskedImageModeling HFViTBackbone"
+    assert processors == "HFViTImageProcessor HFViTImageProcessorPil"
+    assert all_names_exist == "True"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="HFVit"):
+        _ = hf_vit.HFVit

@@ -1,0 +1,409 @@
+"""To the Hub and back: a folder's card, what must be in it, what must not, its upload; a checkpoint for other labels.
+
+The folder itself is what `save_pretrained` of any model of this package writes: weights, config, processors, code.
+"""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
+
+from .model.configuration_hf_vit import CLASSES, HFViTConfig
+from .model.image_processing_hf_vit import HFViTImageProcessor
+from .model.modeling_hf_vit import HFViTForImageClassification
+
+logger = logging.get_logger(__name__)
+
+# Files that a repository of a model may have, beside its code. Anything else is refused: optimizer states are large,
+# and pickles such as Trainer's training_args.bin hold the user's token in plain text.
+TRAVELS = (
+    "README.md",
+    "LICENSE*",
+    ".gitattributes",
+    "config.json",
+    "preprocessor_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "metrics.json",
+    "log.jsonl",
+    "recipe.yaml",
+    "*.png",
+    "*.jpg",
+    "*.svg",
+    "images/*.png",
+    "images/*.jpg",
+)
+# Folders beside a model that are left where they are: the run that it came from, and the client's own notes.
+STAYS = ("checkpoints", "checkpoint-*", "runs", ".git", ".cache")
+# Left over in a repository from an earlier push, these would be loaded or run in place of the new ones.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
+PROCESSOR_BACKENDS = ("torchvision", "pil")
+# What a figure needs to be measured again.
+PROVENANCE = ("command", "hardware", "seeds")
+
+# Identifiers that the Hub knows; "other" takes a licence of its own.
+LICENSES = """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0
+    grok2-community h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
+    llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0
+    other pddl postgresql unknown unlicense wtfpl zlib
+"""
+
+
+# ---------------------------------------------------------------------------------------------------- the card
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    description: str = "",
+    results: Mapping[str, float] | None = None,
+    measured: Mapping[str, str] | None = None,
+    dataset: str | None = None,
+    dataset_id: str | None = None,
+    split: str = "test",
+    sections: Mapping[str, str] | None = None,
+    images: Sequence[str] = (),
+    license: str = "apache-2.0",
+    base_model: str | None = None,
+) -> Path:
+    """Write `folder/README.md`, in place of the card that `save_pretrained` wrote.
+
+    Args:
+        folder: What `save_pretrained` wrote; architecture, labels and number of parameters are read there.
+        title: Heading; the folder's name if not given.
+        description: First paragraph, Markdown.
+        results: Figures that were measured on this very model, by the Hub's name of the metric: `{"accuracy": 0.981}`.
+        measured: How: `command`, `hardware` (see `machine`) and `seeds` at least; versions are added.
+        dataset: Name of the data for people; needed for results.
+        dataset_id: Its name on the Hub, if it has one.
+        split: Part of the data that the results were measured on.
+        sections: More text by heading, Markdown.
+        images: Names of pictures in the folder, shown at the end.
+        license: The Hub's identifier of the licence of the weights.
+        base_model: Name on the Hub of the model that this one was fine-tuned from.
+
+    Raises:
+        ValueError: For figures without their origin, and for front matter that the Hub would refuse.
+    """
+    folder = Path(folder)
+    results, measured = dict(results or {}), dict(measured or {})
+    _check_results(results, measured, dataset)
+    _check_front_matter(license, dataset_id, base_model)
+    if missing := [image for image in images if not (folder / image).is_file()]:
+        raise ValueError(f"Pictures that are not in {folder}: {', '.join(missing)}. Save them there first.")
+
+    config = HFViTConfig.from_pretrained(folder)
+    is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    task = "image-classification" if is_classifier else "image-feature-extraction"
+    title = title or folder.resolve().name
+    evaluations = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset_id or "custom",
+            dataset_name=str(dataset),
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in results.items()
+    ]
+    card = ModelCard.from_template(
+        ModelCardData(
+            license=license,
+            library_name="transformers",
+            pipeline_tag=task,
+            tags=["vision-transformer", "hf_vit"],
+            datasets=[dataset_id] if dataset_id else None,
+            base_model=base_model,
+            metrics=list(results) or None,
+            model_name=title if results else None,
+            eval_results=evaluations or None,
+        ),
+        template_str=(files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
+        title=title,
+        name=folder.resolve().name,
+        description=description,
+        config=config,
+        image_shape=config.image_shape,
+        patch_shape=config.patch_shape,
+        labels=list((config.id2label or {}).values()) if is_classifier else [],
+        parameters=sum(_parameters(folder)),
+        results=results,
+        measured={**measured, "versions": versions()},
+        dataset=dataset,
+        split=split,
+        sections=sections or {},
+        images=images,
+    )
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def machine() -> str:
+    """Return the hardware at hand, in words for a card."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def versions() -> str:
+    """Return the versions of what computed the figures."""
+    names = ("hf-vit", "torch", "transformers", "accelerate")
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in names)])
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "(source tree)"
+
+
+def _check_results(results: Mapping[str, float], measured: Mapping[str, str], dataset: str | None) -> None:
+    if not results:
+        return
+    if missing := [name for name in PROVENANCE if name not in measured]:
+        raise ValueError(
+            f"Results need to say how they were measured: `measured` has {sorted(measured)} and lacks "
+            f"{missing}. Give all of {list(PROVENANCE)}, or leave the results out."
+        )
+    if dataset is None:
+        raise ValueError("Results need the name of the data they were measured on: set `dataset`.")
+    if broken := [metric for metric, value in results.items() if not math.isfinite(value)]:
+        raise ValueError(f"Results must be finite numbers; these are not: {broken}. Look into the run before pushing.")
+
+
+def _check_front_matter(license: str, dataset_id: str | None, base_model: str | None) -> None:
+    # The Hub refuses a card at the push, behind the training; here it costs nothing.
+    if license not in LICENSES.split():
+        raise ValueError(
+            f"license must be an identifier of the Hub such as 'apache-2.0' or 'cc-by-nc-4.0', got {license!r}; "
+            "use 'other' for any other licence."
+        )
+    for field, name in {"dataset_id": dataset_id, "base_model": base_model}.items():
+        try:
+            if name is not None:
+                validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(f"{field} must be a name on the Hub such as 'user/name', got {name!r}: {error}") from None
+
+
+def _parameters(folder: Path) -> Iterator[int]:
+    """Yield the number of elements of every tensor in the folder's weights."""
+    for name in _weights(folder):
+        with safe_open(folder / name, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 -- not a dictionary
+                yield math.prod(tensors.get_slice(key).get_shape())
+
+
+# ---------------------------------------------------------------------------------------------------- the push
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload model",
+    token: str | None = None,
+) -> str:
+    """Upload a folder to the Hub and return the address of the repository.
+
+    The repository is created if need be; weights and code that it held from an earlier push and that the folder has
+    not are removed in the same commit. The example on the card there names the repository.
+
+    Args:
+        folder: What `save_pretrained` wrote, with a card; see `check_folder`.
+        repo_id: `"user/name"`, or `"name"` for the user that the token belongs to.
+        private: Whether a new repository is private; one that exists is left as it is.
+        revision: Branch to push to, made if need be; the main one if not given.
+        message: Of the commit.
+        token: To write with; the one of `hf auth login` or `HF_TOKEN` if not given.
+
+    Raises:
+        ValueError: If the folder is not complete, or holds what must not travel.
+    """
+    folder = Path(folder)
+    names = check_folder(folder)
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+    there = api.list_repo_files(url.repo_id, revision=revision)
+    stale = [name for name in there if name not in names and any(fnmatch(name, pattern) for pattern in REPLACED)]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    contents = {"README.md": card.replace(f'"{folder.resolve().name}"', f'"{url.repo_id}"').encode()}
+    api.create_commit(
+        url.repo_id,
+        [
+            *(CommitOperationDelete(name) for name in stale),
+            *(CommitOperationAdd(name, contents.get(name, folder / name)) for name in names),
+        ],
+        commit_message=message,
+        revision=revision,
+    )
+    return str(url)
+
+
+def check_folder(folder: str | Path) -> list[str]:
+    """Return the names of the files in a folder that is fit for the Hub.
+
+    Fit is: weights that can be read, a config and a processor with a full `auto_map`, all the code that these name,
+    a card, and nothing else but what `TRAVELS` lists. Folders that `STAYS` lists are passed over.
+
+    Raises:
+        ValueError: Names everything that is missing or must not travel, and what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the one that `save_pretrained` wrote.")
+    code, problems = _code(folder)
+    problems += _unreadable_weights(folder)
+    if not (folder / "README.md").is_file():
+        problems.append("README.md, the card, is missing")
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.as_posix() for path in paths if not _stays(path)]
+    if foreign := [name for name in names if name not in code and not _travels(name)]:
+        problems.append(f"these must not travel, since training state may hold your token: {', '.join(foreign)}")
+    if problems:
+        raise ValueError(
+            f"{folder} is not fit for the Hub:\n- "
+            + "\n- ".join(problems)
+            + "\nMove out what does not belong there, or write a fresh folder by `model.save_pretrained(folder)` and "
+            "`processor.save_pretrained(folder)`."
+        )
+    return names
+
+
+def _stays(path: Path) -> bool:
+    return len(path.parts) > 1 and any(fnmatch(path.parts[0], pattern) for pattern in STAYS)
+
+
+def _travels(name: str) -> bool:
+    # A star in a pattern would match the slash of a folder, too.
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in TRAVELS)
+
+
+def _code(folder: Path) -> tuple[set[str], list[str]]:
+    """Return the files of code that config and processor name, with all they import, and what is wrong there."""
+    problems = []
+    classes = _read(folder / "config.json").get("auto_map", {})
+    if missing := sorted(CLASSES.keys() - classes):
+        problems.append(f"config.json: its auto_map lacks {', '.join(missing)}")
+    processors = _read(folder / "preprocessor_config.json").get("auto_map", {}).get("AutoImageProcessor")
+    if not isinstance(processors, dict):
+        problems.append("preprocessor_config.json: its auto_map must name a processor for each backend")
+        processors = {}
+    if missing := [backend for backend in PROCESSOR_BACKENDS if backend not in processors]:
+        problems.append(f"preprocessor_config.json: its auto_map lacks the backends {', '.join(missing)}")
+    code: set[str] = set()
+    for reference in [*classes.values(), *processors.values()]:
+        entry = folder / f"{reference.partition('.')[0]}.py"
+        code.add(entry.name)
+        try:
+            code.update(Path(file).name for file in get_relative_import_files(entry))
+        except FileNotFoundError as error:
+            problems.append(f"{Path(error.filename).name}, code of {reference}, is missing")
+    return code, list(dict.fromkeys(problems))
+
+
+def _weights(folder: Path) -> list[str]:
+    index = _read(folder / "model.safetensors.index.json")
+    return sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+
+
+def _unreadable_weights(folder: Path) -> list[str]:
+    problems = []
+    for name in _weights(folder):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except SafetensorError as error:
+            problems.append(f"{name} is not a complete safetensors file: {error}")
+    return problems
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# ---------------------------------------------------------------------------------------------------- the way back
+
+
+def fields_of_labels(label_names: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a config that say what the classes are, each image having one of them."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+        # Stated, not guessed from the first batch: transformers takes soft labels for several labels an image.
+        "problem_type": "single_label_classification",
+    }
+
+
+def load_classifier(
+    source: str | Path, label_names: Sequence[str], **fields: Any
+) -> tuple[HFViTForImageClassification, HFViTImageProcessor]:
+    """Load a checkpoint as a classifier of `label_names`, with the processor of its images at the model's size.
+
+    A head that was made for exactly these labels, in this order, is kept. Any other is replaced by one of zeros, and
+    it is said, even where the number of labels happens to be the same.
+
+    Args:
+        source: A folder or a name on the Hub.
+        label_names: What the classes of the data are called.
+        fields: Fields of `HFViTConfig` that are to be others than the checkpoint's, such as `image_size`.
+
+    Raises:
+        ValueError: If anything but the head is missing in the checkpoint, or has another shape there.
+    """
+    label_names = list(label_names)
+    stored = list((HFViTConfig.from_pretrained(source).id2label or {}).values())
+    loaded: Any = HFViTForImageClassification.from_pretrained(
+        source, ignore_mismatched_sizes=True, output_loading_info=True, **{**fields_of_labels(label_names), **fields}
+    )
+    model, report = loaded
+    lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if foreign := sorted(name for name in lost if not name.startswith("classifier.")):
+        raise ValueError(
+            f"{source} lacks weights of this model, or has them in another shape: {', '.join(foreign)}. Leave out the "
+            f"fields that change the architecture: {', '.join(fields) or 'none was given'}."
+        )
+    if stored != label_names:
+        for parameter in model.classifier.parameters():
+            nn.init.zeros_(parameter)
+        logger.warning(
+            f"New head for {len(label_names)} labels ({_some(label_names)}): classifier.weight and classifier.bias "
+            f"start at zero, since {source} tells others apart ({_some(stored)})."
+        )
+    processor = HFViTImageProcessor.from_pretrained(source)
+    processor.set_output_size(model.config.image_shape)
+    return model, processor
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,333 @@
+"""The card, what may travel to the Hub, and the way there and back through the real clients."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from isolated import TESTS, python, save_tiny_classifier
+from safetensors.torch import load_file
+
+import hf_vit
+from hf_vit.hub import check_folder, load_classifier, machine, push, versions, write_card
+
+SCRIPTS = TESTS.parent / "scripts"
+MEASURED = {"command": "hf-vit quickstart", "hardware": "2 CPU cores", "seeds": "0, 1, 2 (mean)"}
+FILES = [
+    "README.md",
+    "config.json",
+    "configuration_hf_vit.py",
+    "image_processing_hf_vit.py",
+    "image_processing_pil_hf_vit.py",
+    "model.safetensors",
+    "modeling_hf_vit.py",
+    "preprocessor_config.json",
+    "repository_hf_vit.py",
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_classifier(tmp_path_factory.mktemp("saved") / "tiny-vit")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "tiny-vit"))
+
+
+# ---------------------------------------------------------------------------------------------------- the card
+
+
+def test_card_states_what_was_measured_and_how(folder: Path) -> None:
+    (folder / "training.png").touch()
+    path = write_card(
+        folder,
+        title="Tiny: a ViT",
+        description="Made in a test.",
+        results={"accuracy": 0.98131},
+        measured=MEASURED,
+        dataset="Ten photos",
+        dataset_id="user/photos",
+        split="validation",
+        sections={"Training": "Three epochs."},
+        images=["training.png"],
+        license="mit",
+        base_model="user/base",
+    )
+    card = ModelCard.load(path)
+    assert card.data.to_dict() == {
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["vision-transformer", "hf_vit"],
+        "datasets": ["user/photos"],
+        "base_model": "user/base",
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": "Tiny: a ViT",
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": "Ten photos", "type": "user/photos", "split": "validation"},
+                        "metrics": [{"type": "accuracy", "value": 0.98131}],
+                    }
+                ],
+            }
+        ],
+    }
+    number = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    for line in (
+        "# Tiny: a ViT",
+        "Made in a test.",
+        'model = pipeline("image-classification", "tiny-vit", trust_remote_code=True)',
+        "| Ten photos, validation | accuracy | 0.9813 |",
+        "- command: hf-vit quickstart",
+        "- hardware: 2 CPU cores",
+        "- seeds: 0, 1, 2 (mean)",
+        f"- versions: {versions()}",
+        "## Training",
+        "Three epochs.",
+        "![training.png](training.png)",
+        "It knows 5 classes: LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4.",
+    ):
+        assert line in card.text.splitlines()
+    assert f"with {number:,}\nparameters: 3 layers, width 32, 4 heads, on images of 32x48 pixels" in card.text
+
+
+def test_card_without_figures_claims_none(folder: Path) -> None:
+    card = ModelCard.load(write_card(folder))
+    assert card.data.eval_results is None and card.data.metrics is None
+    assert "Results" not in card.text and "measured" not in card.text
+    assert "\n\n\n" not in card.text
+
+
+def test_card_of_an_encoder_is_for_features(tmp_path: Path) -> None:
+    config = hf_vit.HFViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    hf_vit.HFViTModel(config).save_pretrained(tmp_path / "encoder")
+    card = ModelCard.load(write_card(tmp_path / "encoder"))
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert "classes" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"results": {"accuracy": 0.9}, "dataset": "d"}, r"lacks \['command', 'hardware', 'seeds'\]"),
+        ({"results": {"accuracy": 0.9}, "measured": MEASURED}, "set `dataset`"),
+        ({"results": {"accuracy": float("nan")}, "measured": MEASURED, "dataset": "d"}, "finite"),
+        ({"license": "Apache 2"}, "identifier of the Hub"),
+        ({"dataset_id": "a/b/c"}, "dataset_id must be a name on the Hub"),
+        ({"base_model": "./runs/base"}, "base_model must be a name on the Hub"),
+        ({"images": ["nothing.png"]}, "not in .*nothing.png"),
+    ],
+)
+def test_card_refuses(folder: Path, arguments: dict[str, Any], message: str) -> None:
+    before = (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match=message):
+        write_card(folder, **arguments)
+    assert (folder / "README.md").read_text() == before
+
+
+def test_machine_is_named() -> None:
+    assert machine() and "\n" not in machine()
+
+
+# ------------------------------------------------------------------------------------------------ what may travel
+
+
+def test_what_was_saved_may_travel(folder: Path) -> None:
+    (folder / "predictions [1].png").touch()
+    for name in (".git/config", "checkpoints/step-1/state.pt", "checkpoint-1/training_args.bin"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    assert check_folder(folder) == sorted([*FILES, "predictions [1].png"])
+
+
+def test_shards_may_travel(folder: Path) -> None:
+    hf_vit.HFViTForImageClassification.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+    names = check_folder(folder)
+    assert "model.safetensors.index.json" in names and len(names) > len(FILES) + 1
+    shard = next(folder.glob("model-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+        check_folder(folder)
+
+
+def drop_from_auto_map(file: str, key: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / file).read_text())
+        del config["auto_map"][key]
+        (folder / file).write_text(json.dumps(config))
+
+    return change
+
+
+def name_one_backend(folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"]["AutoImageProcessor"] = "image_processing_pil_hf_vit.HFViTImageProcessorPil"
+    path.write_text(json.dumps(config))
+
+
+def truncate_weights(folder: Path) -> None:
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(5000)
+
+
+def add(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *[(lambda folder, name=name: (folder / name).unlink(), name) for name in FILES],
+        (drop_from_auto_map("config.json", "AutoBackbone"), "config.json: its auto_map lacks AutoBackbone"),
+        (drop_from_auto_map("preprocessor_config.json", "AutoImageProcessor"), "a processor for each backend"),
+        (name_one_backend, "a processor for each backend"),
+        (truncate_weights, "not a complete safetensors file"),
+        *[
+            (add(name), f"must not travel.*{name}")
+            for name in ("training_args.bin", "optimizer.pt", "secrets.py", ".env", "data/model.safetensors")
+        ],
+    ],
+)
+def test_push_refuses(folder: Path, change: Callable[[Path], Any], message: str) -> None:
+    change(folder)
+    with pytest.raises(ValueError, match=message) as refusal:
+        push(folder, "user/name")  # before anything is sent
+    assert "save_pretrained(folder)" in str(refusal.value)
+
+
+def test_push_refuses_what_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a folder"):
+        push(tmp_path / "nowhere", "user/name")
+
+
+# ---------------------------------------------------------------------------------------------------- the way back
+
+
+def test_the_head_is_kept_for_the_same_labels_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored = load_file(folder / "model.safetensors")
+    head = {"classifier.weight", "classifier.bias"}
+    same, _ = load_classifier(folder, [f"LABEL_{index}" for index in range(5)])
+    assert all(torch.equal(stored[name], value) for name, value in same.state_dict().items())
+    assert "New head" not in caplog.text
+    for names in (["a", "b", "c", "d", "e"], ["LABEL_1", "LABEL_0", "LABEL_2", "LABEL_3", "LABEL_4"], ["a", "b"]):
+        caplog.clear()
+        model, _ = load_classifier(folder, names)
+        assert "classifier.weight and classifier.bias start at zero" in caplog.text
+        assert model.config.id2label == dict(enumerate(names))
+        assert model.config.problem_type == "single_label_classification"
+        weights = model.state_dict()
+        assert weights.keys() == stored.keys()
+        assert all(torch.equal(stored[name], weights[name]) for name in stored.keys() - head)
+        assert not any(weights[name].any() for name in head)
+
+
+def test_another_size_brings_its_processor(folder: Path) -> None:
+    model, processor = load_classifier(folder, ["a", "b"], image_size=(64, 48))
+    assert tuple(model.config.image_size) == (64, 48) and dict(processor.size) == {"height": 64, "width": 48}
+
+
+def test_nothing_but_the_head_is_made_up(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"lacks weights.*vit\.layers\.3\..*num_hidden_layers"):
+        load_classifier(folder, ["a", "b"], num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"vit\.embeddings\.patch_embeddings\.projection\.weight"):
+        load_classifier(folder, ["a", "b"], patch_size=16)
+
+
+# ------------------------------------------------------------------------------------------ through the real clients
+
+
+PUSHES = """
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+import hf_vit
+from hf_vit.hub import push
+
+folder = Path(sys.argv[1])
+(folder / "predictions [1].png").touch()
+(folder / "checkpoint-1").mkdir()
+(folder / "checkpoint-1" / "training_args.bin").write_text("hf_standin_write")
+model = hf_vit.HFViTForImageClassification.from_pretrained(folder)
+model.push_to_hub("tester/model")
+hf_vit.HFViTImageProcessor.from_pretrained(folder).push_to_hub("tester/model")
+
+shards = folder.parent / "shards"
+model.save_pretrained(shards, max_shard_size="50KB")
+print(push(shards, "folder", private=True))
+print(push(folder, "tester/folder"))
+print(push(folder, "tester/folder", revision="other", message="Again"))
+
+sys.path.insert(0, sys.argv[2])
+import finetune_with_trainer
+
+arguments = ["--data", "digits", "--model", str(folder), "--output_dir", "script", "--max_steps", "1", "--use_cpu"]
+arguments += ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1", "--disable_tqdm", "true"]
+finetune_with_trainer.main([*arguments, "--push_to_hub", "--hub_model_id", "script", "--hub_token", sys.argv[3]])
+
+api = HfApi()
+assert api.list_repo_files("tester/folder") == api.list_repo_files("tester/folder", revision="other")
+assert api.repo_info("tester/folder").private
+"""
+
+
+@pytest.fixture
+def standin(shared: Path, tmp_path: Path) -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("hub_standin", shared / "tools" / "hub_standin.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.running(tmp_path / "hub") as hub:
+        yield hub
+    assert hub.errors == [] and hub.leaks == [] and not hub.cdn_saw_token
+
+
+@pytest.mark.slow
+def test_to_the_hub_and_back_without_the_package(folder: Path, standin: Any, tmp_path: Path) -> None:
+    token = "hf_standin_write"
+    network = {"HF_ENDPOINT": standin.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    pushed = python(
+        PUSHES, folder, SCRIPTS, token, home=tmp_path / "author", has_package=True, HF_TOKEN=token, **network
+    )
+    addresses = [line for line in pushed.stdout.splitlines() if line.startswith("http")]
+    assert addresses == [f"{standin.url}/tester/{name}" for name in ("folder", "folder", "folder", "script")]
+    api = HfApi(endpoint=standin.url, token="hf_standin_read")
+    cards = {}
+    for name, others in {"model": [], "folder": ["predictions [1].png"], "script": ["metrics.json"]}.items():
+        assert sorted(api.list_repo_files(f"tester/{name}")) == sorted([".gitattributes", *others, *FILES])
+        cards[name] = ModelCard.load(api.hf_hub_download(f"tester/{name}", "README.md", cache_dir=tmp_path / name))
+        assert f'pipeline("image-classification", "tester/{name}", trust_remote_code=True)' in cards[name].text
+    assert "--hub_token TOKEN" in cards["script"].text
+
+    user = tmp_path / "user"
+    python(
+        TESTS / "user_of_a_repository.py",
+        tmp_path / "outputs",
+        folder,
+        "tester/model",
+        "tester/folder",
+        home=user,
+        HF_TOKEN="hf_standin_read",
+        **network,
+    )
+    saved, *pulled = (np.load(tmp_path / "outputs" / f"{number}.npz") for number in range(3))
+    for outputs in pulled:
+        assert outputs.keys() == saved.keys()
+        assert all(np.array_equal(outputs[name], saved[name]) for name in saved)

@@ -33,8 +33,8 @@ from transformers import pipeline
 model = pipeline("{task}", "{name}", trust_remote_code=True)
 ```
 
-The code beside the weights is that of [hf-vit](https://pypi.org/project/hf-vit/); with the package installed,
-`import hf_vit` replaces `trust_remote_code=True`.
+The code beside the weights is that of the package `hf-vit`; where it is installed, `import hf_vit` does instead of
+`trust_remote_code=True`.
 """
 
 

@@ -12,19 +12,15 @@ from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .model.configuration_hf_vit import CLASSES, HFViTConfig
-from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.modeling_hf_vit import HFViTForImageClassification
 
 logger = logging.get_logger(__name__)
 
@@ -350,60 +346,3 @@ def _unreadable_weights(folder: Path) -> list[str]:
 
 def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-# ---------------------------------------------------------------------------------------------------- the way back
-
-
-def fields_of_labels(label_names: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a config that say what the classes are, each image having one of them."""
-    return {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-        # Stated, not guessed from the first batch: transformers takes soft labels for several labels an image.
-        "problem_type": "single_label_classification",
-    }
-
-
-def load_classifier(
-    source: str | Path, label_names: Sequence[str], **fields: Any
-) -> tuple[HFViTForImageClassification, HFViTImageProcessor]:
-    """Load a checkpoint as a classifier of `label_names`, with the processor of its images at the model's size.
-
-    A head that was made for exactly these labels, in this order, is kept. Any other is replaced by one of zeros, and
-    it is said, even where the number of labels happens to be the same.
-
-    Args:
-        source: A folder or a name on the Hub.
-        label_names: What the classes of the data are called.
-        fields: Fields of `HFViTConfig` that are to be others than the checkpoint's, such as `image_size`.
-
-    Raises:
-        ValueError: If anything but the head is missing in the checkpoint, or has another shape there.
-    """
-    label_names = list(label_names)
-    stored = list((HFViTConfig.from_pretrained(source).id2label or {}).values())
-    loaded: Any = HFViTForImageClassification.from_pretrained(
-        source, ignore_mismatched_sizes=True, output_loading_info=True, **{**fields_of_labels(label_names), **fields}
-    )
-    model, report = loaded
-    lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if foreign := sorted(name for name in lost if not name.startswith("classifier.")):
-        raise ValueError(
-            f"{source} lacks weights of this model, or has them in another shape: {', '.join(foreign)}. Leave out the "
-            f"fields that change the architecture: {', '.join(fields) or 'none was given'}."
-        )
-    if stored != label_names:
-        for parameter in model.classifier.parameters():
-            nn.init.zeros_(parameter)
-        logger.warning(
-            f"New head for {len(label_names)} labels ({_some(label_names)}): classifier.weight and classifier.bias "
-            f"start at zero, since {source} tells others apart ({_some(stored)})."
-        )
-    processor = HFViTImageProcessor.from_pretrained(source)
-    processor.set_output_size(model.config.image_shape)
-    return model, processor
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from huggingface_hub import HfApi, ModelCard
 from isolated import TESTS, python, save_tiny_classifier
 from safetensors.torch import load_file
 
 import hf_vit
-from hf_vit.hub import check_folder, load_classifier, machine, push, versions, write_card
+from hf_vit.hub import check_folder, machine, push, versions, write_card
 
 SCRIPTS = TESTS.parent / "scripts"
 MEASURED = {"command": "hf-vit quickstart", "hardware": "2 CPU cores", "seeds": "0, 1, 2 (mean)"}
@@ -214,39 +213,6 @@ def test_push_refuses(folder: Path, change: Callable[[Path], Any], message: str)
 def test_push_refuses_what_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
         push(tmp_path / "nowhere", "user/name")
-
-
-# ---------------------------------------------------------------------------------------------------- the way back
-
-
-def test_the_head_is_kept_for_the_same_labels_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    stored = load_file(folder / "model.safetensors")
-    head = {"classifier.weight", "classifier.bias"}
-    same, _ = load_classifier(folder, [f"LABEL_{index}" for index in range(5)])
-    assert all(torch.equal(stored[name], value) for name, value in same.state_dict().items())
-    assert "New head" not in caplog.text
-    for names in (["a", "b", "c", "d", "e"], ["LABEL_1", "LABEL_0", "LABEL_2", "LABEL_3", "LABEL_4"], ["a", "b"]):
-        caplog.clear()
-        model, _ = load_classifier(folder, names)
-        assert "classifier.weight and classifier.bias start at zero" in caplog.text
-        assert model.config.id2label == dict(enumerate(names))
-        assert model.config.problem_type == "single_label_classification"
-        weights = model.state_dict()
-        assert weights.keys() == stored.keys()
-        assert all(torch.equal(stored[name], weights[name]) for name in stored.keys() - head)
-        assert not any(weights[name].any() for name in head)
-
-
-def test_another_size_brings_its_processor(folder: Path) -> None:
-    model, processor = load_classifier(folder, ["a", "b"], image_size=(64, 48))
-    assert tuple(model.config.image_size) == (64, 48) and dict(processor.size) == {"height": 64, "width": 48}
-
-
-def test_nothing_but_the_head_is_made_up(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"lacks weights.*vit\.layers\.3\..*num_hidden_layers"):
-        load_classifier(folder, ["a", "b"], num_hidden_layers=4)
-    with pytest.raises(ValueError, match=r"vit\.embeddings\.patch_embeddings\.projection\.weight"):
-        load_classifier(folder, ["a", "b"], patch_size=16)
 
 
 # ------------------------------------------------------------------------------------------ through the real clients

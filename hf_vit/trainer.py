@@ -1,0 +1,92 @@
+"""What transformers' Trainer takes to train a Vision Transformer as our own loop does.
+
+Images are augmented and mixed by (seed, epoch, image), so that a run which resumes from any checkpoint of Trainer goes
+on as if it had never stopped, also in the middle of an epoch and with any number of workers.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from .augmentation import BatchMixer
+from .data import TrainingImages, normalize, seed_of
+from .optim import DECAYED
+
+
+class EpochImages(TrainingImages):
+    """Give training images by index, augmented anew in every epoch, each with the seed that a mixed batch draws from.
+
+    `ViTTrainer` keeps `epoch`.
+    """
+
+    epoch = 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        return {**super().__getitem__((self.epoch, index)), "seed": seed_of(self.seed, self.epoch, index)}
+
+
+@dataclass
+class Collator:
+    """Make a batch: normalized as `processor` does and, if the images are `EpochImages`, mixed by `mixer`.
+
+    Labels are mixed to soft ones `[B, num_labels]`: state `problem_type="single_label_classification"` in the config.
+    """
+
+    processor: Any
+    mixer: BatchMixer
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = default_collate(examples)
+        pixel_values, labels = normalize(batch["pixel_values"], self.processor), batch["labels"]
+        if "seed" in batch:
+            generator = torch.Generator().manual_seed(int(batch["seed"][0]))
+            pixel_values, labels = self.mixer(pixel_values, labels, generator)
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+class ViTTrainer(Trainer):
+    """Trainer on `EpochImages`, with `Collator`; set `remove_unused_columns=False` in its arguments.
+
+    Weight decay spares tokens and positions, too; the patterns of Trainer know biases and norms alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_EpochOfImages())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, DECAYED)]
+
+
+class _EpochOfImages(TrainerCallback):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        train_dataloader.dataset.epoch = int(state.epoch)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the share of images whose likeliest class is theirs; for `compute_metrics`."""
+    logits = np.asarray(prediction.predictions)
+    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """Return the newest checkpoint of Trainer in a folder that was written to its end, if there is one.
+
+    Trainer writes its own state last. transformers' `get_last_checkpoint` takes what a kill has left half-written.
+    """
+    paths = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((str(path) for path in paths if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return False

@@ -1,0 +1,111 @@
+"""Fine-tune a model with transformers' Trainer, or train one from scratch.
+
+    python scripts/finetune_with_trainer.py --data photos/ --model USER/MODEL --output_dir my-vit \
+        --num_train_epochs 10 --learning_rate 3e-4 --push_to_hub --hub_model_id USER/my-vit
+
+All options of `TrainingArguments` are options here. The model, its card and the checkpoints end up in `--output_dir`;
+the same command with `--resume` goes on with a run that was stopped, exactly.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from hf_vit import HFViTForImageClassification, HFViTImageProcessor
+from hf_vit.augmentation import BatchMixer
+from hf_vit.data import EvaluationImages, build_augmentation, load_data
+from hf_vit.finetuning import fields_of_labels, load_classifier
+from hf_vit.hub import machine, push, write_card
+from hf_vit.trainer import Collator, EpochImages, ViTTrainer, accuracy, last_complete_checkpoint
+from hf_vit.variants import config_of
+
+DEFAULTS = {
+    "output_dir": "hf-vit-finetuned",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_nan_inf_filter": False,  # else a loss of NaN is shown as 0
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Options:
+    data: str = field(metadata={"help": "Folder of images, one subfolder a class; parquet; or a name on the Hub."})
+    model: str | None = option(None, "Checkpoint to start from, a folder or a name on the Hub.")
+    variant: str = option("ViT-Ti/16", "Architecture to train from scratch where there is no model.")
+    image_size: int | None = option(None, "Pixels; those of the checkpoint, or 224, if not given.")
+    augmentation: str = option("crop_flip", "A key of hf_vit.data.AUGMENTATIONS.")
+    smallest_crop: float = option(0.35, "Least share of an image that a crop keeps.")
+    mixup: float = option(0.0, "Alpha of mixup; 0 is off.")
+    resume: bool = option(False, "Go on from the last complete checkpoint; start where there is none.")
+    license: str = option("apache-2.0", "Of the weights; the Hub's identifier.")
+
+
+def main(arguments: list[str]) -> None:
+    """Build, resume, train, evaluate, save, push."""
+    parser = HfArgumentParser((Options, TrainingArguments), description=__doc__)
+    parser.set_defaults(**DEFAULTS)
+    options, training = parser.parse_args_into_dataclasses(arguments)
+    training.remove_unused_columns = False
+    # Trainer would pickle the token into every checkpoint, and push it. The push at the end is ours.
+    token, training.hub_token = training.hub_token, None
+    is_pushed, training.push_to_hub = training.push_to_hub, False
+    folder = Path(training.output_dir)
+    if any(folder.glob("checkpoint-*")) and not options.resume:
+        raise ValueError(f"{folder} holds checkpoints of a run: go on with it by --resume, or take another folder.")
+
+    set_seed(training.seed)
+    data = load_data(options.data)
+    labels, size = data.label_names, {} if options.image_size is None else {"image_size": options.image_size}
+    if options.model is not None:
+        model, processor = load_classifier(options.model, labels, **size)
+    else:
+        model = HFViTForImageClassification(config_of(options.variant, **fields_of_labels(labels), **size))
+        processor = HFViTImageProcessor.from_preset("original", model.config.image_shape)
+    augmentation = build_augmentation(options.augmentation, model.config.image_shape, options.smallest_crop)
+    trainer = ViTTrainer(
+        model=model,
+        args=training,
+        train_dataset=EpochImages(data.train, data.columns, processor, False, augmentation, training.seed),
+        eval_dataset=EvaluationImages(data.evaluation, data.columns, processor, False),
+        data_collator=Collator(processor, BatchMixer(len(labels), mixup=options.mixup)),
+        processing_class=processor,
+        compute_metrics=accuracy,
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    (folder / "training_args.bin").unlink()  # a pickle has no place beside a model that may be pushed
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    command = shlex.join(["finetune_with_trainer.py", *arguments]).replace(token or "\0", "TOKEN")
+    is_local = Path(options.data).exists() or options.data == "digits"
+    write_card(
+        folder,
+        results={"accuracy": metrics["eval_accuracy"]},
+        measured={"command": f"`{command}`", "hardware": machine(), "seeds": str(training.seed)},
+        dataset=Path(options.data).name if is_local else options.data,
+        dataset_id=None if is_local else options.data,
+        split=data.eval_split,
+        license=options.license,
+        base_model=None if options.model is None or Path(options.model).exists() else options.model,
+    )
+    if is_pushed:
+        is_private = bool(training.hub_private_repo)
+        print(push(folder, training.hub_model_id or folder.name, private=is_private, token=token))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,14 @@
+"""Train by a recipe, on one process or many; the options are those of `hf-vit train`.
+
+    accelerate launch scripts/train.py --recipe flowers --data photos/     (as `accelerate config` said)
+    torchrun --nproc_per_node 2 scripts/train.py --recipe digits           (on CPUs with ACCELERATE_USE_CPU=true)
+
+On CPUs `accelerate launch` starts more than one process by MPI only.
+"""
+
+import sys
+
+from hf_vit.cli import app
+
+if __name__ == "__main__":
+    app(["train", *sys.argv[1:]])

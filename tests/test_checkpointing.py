@@ -1,0 +1,99 @@
+"""A checkpoint is whole or not there."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_vit import checkpointing
+from hf_vit.checkpointing import MANIFEST, STATE, CheckpointFolder, find_damage, load_state
+
+SILENT: Callable[[str], None] = lambda message: None  # noqa: E731
+
+
+def write_model(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights" * 100)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> CheckpointFolder:
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        folder.save(step, {"step": step, "momentum": torch.full((3,), float(step))}, write_model)
+    return folder
+
+
+def test_the_newest_is_found_and_read(checkpoints: CheckpointFolder) -> None:
+    newest = checkpoints.newest(SILENT)
+    assert newest is not None and newest.name == "step-00000003"
+    state = load_state(newest)
+    assert state["step"] == 3 and state["momentum"].tolist() == [3.0] * 3
+
+
+def test_older_ones_go(checkpoints: CheckpointFolder) -> None:
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
+    assert CheckpointFolder(tmp_path / "none").newest(SILENT) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda c: (c / STATE).write_bytes((c / STATE).read_bytes()[:-10]), f"{STATE} is not what was written"),
+        (lambda c: (c / "model.safetensors").write_bytes(b"Weights" * 100), "model.safetensors is not what was"),
+        (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda c: (c / MANIFEST).unlink(), f"it has no {MANIFEST}"),
+        (lambda c: (c / MANIFEST).write_text("{"), f"its {MANIFEST} cannot be read"),
+    ],
+)
+def test_a_damaged_one_is_passed_over(
+    checkpoints: CheckpointFolder, damage: Callable[[Path], object], reason: str
+) -> None:
+    newest = checkpoints.newest(SILENT)
+    assert newest is not None and find_damage(newest) is None
+    damage(newest)
+    said: list[str] = []
+    found = checkpoints.newest(said.append)
+    assert found is not None and found.name == "step-00000002"
+    assert len(said) == 1 and said[0].startswith(f"Passed over step-00000003: {reason}")
+    checkpoints.save(3, {"step": 3}, write_model)  # the run comes there again
+    assert checkpoints.newest(SILENT) == newest
+
+
+def test_an_unfinished_one_is_passed_over_and_replaced(checkpoints: CheckpointFolder) -> None:
+    unfinished = checkpoints.folder / ".unfinished-step-00000004"
+    unfinished.mkdir()
+    said: list[str] = []
+    newest = checkpoints.newest(said.append)
+    assert newest is not None and newest.name == "step-00000003"
+    assert said == ["Passed over .unfinished-step-00000004: it was not finished."]
+    checkpoints.save(4, {"step": 4}, write_model)
+    assert not unfinished.exists()
+
+
+def test_a_full_disk_leaves_the_others(checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpointing.torch, "save", full)
+    with pytest.raises(OSError, match="No space left for a checkpoint of step 4; earlier ones are intact"):
+        checkpoints.save(4, {"step": 4}, write_model)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_code_in_a_state_is_not_run(checkpoints: CheckpointFolder) -> None:
+    newest = checkpoints.newest(SILENT)
+    assert newest is not None
+    torch.save({"step": Path("anything but plain")}, newest / STATE)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        load_state(newest)
+
+
+def test_at_least_one_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep_checkpoints must be at least 1, got 0"):
+        CheckpointFolder(tmp_path, keep=0)

@@ -1,0 +1,103 @@
+"""The command line: parse, call one function, print."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import save_photos, tiny_recipe
+from typer.testing import CliRunner
+
+import hf_vit.hub
+import hf_vit.training
+from hf_vit.cli import app
+from hf_vit.training import Interrupted
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    photos = save_photos(folder / "photos")
+    path = folder / "tiny.yaml"
+    path.write_text(tiny_recipe(photos, folder / "unused", max_steps=3).to_yaml())
+    return path
+
+
+@pytest.mark.parametrize("command", [[], ["quickstart"], ["train"], ["push"]])
+def test_help(command: list[str]) -> None:
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['hf-vit', 'train', '--help']\n"
+        "from hf_vit.cli import app\n"
+        "try: app()\n"
+        "finally: print([n for n in ('torchvision', 'datasets', 'matplotlib', 'sklearn') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    result = runner.invoke(
+        app, ["train", "--recipe", str(recipe), "--output-dir", str(out), "--set", "model_config.hidden_size=24"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "Accuracy" in result.output and f"hf-vit push {out} YOUR_NAME/model" in result.output
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "recipe.yaml"} <= names
+    assert {"training.png", "predictions.png", "positions.png", "metrics.json", "log.jsonl"} <= names
+    card = (out / "README.md").read_text()
+    assert "accuracy" in card and "model_config" in card and "training.png" in card
+    assert hf_vit.HFViTConfig.from_pretrained(out).hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "epoch=3"], "the nearest is 'epochs'"),
+        (["--set", "epochs"], "--set takes FIELD=VALUE, got 'epochs'"),
+        (["--data", "/no/such/place"], "Expected data in '/no/such/place'"),
+        (["--recipe", "nothing"], "There is no recipe 'nothing'"),
+        (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, recipe: Path, tmp_path: Path) -> None:
+    options = ["--output-dir", str(tmp_path / "out"), *arguments]
+    if "--recipe" not in arguments:
+        options += ["--recipe", str(recipe)]
+    result = runner.invoke(app, ["train", *options])
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr and message in result.stderr
+
+
+def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(config: Any) -> None:
+        raise Interrupted(2, "Stopped by SIGINT behind step 1 of 3.")
+
+    monkeypatch.setattr(hf_vit.training, "train", stop)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"])
+    result = runner.invoke(app, ["train", "--recipe", str(recipe)])
+    assert result.exit_code == 130
+    assert "Stopped by SIGINT" in result.stderr
+    assert "The same command goes on from there:  hf-vit train --recipe 'a b.yaml'" in result.stderr
+
+
+def test_push_calls_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    def push(folder: Path, repo_id: str, *, private: bool) -> str:
+        calls.append((folder, repo_id, private))
+        return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(hf_vit.hub, "push", push)
+    result = runner.invoke(app, ["push", str(tmp_path), "me/digits", "--private"])
+    assert result.exit_code == 0, result.output
+    assert calls == [(tmp_path, "me/digits", True)]
+    assert result.output.strip() == "Published at https://huggingface.co/me/digits"

@@ -34,7 +34,7 @@ def quickstart(
 ) -> None:
     """Train a small ViT on handwritten digits, save it, and load it back as a user would.
 
-    Needs no download and no GPU; about a minute on two CPU cores. Stop it with Ctrl-C and run it again: it goes on.
+    Needs no download and no GPU; under two minutes on two CPU cores. Stop it with Ctrl-C and run it again: it goes on.
     """
     from .quickstart import quickstart
 

@@ -99,7 +99,9 @@ def load_data(
     names = train.features[label_column].names
     if len(train) == 0 or len(evaluation) == 0:
         raise ValueError(f"{source} gives {len(train)} images to learn from and {len(evaluation)} to hold out.")
-    return ImageData(str(source), train, evaluation, (image_column, label_column), names, eval_split)
+    path = Path(source).expanduser()
+    name = path.resolve().stem if path.exists() else str(source)  # a card is no place for the paths of a machine
+    return ImageData(name, train, evaluation, (image_column, label_column), names, eval_split)
 
 
 def split_evenly(labels: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -71,7 +71,8 @@ def plot_position_similarity(similarity: np.ndarray, title: str = "Similarity of
     figure.supxlabel("column of the patch", fontsize=10, color=INK)
     figure.supylabel("row of the patch", fontsize=10, color=INK)
     figure.suptitle(title, fontsize=12, color=INK)
-    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8, pad=0.02).outline.set_visible(False)
+    scale = figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8, aspect=35, pad=0.02)
+    scale.outline.set_visible(False)
     return figure
 
 

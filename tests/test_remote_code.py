@@ -1,12 +1,10 @@
 """A saved folder stands alone: without the package it gives the same numbers, and so does what is saved from it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from isolated import TESTS, python, save_tiny_classifier
 from user_of_a_repository import outputs
 
@@ -15,13 +13,7 @@ from hf_vit.hub import check_folder
 USER = TESTS / "user_of_a_repository.py"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums of several threads differ in the last bit; a process of `isolated` has one, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

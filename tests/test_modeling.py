@@ -27,6 +27,27 @@ EVERYTHING = {
     "initializer_range": 0.2,
 }
 KINDS = list(itertools.product(POSITION_EMBEDDINGS, POOLING_KINDS))
+# What checkpoints of one family or another need, and the paper's model does not.
+FAMILY_PARTS = {
+    "gated": {"use_gated_mlp": True, "mlp_bias": False, "hidden_act": "silu"},
+    "clip": {"use_pre_layernorm": True, "patch_bias": False, "final_layernorm": "pooled"},
+    "vit_pytorch": {"use_patch_layernorm": True, "qkv_bias": False, "proj_bias": False, "final_layernorm": "none"},
+    "one_head": {"num_attention_heads": 1, "use_output_projection": False},
+    "hybrid": {"stem_layers": [2, 1], "stem_width": 32},
+    "hybrid_root": {"stem_layers": []},
+    "registers_with_place": {"num_register_tokens": 2, "num_prefix_positions": 3},
+    "no_prefix_position": {"num_prefix_positions": 0},
+    "relative_prefix": {"position_embedding_type": "relative", "num_prefix_positions": 1},
+    "rotary": {"position_embedding_type": "rotary", "patch_dropout_prob": 0.5, "num_register_tokens": 1},
+    "distilled_one_head": {"use_distillation_token": True},
+}
+
+
+def everything(tiny_config, positions, pooling):
+    fields = dict(EVERYTHING)
+    if pooling == "cls_and_distillation":
+        fields["representation_size"] = None
+    return tiny_config(position_embedding_type=positions, pooling=pooling, use_cls_token=True, **fields)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -222,12 +243,27 @@ def test_a_table_kept_in_inference_mode_serves_elsewhere(tiny_config):
 
 @pytest.mark.parametrize(("positions", "pooling"), KINDS)
 def test_a_gradient_reaches_every_parameter(tiny_config, positions, pooling):
-    config = tiny_config(position_embedding_type=positions, pooling=pooling, use_cls_token=True, **EVERYTHING)
+    config = everything(tiny_config, positions, pooling)
     model = HFViTForImageClassification(config).train()
     # So many images that no layer is dropped for all of them.
     model(torch.randn(12, 3, 32, 48), labels=torch.arange(12) % 5).loss.backward()
     without = {name for name, parameter in model.named_parameters() if not _is_reached(parameter)}
     assert not without
+
+
+@pytest.mark.parametrize("part", FAMILY_PARTS)
+def test_what_a_family_needs_trains_saves_and_loads(tiny_config, tmp_path, part):
+    model = randomised(HFViTForImageClassification(tiny_config(**FAMILY_PARTS[part]))).train()
+    model(torch.randn(6, 3, 32, 48), labels=torch.arange(6) % 5).loss.backward()
+    assert not {name for name, parameter in model.named_parameters() if not _is_reached(parameter)}
+    model.eval().save_pretrained(tmp_path)
+    loaded = HFViTForImageClassification.from_pretrained(tmp_path)
+    pixel_values = torch.randn(2, 3, 48, 32)  # another grid
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        assert torch.equal(loaded(pixel_values).logits, expected)
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["pixels", "mean_color"])
@@ -260,7 +296,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_config, pixel_values):
 
 @pytest.mark.parametrize(("positions", "pooling"), KINDS)
 def test_eager_equals_sdpa(tiny_config, pixel_values, positions, pooling):
-    config = tiny_config(position_embedding_type=positions, pooling=pooling, use_cls_token=True, **EVERYTHING)
+    config = everything(tiny_config, positions, pooling)
     model = HFViTForImageClassification(config).eval()
     logits = {}
     for attention in ("eager", "sdpa"):
@@ -373,10 +409,10 @@ def test_patch_dropout_keeps_a_share_in_training_alone(tiny_config, pixel_values
 
 def test_a_dropped_patch_takes_its_relative_bias_along(tiny_config, pixel_values):
     embeddings = randomised(HFViTModel(tiny_config(position_embedding_type="relative")).embeddings)
-    _, whole = embeddings(pixel_values)
+    _, whole, _ = embeddings(pixel_values)
     kept = torch.tensor([[3, 1, 20], [0, 5, 7]])
     embeddings.patch_dropout.forward = lambda patches: (patches.take_along_dim(kept.unsqueeze(-1), 1), kept)
-    _, bias = embeddings(pixel_values)
+    _, bias, _ = embeddings(pixel_values)
     assert bias.shape == (3, 2, 4, 4, 4)
     assert torch.equal(bias[:, 0, :, 1, 3], whole[:, 0, :, 1 + 3, 1 + 20])
     assert torch.equal(bias[:, 1, :, 2, 1], whole[:, 0, :, 1 + 5, 1 + 0])

@@ -18,8 +18,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "none")
-POOLINGS = ("cls", "mean", "attention")
+POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "rotary", "none")
+POOLINGS = ("cls", "mean", "mean_all", "attention", "cls_and_mean", "cls_and_distillation")
+POOLINGS_OF_CLS = ("cls", "cls_and_mean", "cls_and_distillation")
+FINAL_LAYERNORMS = ("tokens", "pooled", "none")
 MIM_OBJECTIVES = ("pixels", "mean_color")
 
 # How a table of positions is brought to another grid: arguments of `torch.nn.functional.interpolate`.
@@ -51,6 +53,11 @@ OTHER_NAMES = {
     "pos_embed": "position_embedding_type",
     "global_pool": "pooling",
     "pool": "pooling",
+    "pre_norm": "use_pre_layernorm",
+    "distilled": "use_distillation_token",
+    "use_swiglu_ffn": "use_gated_mlp",
+    "layerscale_value": "layer_scale_init_value",
+    "base": "rope_theta",
 }
 
 CLASSES = {
@@ -83,16 +90,36 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             forward takes any size that the patch divides.
         patch_size: Pixels, one number or `(height, width)`.
         num_channels: Colour channels of the input.
+        patch_bias: Whether the projection of patches has a bias.
         qkv_bias: Whether queries, keys and values have a bias.
+        proj_bias: Whether the output projection of the attention has a bias.
+        mlp_bias: Whether the MLP has biases.
+        use_output_projection: Whether there is an output projection of the attention at all.
+        use_gated_mlp: Whether a second projection of the MLP's input gates its hidden layer (GLU, arXiv:2002.05202),
+            SwiGLU with `hidden_act="silu"`; `intermediate_size` counts hidden units, gates not included.
+        use_patch_layernorm: Whether a LayerNorm stands on both sides of the projection of patches.
+        use_pre_layernorm: Whether a LayerNorm stands before the first block (CLIP, arXiv:2103.00020).
+        final_layernorm: Where the final LayerNorm stands: `"tokens"` (on all of them, the paper's), `"pooled"` (behind
+            the pooling) or `"none"`.
         head_dim: Width of a head; `None` is `hidden_size / num_attention_heads`.
         use_qk_norm: Whether queries and keys pass a LayerNorm of their own (arXiv:2302.05442).
         num_register_tokens: Additional tokens without position (arXiv:2309.16588).
         use_cls_token: Whether there is a class token; `None` is "if the pooling needs it".
+        use_distillation_token: Whether a distillation token follows the class token (DeiT, arXiv:2012.12877); `None`
+            is "if the pooling needs it".
+        stem_layers: Residual units of each stage of a ResNet in front of the patches, the paper's hybrid; `[]` is its
+            root alone, `None` no stem. `patch_size` stays what one token covers, in pixels of the image.
+        stem_width: Channels of that ResNet's root.
         position_embedding_type: `"learned"` (the paper's), `"learned_2d"` (rows and columns, D/2 each),
-            `"sincos_2d"` (arXiv:2205.01580), `"relative"` (a bias a head and offset, in every block) or `"none"`.
+            `"sincos_2d"` (arXiv:2205.01580), `"relative"` (a bias a head and offset, in every block), `"rotary"`
+            (queries and keys turned by their place, arXiv:2508.10104) or `"none"`.
+        num_prefix_positions: How many of the tokens before the patches have a position too; `None` is the class and
+            distillation token for learned positions and none for others. Relative: 0, or all of them.
+        rope_theta: Base of the wavelengths of `"rotary"`.
         position_interpolation: How positions are resampled to another grid; a key of `POSITION_INTERPOLATIONS`.
-        pooling: What the head reads: `"cls"` (the class token), `"mean"` (of the patches) or `"attention"`
-            (multi-head attention pooling, arXiv:2106.04560).
+        pooling: What the head reads: `"cls"` (the class token), `"mean"` (of the patches), `"mean_all"` (of all
+            tokens), `"attention"` (multi-head attention pooling, arXiv:2106.04560), `"cls_and_mean"` (both, one behind
+            the other: DINOv2) or `"cls_and_distillation"` (a classifier for each, averaged: DeiT).
         representation_size: Width of the pre-logits layer with tanh of the paper's pre-training head; `None`: none.
         zero_init_head: Whether a new classifier starts at zero, as in the paper's fine-tuning.
         mim_objective: What `HFViTForMaskedImageModeling` predicts: `"pixels"` (SimMIM, arXiv:2111.09886) or
@@ -130,12 +157,25 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
+    patch_bias: bool = True
     qkv_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
     head_dim: int | None = None
     use_qk_norm: bool = False
+    use_output_projection: bool = True
+    use_gated_mlp: bool = False
+    use_patch_layernorm: bool = False
+    use_pre_layernorm: bool = False
+    final_layernorm: str = "tokens"
     num_register_tokens: int = 0
     use_cls_token: bool | None = None
+    use_distillation_token: bool | None = None
+    stem_layers: list[int] | tuple[int, ...] | None = None
+    stem_width: int = 64
     position_embedding_type: str = "learned"
+    num_prefix_positions: int | None = None
+    rope_theta: float | int = 100.0
     position_interpolation: str = "bicubic_antialias"
     pooling: str = "cls"
     representation_size: int | None = None
@@ -151,7 +191,14 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if meant := self._field_meant_by(name):
                 raise ValueError(f"Unknown field {name!r} of {type(self).__name__}: did you mean {meant!r}?")
         if self.use_cls_token is None:
-            self.use_cls_token = self.pooling == "cls"
+            self.use_cls_token = self.pooling in POOLINGS_OF_CLS
+        if self.use_distillation_token is None:
+            self.use_distillation_token = self.pooling == "cls_and_distillation"
+        if self.num_prefix_positions is None:
+            embedded = self.use_cls_token + self.use_distillation_token
+            self.num_prefix_positions = embedded if self.position_embedding_type.startswith("learned") else 0
+        if self.use_gated_mlp:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.mlp.gate": "colwise"}  # type: ignore[misc]
         if self.use_qk_norm:
             norms = {f"layers.*.attention.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
             self.base_model_tp_plan = {**self.base_model_tp_plan, **norms}  # type: ignore[misc]
@@ -210,15 +257,51 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             "position_embedding_type": POSITION_EMBEDDINGS,
             "position_interpolation": POSITION_INTERPOLATIONS,
             "pooling": POOLINGS,
+            "final_layernorm": FINAL_LAYERNORMS,
             "mim_objective": MIM_OBJECTIVES,
             "hidden_act": ACT2FN,
         }.items():
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {sorted(kinds)}, got {getattr(self, name)!r}.")
         self._check_width()
-        if self.pooling == "cls" and not self.use_cls_token:
-            raise ValueError("pooling='cls' reads the class token: set use_cls_token=True or pooling='mean'.")
+        self._check_tokens()
+        self._check_stem()
         assert self.grid_size  # raises if the patch does not divide the image
+
+    def _check_tokens(self) -> None:
+        if self.pooling in POOLINGS_OF_CLS and not self.use_cls_token:
+            raise ValueError(
+                f"pooling={self.pooling!r} reads the class token: set use_cls_token=True or pooling='mean'."
+            )
+        if self.pooling == "cls_and_distillation":
+            if not self.use_distillation_token:
+                raise ValueError("pooling='cls_and_distillation' needs use_distillation_token=True.")
+            if self.representation_size is not None:
+                raise ValueError("pooling='cls_and_distillation' has no pre-logits: set representation_size=None.")
+        if self.use_distillation_token and not self.use_cls_token:
+            raise ValueError("The distillation token stands behind a class token: set use_cls_token=True.")
+        placed, prefix = self.num_prefix_positions, self.num_prefix_tokens
+        kind = self.position_embedding_type
+        allowed = set(range(prefix + 1)) if kind.startswith("learned") else {0, prefix} if kind == "relative" else {0}
+        if placed not in allowed:
+            raise ValueError(
+                f"num_prefix_positions must be one of {sorted(allowed)} for {kind!r} positions and {prefix} tokens "
+                f"before the patches, got {placed}."
+            )
+
+    def _check_stem(self) -> None:
+        if self.stem_layers is None:
+            return
+        if any(units < 1 for units in self.stem_layers) or self.stem_width < 32 or self.stem_width % 32:
+            raise ValueError(
+                "stem_layers are positive numbers and stem_width is a multiple of 32, the groups of its GroupNorm; "
+                f"got {list(self.stem_layers)} and {self.stem_width}."
+            )
+        if any(size % self.stem_stride for size in self.patch_shape):
+            raise ValueError(
+                f"A stem of {len(self.stem_layers)} stages reduces by {self.stem_stride}: patch_size, in pixels of "
+                f"the image, must be a multiple of that, got {self.patch_size}."
+            )
 
     def _check_width(self) -> None:
         width, heads = self.hidden_size, self.num_attention_heads
@@ -227,6 +310,15 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"hidden_size={width} is not divisible by num_attention_heads={heads}: "
                 f"use hidden_size={' or '.join(map(str, fits))}, another number of heads, or set head_dim."
+            )
+        if self.position_embedding_type == "rotary" and self.head_width % 4:
+            raise ValueError(
+                f"Rotary positions need a head's width divisible by 4, got {self.head_width}: set head_dim."
+            )
+        if not self.use_output_projection and heads * self.head_width != width:
+            raise ValueError(
+                f"Without output projection the heads must give back the width: {heads} heads of {self.head_width} "
+                f"are not hidden_size={width}."
             )
         divisor = {"learned_2d": 2, "sincos_2d": 4}.get(self.position_embedding_type, 1)
         if width % divisor:
@@ -279,6 +371,21 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def head_width(self) -> int:
         """Width of one attention head, given or derived."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens that stand before the patches: class, distillation, registers."""
+        return bool(self.use_cls_token) + bool(self.use_distillation_token) + self.num_register_tokens
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of what the pooling gives, before any pre-logits layer."""
+        return self.hidden_size * (2 if self.pooling in ("cls_and_mean", "cls_and_distillation") else 1)
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the image that one place of the stem's output covers, along each side; 1 without a stem."""
+        return 1 if self.stem_layers is None else 4 * 2 ** max(len(self.stem_layers) - 1, 0)
 
     # transformers refuses `output_attentions` beside any attention but the eager one. This model computes the
     # weights when they are asked for, so the wish is simply kept.

@@ -62,14 +62,96 @@ def unpatchify(patches: Tensor, patch_shape: tuple[int, int], grid: tuple[int, i
     return cut.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
+class HFViTStandardizedConv(nn.Conv2d):
+    """Convolve with weights of mean 0 and variance 1 (arXiv:1903.10520), padded as TensorFlow's "SAME" does."""
+
+    EPS = 1e-5  # added to the standard deviation, as in the paper's code
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1) -> None:
+        super().__init__(channels, out_channels, kernel_size, stride, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        weight = (self.weight - mean) / (deviation + self.EPS)
+        pixels = pad_same(pixels, self.kernel_size[0], self.stride[0])
+        return F.conv2d(pixels, weight, stride=self.stride)
+
+
+def pad_same(pixels: Tensor, kernel_size: int, stride: int, value: float = 0.0) -> Tensor:
+    """Pad `[B, C, H, W]` so that a window of `stride` gives ceil(H / stride) rows; the odd pixel comes last."""
+    height, width = (max((-(-size // stride) - 1) * stride + kernel_size - size, 0) for size in pixels.shape[-2:])
+    return F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2), value=value)
+
+
+class HFViTStemUnit(nn.Module):
+    """A bottleneck of the hybrid's ResNet: three convolutions around a shortcut, projected where its shape changes."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out_channels = 4 * width
+        is_projected = channels != out_channels or stride != 1
+        self.conv1, self.norm1 = HFViTStandardizedConv(channels, width), group_norm(width)
+        self.conv2, self.norm2 = HFViTStandardizedConv(width, width, 3, stride), group_norm(width)
+        self.conv3, self.norm3 = HFViTStandardizedConv(width, out_channels), group_norm(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if is_projected:
+            convolution = HFViTStandardizedConv(channels, out_channels, stride=stride)
+            self.shortcut = nn.Sequential(convolution, group_norm(out_channels))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        transformed = F.relu(self.norm1(self.conv1(pixels)))
+        transformed = F.relu(self.norm2(self.conv2(transformed)))
+        return F.relu(self.shortcut(pixels) + self.norm3(self.conv3(transformed)))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return the normalisation of the hybrid's ResNet."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class HFViTStem(nn.Module):
+    """The hybrid's ResNet (BiT, arXiv:1912.11370, without its last stages), from the paper's section 3.1."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        channels, width = config.stem_width, config.stem_width
+        self.conv = HFViTStandardizedConv(config.num_channels, channels, 7, stride=2)
+        self.norm = group_norm(channels)
+        stages = []
+        for stage, number in enumerate(config.stem_layers or ()):
+            units = []
+            for unit in range(number):
+                units.append(HFViTStemUnit(channels, width, stride=2 if stage and not unit else 1))
+                channels = 4 * width
+            stages.append(nn.Sequential(*units))
+            width *= 2
+        self.stages = nn.Sequential(*stages)
+        self.out_channels = channels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pixels = F.relu(self.norm(self.conv(pixels)))
+        pixels = F.max_pool2d(pad_same(pixels, 3, 2, value=-torch.inf), 3, stride=2)
+        return self.stages(pixels)
+
+
 class HFViTPatchEmbeddings(nn.Module):
-    """Project flattened patches linearly: the strided convolution of other implementations as a matrix product."""
+    """Project flattened patches linearly: the strided convolution of other implementations as a matrix product.
+
+    In the paper's hybrid the patches are of a ResNet's features.
+    """
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
         self.num_channels = config.num_channels
-        self.patch_shape = config.patch_shape
-        self.projection = nn.Linear(config.num_channels * prod(self.patch_shape), config.hidden_size)
+        self.stem = nn.Identity() if config.stem_layers is None else HFViTStem(config)
+        channels = self.stem.out_channels if isinstance(self.stem, HFViTStem) else config.num_channels
+        height, width = config.patch_shape
+        self.patch_shape = (height // config.stem_stride, width // config.stem_stride)
+        size, eps = channels * prod(self.patch_shape), config.layer_norm_eps
+        norm = nn.LayerNorm if config.use_patch_layernorm else nn.Identity
+        self.layernorm_before = norm(size, eps=eps)
+        self.projection = nn.Linear(size, config.hidden_size, bias=config.patch_bias)
+        self.layernorm_after = norm(config.hidden_size, eps=eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
@@ -77,7 +159,9 @@ class HFViTPatchEmbeddings(nn.Module):
                 f"pixel_values must be [batch, {self.num_channels}, height, width], got {list(pixel_values.shape)}: "
                 "let the image processor prepare the images, or set num_channels in the config."
             )
-        return self.projection(patchify(pixel_values.to(self.projection.weight.dtype), self.patch_shape))  # [B, N, D]
+        features = self.stem(pixel_values.to(self.projection.weight.dtype))
+        patches = self.layernorm_before(patchify(features, self.patch_shape))
+        return self.layernorm_after(self.projection(patches))  # [B, N, D]
 
 
 class HFViTMaskToken(nn.Module):
@@ -206,13 +290,21 @@ class HFViTNoPositions(nn.Module):
         """Return `patches` `[B, N, D]` with their positions."""
         return patches
 
-    def place_cls(self, cls_token: Tensor) -> Tensor:
-        """Return the class token `[1, 1, D]` with its position."""
-        return cls_token
+    def place_prefix(self, tokens: Tensor) -> Tensor:
+        """Return the tokens before the patches, `[1, P, D]`, with their positions."""
+        return tokens
+
+    def rotation(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Return the cosines and sines that turn queries and keys of patches, float32 `[N, d]` each, if any."""
+        return None
 
     def attention_bias(self, grid: tuple[int, int]) -> Tensor | None:
         """Return what every layer adds to its attention scores between patches, `[layers, A, N, N]`, if anything."""
         return None
+
+    def prefix_bias(self, bias: Tensor) -> Tensor:
+        """Put the bias of the tokens before the patches around theirs, `[layers, B or 1, A, T, T]`."""
+        raise NotImplementedError
 
 
 class HFViTLearnedPositions(HFViTNoPositions):
@@ -220,7 +312,8 @@ class HFViTLearnedPositions(HFViTNoPositions):
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
-        self.cls = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if config.use_cls_token else None
+        placed = config.num_prefix_positions
+        self.prefix = nn.Parameter(torch.empty(1, placed, config.hidden_size)) if placed else None
         self._make_tables(config)
 
     def _make_tables(self, config: HFViTConfig) -> None:
@@ -229,8 +322,11 @@ class HFViTLearnedPositions(HFViTNoPositions):
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return patches + self.on_grid(grid)
 
-    def place_cls(self, cls_token: Tensor) -> Tensor:
-        return cls_token if self.cls is None else cls_token + self.cls
+    def place_prefix(self, tokens: Tensor) -> Tensor:
+        if self.prefix is None:
+            return tokens
+        placed = self.prefix.shape[1]
+        return torch.cat([tokens[:, :placed] + self.prefix, tokens[:, placed:]], dim=1)
 
     def on_grid(self, grid: tuple[int, int]) -> Tensor:
         """Return the embeddings of all positions, `[1, N, D]`."""
@@ -282,7 +378,8 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
 class HFViTRelativePositions(HFViTNoPositions):
     """A learned bias for every layer, head and offset (rows, columns) between two patches.
 
-    Class and register tokens have no place and hence no bias.
+    Tokens before the patches have no place: either no bias, or one bias a head for looking at patches, one for being
+    looked at by them, and one among themselves (BEiT, arXiv:2106.08254).
     """
 
     def __init__(self, config: HFViTConfig) -> None:
@@ -291,6 +388,7 @@ class HFViTRelativePositions(HFViTNoPositions):
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         self.config = config
         self.offsets = HFViTPositionTable(config, (layers, 2 * rows - 1, 2 * columns - 1, heads))
+        self.prefix = nn.Parameter(torch.empty(layers, 3, heads)) if config.num_prefix_positions else None
 
     def attention_bias(self, grid: tuple[int, int]) -> Tensor:
         if self.config._attn_implementation not in (None, "eager", "sdpa"):
@@ -306,19 +404,65 @@ class HFViTRelativePositions(HFViTNoPositions):
         column_offset = column.unsqueeze(1) - column.unsqueeze(0) + columns - 1
         return table[:, row_offset, column_offset].permute(0, 3, 1, 2)
 
+    def prefix_bias(self, bias: Tensor) -> Tensor:
+        number = self.config.num_prefix_tokens
+        if self.prefix is None:
+            return F.pad(bias, (number, 0, number, 0))
+        to_patches, from_patches, between = self.prefix.unsqueeze(1)[..., None, None].unbind(2)  # [layers, 1, A, 1, 1]
+        patches = bias.shape[-1]
+        outside = bias.shape[:3]
+        rows = torch.cat(
+            [between.expand(*outside, number, number), to_patches.expand(*outside, number, patches)], dim=-1
+        )
+        columns = torch.cat([from_patches.expand(*outside, patches, number), bias], dim=-1)
+        return torch.cat([rows, columns], dim=-2)
+
+
+class HFViTRotaryPositions(HFViTNoPositions):
+    """Turn queries and keys by angles that grow with the patch's place, RoPE in two dimensions (DINOv3).
+
+    A place is that of the patch's centre in [-1, 1] along each side of the image, whatever the grid; half of the
+    angles go by the row, half by the column (arXiv:2508.10104, section 3.2).
+    """
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        self.theta = config.rope_theta
+        self.head_dim = config.head_width
+
+    def rotation(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, 1, 4 / self.head_dim, device=device)
+        frequencies = 2 * torch.pi / self.theta**exponents  # [d/4]
+        rows, columns = (2 * torch.arange(0.5, size, device=device) / size - 1 for size in grid)
+        row_angles = torch.outer(rows, frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # [h, w, d/4]
+        column_angles = torch.outer(columns, frequencies).unsqueeze(0).expand(grid[0], -1, -1)
+        angles = torch.cat([row_angles, column_angles] * 2, dim=-1).flatten(0, 1)  # [N, d]
+        return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn `[B, A, T, d]`: dimensions i and i + d/2 are the coordinates of one plane."""
+    cosines, sines = rotation
+    first, second = states.chunk(2, dim=-1)
+    return states * cosines + torch.cat([-second, first], dim=-1) * sines
+
 
 POSITIONS: dict[str, type[HFViTNoPositions]] = {
     "learned": HFViTLearnedPositions,
     "learned_2d": HFViTLearned2DPositions,
     "sincos_2d": HFViTSinCos2DPositions,
     "relative": HFViTRelativePositions,
+    "rotary": HFViTRotaryPositions,
     "none": HFViTNoPositions,
 }
 CORRUPTIONS = {"pixels": HFViTMaskToken, "mean_color": HFViTPaperCorruption}
 
 
 class HFViTEmbeddings(nn.Module):
-    """Turn an image into a sequence, equation (1): [class token] [registers] patches, with positions by sum."""
+    """Turn an image into a sequence, equation (1): [class token] [distillation token] [registers] patches.
+
+    Positions are added here, or returned for the attention to use.
+    """
 
     def __init__(self, config: HFViTConfig, use_mask_token: bool = False) -> None:
         super().__init__()
@@ -327,23 +471,32 @@ class HFViTEmbeddings(nn.Module):
         self.patch_embeddings = HFViTPatchEmbeddings(config)
         self.position_embeddings = POSITIONS[config.position_embedding_type](config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_cls_token else None
+        self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_distillation_token else None
         registers = config.num_register_tokens
         self.register_tokens = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         self.mask_token = CORRUPTIONS[config.mim_objective](config) if use_mask_token else None
         self.patch_dropout = HFViTPatchDropout(config.patch_dropout_prob)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: Tensor, is_masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return tokens `[B, T, D]` and the bias of the attention `[layers, B or 1, A, T, T]`, if there is one."""
+    def forward(
+        self, pixel_values: Tensor, is_masked: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Return tokens `[B, T, D]`, and for the attention, if positions act there, a bias of its scores
+        `[layers, B or 1, A, T, T]` and the cosines and sines of a rotation `[B or 1, 1, T, d]`.
+        """
         grid = self.config.grid_of(*pixel_values.shape[-2:])
         patches = self.patch_embeddings(pixel_values)
         if is_masked is not None:
             patches = self._mask(patches, is_masked)
         patches = self.position_embeddings(patches, grid)
         patches, kept = self.patch_dropout(patches)
-        prefix = [token.to(patches.dtype).expand(len(patches), -1, -1) for token in self._prefix_tokens()]
-        tokens = torch.cat([*prefix, patches], dim=1)
-        return self.dropout(tokens), self._attention_bias(grid, kept)
+        prefix = self._prefix_tokens()
+        tokens = (
+            torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1)
+            if prefix is not None
+            else patches
+        )
+        return self.dropout(tokens), self._attention_bias(grid, kept), self._rotation(grid, kept, tokens)
 
     def _mask(self, patches: Tensor, is_masked: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -354,9 +507,10 @@ class HFViTEmbeddings(nn.Module):
             )
         return self.mask_token(patches, is_masked.flatten(1).bool())
 
-    def _prefix_tokens(self) -> list[Tensor]:
-        prefix = [] if self.cls_token is None else [self.position_embeddings.place_cls(self.cls_token)]
-        return prefix if self.register_tokens is None else [*prefix, self.register_tokens]
+    def _prefix_tokens(self) -> Tensor | None:
+        tokens = [self.cls_token, self.distillation_token, self.register_tokens]
+        present: list[Tensor] = [token for token in tokens if token is not None]
+        return self.position_embeddings.place_prefix(torch.cat(present, dim=1)) if present else None
 
     def _attention_bias(self, grid: tuple[int, int], kept: Tensor | None) -> Tensor | None:
         bias = self.position_embeddings.attention_bias(grid)
@@ -365,8 +519,18 @@ class HFViTEmbeddings(nn.Module):
         bias = bias.unsqueeze(2)  # [layers, A, 1, N, N]
         if kept is not None:
             bias = bias[:, :, 0, kept.unsqueeze(2), kept.unsqueeze(1)]  # [layers, A, B, K, K]
-        prefix = num_prefix_tokens(self.config)
-        return F.pad(bias.transpose(1, 2), (prefix, 0, prefix, 0))  # [layers, B or 1, A, T, T]
+        return self.position_embeddings.prefix_bias(bias.transpose(1, 2))  # [layers, B or 1, A, T, T]
+
+    def _rotation(self, grid: tuple[int, int], kept: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        rotation = self.position_embeddings.rotation(grid, tokens.device)
+        if rotation is None:
+            return None
+        prefix = self.config.num_prefix_tokens  # tokens without a place are not turned: cosine 1, sine 0
+        turned = []
+        for values, neutral in zip(rotation, (1.0, 0.0), strict=True):
+            values = values.unsqueeze(0) if kept is None else values[kept]  # [B or 1, N, d]
+            turned.append(F.pad(values, (0, 0, prefix, 0), value=neutral).unsqueeze(1).to(tokens.dtype))
+        return turned[0], turned[1]
 
 
 # --------------------------------------------------------------------------------------------------- the layer
@@ -411,17 +575,26 @@ class HFViTAttention(nn.Module):
         norm = nn.LayerNorm if config.use_qk_norm else nn.Identity
         self.q_norm = norm(self.head_dim, eps=config.layer_norm_eps)
         self.k_norm = norm(self.head_dim, eps=config.layer_norm_eps)
-        self.o_proj = nn.Linear(inner, config.hidden_size)
+        self.o_proj: nn.Module = nn.Identity()
+        if config.use_output_projection:
+            self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.proj_bias)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         qkv = self.qkv(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, A, 3, d]
         query, key, value = qkv.transpose(1, 2).unbind(3)  # [B, A, T, d] each
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         attended, weights = self._attention_function(kwargs)(
             self,
-            self.q_norm(query),
-            self.k_norm(key),
+            query,
+            key,
             value,
             attention_mask,
             scaling=self.scaling,
@@ -444,15 +617,26 @@ class HFViTAttention(nn.Module):
 class HFViTMLP(nn.Module):
     """Two dense layers with a GELU between them."""
 
-    def __init__(self, config: HFViTConfig) -> None:
+    def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
+
+
+class HFViTGatedMLP(HFViTMLP):
+    """The MLP with its hidden layer gated by a second projection (arXiv:2002.05202), SwiGLU with a SiLU."""
+
+    def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
+        super().__init__(config, bias)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.activation(self.gate(hidden_states)) * self.fc1(hidden_states)))
 
 
 class HFViTLayerScale(nn.Module):
@@ -492,15 +676,19 @@ class HFViTLayer(GradientCheckpointingLayer):
         self.attention = HFViTAttention(config)
         self.attention_scale = scale(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = HFViTMLP(config)
+        self.mlp = (HFViTGatedMLP if config.use_gated_mlp else HFViTMLP)(config, bias=config.mlp_bias)
         self.mlp_scale = scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = HFViTDropPath(drop_path)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, rotation, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.mlp_scale(self.dropout(transformed)))
@@ -524,10 +712,31 @@ class HFViTMeanPooling(nn.Module):
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens(config)
+        self.num_prefix_tokens = config.num_prefix_tokens
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states[:, self.num_prefix_tokens :].mean(dim=1)
+
+
+class HFViTMeanOfAllPooling(HFViTClassTokenPooling):
+    """Average all tokens."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.mean(dim=1)
+
+
+class HFViTClassTokenAndMeanPooling(HFViTMeanPooling):
+    """Put the class token and the average of the patches one behind the other, `[B, 2*D]` (arXiv:2304.07193)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.cat([hidden_states[:, 0], super().forward(hidden_states)], dim=-1)
+
+
+class HFViTDistillationPooling(HFViTClassTokenPooling):
+    """Put the class and the distillation token one behind the other, `[B, 2*D]` (arXiv:2012.12877)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[:, :2].flatten(1)
 
 
 class HFViTAttentionPooling(nn.Module):
@@ -555,28 +764,28 @@ class HFViTAttentionPooling(nn.Module):
 POOLINGS: dict[str, type[nn.Module]] = {
     "cls": HFViTClassTokenPooling,
     "mean": HFViTMeanPooling,
+    "mean_all": HFViTMeanOfAllPooling,
     "attention": HFViTAttentionPooling,
+    "cls_and_mean": HFViTClassTokenAndMeanPooling,
+    "cls_and_distillation": HFViTDistillationPooling,
 }
 
 
 class HFViTPooler(nn.Module):
-    """Reduce tokens `[B, T, D]` to what the head reads: `[B, D]`, or `[B, R]` behind the pre-logits layer."""
+    """Reduce tokens `[B, T, D]` to what the head reads, `[B, pooled_width]` or `[B, representation_size]`."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
         self.pooling = POOLINGS[config.pooling](config)
-        size = config.representation_size
+        width, size = config.pooled_width, config.representation_size
+        norm = nn.LayerNorm if config.final_layernorm == "pooled" else nn.Identity
+        self.layernorm = norm(width, eps=config.layer_norm_eps)
         # The paper's head in pre-training: one hidden layer with tanh.
-        self.pre_logits = nn.Identity() if size is None else nn.Linear(config.hidden_size, size)
+        self.pre_logits = nn.Identity() if size is None else nn.Linear(width, size)
         self.activation = nn.Identity() if size is None else nn.Tanh()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(self.pre_logits(self.pooling(hidden_states)))
-
-
-def num_prefix_tokens(config: HFViTConfig) -> int:
-    """Return how many tokens stand before the patches."""
-    return int(bool(config.use_cls_token)) + config.num_register_tokens
+        return self.activation(self.pre_logits(self.layernorm(self.pooling(hidden_states))))
 
 
 # --------------------------------------------------------------------------------------------------- the model
@@ -629,6 +838,7 @@ class HFViTPreTrainedModel(PreTrainedModel):
             HFViTMaskToken,
             HFViTPositionTable,
             HFViTLearnedPositions,
+            HFViTRelativePositions,
             HFViTAttentionPooling,
         )
         if isinstance(module, with_own_parameters):
@@ -681,8 +891,11 @@ class HFViTModel(HFViTPreTrainedModel):
     def __init__(self, config: HFViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
         super().__init__(config)
         self.embeddings = HFViTEmbeddings(config, use_mask_token=use_mask_token)
+        norm = {True: nn.LayerNorm, False: nn.Identity}
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.pre_layernorm = norm[config.use_pre_layernorm](width, eps=eps)
         self.layers = nn.ModuleList([HFViTLayer(config, number) for number in range(config.num_hidden_layers)])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = norm[config.final_layernorm == "tokens"](width, eps=eps)
         self.pooler = HFViTPooler(config) if add_pooling_layer else None
         self.post_init()
 
@@ -704,17 +917,20 @@ class HFViTModel(HFViTPreTrainedModel):
             attention_mask: `[B, T]`, 1 for tokens that are attended to, prefix tokens first.
 
         Returns:
-            `last_hidden_state` `[B, T, D]` behind the final LayerNorm, ordered class token, registers, patches row
-            by row; `pooler_output` `[B, D]` (`[B, representation_size]` behind a pre-logits layer).
+            `last_hidden_state` `[B, T, D]` behind the final LayerNorm of tokens, ordered class token, distillation
+            token, registers, patches row by row; `pooler_output` `[B, pooled_width]` (`[B, representation_size]`
+            behind a pre-logits layer).
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing: pass what the image processor returns, [B, C, H, W].")
-        hidden_states, bias = self.embeddings(pixel_values, bool_masked_pos)
+        hidden_states, bias, rotation = self.embeddings(pixel_values, bool_masked_pos)
+        hidden_states = self.pre_layernorm(hidden_states)
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         for number, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, mask if bias is None else with_bias(mask, bias[number]), **kwargs)
+            scores = mask if bias is None else with_bias(mask, bias[number])
+            hidden_states = layer(hidden_states, scores, rotation, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
@@ -790,14 +1006,28 @@ def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:
         )
 
 
+class HFViTDistilledClassifier(nn.Module):
+    """Classify by the class and by the distillation token, and average (arXiv:2012.12877)."""
+
+    def __init__(self, width: int, num_labels: int) -> None:
+        super().__init__()
+        self.cls = nn.Linear(width // 2, num_labels)
+        self.distillation = nn.Linear(width // 2, num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        cls, distillation = pooled.chunk(2, dim=-1)
+        return (self.cls(cls) + self.distillation(distillation)) / 2
+
+
 class HFViTForImageClassification(HFViTPreTrainedModel):
     """The encoder with a linear classifier on what the pooling gives."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         self.vit = HFViTModel(config)
-        width = config.representation_size or config.hidden_size
-        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
+        width = config.representation_size or config.pooled_width
+        classifier = HFViTDistilledClassifier if config.pooling == "cls_and_distillation" else nn.Linear
+        self.classifier = classifier(width, config.num_labels) if config.num_labels else nn.Identity()
         self.loss_function = classification_loss
         self.post_init()
 
@@ -805,7 +1035,8 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # The paper fine-tunes from a head of zeros (appendix B.1.1): so does a new head on an encoder that was loaded.
-        is_encoder_loaded = getattr(self.vit.layernorm.weight, "_is_hf_initialized", False)
+        projection = self.vit.embeddings.patch_embeddings.projection
+        is_encoder_loaded = getattr(projection.weight, "_is_hf_initialized", False)
         if module is self.classifier and (self.config.zero_init_head or is_encoder_loaded):
             for parameter in module.parameters():
                 init.zeros_(parameter)
@@ -939,7 +1170,7 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
             bool_masked_pos: `[B, N]`, true where a patch is masked; with it there is a loss, over masked patches.
         """
         outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
-        patches = outputs.last_hidden_state[:, num_prefix_tokens(self.config) :]
+        patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
         predictions = self.objective.decoder(patches)
         pixel_values = cast(Tensor, pixel_values)
         loss = None
@@ -986,7 +1217,7 @@ class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
             if self.config.apply_layernorm:
                 hidden_state = self.vit.layernorm(hidden_state)
             if self.config.reshape_hidden_states:
-                patches = hidden_state[:, num_prefix_tokens(self.config) :]
+                patches = hidden_state[:, self.config.num_prefix_tokens :]
                 hidden_state = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, h, w]
             feature_maps.append(hidden_state)
         return BackboneOutput(

@@ -236,6 +236,12 @@ def resample_position_embeddings(
     return cells.flatten(2).transpose(1, 2).to(table.dtype)
 
 
+def resample_table(table: Tensor, grid: tuple[int, int], interpolation: str) -> Tensor:
+    """Resample a table that has its grid in its shape, `[K, rows, columns, D]`, to `grid`."""
+    old_grid = (table.shape[1], table.shape[2])
+    return resample_position_embeddings(table.flatten(1, 2), old_grid, grid, interpolation).unflatten(1, grid)
+
+
 class HFViTPositionTable(nn.Module):
     """Hold a learned table over a grid, `[K, rows, columns, D]`, and answer for any other grid.
 
@@ -254,22 +260,17 @@ class HFViTPositionTable(nn.Module):
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             # One graph a grid: torch (2.11 to 2.15) cannot derive an interpolation to a size that is a symbol.
             grid = (index(grid[0]), index(grid[1]))
-        old_grid = (self.weight.shape[1], self.weight.shape[2])
-        if grid == old_grid:
+        if grid == self.weight.shape[1:3]:
             return self.weight
         # A kept table has no gradient; a compiled graph keeps nothing by itself.
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
-            return self._resample(old_grid, grid)
+            return resample_table(self.weight, grid, self.interpolation)
         version, table = self._resampled.get(grid, (-1, self.weight))
         if version != self.weight._version:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used elsewhere
-                table = self._resample(old_grid, grid)
+                table = resample_table(self.weight, grid, self.interpolation)
             self._resampled[grid] = (self.weight._version, table)
         return table
-
-    def _resample(self, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        table = self.weight.flatten(1, 2)
-        return resample_position_embeddings(table, old_grid, grid, self.interpolation).unflatten(1, grid)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "HFViTPositionTable":
         self._resampled.clear()
@@ -798,11 +799,10 @@ class ResamplePositions(ConversionOps):
         (stored,) = input_dict.values()
         table = stored[0] if isinstance(stored, list) else stored
         name, interpolation = kwargs["full_layer_name"], kwargs["config"].position_interpolation
-        (_, *old_grid, _), (_, *new_grid, _) = table.shape, kwargs["model"].get_parameter(name).shape
+        _, rows, columns, _ = kwargs["model"].get_parameter(name).shape
         if not table.numel():  # sharded along its first dimension, often 1, a rank may hold none of it
-            return {name: table.new_empty(table.shape[0], *new_grid, table.shape[3])}
-        flat = resample_position_embeddings(table.flatten(1, 2), tuple(old_grid), tuple(new_grid), interpolation)
-        return {name: flat.unflatten(1, new_grid)}
+            return {name: table.new_empty(table.shape[0], rows, columns, table.shape[3])}
+        return {name: resample_table(table, (rows, columns), interpolation)}
 
     @property
     def reverse_op(self) -> "ConversionOps":

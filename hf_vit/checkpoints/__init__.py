@@ -1,0 +1,44 @@
+"""Checkpoints of every plain Vision Transformer, in and out.
+
+A family is a file: a table of names, and how its config is read from tensors and the files beside them.
+`open_checkpoint` finds the family by the tensors' names, never by the file's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from . import transformers
+from .checkpoint import Checkpoint, Options
+from .files import Source, open_source
+
+FAMILIES = (transformers.FAMILY,)
+
+
+def open_checkpoint(
+    source: str | Path | Source, options: Options | None = None, overrides: dict[str, Any] | None = None, **hub: Any
+) -> Checkpoint:
+    """Understand a checkpoint of any family without reading its tensors.
+
+    Args:
+        source: A file, a folder, a name on the Hub, or a source that is open already.
+        options: What the file does not say, and what shall come out other than it lies there.
+        overrides: Fields of `HFViTConfig` over those that are found.
+        hub: How to look on the Hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, ...
+
+    Raises:
+        ValueError: If it is no checkpoint of a known family, is damaged, or leaves something open that an option must
+            say; names the file, and the tensor or the option.
+    """
+    opened = source if isinstance(source, Source) else open_source(source, **hub)
+    for family in FAMILIES:
+        if family.recognises(opened):
+            return Checkpoint(family, opened, options or Options(), overrides)
+    names = ", ".join(repr(name) for name in list(opened.tensors)[:4])
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ValueError(
+        f"{opened.name}: no Vision Transformer of a known family ({known}); it holds {len(opened.tensors)} tensors: "
+        f"{names}, ..."
+    )
+
+
+__all__ = ["FAMILIES", "Checkpoint", "Options", "Source", "open_checkpoint", "open_source"]

@@ -1,0 +1,341 @@
+"""A checkpoint of any family, understood: its architecture as a config, and its weights as those of our model."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..model import modeling_hf_vit
+from ..model.configuration_hf_vit import HFViTConfig
+from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
+from ..model.modeling_hf_vit import HFViTPreTrainedModel, resample_table
+from ..variants import SIZES
+from .files import Source
+from .flexible import resample_patch_projection
+from .layouts import Row, Rule, rules_of
+
+CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say of a checkpoint; `None` is "as the file has it".
+
+    Attributes:
+        image_size: `(height, width)` in pixels; positions are resampled to it. For files without a grid, a fact.
+        patch_size: Pixels; the projection of patches is resampled to it (FlexiViT, arXiv:2212.08013).
+        num_labels: A new head of so many classes, of zeros.
+        num_heads: Of the attention, where the tensors do not say.
+        pooling: A pooling of `HFViTConfig`, where the tensors leave it open.
+        hidden_act: Activation of the MLP, where only the code that trained it knows.
+        layer_norm_eps: The same for the epsilon of LayerNorm.
+        mlp_gate: Which half of a gated MLP's packed projection is the gate: "first" or "last".
+    """
+
+    image_size: tuple[int, int] | None = None
+    patch_size: tuple[int, int] | None = None
+    num_labels: int | None = None
+    num_heads: int | None = None
+    pooling: str | None = None
+    hidden_act: str | None = None
+    layer_norm_eps: float | None = None
+    mlp_gate: str | None = None
+
+
+@dataclass
+class Reading:
+    """What a family makes of a source.
+
+    Attributes:
+        fields: Of `HFViTConfig`, as the tensors are: their own grid, their own head.
+        architecture: Name of the model class.
+        table: Rows of the family, for `rules_of`.
+        left_out: Regular expressions, matched in full, of tensors that do not belong to the model.
+        assumed: Sentences about what neither the file nor an option said.
+        processor: What the source says of preprocessing, a processor or the arguments of one; `None`: nothing.
+        source: The source again if its tensors go by other names than in the file.
+    """
+
+    fields: dict[str, Any]
+    architecture: str
+    table: Sequence[Row]
+    left_out: Sequence[str] = ()
+    assumed: list[str] = field(default_factory=list)
+    processor: HFViTImageProcessorPil | dict[str, Any] | None = None
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A layout of checkpoints: how to know it, and how to read it."""
+
+    name: str
+    recognises: Callable[[Source], bool]
+    read: Callable[[Source, Options], Reading]
+
+
+class Checkpoint:
+    """A checkpoint that is understood. Making one checks names and shapes; tensors are read when they are asked for.
+
+    Attributes:
+        family: Name of the layout.
+        config: The architecture that comes out, with the options' sizes and head.
+        architecture: Name of the model class.
+        assumed: Sentences about what neither the file nor an option said.
+        left_out: Names of tensors in the file that do not belong to the model.
+
+    Raises:
+        ValueError: For tensors that are missing, left over, or of a shape that contradicts the others.
+    """
+
+    def __init__(
+        self, family: Family, source: Source, options: Options, overrides: dict[str, Any] | None = None
+    ) -> None:
+        reading = family.read(source, options)
+        self.family = family.name
+        self.source = reading.source or source
+        self.assumed = reading.assumed
+        self.architecture = reading.architecture
+        self._reading = reading
+        self._own_config = HFViTConfig(**reading.fields)
+        self.config = self._target_config(options, overrides or {})
+        self._new_head = self._has_new_head()
+        parameters = _parameters(reading.architecture, self._own_config)
+        self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
+        self.left_out = self._check_names()
+
+    # ------------------------------------------------------------------------------------------------ architecture
+
+    def _target_config(self, options: Options, overrides: dict[str, Any]) -> HFViTConfig:
+        changed = dict(overrides)
+        for name in ("image_size", "patch_size", "num_labels"):
+            if getattr(options, name) is not None:
+                changed[name] = getattr(options, name)
+        own = self._own_config
+        labels = changed.get("num_labels")
+        if self.architecture == ENCODER and labels is not None:
+            self.architecture = CLASSIFIER
+        if labels is not None and (labels != own.num_labels or self._reading.architecture == ENCODER):
+            changed["representation_size"] = None  # it belongs to the head that goes
+        config = HFViTConfig.from_dict(own.to_dict(), **changed)
+        config.architectures = [self.architecture]
+        return config
+
+    def _has_new_head(self) -> bool:
+        if self.architecture != CLASSIFIER:
+            return False
+        return self._reading.architecture != CLASSIFIER or self.config.num_labels != self._own_config.num_labels
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of all parameters that come out."""
+        return _parameters(self.architecture, self.config)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the model that comes out."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest floating-point type of the tensors; the others are widened to it, which changes no value."""
+        dtypes = {self.source.tensors[name].dtype for rule in self.rules for name in rule.theirs}
+        result = dtypes.pop()
+        for dtype in dtypes:
+            result = torch.promote_types(result, dtype)
+        return result if result.is_floating_point else torch.float32
+
+    # ---------------------------------------------------------------------------------------------------- names
+
+    def _check_names(self) -> list[str]:
+        name, tensors = self.source.name, self.source.tensors
+        needed = {theirs for rule in self.rules for theirs in rule.theirs}
+        missing = sorted(needed - set(tensors))
+        if missing:
+            raise ValueError(f"{name}: {self.family} needs tensors that are missing: {_some(missing)}.")
+        patterns = [re.compile(pattern) for pattern in self._reading.left_out]
+        over = sorted(set(tensors) - needed)
+        strangers = [
+            theirs
+            for theirs in over
+            if 0 not in tensors[theirs].shape and not any(pattern.fullmatch(theirs) for pattern in patterns)
+        ]
+        if strangers:
+            raise ValueError(f"{name}: {self.family} has no place for the tensors {_some(strangers)}.")
+        return over
+
+    # -------------------------------------------------------------------------------------------------- tensors
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Give every parameter's name and value, one rule's tensors in memory at a time.
+
+        Raises:
+            ValueError: For a tensor that cannot be read or has an impossible shape; names file and tensor.
+        """
+        shapes, dtype = self.shapes, self.dtype
+        for rule in self.rules:
+            wanted = [name for name in (self._renamed(name) for name in rule.ours) if name in shapes]
+            if not wanted:
+                continue  # of a head that goes
+            for ours, tensor in zip(rule.ours, self._read(rule), strict=True):
+                name = self._renamed(ours)
+                if self._is_head(name) and self._new_head:
+                    continue
+                tensor = self._fit(name, tensor)
+                if tensor.shape != shapes[name]:
+                    raise self._contradiction(rule, f"gives {list(tensor.shape)} where {list(shapes[name])} is due")
+                yield name, tensor.to(dtype)
+        for name, shape in shapes.items():
+            if self._is_head(name) and self._new_head:
+                yield name, torch.zeros(shape, dtype=dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all weights by our names."""
+        return dict(self.weights())
+
+    def _renamed(self, name: str) -> str:
+        """Bring a name of the model as read to the model that comes out: a new head puts the encoder under `vit.`."""
+        if self._reading.architecture == ENCODER and self.architecture != ENCODER:
+            return f"vit.{name}"
+        return name
+
+    @staticmethod
+    def _is_head(name: str) -> bool:
+        return name.startswith("classifier.")
+
+    def _read(self, rule: Rule) -> list[Tensor]:
+        try:
+            return rule.layout.read([self.source.tensors[name].read() for name in rule.theirs])
+        except RuntimeError as error:
+            raise self._contradiction(rule, f"does not fit the rest ({str(error).splitlines()[0]})") from error
+
+    def _contradiction(self, rule: Rule, what: str) -> ValueError:
+        shapes = ", ".join(f"{name!r} {list(self.source.tensors[name].shape)}" for name in rule.theirs)
+        return ValueError(f"{self.source.name}: the shape of {shapes} {what}.")
+
+    def _fit(self, name: str, tensor: Tensor) -> Tensor:
+        """Resample what depends on sizes to those that were asked for."""
+        target = self.shapes[name]
+        if tensor.shape == target:
+            return tensor
+        if ".position_embeddings." in f".{name}" and tensor.ndim == 4:
+            return resample_table(tensor, (target[1], target[2]), self.config.position_interpolation)
+        if name.endswith("patch_embeddings.projection.weight"):
+            old, new = self._own_config.patch_shape, self.config.patch_shape
+            return resample_patch_projection(tensor, old, new)
+        return tensor
+
+    # ----------------------------------------------------------------------------------------------- processor
+
+    def processor(self) -> HFViTImageProcessorPil:
+        """Return the preprocessing that the source states, at the size that comes out."""
+        stated, config = self._reading.processor, self.config
+        if isinstance(stated, HFViTImageProcessorPil):
+            processor = stated
+        else:
+            arguments = {"name": "original", **(stated or {})}
+            size = self._own_config.image_shape
+            processor = HFViTImageProcessorPil.from_preset(size=size, num_channels=config.num_channels, **arguments)
+        if config.image_shape != self._own_config.image_shape:
+            processor.set_output_size(config.image_shape)
+        return processor
+
+    # -------------------------------------------------------------------------------------------------- report
+
+    def describe(self) -> dict[str, Any]:
+        """Say what was found, in the words of the field."""
+        config = self.config
+        rows, columns = config.grid_size
+        facts: dict[str, Any] = {
+            "family": self.family,
+            "variant": variant_of(config),
+            "architecture": self.architecture,
+            "image size": _by(config.image_shape),
+            "patch size": f"{_by(config.patch_shape)}, a grid of {rows}x{columns}",
+            "width": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "heads": f"{config.num_attention_heads} of {config.head_width}",
+            "MLP": f"{config.intermediate_size}, {'gated ' if config.use_gated_mlp else ''}{config.hidden_act}",
+            "positions": f"{config.position_embedding_type}, resampled {config.position_interpolation}",
+            "tokens before patches": _prefix(config),
+            "pooling": config.pooling,
+            "LayerNorm eps": f"{config.layer_norm_eps:g}",
+            "labels": config.num_labels if self.architecture == CLASSIFIER else "no head",
+            "parameters": f"{self.num_parameters:,} ({str(self.dtype).removeprefix('torch.')})",
+        }
+        defaults = HFViTConfig()
+        told = {
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "image_size",
+            "patch_size",
+            "hidden_act",
+            "use_gated_mlp",
+            "position_embedding_type",
+            "position_interpolation",
+            "pooling",
+            "layer_norm_eps",
+            "use_cls_token",
+            "use_distillation_token",
+            "num_register_tokens",
+            "num_prefix_positions",
+        }
+        own = {entry.name for entry in fields(HFViTConfig)} & set(HFViTConfig.__annotations__)
+        others = {
+            name: getattr(config, name)
+            for name in sorted(own - told)
+            if not name.startswith("_") and getattr(config, name) != getattr(defaults, name)
+        }
+        if others:
+            facts["also"] = ", ".join(f"{name}={value}" for name, value in others.items())
+        return facts
+
+
+def _parameters(architecture: str, config: HFViTConfig) -> dict[str, torch.Size]:
+    """Return names and shapes of a model's parameters, without memory for their values."""
+    model_class: type[HFViTPreTrainedModel] = getattr(modeling_hf_vit, architecture)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def variant_of(config: HFViTConfig) -> str:
+    """Return the name that the literature has for an architecture's size, for example `"ViT-B/16"`."""
+    size = (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.num_attention_heads)
+    letter = next((letter for letter, known in SIZES.items() if tuple(known) == size), None)
+    if letter is None:
+        return "of no standard size"
+    height, width = config.patch_shape
+    stem = (
+        ""
+        if config.stem_layers is None
+        else "R+"
+        if not config.stem_layers
+        else f"R{sum(config.stem_layers) * 3 + 2}+"
+    )
+    return f"{stem or 'ViT-'}{letter}/{height if height == width else _by((height, width))}"
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _prefix(config: HFViTConfig) -> str:
+    counts = {
+        "class": config.use_cls_token,
+        "distillation": config.use_distillation_token,
+        "register": config.num_register_tokens,
+    }
+    return ", ".join(f"{int(number)} {name}" for name, number in counts.items() if number) or "none"
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

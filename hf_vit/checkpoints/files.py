@@ -1,0 +1,273 @@
+"""Where checkpoints come from: a file, a folder or a name on the Hub, as tensors that are read when asked for.
+
+What a file is, its first bytes say, not its name: safetensors, numpy's npz, or torch's zip and older pickle, which
+are read as tensors alone (`weights_only`), never as code.
+"""
+
+import json
+import struct
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SIDE_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+# Where a training checkpoint keeps its weights; an average of them comes first, as timm loads it.
+STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+Tensors = dict[str, Stored]
+
+
+@dataclass
+class Source:
+    """A checkpoint as it lies somewhere.
+
+    Attributes:
+        name: What was asked for; errors and reports name it.
+        tensors: By their name in the file.
+        config: Content of the `config.json` beside the weights; empty if there is none.
+        folder: Where the files beside the weights lie, if anywhere.
+    """
+
+    name: str
+    tensors: Tensors
+    config: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor that must be there.
+
+        Raises:
+            ValueError: If it is not there; names file and tensor.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.name}: the tensor {name!r} is missing.")
+        return self.tensors[name].shape
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "Source":
+        """Return the source with other names; where `rename` gives `None` the tensor is left out."""
+        tensors = {new: stored for old, stored in self.tensors.items() if (new := rename(old)) is not None}
+        return Source(self.name, tensors, self.config, self.folder)
+
+
+def open_source(name: str | Path, **hub: Any) -> Source:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        name: A file, a folder, or a name on the Hub.
+        hub: How to look on the Hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, ...
+
+    Raises:
+        ValueError: If there is nothing, or nothing that is a checkpoint.
+    """
+    path = Path(name)
+    if path.is_file():
+        beside = [] if _kind(path) == "npz" else [path.parent / file for file in SIDE_FILES]
+        return _source(str(name), [path], {file.name: file for file in beside if file.is_file()})
+    if not path.is_dir() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise ValueError(f"{name}: no such file or folder.")
+    find = partial(_find, str(name), hub)
+    weights = next((found for file in WEIGHTS if (found := find(file))), None)
+    if weights is None:
+        raise ValueError(f"{name}: no weights there; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
+    files = [weights] if weights.suffix != ".json" else _shards(weights, find)
+    return _source(str(name), files, {file: found for file in SIDE_FILES if (found := find(file))})
+
+
+def _find(name: str, hub: dict[str, Any], file: str) -> Path | None:
+    options = {"_raise_exceptions_for_missing_entries": False, **hub}
+    try:
+        found = cached_file(name, file, **options)
+    except OSError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return Path(found) if found else None
+
+
+def _shards(index: Path, find: Callable[[str], Path | None]) -> list[Path]:
+    names = sorted(set(_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index}: the shard {name!r} lies outside of the folder.")
+    found = {name: find(name) for name in names}
+    missing = [name for name, path in found.items() if path is None]
+    if missing or not names:
+        raise ValueError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
+    return [path for path in found.values() if path is not None]
+
+
+def _source(name: str, files: list[Path], beside: dict[str, Path]) -> Source:
+    tensors: Tensors = {}
+    for file in files:
+        tensors.update(read_tensors(file))
+    if not tensors:
+        raise ValueError(f"{name}: no tensors in it.")
+    config = _json(beside["config.json"]) if "config.json" in beside else {}
+    return Source(name, tensors, config, next((path.parent for path in beside.values()), files[0].parent))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object.")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------------- formats
+
+
+def read_tensors(path: Path) -> Tensors:
+    """List the tensors of one file, in any of the formats.
+
+    Raises:
+        ValueError: If it is none of them, is damaged, or holds more than tensors; names the file.
+    """
+    readers = {"safetensors": _of_safetensors, "npz": _of_npz, "torch": _of_torch}
+    kind = _kind(path)
+    try:
+        return readers[kind](path)
+    except (SafetensorError, zipfile.BadZipFile, EOFError, RuntimeError, struct.error, KeyError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or no {kind} file ({error}).") from error
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # eight bytes of length, then JSON
+        return "safetensors"
+    if head.startswith(b"PK"):
+        try:
+            names = zipfile.ZipFile(path).namelist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path}: a damaged or truncated zip ({error}).") from error
+        return "npz" if any(name.endswith(".npy") for name in names) else "torch"
+    if head[:1] == b"\x80":  # pickle, as torch wrote it before version 1.6
+        return "torch"
+    raise ValueError(f"{path}: no checkpoint; expected safetensors, npz, or a file of torch.save.")
+
+
+def _of_safetensors(path: Path) -> Tensors:
+    file = safe_open(path, framework="pt")
+    dtypes = _safetensors_dtypes()
+    tensors = {}
+    for name in file.keys():  # noqa: SIM118 (not a dict)
+        view = file.get_slice(name)
+        if view.get_dtype() not in dtypes:
+            raise ValueError(
+                f"{path}: the tensor {name!r} has the type {view.get_dtype()}, which torch does not have."
+            )
+        tensors[name] = Stored(tuple(view.get_shape()), dtypes[view.get_dtype()], partial(file.get_tensor, name))
+    return tensors
+
+
+@cache
+def _safetensors_dtypes() -> dict[str, torch.dtype]:
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+    integers = {f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in SIZES}
+    return {code: getattr(torch, name) for code, name in {**names, **integers}.items()}
+
+
+SIZES = (8, 16, 32, 64)
+
+
+def _of_npz(path: Path) -> Tensors:
+    archive = zipfile.ZipFile(path)
+    tensors = {}
+    for member in archive.infolist():
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            if version[0] not in read_header:
+                raise ValueError(f"{path}: {member.filename!r} has version {version} of the npy format.")
+            shape, is_fortran, dtype = read_header[version[0]](file)
+            header_size = file.tell()
+        name = member.filename.removesuffix(".npy")
+        if dtype.hasobject:
+            raise ValueError(f"{path}: {name!r} holds Python objects, not numbers; they are not read.")
+        if member.compress_type == zipfile.ZIP_STORED:
+            # Where the numbers start: behind the member's own header, whose two lengths are its bytes 26 to 30.
+            with path.open("rb") as raw:
+                raw.seek(member.header_offset + 26)
+                start = member.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4))) + header_size
+            if start + dtype.itemsize * int(np.prod(shape)) > path.stat().st_size:
+                raise ValueError(f"{path}: truncated inside {name!r}.")
+            read = partial(_map_array, path, start, shape, dtype, "F" if is_fortran else "C")
+        else:
+            read = partial(_unpack_array, path, member.filename)
+        tensors[name] = Stored(tuple(shape), _tensor(np.empty(0, dtype)).dtype, read)
+    return tensors
+
+
+def _map_array(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype, order: Any) -> Tensor:
+    if not np.prod(shape):
+        return _tensor(np.empty(shape, dtype))
+    return _tensor(np.memmap(path, dtype, mode="c", offset=start, shape=shape, order=order))  # "c": our own copy
+
+
+def _unpack_array(path: Path, member: str) -> Tensor:
+    with zipfile.ZipFile(path).open(member) as file:
+        return _tensor(np.lib.format.read_array(file))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    if array.dtype == np.dtype("V2"):  # bfloat16, which numpy does not know by name
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _of_torch(path: Path) -> Tensors:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments beside the weights
+            content = torch.load(path, mmap=zipfile.is_zipfile(path), **options)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than tensors, which could be code, and is not opened. If you trust its author, load "
+            f"it yourself and save its state_dict with safetensors. ({str(error).splitlines()[0]})"
+        ) from error
+    tensors = {}
+    for name, value in _state_dict(path, content):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor.")
+        tensors[name] = Stored(tuple(value.shape), value.dtype, value.detach)
+    return tensors
+
+
+def _state_dict(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
+    for name in STATE_DICTS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict.")
+    for name, value in content.items():
+        yield _without_wrappers(str(name)), value
+
+
+def _without_wrappers(name: str) -> str:
+    """Remove what DataParallel, torch.compile and averaging put before a name."""
+    for wrapper in ("module.", "_orig_mod."):
+        name = name.removeprefix(wrapper)
+    return name

@@ -1,0 +1,356 @@
+"""transformers' own Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2, DINOv3, and the towers of SigLIP and CLIP.
+
+Names and forwards are those of transformers 5.23, `models/*/modeling_*.py`. Names on disk are of two eras, with or
+without the prefix of the class that saved them; the table has them all. What a `config.json` leaves out is the default
+of transformers' config class.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from ..model.configuration_hf_vit import HFViTConfig
+from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
+from .checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading
+from .files import SIDE_FILES, Source
+from .layouts import Layout, Row, convolution, count, heads_first, packed, positions, reshaped, separate_heads, square
+
+# ----------------------------------------------------------------------------------------------------- the names
+
+PREFIXES = ("vit.", "", "deit.", "dinov2.", "dinov2_with_registers.", "vision_model.", "model.")
+LAYERS = ("encoder.layer.{}.", "layers.{}.", "encoder.layers.{}.", "layer.{}.")
+OF_A_LAYER = {
+    "layernorm_before.*": ("layernorm_before.*", "norm1.*", "layer_norm1.*"),
+    "layernorm_after.*": ("layernorm_after.*", "norm2.*", "layer_norm2.*"),
+    "attention.o_proj.*": ("attention.output.dense.*", "attention.o_proj.*", "self_attn.out_proj.*"),
+    "attention_scale.weight": ("layer_scale1.lambda1",),
+    "mlp_scale.weight": ("layer_scale2.lambda1",),
+    "mlp.fc1.*": ("intermediate.dense.*", "mlp.fc1.*", "mlp.up_proj.*"),
+    "mlp.fc2.*": ("output.dense.*", "mlp.fc2.*", "mlp.down_proj.*", "mlp.weights_out.*"),
+    "mlp.gate.*": ("mlp.gate_proj.*",),
+}
+QUERIES_KEYS_VALUES = (
+    ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+)
+
+
+def token(config: HFViTConfig) -> Layout:
+    """A token `[1, 1, D]` that is stored as `[D]`."""
+    return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
+
+
+def without_key_bias(config: HFViTConfig) -> Layout:
+    """Biases of queries and values alone; ours of the keys are zeros."""
+    joined = separate_heads(config)
+
+    def read(theirs: list[Tensor]) -> list[Tensor]:
+        return joined.read([theirs[0], torch.zeros_like(theirs[0]), theirs[1]])
+
+    def write(ours: list[Tensor]) -> list[Tensor]:
+        query, _, value = joined.write(ours)
+        return [query, value]
+
+    return Layout(read, write)
+
+
+def pixel_decoder(config: HFViTConfig) -> Layout:
+    """A 1x1 convolution before a pixel shuffle, which orders its channels as our patches are."""
+    return Layout(
+        lambda theirs: [theirs[0].flatten(1) if theirs[0].ndim == 4 else theirs[0]],
+        lambda ours: [ours[0][..., None, None] if ours[0].ndim == 2 else ours[0]],
+    )
+
+
+def table(key_bias: bool = True) -> list[Row]:
+    """Return our names and theirs; the first of each are what transformers' `ViT` saves."""
+    tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
+    projection = "embeddings.patch_embeddings.projection"
+    rows = []
+    for prefix in PREFIXES:
+        rows += [
+            Row("embeddings.cls_token", f"{prefix}embeddings.cls_token"),
+            Row("embeddings.cls_token", f"{prefix}embeddings.class_embedding", token),
+            Row("embeddings.distillation_token", f"{prefix}embeddings.distillation_token"),
+            Row("embeddings.register_tokens", f"{prefix}embeddings.register_tokens"),
+            Row("embeddings.mask_token.weight", f"{prefix}embeddings.mask_token"),
+            Row(tables, f"{prefix}embeddings.position_embeddings", positions),
+            Row(tables, f"{prefix}embeddings.position_embedding.weight", positions),
+            Row("pre_layernorm.*", f"{prefix}pre_layrnorm.*"),
+            Row("layernorm.*", f"{prefix}layernorm.*"),
+            Row("layernorm.*", f"{prefix}post_layernorm.*"),
+            Row("layernorm.*", f"{prefix}norm.*"),
+            Row("pooler.layernorm.*", f"{prefix}post_layernorm.*"),
+            Row("pooler.pre_logits.*", f"{prefix}pooler.dense.*"),
+            Row("pooler.pooling.probe", f"{prefix}head.probe"),
+            Row(
+                ("pooler.pooling.query.*", "pooler.pooling.key_value.*"),
+                f"{prefix}head.attention.in_proj_*",
+                pooling_attention,
+            ),
+            Row("pooler.pooling.o_proj.*", f"{prefix}head.attention.out_proj.*"),
+            Row("pooler.pooling.layernorm.*", f"{prefix}head.layernorm.*"),
+            Row("pooler.pooling.mlp.fc1.*", f"{prefix}head.mlp.fc1.*"),
+            Row("pooler.pooling.mlp.fc2.*", f"{prefix}head.mlp.fc2.*"),
+        ]
+        for theirs in ("patch_embeddings.projection", "patch_embedding", "patch_embeddings"):
+            rows.append(Row(f"{projection}.weight", f"{prefix}embeddings.{theirs}.weight", convolution))
+            rows.append(Row(f"{projection}.bias", f"{prefix}embeddings.{theirs}.bias"))
+        for layer in LAYERS:
+            for ours, names in OF_A_LAYER.items():
+                rows += [Row(f"layers.{{}}.{ours}", f"{prefix}{layer}{theirs}") for theirs in names]
+            rows.append(
+                Row(("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*"), f"{prefix}{layer}mlp.weights_in.*", halves)
+            )
+            for names in QUERIES_KEYS_VALUES:
+                query, key, value = (f"{prefix}{layer}{name}" for name in names)
+                if not key_bias:
+                    rows.append(
+                        Row("layers.{}.attention.qkv.bias", (f"{query}.bias", f"{value}.bias"), without_key_bias)
+                    )
+                    rows.append(
+                        Row(
+                            "layers.{}.attention.qkv.weight",
+                            (f"{query}.weight", f"{key}.weight", f"{value}.weight"),
+                            separate_heads,
+                        )
+                    )
+                else:
+                    rows.append(
+                        Row("layers.{}.attention.qkv.*", (f"{query}.*", f"{key}.*", f"{value}.*"), separate_heads)
+                    )
+    return [
+        *rows,
+        Row("classifier.*", "classifier.*"),
+        Row("classifier.cls.*", "cls_classifier.*"),
+        Row("classifier.distillation.*", "distillation_classifier.*"),
+        Row("objective.decoder.*", "decoder.0.*", pixel_decoder),
+    ]
+
+
+def halves(config: HFViTConfig) -> Layout:
+    """The gate and the hidden layer of an MLP in one projection, the gate first."""
+    return packed(2)
+
+
+def pooling_attention(config: HFViTConfig) -> Layout:
+    """The one tensor of `torch.nn.MultiheadAttention` to ours: the query's, and rows ordered (head, k/v, d)."""
+    pair = heads_first(config, 2)
+
+    def read(theirs: list[Tensor]) -> list[Tensor]:
+        query, *key_value = theirs[0].chunk(3)
+        return [query, *pair.read([torch.cat(key_value)])]
+
+    return Layout(read, lambda ours: [torch.cat([ours[0], *pair.write([ours[1]])])])
+
+
+# ---------------------------------------------------------------------------------------------------- the configs
+
+SAME_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "drop_path_rate",
+    "num_register_tokens",
+    "rope_theta",
+    "proj_bias",
+    "mlp_bias",
+    "use_gated_mlp",
+    "intermediate_size",
+)
+
+
+def _vit(config: Any, source: Source) -> dict[str, Any]:
+    fields: dict[str, Any] = {"position_interpolation": "bicubic"}
+    if "embeddings.distillation_token" in _stems(source):
+        fields["use_distillation_token"] = True
+    if any(name.startswith("cls_classifier.") for name in source.tensors):
+        fields["pooling"] = "cls_and_distillation"
+    dense = next((stored for name, stored in source.tensors.items() if name.endswith("pooler.dense.weight")), None)
+    if dense is not None and not any("classifier." in name for name in source.tensors):
+        if config.pooler_act != "tanh":
+            raise ValueError(f"{source.name}: pooler_act={config.pooler_act!r}; pre-logits here have a tanh.")
+        fields["representation_size"] = dense.shape[0]
+    return fields
+
+
+def _plain(config: Any, source: Source) -> dict[str, Any]:
+    return {"position_interpolation": "bicubic"}
+
+
+def _dinov2(config: Any, source: Source) -> dict[str, Any]:
+    width = config.hidden_size * config.mlp_ratio
+    return {
+        "position_interpolation": "bicubic_antialias" if hasattr(config, "num_register_tokens") else "bicubic",
+        "layer_scale_init_value": config.layerscale_value,
+        "use_gated_mlp": config.use_swiglu_ffn,
+        # transformers keeps two thirds of a gated layer, rounded up to a multiple of 8
+        "intermediate_size": (int(width * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else int(width),
+        **({"hidden_act": "silu"} if config.use_swiglu_ffn else {}),
+        **({"pooling": "cls_and_mean"} if "classifier.weight" in source.tensors else {}),
+    }
+
+
+def _dinov3(config: Any, source: Source) -> dict[str, Any]:
+    if not (config.query_bias == config.value_bias):
+        raise ValueError(f"{source.name}: a bias of queries or of values alone has no place here.")
+    return {
+        "position_embedding_type": "rotary",
+        "layer_scale_init_value": config.layerscale_value,
+        "qkv_bias": config.query_bias,
+        "attention_probs_dropout_prob": config.attention_dropout,
+    }
+
+
+def _siglip(config: Any, source: Source) -> dict[str, Any]:
+    has_head = (
+        any(".head.probe" in f".{name}" for name in source.tensors) and "classifier.weight" not in source.tensors
+    )
+    return {
+        "position_interpolation": "bicubic",
+        "use_cls_token": False,
+        "pooling": "attention" if has_head else "mean",
+        "attention_probs_dropout_prob": config.attention_dropout,
+    }
+
+
+def _clip(config: Any, source: Source) -> dict[str, Any]:
+    is_classifier = "classifier.weight" in source.tensors
+    return {
+        "position_interpolation": "bicubic",
+        "use_cls_token": True,
+        "pooling": "mean" if is_classifier else "cls",
+        "final_layernorm": "none" if is_classifier else "pooled",
+        "use_pre_layernorm": True,
+        "patch_bias": False,
+        "attention_probs_dropout_prob": config.attention_dropout,
+    }
+
+
+TEXT = (
+    r"(model\.)?text_model\..*",
+    r"text_projection\..*",
+    r"visual_projection\..*",
+    r"logit_(scale|bias)",
+    r".*position_ids",
+)
+MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]]] = {
+    # How the config is read, and which tensors do not belong to the encoder.
+    "vit": (_vit, (r".*pooler\.dense\..*",)),
+    "deit": (_vit, (r".*pooler\.dense\..*",)),
+    "vit_mae": (_plain, (r"decoder\..*", r"mask_token")),
+    "vit_msn": (_plain, ()),
+    "dinov2": (_dinov2, (r".*embeddings\.mask_token",)),
+    "dinov2_with_registers": (_dinov2, (r".*embeddings\.mask_token",)),
+    "dinov3_vit": (_dinov3, (r".*embeddings\.mask_token", r".*rope_embeddings\.inv_freq")),
+    "siglip": (_siglip, (*TEXT, r".*head\..*")),
+    "siglip_vision_model": (_siglip, (*TEXT, r".*head\..*")),
+    "clip": (_clip, (*TEXT, r".*post_layernorm\..*")),
+    "clip_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
+}
+
+
+def _recognises(source: Source) -> bool:
+    if source.config.get("model_type") in MODELS:
+        return True
+    return "model_type" not in source.config and _type_of_bare(source) is not None
+
+
+def _stems(source: Source) -> set[str]:
+    """Return the names without prefix."""
+    return {name.removeprefix(prefix) for name in source.tensors for prefix in PREFIXES if name.startswith(prefix)}
+
+
+def _type_of_bare(source: Source) -> str | None:
+    """Tell a ViT or DeiT without config.json; the others need one, since their tensors leave too much open."""
+    names = _stems(source)
+    if not {"embeddings.cls_token", "embeddings.position_embeddings", "layernorm.weight"} <= names:
+        return None
+    return "deit" if "embeddings.distillation_token" in names else "vit"
+
+
+def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[str, Any]:
+    """Derive what a missing config.json would say."""
+    sizes = {
+        name.removeprefix(prefix): source.shape(name)
+        for prefix in PREFIXES[::-1]
+        for name in source.tensors
+        if name.startswith(prefix)
+    }
+    width, channels, height, patch_width = sizes["embeddings.patch_embeddings.projection.weight"]
+    style = next(style for style in LAYERS if count(sizes, style))
+    fc1 = next(
+        sizes[f"{style.format(0)}{name[:-1]}weight"]
+        for name in OF_A_LAYER["mlp.fc1.*"]
+        if f"{style.format(0)}{name[:-1]}weight" in sizes
+    )
+    prefix = 2 if "embeddings.distillation_token" in sizes else 1
+    rows, columns = square(sizes["embeddings.position_embeddings"][1] - prefix, f"{source.name}: position_embeddings")
+    heads = options.num_heads
+    if heads is None:
+        if width % 64:
+            raise ValueError(f"{source.name}: no config.json says how many heads there are: pass --num-heads.")
+        heads = width // 64
+        assumed.append(f"{heads} heads: no config.json says, and 64 a head is the convention (--num-heads).")
+    assumed.append("hidden_act gelu and layer_norm_eps 1e-12, transformers' defaults: there is no config.json.")
+    label = next(
+        (stored.shape[0] for name, stored in source.tensors.items() if name.endswith("classifier.weight")), None
+    )
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": count(sizes, style),
+        "num_attention_heads": heads,
+        "intermediate_size": fc1[0],
+        "num_channels": channels,
+        "patch_size": (height, patch_width),
+        "image_size": (rows * height, columns * patch_width),
+        "qkv_bias": any(name.endswith((".query.bias", ".q_proj.bias")) for name in sizes),
+        **({"num_labels": label} if label is not None else {}),
+    }
+
+
+def _read(source: Source, options: Options) -> Reading:
+    assumed: list[str] = []
+    stored = source.config or _bare_config(source, options, assumed)
+    model_type = stored.get("model_type") or _type_of_bare(source)
+    assert model_type is not None
+    outer = CONFIG_MAPPING[model_type](**{name: value for name, value in stored.items() if name != "model_type"})
+    config = getattr(outer, "vision_config", outer)
+    specific, left_out = MODELS[model_type]
+    fields = {name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)}
+    fields.update(specific(config, source))
+    for name in ("hidden_act", "layer_norm_eps"):
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
+    architecture = ENCODER
+    if any(name.startswith(("classifier.", "cls_classifier.")) for name in source.tensors):
+        architecture = CLASSIFIER
+        fields.update(id2label=outer.id2label, label2id=outer.label2id, problem_type=outer.problem_type)
+    elif "decoder.0.weight" in source.tensors:
+        architecture = MASKED
+        fields["use_cls_token"] = True
+    return Reading(
+        fields, architecture, table(key_bias=getattr(config, "key_bias", True)), left_out, assumed, _processor(source)
+    )
+
+
+def _processor(source: Source) -> HFViTImageProcessorPil | None:
+    if source.folder is None or not any((source.folder / file).is_file() for file in SIDE_FILES[1:]):
+        return None
+    return HFViTImageProcessorPil.from_pretrained(source.folder)
+
+
+FAMILY = Family("transformers", _recognises, _read)

@@ -38,7 +38,7 @@ def quickstart(
     """
     from .quickstart import quickstart
 
-    with _clear_endings():
+    with _clear_endings(), _resumable():
         quickstart(output_dir, seed, resume, say=typer.echo)
 
 
@@ -68,7 +68,7 @@ def train(
     from .training import TrainConfig
     from .training import train as run_training
 
-    with _clear_endings():
+    with _clear_endings(), _resumable():
         named: dict[str, Any] = {
             "data": data,
             "output_dir": output_dir,
@@ -104,6 +104,143 @@ def push(
         typer.echo(f"Published at {push(folder, repo_id, private=private)}")
 
 
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+ImageSize = Annotated[
+    str | None,
+    typer.Option(metavar="H[xW]", help="Pixels; positions are resampled. A fact where the file has no grid."),
+]
+PatchSize = Annotated[
+    str | None, typer.Option(metavar="H[xW]", help="Pixels; the patch projection is resampled, as FlexiViT does.")
+]
+NumLabels = Annotated[int | None, typer.Option(help="A new head of so many classes, starting at zero.")]
+NumHeads = Annotated[int | None, typer.Option(help="Heads of the attention, where the file does not say.")]
+Pooling = Annotated[str | None, typer.Option(help="cls, mean, ...: where the tensors leave it open.")]
+HiddenAct = Annotated[str | None, typer.Option(help="gelu, silu, ...: where only the code that trained it knows.")]
+LayerNormEps = Annotated[float | None, typer.Option(help="The same for the epsilon of LayerNorm.")]
+MlpGate = Annotated[str | None, typer.Option(help="first or last: the half of a packed gated MLP that is the gate.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what lies there.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
+    out_dir: Annotated[Path, typer.Argument(help="Folder to write.")],
+    image_size: ImageSize = None,
+    patch_size: PatchSize = None,
+    num_labels: NumLabels = None,
+    num_heads: NumHeads = None,
+    pooling: Pooling = None,
+    hidden_act: HiddenAct = None,
+    layer_norm_eps: LayerNormEps = None,
+    mlp_gate: MlpGate = None,
+    force: Force = False,
+) -> None:
+    """Read a ViT checkpoint of Google, big_vision, timm, transformers, DeiT, DINO, CLIP, SigLIP or vit-pytorch, and
+    write it as a folder of this package with equal outputs.
+
+    The layout is found by the tensors. For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
+    """
+    with _clear_endings():
+        from .checkpoints import open_checkpoint, write_checkpoint
+
+        options = _options(
+            image_size, patch_size, num_labels, num_heads, pooling, hidden_act, layer_norm_eps, mlp_gate
+        )
+        checkpoint = open_checkpoint(source, options)
+        _print_checkpoint(checkpoint)
+        write_checkpoint(checkpoint, out_dir, force)
+        typer.echo(f"Written to {out_dir} and read back: {len(checkpoint.shapes)} tensors, bit for bit.")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
+    image_size: ImageSize = None,
+    patch_size: PatchSize = None,
+    num_labels: NumLabels = None,
+    num_heads: NumHeads = None,
+    pooling: Pooling = None,
+    hidden_act: HiddenAct = None,
+    layer_norm_eps: LayerNormEps = None,
+    mlp_gate: MlpGate = None,
+) -> None:
+    """Say what a checkpoint is: family, variant, sizes, heads, pooling, parameters. Nothing is written.
+
+    For example: hf-vit inspect ViT-B_16.npz
+    """
+    with _clear_endings():
+        from .checkpoints import open_checkpoint
+
+        options = _options(
+            image_size, patch_size, num_labels, num_heads, pooling, hidden_act, layer_norm_eps, mlp_gate
+        )
+        _print_checkpoint(open_checkpoint(model, options))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; for npz the file.")],
+    to: Annotated[str, typer.Option(help="transformers (its own ViT), timm, or npz (the paper's code, big_vision).")],
+    force: Force = False,
+) -> None:
+    """Write a model in another library's layout, or list the features that have no place there.
+
+    For example: hf-vit export hf-vit-digits digits-timm --to timm
+    """
+    with _clear_endings():
+        from .export import export as write_export
+
+        for sentence in write_export(model, out, to, force):
+            typer.echo(f"Note: {sentence}")
+        typer.echo(f"Written to {out} and read back, bit for bit.")
+
+
+def _options(
+    image_size: str | None,
+    patch_size: str | None,
+    num_labels: int | None,
+    num_heads: int | None,
+    pooling: str | None,
+    hidden_act: str | None,
+    layer_norm_eps: float | None,
+    mlp_gate: str | None,
+) -> Any:
+    from .checkpoints import Options
+
+    sizes = {"image_size": _size("--image-size", image_size), "patch_size": _size("--patch-size", patch_size)}
+    return Options(
+        **sizes,
+        num_labels=num_labels,
+        num_heads=num_heads,
+        pooling=pooling,
+        hidden_act=hidden_act,
+        layer_norm_eps=layer_norm_eps,
+        mlp_gate=mlp_gate,
+    )
+
+
+def _size(option: str, text: str | None) -> tuple[int, int] | None:
+    """Read H or HxW."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) for side in sides):
+        raise ValueError(f"{option} takes pixels as H or HxW, such as 224 or 224x320; got {text!r}.")
+    return int(sides[0]), int(sides[-1])
+
+
+def _print_checkpoint(checkpoint: Any) -> None:
+    for name, fact in checkpoint.describe().items():
+        typer.echo(f"{name:>21}  {fact}")
+    for sentence in checkpoint.assumed:
+        typer.echo(f"Assumed: {sentence}")
+    if checkpoint.left_out:
+        some = ", ".join(checkpoint.left_out[:3]) + (", ..." if len(checkpoint.left_out) > 3 else "")
+        typer.echo(f"Left out: {len(checkpoint.left_out)} tensors that are not of the encoder or its head: {some}")
+
+
 def _assignments(pairs: list[str]) -> dict[str, Any]:
     """Read FIELD=VALUE pairs; values are YAML."""
     import yaml
@@ -122,8 +259,8 @@ def _command() -> str:
 
 
 @contextmanager
-def _clear_endings() -> Iterator[None]:
-    """Turn what a user can act on into a line and an exit code; anything else is a defect and keeps its traceback."""
+def _resumable() -> Iterator[None]:
+    """Say how an interrupted run goes on."""
     from .training import Interrupted
 
     try:
@@ -132,6 +269,13 @@ def _clear_endings() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"{stop}\nThe same command goes on from there:  {_command()}", err=True)
         raise typer.Exit(stop.exit_code) from None
+
+
+@contextmanager
+def _clear_endings() -> Iterator[None]:
+    """Turn what a user can act on into a line and an exit code; anything else is a defect and keeps its traceback."""
+    try:
+        yield
     except (ValueError, FloatingPointError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None

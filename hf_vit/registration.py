@@ -11,10 +11,12 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 from .model.configuration_hf_vit import CLASSES, HFViTConfig
 
 MODELS = f"{__package__}.model.modeling_hf_vit"
+LAYERS = "transformers.modeling_layers"
 
 
 def register() -> None:
@@ -24,21 +26,32 @@ def register() -> None:
     AutoConfig.register(HFViTConfig.model_type, HFViTConfig, exist_ok=True)
     after_import(MODELS, _register_models)
     after_import("transformers.models.auto.modeling_auto", _import_models)
+    after_import(LAYERS, _import_models)
     after_import("transformers.models.auto.image_processing_auto", _register_image_processors)
 
 
-def _import_models(registry: ModuleType) -> None:
-    if MODELS not in sys.modules:  # else they are being imported, and the registry with them
+def _import_models(module: ModuleType) -> None:
+    if MODELS in sys.modules:  # they are being imported, and the registry with them
+        return
+    # The registry may have been imported from the midst of what our models need: they wait for the end of that.
+    if LAYERS not in sys.modules or hasattr(sys.modules[LAYERS], "GradientCheckpointingLayer"):
         import_module(MODELS)
 
 
 def _register_models(modeling: ModuleType) -> None:
     from transformers.models.auto import modeling_auto
 
+    modeling.HFViTPreTrainedModel._read_foreign = staticmethod(_read_foreign)
     for auto_class, reference in CLASSES.items():
         if auto_class != "AutoConfig":
             model_class = getattr(modeling, reference.split(".")[1])
             getattr(modeling_auto, auto_class).register(HFViTConfig, model_class, exist_ok=True)
+
+
+def _read_foreign(*arguments: Any) -> Any:
+    from .checkpoints.loading import read_foreign
+
+    return read_foreign(*arguments)
 
 
 def _register_image_processors(registry: ModuleType) -> None:

@@ -7,11 +7,12 @@ A family is a file: a table of names, and how its config is read from tensors an
 from pathlib import Path
 from typing import Any
 
-from . import transformers
+from . import google, own, timm, transformers, vit_pytorch
 from .checkpoint import Checkpoint, Options
+from .conversion import write_checkpoint
 from .files import Source, open_source
 
-FAMILIES = (transformers.FAMILY,)
+FAMILIES = (own.FAMILY, google.FAMILY, transformers.FAMILY, timm.FAMILY, vit_pytorch.FAMILY)
 
 
 def open_checkpoint(
@@ -41,4 +42,4 @@ def open_checkpoint(
     )
 
 
-__all__ = ["FAMILIES", "Checkpoint", "Options", "Source", "open_checkpoint", "open_source"]
+__all__ = ["FAMILIES", "Checkpoint", "Options", "Source", "open_checkpoint", "open_source", "write_checkpoint"]

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..model import modeling_hf_vit
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.modeling_hf_vit import HFViTPreTrainedModel, resample_table
 from ..variants import SIZES
-from .files import Source
+from .files import PROCESSOR_FILES, Source
 from .flexible import resample_patch_projection
 from .layouts import Row, Rule, rules_of
 
@@ -102,10 +101,10 @@ class Checkpoint:
         self.assumed = reading.assumed
         self.architecture = reading.architecture
         self._reading = reading
-        self._own_config = HFViTConfig(**reading.fields)
+        self._own_config = HFViTConfig.from_dict(dict(reading.fields))
         self.config = self._target_config(options, overrides or {})
         self._new_head = self._has_new_head()
-        parameters = _parameters(reading.architecture, self._own_config)
+        parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
         self.left_out = self._check_names()
 
@@ -134,7 +133,7 @@ class Checkpoint:
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Names and shapes of all parameters that come out."""
-        return _parameters(self.architecture, self.config)
+        return parameters_of(self.architecture, self.config)
 
     @property
     def num_parameters(self) -> int:
@@ -298,12 +297,19 @@ class Checkpoint:
         return facts
 
 
-def _parameters(architecture: str, config: HFViTConfig) -> dict[str, torch.Size]:
+def parameters_of(architecture: str, config: HFViTConfig) -> dict[str, torch.Size]:
     """Return names and shapes of a model's parameters, without memory for their values."""
     model_class: type[HFViTPreTrainedModel] = getattr(modeling_hf_vit, architecture)
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(config)
+        model: torch.nn.Module = model_class(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def processor_beside(source: Source) -> HFViTImageProcessorPil | None:
+    """Return the processor that lies beside the weights, if one does."""
+    if source.folder is None or not any((source.folder / file).is_file() for file in PROCESSOR_FILES):
+        return None
+    return HFViTImageProcessorPil.from_pretrained(source.folder)
 
 
 def variant_of(config: HFViTConfig) -> str:

@@ -10,7 +10,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -22,9 +22,24 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-SIDE_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+SIDE_FILES = ("config.json", *PROCESSOR_FILES)
 # Where a training checkpoint keeps its weights; an average of them comes first, as timm loads it.
 STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class Stored(NamedTuple):
@@ -169,27 +184,21 @@ def _kind(path: Path) -> str:
 
 
 def _of_safetensors(path: Path) -> Tensors:
-    file = safe_open(path, framework="pt")
-    dtypes = _safetensors_dtypes()
     tensors = {}
-    for name in file.keys():  # noqa: SIM118 (not a dict)
-        view = file.get_slice(name)
-        if view.get_dtype() not in dtypes:
-            raise ValueError(
-                f"{path}: the tensor {name!r} has the type {view.get_dtype()}, which torch does not have."
-            )
-        tensors[name] = Stored(tuple(view.get_shape()), dtypes[view.get_dtype()], partial(file.get_tensor, name))
+    with safe_open(path, framework="pt") as file:
+        for name in list(file.keys()):
+            view = file.get_slice(name)
+            if view.get_dtype() not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{path}: {name!r} has the type {view.get_dtype()}, which is not read.")
+            dtype = SAFETENSORS_DTYPES[view.get_dtype()]
+            tensors[name] = Stored(tuple(view.get_shape()), dtype, partial(read_safetensor, path, name))
     return tensors
 
 
-@cache
-def _safetensors_dtypes() -> dict[str, torch.dtype]:
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
-    integers = {f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in SIZES}
-    return {code: getattr(torch, name) for code, name in {**names, **integers}.items()}
-
-
-SIZES = (8, 16, 32, 64)
+def read_safetensor(path: Path, name: str) -> Tensor:
+    """Read one tensor; the file is opened anew, since all that was read of an open one stays in memory."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _of_npz(path: Path) -> Tensors:

@@ -22,6 +22,6 @@ def resample_patch_projection(weight: Tensor, old: tuple[int, int], new: tuple[i
     if new == old:
         return weight
     pixels = torch.eye(old[0] * old[1], dtype=torch.float64).view(-1, 1, *old)
-    resize = F.interpolate(pixels, size=new, mode="bilinear", antialias=True).flatten(1).T  # [new pixels, old pixels]
+    resize = F.interpolate(pixels, size=new, mode="bilinear").flatten(1).T  # [new pixels, old pixels]
     kernels = weight.double().unflatten(1, (-1, old[0] * old[1]))  # [D, C, old pixels]
     return (kernels @ torch.linalg.pinv(resize)).flatten(1).to(weight.dtype)

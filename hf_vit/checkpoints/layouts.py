@@ -8,6 +8,7 @@ in both directions.
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -183,15 +184,34 @@ def square(number: int, what: str) -> tuple[int, int]:
     Raises:
         ValueError: If `number` is no square.
     """
-    side = round(number**0.5)
-    if side * side != number:
+    if not is_square(number):
         raise ValueError(f"{what} has {number} places, which is no square: pass --image-size HxW.")
-    return side, side
+    return isqrt(number), isqrt(number)
 
 
-def count(names: Iterable[str], template: str) -> int:
-    """Return how many layers there are: the first number that, put into `template` for `{}`, begins no name."""
-    names, layers = list(names), 0
-    while any(name.startswith(template.format(layers)) for name in names):
-        layers += 1
-    return layers
+def grid_of_table(
+    number: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None, what: str
+) -> tuple[int, int]:
+    """Return the grid of a table that does not say its own: that of the stated image if it fits, else the square.
+
+    Raises:
+        ValueError: If `number` is neither.
+    """
+    if image_size is not None:
+        grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
+        if grid[0] * grid[1] == number:
+            return grid
+    return square(number, what)
+
+
+def is_square(number: int) -> bool:
+    """Say whether `number` cells can be a square grid."""
+    return isqrt(number) ** 2 == number
+
+
+def count(names: Iterable[str], template: str, first: int = 0) -> int:
+    """Return how many numbers, from `first` on, put into `template` for `{}`, begin a name."""
+    names, number = list(names), first
+    while any(name.startswith(template.format(number)) for name in names):
+        number += 1
+    return number - first

@@ -5,7 +5,7 @@ without the prefix of the class that saved them; the table has them all. What a 
 of transformers' config class.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,20 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from ..model.configuration_hf_vit import HFViTConfig
-from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
-from .checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading
-from .files import SIDE_FILES, Source
-from .layouts import Layout, Row, convolution, count, heads_first, packed, positions, reshaped, separate_heads, square
+from .checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading, processor_beside
+from .files import Source
+from .layouts import (
+    Layout,
+    Row,
+    convolution,
+    count,
+    grid_of_table,
+    heads_first,
+    packed,
+    positions,
+    reshaped,
+    separate_heads,
+)
 
 # ----------------------------------------------------------------------------------------------------- the names
 
@@ -44,6 +54,12 @@ def token(config: HFViTConfig) -> Layout:
     return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
 
 
+def flat_positions(config: HFViTConfig) -> Layout:
+    """All positions, stored as `[P+N, D]`."""
+    width = config.hidden_size
+    return reshaped((1, -1, width), (-1, width)).then(positions(config))
+
+
 def without_key_bias(config: HFViTConfig) -> Layout:
     """Biases of queries and values alone; ours of the keys are zeros."""
     joined = separate_heads(config)
@@ -66,12 +82,12 @@ def pixel_decoder(config: HFViTConfig) -> Layout:
     )
 
 
-def table(key_bias: bool = True) -> list[Row]:
+def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row]:
     """Return our names and theirs; the first of each are what transformers' `ViT` saves."""
     tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
     projection = "embeddings.patch_embeddings.projection"
     rows = []
-    for prefix in PREFIXES:
+    for prefix in prefixes:
         rows += [
             Row("embeddings.cls_token", f"{prefix}embeddings.cls_token"),
             Row("embeddings.cls_token", f"{prefix}embeddings.class_embedding", token),
@@ -79,7 +95,7 @@ def table(key_bias: bool = True) -> list[Row]:
             Row("embeddings.register_tokens", f"{prefix}embeddings.register_tokens"),
             Row("embeddings.mask_token.weight", f"{prefix}embeddings.mask_token"),
             Row(tables, f"{prefix}embeddings.position_embeddings", positions),
-            Row(tables, f"{prefix}embeddings.position_embedding.weight", positions),
+            Row(tables, f"{prefix}embeddings.position_embedding.weight", flat_positions),
             Row("pre_layernorm.*", f"{prefix}pre_layrnorm.*"),
             Row("layernorm.*", f"{prefix}layernorm.*"),
             Row("layernorm.*", f"{prefix}post_layernorm.*"),
@@ -298,7 +314,9 @@ def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[s
         if f"{style.format(0)}{name[:-1]}weight" in sizes
     )
     prefix = 2 if "embeddings.distillation_token" in sizes else 1
-    rows, columns = square(sizes["embeddings.position_embeddings"][1] - prefix, f"{source.name}: position_embeddings")
+    number = sizes["embeddings.position_embeddings"][1] - prefix
+    stated = options.image_size if options.patch_size in (None, (height, patch_width)) else None
+    rows, columns = grid_of_table(number, (height, patch_width), stated, f"{source.name}: position_embeddings")
     heads = options.num_heads
     if heads is None:
         if width % 64:
@@ -342,15 +360,8 @@ def _read(source: Source, options: Options) -> Reading:
     elif "decoder.0.weight" in source.tensors:
         architecture = MASKED
         fields["use_cls_token"] = True
-    return Reading(
-        fields, architecture, table(key_bias=getattr(config, "key_bias", True)), left_out, assumed, _processor(source)
-    )
-
-
-def _processor(source: Source) -> HFViTImageProcessorPil | None:
-    if source.folder is None or not any((source.folder / file).is_file() for file in SIDE_FILES[1:]):
-        return None
-    return HFViTImageProcessorPil.from_pretrained(source.folder)
+    rows = table(key_bias=getattr(config, "key_bias", True))
+    return Reading(fields, architecture, rows, left_out, assumed, processor_beside(source))
 
 
 FAMILY = Family("transformers", _recognises, _read)

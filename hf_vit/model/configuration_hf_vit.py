@@ -19,7 +19,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "rotary", "none")
-POOLINGS = ("cls", "mean", "mean_all", "attention", "cls_and_mean", "cls_and_distillation")
+POOLINGS = (
+    "cls",
+    "mean",
+    "mean_all",
+    "attention",
+    "attention_patches",
+    "cls_and_mean",
+    "cls_and_distillation",
+)
 POOLINGS_OF_CLS = ("cls", "cls_and_mean", "cls_and_distillation")
 FINAL_LAYERNORMS = ("tokens", "pooled", "none")
 MIM_OBJECTIVES = ("pixels", "mean_color")
@@ -118,8 +126,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         rope_theta: Base of the wavelengths of `"rotary"`.
         position_interpolation: How positions are resampled to another grid; a key of `POSITION_INTERPOLATIONS`.
         pooling: What the head reads: `"cls"` (the class token), `"mean"` (of the patches), `"mean_all"` (of all
-            tokens), `"attention"` (multi-head attention pooling, arXiv:2106.04560), `"cls_and_mean"` (both, one behind
-            the other: DINOv2) or `"cls_and_distillation"` (a classifier for each, averaged: DeiT).
+            tokens), `"attention"` (multi-head attention pooling of all tokens, arXiv:2106.04560),
+            `"attention_patches"` (of the patches), `"cls_and_mean"` (both, one behind the other: DINOv2) or
+            `"cls_and_distillation"` (a classifier for each, averaged: DeiT).
         representation_size: Width of the pre-logits layer with tanh of the paper's pre-training head; `None`: none.
         zero_init_head: Whether a new classifier starts at zero, as in the paper's fine-tuning.
         mim_objective: What `HFViTForMaskedImageModeling` predicts: `"pixels"` (SimMIM, arXiv:2111.09886) or
@@ -305,7 +314,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_width(self) -> None:
         width, heads = self.hidden_size, self.num_attention_heads
-        if width % heads and (self.head_dim is None or self.pooling == "attention"):
+        if width % heads and (self.head_dim is None or self.pooling.startswith("attention")):
             fits = _multiples_around(width, heads)
             raise ValueError(
                 f"hidden_size={width} is not divisible by num_attention_heads={heads}: "
@@ -358,6 +367,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: If the patch does not divide the image; names the nearest sizes that fit.
         """
         patch_height, patch_width = self.patch_shape
+        if height > 0 and width > 0:  # a stem pads what its stride does not divide
+            height, width = (-(-size // self.stem_stride) * self.stem_stride for size in (height, width))
         if height % patch_height or width % patch_width or not (height and width):
             heights, widths = _multiples_around(height, patch_height), _multiples_around(width, patch_width)
             fits = sorted({f"{fit_height}x{fit_width}" for fit_height in heights for fit_width in widths})

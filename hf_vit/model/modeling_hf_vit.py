@@ -16,7 +16,7 @@ from math import prod
 from operator import index
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -762,11 +762,23 @@ class HFViTAttentionPooling(nn.Module):
         return (pooled + self.mlp(self.layernorm(pooled))).squeeze(1)
 
 
+class HFViTPatchAttentionPooling(HFViTAttentionPooling):
+    """Let one learned query attend to the patches alone, as timm has it."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        self.num_prefix_tokens = config.num_prefix_tokens
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states[:, self.num_prefix_tokens :])
+
+
 POOLINGS: dict[str, type[nn.Module]] = {
     "cls": HFViTClassTokenPooling,
     "mean": HFViTMeanPooling,
     "mean_all": HFViTMeanOfAllPooling,
     "attention": HFViTAttentionPooling,
+    "attention_patches": HFViTPatchAttentionPooling,
     "cls_and_mean": HFViTClassTokenAndMeanPooling,
     "cls_and_distillation": HFViTDistillationPooling,
 }
@@ -829,6 +841,25 @@ class HFViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HFViTLayer, "attentions": HFViTAttention}
     _input_embed_layer = "patch_embeddings"
+    # Reads checkpoints of other libraries; set by the package where it is installed, since it does not travel along.
+    _read_foreign: Callable | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
+        """Load a model as `PreTrainedModel` does; with the package installed, also from other libraries' checkpoints.
+
+        Positions are resampled where `image_size` is given. All arguments are those of `PreTrainedModel`.
+        """
+        name, read = pretrained_model_name_or_path, cls._read_foreign
+        if read is not None and name is not None and kwargs.get("state_dict") is None:
+            foreign = read(str(name), cls.__name__, kwargs)
+            if foreign is not None:
+                config, state_dict, kwargs = foreign
+                result = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+                model = result[0] if isinstance(result, tuple) else result
+                model.config.name_or_path = model.name_or_path = str(name)
+                return result
+        return super().from_pretrained(name, *model_args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,283 @@
+"""The paper's own checkpoints: npz files of google-research/vision_transformer and of google-research/big_vision.
+
+Facts from vit_jax/models_vit.py, models_resnet.py and checkpoint.py, and from big_vision/models/vit.py and
+models/proj/flexi/vit.py. Both use flax: LayerNorm with epsilon 1e-6, GELU in its tanh form, dense kernels `[in, out]`,
+convolutions `[h, w, in, out]`, attention kernels `[D, A, d]` and `[A, d, D]`.
+
+Names by era: before flax's linen a block counted its parts together (LayerNorm_0, MultiHeadDotProductAttention_1,
+LayerNorm_2, MlpBlock_3), since then each kind by itself. Positions moved from Transformer/posembed_input over
+Transformer/ to the top; until 2022 they had a row for the class token, since then they have none.
+"""
+
+from functools import partial
+from typing import Any
+
+from ..model.configuration_hf_vit import HFViTConfig
+from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
+from .files import Source, Stored
+from .layouts import Layout, Row, count, each, heads_together, is_square, positions, reshaped, square
+
+PRE_LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+TABLE = "embeddings.position_embeddings.table.weight"
+# Where the image model lies in a file: as a tower of two, in a training checkpoint, in an older one, alone.
+ROOTS = ("params/img/", "opt/target/img/", "img/", "params/", "opt/target/", "")
+# Optimizer, counters, and the other tower with its temperature and bias.
+LEFT_OUT = (r"opt/(?!target/).*", r"(extra|chrono)/.*", r"((params|opt/target)/)?(txt/.*|t|b)")
+
+
+def transposed(config: HFViTConfig) -> Layout:
+    """A dense kernel `[in, out]`."""
+    return each(lambda kernel: kernel.T, lambda weight: weight.T)
+
+
+def convolution(config: HFViTConfig) -> Layout:
+    """A convolution `[h, w, in, out]`."""
+    return each(lambda kernel: kernel.permute(3, 2, 0, 1), lambda weight: weight.permute(2, 3, 1, 0))
+
+
+def patches(config: HFViTConfig) -> Layout:
+    """The convolution of patches, to a matrix."""
+    shape = tuple(size // config.stem_stride for size in config.patch_shape)
+    matrix = each(lambda kernel: kernel.flatten(1), lambda weight: weight.unflatten(1, (-1, *shape)))
+    return convolution(config).then(matrix)
+
+
+def by_heads(config: HFViTConfig, parts: int = 3) -> Layout:
+    """Kernels `[D, A, d]` of queries, keys and values."""
+    shape = (config.num_attention_heads, -1)
+    return each(lambda kernel: kernel.flatten(1).T, lambda weight: weight.T.unflatten(1, shape)).then(
+        heads_together(config, parts)
+    )
+
+
+def biases_by_heads(config: HFViTConfig, parts: int = 3) -> Layout:
+    """Biases `[A, d]` of queries, keys and values."""
+    shape = (config.num_attention_heads, -1)
+    return each(lambda bias: bias.flatten(), lambda bias: bias.unflatten(0, shape)).then(heads_together(config, parts))
+
+
+def from_heads(config: HFViTConfig) -> Layout:
+    """The output projection `[A, d, D]`."""
+    shape = (config.num_attention_heads, -1)
+    return each(lambda kernel: kernel.flatten(0, 1).T, lambda weight: weight.T.unflatten(0, shape))
+
+
+def flat(config: HFViTConfig) -> Layout:
+    """Scales and biases `[C]`, which flax before 0.3.6 wrote as `[1, 1, 1, C]`."""
+    return reshaped((-1,), (-1,))
+
+
+def without_first(config: HFViTConfig) -> Layout:
+    """Positions with a row for a class token that the model does not have."""
+    joined = positions(config)
+    return Layout(lambda theirs: joined.read([theirs[0][:, 1:]]), joined.write)
+
+
+def _norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}.weight", f"{theirs}/scale", flat), Row(f"{ours}.bias", f"{theirs}/bias", flat)]
+
+
+def _dense(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}.weight", f"{theirs}/kernel", transposed), Row(f"{ours}.bias", f"{theirs}/bias")]
+
+
+def _mlp(ours: str, theirs: str) -> list[Row]:
+    return _dense(f"{ours}.fc1", f"{theirs}/Dense_0") + _dense(f"{ours}.fc2", f"{theirs}/Dense_1")
+
+
+def _attention(ours: str, theirs: str, parts: dict[str, tuple[str, ...]]) -> list[Row]:
+    rows = [
+        Row(f"{ours}.o_proj.weight", f"{theirs}/out/kernel", from_heads),
+        Row(f"{ours}.o_proj.bias", f"{theirs}/out/bias"),
+    ]
+    for name, names in parts.items():
+        for kind, file_kind, layout in (("weight", "kernel", by_heads), ("bias", "bias", biases_by_heads)):
+            stored = tuple(f"{theirs}/{part}/{file_kind}" for part in names)
+            rows.append(Row(f"{ours}.{name}.{kind}", stored, partial(layout, parts=len(names))))
+    return rows
+
+
+def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False) -> list[Row]:
+    """Return our names and those of every era; the first of each are what is written today."""
+    rows = [
+        Row("embeddings.cls_token", f"{root}cls"),
+        Row("embeddings.patch_embeddings.projection.weight", f"{root}embedding/kernel", patches),
+        Row("embeddings.patch_embeddings.projection.bias", f"{root}embedding/bias"),
+        *_norm("layernorm", f"{root}Transformer/encoder_norm"),
+        *_dense("pooler.pre_logits", f"{root}pre_logits"),
+        *_dense("classifier", f"{root}head"),
+    ]
+    # vit_jax reads its own place alone, big_vision all of them; what only big_vision has goes to its place.
+    places = ["Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding"]
+    if config.pooling == "attention" or (config.use_cls_token and not config.num_prefix_positions):
+        places.reverse()
+    layout = without_first if has_spare_position else positions
+    rows += [Row(("embeddings.position_embeddings.prefix", TABLE), f"{root}{place}", layout) for place in places]
+    for before, attention, after, mlp in (LINEN, PRE_LINEN):
+        block = f"{root}Transformer/encoderblock_{{}}"
+        rows += _norm("layers.{}.layernorm_before", f"{block}/{before}")
+        rows += _attention("layers.{}.attention", f"{block}/{attention}", {"qkv": ("query", "key", "value")})
+        rows += _norm("layers.{}.layernorm_after", f"{block}/{after}")
+        rows += _mlp("layers.{}.mlp", f"{block}/{mlp}")
+    for head in (f"{root}MAPHead_0/", root):  # inlined while ViT-g was being made
+        pooling = "pooler.pooling"
+        parts = {"query": ("query",), "key_value": ("key", "value")}
+        rows.append(Row(f"{pooling}.probe", f"{head}probe"))
+        rows += _attention(pooling, f"{head}MultiHeadDotProductAttention_0", parts)
+        rows += _norm(f"{pooling}.layernorm", f"{head}LayerNorm_0")
+        rows += _mlp(f"{pooling}.mlp", f"{head}MlpBlock_0")
+    return rows + _stem(config, root)
+
+
+def _stem(config: HFViTConfig, root: str) -> list[Row]:
+    stem = "embeddings.patch_embeddings.stem"
+    rows = [
+        Row(f"{stem}.conv.weight", f"{root}conv_root/kernel", convolution),
+        *_norm(f"{stem}.norm", f"{root}gn_root"),
+    ]
+    for stage, units in enumerate(config.stem_layers or ()):
+        for unit in range(units):
+            ours, theirs = f"{stem}.stages.{stage}.{unit}", f"{root}block{stage + 1}/unit{unit + 1}"
+            for number in (1, 2, 3):
+                rows.append(Row(f"{ours}.conv{number}.weight", f"{theirs}/conv{number}/kernel", convolution))
+                rows += _norm(f"{ours}.norm{number}", f"{theirs}/gn{number}")
+            rows.append(Row(f"{ours}.shortcut.0.weight", f"{theirs}/conv_proj/kernel", convolution))
+            rows += _norm(f"{ours}.shortcut.1", f"{theirs}/gn_proj")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def _recognises(source: Source) -> bool:
+    return _root(source) is not None
+
+
+def _root(source: Source) -> str | None:
+    return next((root for root in ROOTS if f"{root}embedding/kernel" in source.tensors), None)
+
+
+def _unstacked(source: Source, root: str) -> Source:
+    """Take the blocks of a scan, stacked along a first axis, apart."""
+    stack = f"{root}Transformer/encoderblock/"
+    tensors = {name: stored for name, stored in source.tensors.items() if not name.startswith(stack)}
+    for name, stored in source.tensors.items():
+        if name.startswith(stack):
+            for number in range(stored.shape[0] if stored.shape else 0):
+                block = f"{root}Transformer/encoderblock_{number}/{name.removeprefix(stack)}"
+                tensors[block] = Stored(stored.shape[1:], stored.dtype, partial(_block, stored, number))
+    return Source(source.name, tensors, source.config, source.folder)
+
+
+def _block(stored: Stored, number: int) -> Any:
+    return stored.read()[number]
+
+
+def _read(source: Source, options: Options) -> Reading:
+    root = _root(source)
+    assert root is not None
+    source = _unstacked(source, root)
+    names = {name.removeprefix(root) for name in source.tensors if name.startswith(root)}
+
+    def shape(name: str) -> tuple[int, ...]:
+        return source.shape(f"{root}{name}")
+
+    height, width, _, size = shape("embedding/kernel")
+    layers = count(names, "Transformer/encoderblock_{}/")
+    attention = next(
+        (
+            f"{name}/query/kernel"
+            for _, name, _, _ in (LINEN, PRE_LINEN)
+            if f"Transformer/encoderblock_0/{name}/query/kernel" in names
+        ),
+        f"{LINEN[1]}/query/kernel",
+    )
+    mlp = next(
+        (name for *_, name in (LINEN, PRE_LINEN) if f"Transformer/encoderblock_0/{name}/Dense_0/kernel" in names),
+        LINEN[3],
+    )
+    _, heads, head_dim = shape(f"Transformer/encoderblock_0/{attention}")
+    fields: dict[str, Any] = {
+        "hidden_size": size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "head_dim": None if heads * head_dim == size else head_dim,
+        "intermediate_size": shape(f"Transformer/encoderblock_0/{mlp}/Dense_0/kernel")[1],
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "num_channels": shape("conv_root/kernel" if "conv_root/kernel" in names else "embedding/kernel")[2],
+        "pooling": _pooling(names),
+        "use_cls_token": "cls" in names,
+    }
+    if "conv_root/kernel" in names:
+        stages = count(names, "block{}/", first=1)
+        fields["stem_layers"] = [count(names, f"block{stage}/unit{{}}/", first=1) for stage in range(1, stages + 1)]
+        fields["stem_width"] = shape("conv_root/kernel")[3]
+        height, width = (side * 4 * 2 ** max(stages - 1, 0) for side in (height, width))
+    fields["patch_size"] = (height, width)
+    has_spare_position = _read_positions(source, root, names, fields, options)
+    if "pre_logits/kernel" in names:
+        fields["representation_size"] = shape("pre_logits/kernel")[1]
+    architecture = ENCODER
+    if "head/kernel" in names:
+        architecture = CLASSIFIER
+        fields["num_labels"] = shape("head/kernel")[1]
+    for name in ("hidden_act", "layer_norm_eps"):
+        fields[name] = getattr(options, name) or fields[name]
+    rows = table(HFViTConfig(**fields), root, has_spare_position)
+    return Reading(fields, architecture, rows, LEFT_OUT, source=source, processor={"name": "original"})
+
+
+def _pooling(names: set[str]) -> str:
+    if "MAPHead_0/probe" in names or "probe" in names:
+        return "attention"
+    return "cls" if "cls" in names else "mean"
+
+
+def _read_positions(source: Source, root: str, names: set[str], fields: dict[str, Any], options: Options) -> bool:
+    """Add kind and grid of the positions to `fields`; return whether they have a row that the model does not use."""
+    height, width = fields["patch_size"]
+    name = next(
+        (
+            name
+            for name in ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding")
+            if name in names
+        ),
+        None,
+    )
+    if name is None:
+        if options.image_size is None:
+            raise ValueError(
+                f"{source.name}: its positions are sines and cosines, which are not in the file, nor is their grid: "
+                "pass --image-size HxW."
+            )
+        if options.patch_size not in (None, fields["patch_size"]):
+            raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are sines and cosines.")
+        fields.update(position_embedding_type="sincos_2d", image_size=options.image_size)
+        return False
+    number = source.shape(f"{root}{name}")[1]
+    # big_vision adds positions before the class token joins, today: without a row for it.
+    stated = None
+    if options.image_size is not None and options.patch_size is None:
+        stated = (options.image_size[0] // height, options.image_size[1] // width)
+    cells = stated[0] * stated[1] if stated else None
+    with_cls = bool(fields["use_cls_token"])
+    if name == "Transformer/posembed_input/pos_embedding" and with_cls:
+        spare = 1
+    elif number == cells or is_square(number):
+        spare = 0
+    else:
+        spare = 1 if number - 1 == cells or is_square(number - 1) else 0
+    if stated is None or number - spare != cells:
+        stated = square(number - spare, f"{source.name}: {name}")
+    fields.update(
+        image_size=(stated[0] * height, stated[1] * width),
+        num_prefix_positions=spare if with_cls else 0,
+        # FlexiViT resizes positions in its forward, by jax.image.resize; the others at loading, by scipy.ndimage.zoom.
+        position_interpolation="bilinear_antialias" if options.patch_size else "bilinear_corners",
+    )
+    return bool(spare) and not with_cls
+
+
+FAMILY = Family("google npz", _recognises, _read)

@@ -1,0 +1,47 @@
+"""`from_pretrained` of our models on other libraries' checkpoints: a folder, a file, or a name on the Hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..model.configuration_hf_vit import HFViTConfig
+from . import open_checkpoint
+from .checkpoint import CLASSIFIER, ENCODER
+
+OF_ALL_CONFIGS = ("num_labels", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def read_foreign(
+    name: str, class_name: str, options: dict[str, Any]
+) -> tuple[HFViTConfig, dict[str, Tensor], dict[str, Any]] | None:
+    """Read a checkpoint that is of another library, for a class of ours.
+
+    Args:
+        name: As given to `from_pretrained`.
+        class_name: Of the model that will be filled.
+        options: Keywords of `from_pretrained`; fields of the config among them win.
+
+    Returns:
+        Config, state dict and the keywords that are left, or `None` if it is ours, or for transformers to refuse.
+    """
+    hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
+    if not Path(name).is_file():
+        found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        if found is None or json.loads(Path(found).read_text()).get("model_type") == HFViTConfig.model_type:
+            return None
+    checkpoint = open_checkpoint(name, **hub)
+    rest = {option: value for option, value in options.items() if option not in hub}
+    config = rest.pop("config", None)
+    if not isinstance(config, HFViTConfig):
+        fields = checkpoint.config.to_dict()
+        if class_name == CLASSIFIER and checkpoint.architecture == ENCODER:
+            fields["representation_size"] = None  # pre-logits belong to the head of the pre-training
+        changed = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(rest)
+        config = HFViTConfig.from_dict(fields, **{option: rest.pop(option) for option in changed})
+    config.name_or_path = name
+    config.dtype = checkpoint.dtype
+    return config, checkpoint.state_dict(), rest

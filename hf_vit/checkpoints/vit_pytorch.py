@@ -1,0 +1,215 @@
+"""vit-pytorch (github.com/lucidrains/vit-pytorch): its `ViT` and `SimpleViT`, of release 0.7 to 1.26.
+
+Files are bare state dicts. What they leave open (heads, the pooling of older files, the grid of `SimpleViT`) an option
+says, or the library's default, which `assumed` then names.
+"""
+
+from math import isqrt, prod
+from typing import Any, NamedTuple
+
+from ..model.configuration_hf_vit import HFViTConfig
+from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
+from .files import Source
+from .layouts import Layout, Row, count, each, grid_of_table, heads_first, positions, reshaped
+
+HEAD_DIM = 64  # the library's default `dim_head`
+
+# ----------------------------------------------------------------------------------------------------- the names
+
+
+class Era(NamedTuple):
+    """What the releases of some years call the parts of a layer, the final LayerNorm and the head."""
+
+    layernorm_before: str
+    qkv: str
+    o_proj: str
+    layernorm_after: str
+    fc1: str
+    fc2: str
+    final_layernorm: str
+    head: str
+
+
+ERAS = (
+    # ViT: from 1.3 on, from 0.9 on (`PreNorm`), from 0.7 on (`Residual(PreNorm)`)
+    Era("0.norm", "0.to_qkv", "0.to_out.0", "1.net.0", "1.net.1", "1.net.4", "transformer.norm", "mlp_head"),
+    Era("0.norm", "0.fn.to_qkv", "0.fn.to_out.0", "1.norm", "1.fn.net.0", "1.fn.net.3", "mlp_head.0", "mlp_head.1"),
+    Era(
+        *("0.fn.norm", "0.fn.fn.to_qkv", "0.fn.fn.to_out.0", "1.fn.norm", "1.fn.fn.net.0", "1.fn.fn.net.3"),
+        *("mlp_head.0", "mlp_head.1"),
+    ),
+    # SimpleViT: from 1.3 on, and before
+    Era("0.norm", "0.to_qkv", "0.to_out", "1.net.0", "1.net.1", "1.net.3", "transformer.norm", "linear_head"),
+    Era("0.norm", "0.to_qkv", "0.to_out", "1.net.0", "1.net.1", "1.net.3", "linear_head.0", "linear_head.1"),
+)
+LAYER = "transformer.layers.{}."
+FIRST_LAYER = LAYER.format(0)
+
+
+def table(era: Era, is_pooled: bool, has_patch_layernorm: bool, leading: tuple[int, ...]) -> list[Row]:
+    """Return our names and theirs.
+
+    Args:
+        era: Names of the release.
+        is_pooled: Whether the final LayerNorm stands behind the pooling.
+        has_patch_layernorm: Whether the projection of patches stands between two LayerNorms.
+        leading: What stands before `[N, D]` in the shape of positions and the class token: `(1,)` before 1.17.
+    """
+
+    def token(config: HFViTConfig) -> Layout:
+        return reshaped((1, 1, config.hidden_size), (*leading, 1, config.hidden_size))
+
+    def places(config: HFViTConfig) -> Layout:
+        return reshaped((1, -1, config.hidden_size), (*leading, -1, config.hidden_size)).then(positions(config))
+
+    tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
+    patches = "embeddings.patch_embeddings"
+    projection = f"to_patch_embedding.{2 if has_patch_layernorm else 1}"
+    return [
+        Row("embeddings.cls_token", "cls_token", token),
+        Row(tables, "pos_embedding", places),
+        Row(f"{patches}.layernorm_before.*", "to_patch_embedding.1.*", channels_first),
+        Row(f"{patches}.projection.weight", f"{projection}.weight", channels_first),
+        Row(f"{patches}.projection.bias", f"{projection}.bias"),
+        Row(f"{patches}.layernorm_after.*", "to_patch_embedding.3.*"),
+        Row("layers.{}.layernorm_before.*", f"{LAYER}{era.layernorm_before}.*"),
+        Row("layers.{}.attention.qkv.weight", f"{LAYER}{era.qkv}.weight", heads_first),
+        Row("layers.{}.attention.o_proj.*", f"{LAYER}{era.o_proj}.*"),
+        Row("layers.{}.layernorm_after.*", f"{LAYER}{era.layernorm_after}.*"),
+        Row("layers.{}.mlp.fc1.*", f"{LAYER}{era.fc1}.*"),
+        Row("layers.{}.mlp.fc2.*", f"{LAYER}{era.fc2}.*"),
+        Row("pooler.layernorm.*" if is_pooled else "layernorm.*", f"{era.final_layernorm}.*"),
+        Row("classifier.*", f"{era.head}.*"),
+    ]
+
+
+def channels_first(config: HFViTConfig) -> Layout:
+    """The pixels of a patch, last dimension: theirs ordered (row, column, channel), ours (channel, row, column)."""
+    patch, channels = config.patch_shape, config.num_channels
+    return each(
+        lambda theirs: theirs.unflatten(-1, (*patch, channels)).movedim(-1, -3).flatten(-3),
+        lambda ours: ours.unflatten(-1, (channels, *patch)).movedim(-3, -1).flatten(-3),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- the config
+
+
+def _recognises(source: Source) -> bool:
+    is_embedded = {"to_patch_embedding.1.weight", "patch_to_embedding.weight"} & set(source.tensors)
+    return bool(is_embedded) and any(name.startswith(FIRST_LAYER) for name in source.tensors)
+
+
+def _read(source: Source, options: Options) -> Reading:
+    assumed = ["The images' mean and standard deviation are 0.5: the file does not say (processor 'original')."]
+    era = _era(source)
+    is_simple = era.head.startswith("linear_head")
+    is_pooled = era.final_layernorm != "transformer.norm"
+    has_patch_layernorm = "to_patch_embedding.2.weight" in source.tensors
+    projection = source.shape(f"to_patch_embedding.{2 if has_patch_layernorm else 1}.weight")
+    if len(projection) != 2:
+        raise ValueError(f"{source.name}: the projection of patches is {list(projection)}, expected a matrix.")
+    width, pixels = projection
+    patch_size, channels = _patch(source, pixels, options)
+    leading: tuple[int, ...] = ()
+    use_cls_token = False
+    if not is_simple:
+        places, token = source.shape("pos_embedding"), source.shape("cls_token")
+        if len(places) != len(token):  # ViTDetPool, all of whose names are ViT's
+            raise ValueError(f"{source.name}: 'pos_embedding' {list(places)} and 'cls_token' {list(token)}: no ViT.")
+        # From 1.17 on a model without class token keeps an empty one.
+        leading, use_cls_token = places[:-2], 0 not in token
+    fields: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": count(source.tensors, LAYER),
+        "intermediate_size": source.shape(f"{FIRST_LAYER}{era.fc1}.weight")[0],
+        "hidden_act": options.hidden_act or "gelu",
+        "layer_norm_eps": options.layer_norm_eps or 1e-5,
+        "patch_size": patch_size,
+        "num_channels": channels,
+        "image_size": _image_size(source, patch_size, use_cls_token, options),
+        "qkv_bias": False,
+        "proj_bias": not is_simple,
+        "use_patch_layernorm": has_patch_layernorm,
+        "final_layernorm": "pooled" if is_pooled else "tokens",
+        "position_embedding_type": "sincos_2d" if is_simple else "learned",
+        "use_cls_token": use_cls_token,
+        "pooling": options.pooling or ("cls" if use_cls_token else "mean"),
+        **_heads(source, era, width, options, assumed),
+    }
+    if use_cls_token and leading and options.pooling is None:
+        assumed.append(
+            "The class token is read: before release 1.17 the average of all tokens has the same file "
+            "(--pooling mean_all)."
+        )
+    architecture = ENCODER
+    if f"{era.head}.weight" in source.tensors:
+        architecture = CLASSIFIER
+        fields["num_labels"] = source.shape(f"{era.head}.weight")[0]
+    return Reading(fields, architecture, table(era, is_pooled, has_patch_layernorm, leading), assumed=assumed)
+
+
+def _era(source: Source) -> Era:
+    if "patch_to_embedding.weight" in source.tensors:
+        raise ValueError(
+            f"{source.name}: of vit-pytorch before 0.7. Its attention divides by the root of the model's width up to "
+            "0.6.6 and of a head's from 0.6.7 on, and nothing in the file tells them apart."
+        )
+    for era in ERAS:
+        marks = (f"{FIRST_LAYER}{era.qkv}.weight", f"{FIRST_LAYER}{era.fc2}.weight", f"{era.final_layernorm}.weight")
+        if all(mark in source.tensors for mark in marks):
+            return era
+    raise ValueError(f"{source.name}: neither ViT nor SimpleViT of a release of vit-pytorch that is known here.")
+
+
+def _heads(source: Source, era: Era, width: int, options: Options, assumed: list[str]) -> dict[str, Any]:
+    """Return the fields that the width of queries, keys and values leaves to be told."""
+    inner = source.shape(f"{FIRST_LAYER}{era.qkv}.weight")[0] // 3
+    if f"{FIRST_LAYER}{era.o_proj}.weight" not in source.tensors:
+        # The library leaves it out for a single head as wide as the model.
+        if options.num_heads not in (None, 1):
+            raise ValueError(
+                f"{source.name}: an attention without output projection has 1 head, whatever --num-heads."
+            )
+        return {"num_attention_heads": 1, "use_output_projection": False}
+    heads = options.num_heads
+    if heads is None and inner % HEAD_DIM == 0:
+        heads = inner // HEAD_DIM
+        assumed.append(f"{heads} heads: the file does not say, and {HEAD_DIM} a head is the default (--num-heads).")
+    if heads is None or inner % heads:
+        raise ValueError(
+            f"{source.name}: heads of {HEAD_DIM}, the library's default, or the number given do not divide the "
+            f"attention's width {inner}: pass a --num-heads that does."
+        )
+    return {"num_attention_heads": heads, "head_dim": None if inner == width else inner // heads}
+
+
+def _patch(source: Source, pixels: int, options: Options) -> tuple[tuple[int, int], int]:
+    """Return size and channels of a patch, of which the file has the product."""
+    stated, side = options.patch_size, isqrt(pixels // 3)
+    if stated is not None and 3 * prod(stated) == pixels:
+        return stated, 3
+    if 3 * side * side == pixels:
+        return (side, side), 3
+    if stated is not None and pixels % prod(stated) == 0:
+        return stated, pixels // prod(stated)
+    raise ValueError(f"{source.name}: a patch of {pixels} values is no square of 3 channels: pass --patch-size HxW.")
+
+
+def _image_size(source: Source, patch_size: tuple[int, int], use_cls_token: bool, options: Options) -> tuple[int, int]:
+    stated = options.image_size if options.patch_size in (None, patch_size) else None
+    if "pos_embedding" in source.tensors:
+        number = source.shape("pos_embedding")[-2] - use_cls_token
+        grid = grid_of_table(number, patch_size, stated, f"{source.name}: pos_embedding")
+        return grid[0] * patch_size[0], grid[1] * patch_size[1]
+    if options.image_size is None:
+        raise ValueError(
+            f"{source.name}: the positions of SimpleViT are sines and cosines, which are not in the file, nor is "
+            "their grid: pass --image-size HxW."
+        )
+    if stated is None:
+        raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are sines and cosines.")
+    return stated
+
+
+FAMILY = Family("vit-pytorch", _recognises, _read)

@@ -45,6 +45,10 @@ class Options:
     layer_norm_eps: float | None = None
     mlp_gate: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.mlp_gate not in (None, "first", "last"):
+            raise ValueError(f"mlp_gate must be first or last, got {self.mlp_gate!r}.")
+
 
 @dataclass
 class Reading:
@@ -107,6 +111,7 @@ class Checkpoint:
         parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
         self.left_out = self._check_names()
+        self._check_shapes(parameters)
 
     # ------------------------------------------------------------------------------------------------ architecture
 
@@ -117,6 +122,8 @@ class Checkpoint:
                 changed[name] = getattr(options, name)
         own = self._own_config
         labels = changed.get("num_labels")
+        if labels is not None and labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {labels}.")
         if self.architecture == ENCODER and labels is not None:
             self.architecture = CLASSIFIER
         if labels is not None and (labels != own.num_labels or self._reading.architecture == ENCODER):
@@ -168,27 +175,30 @@ class Checkpoint:
             raise ValueError(f"{name}: {self.family} has no place for the tensors {_some(strangers)}.")
         return over
 
+    def _check_shapes(self, parameters: dict[str, torch.Size]) -> None:
+        """Let every layout read tensors without values."""
+        for rule in self.rules:
+            stored = [torch.empty(self.source.tensors[name].shape, device="meta") for name in rule.theirs]
+            for name, tensor in zip(rule.ours, self._arrange(rule, stored), strict=True):
+                if tensor.shape != parameters[name]:
+                    raise self._contradiction(
+                        rule, f"gives {list(tensor.shape)} where {list(parameters[name])} is due"
+                    )
+
     # -------------------------------------------------------------------------------------------------- tensors
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Give every parameter's name and value, one rule's tensors in memory at a time.
-
-        Raises:
-            ValueError: For a tensor that cannot be read or has an impossible shape; names file and tensor.
-        """
+        """Give every parameter's name and value, one rule's tensors in memory at a time."""
         shapes, dtype = self.shapes, self.dtype
         for rule in self.rules:
             wanted = [name for name in (self._renamed(name) for name in rule.ours) if name in shapes]
             if not wanted:
                 continue  # of a head that goes
-            for ours, tensor in zip(rule.ours, self._read(rule), strict=True):
+            stored = [self.source.tensors[name].read() for name in rule.theirs]
+            for ours, tensor in zip(rule.ours, self._arrange(rule, stored), strict=True):
                 name = self._renamed(ours)
-                if self._is_head(name) and self._new_head:
-                    continue
-                tensor = self._fit(name, tensor)
-                if tensor.shape != shapes[name]:
-                    raise self._contradiction(rule, f"gives {list(tensor.shape)} where {list(shapes[name])} is due")
-                yield name, tensor.to(dtype)
+                if not (self._is_head(name) and self._new_head):
+                    yield name, self._fit(name, tensor).to(dtype)
         for name, shape in shapes.items():
             if self._is_head(name) and self._new_head:
                 yield name, torch.zeros(shape, dtype=dtype)
@@ -207,10 +217,10 @@ class Checkpoint:
     def _is_head(name: str) -> bool:
         return name.startswith("classifier.")
 
-    def _read(self, rule: Rule) -> list[Tensor]:
+    def _arrange(self, rule: Rule, stored: list[Tensor]) -> list[Tensor]:
         try:
-            return rule.layout.read([self.source.tensors[name].read() for name in rule.theirs])
-        except RuntimeError as error:
+            return rule.layout.read(stored)
+        except (RuntimeError, IndexError) as error:
             raise self._contradiction(rule, f"does not fit the rest ({str(error).splitlines()[0]})") from error
 
     def _contradiction(self, rule: Rule, what: str) -> ValueError:

@@ -8,7 +8,7 @@ import json
 import struct
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SIDE_FILES = ("config.json", *PROCESSOR_FILES)
+SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # Where a training checkpoint keeps its weights; an average of them comes first, as timm loads it.
 STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
 
@@ -99,7 +100,10 @@ def open_source(name: str | Path, **hub: Any) -> Source:
     if path.is_file():
         beside = [] if _kind(path) == "npz" else [path.parent / file for file in SIDE_FILES]
         return _source(str(name), [path], {file.name: file for file in beside if file.is_file()})
-    if not path.is_dir() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+    is_hub_name = (
+        str(name).count("/") < 2 and not str(name).startswith((".", "/", "~")) and path.suffix not in SUFFIXES
+    )
+    if not path.is_dir() and not is_hub_name:
         raise ValueError(f"{name}: no such file or folder.")
     find = partial(_find, str(name), hub)
     weights = next((found for file in WEIGHTS if (found := find(file))), None)
@@ -163,8 +167,11 @@ def read_tensors(path: Path) -> Tensors:
     kind = _kind(path)
     try:
         return readers[kind](path)
-    except (SafetensorError, zipfile.BadZipFile, EOFError, RuntimeError, struct.error, KeyError, OSError) as error:
-        raise ValueError(f"{path}: damaged, or no {kind} file ({error}).") from error
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"{path}: damaged, or no {kind} file ({reason[0]}).") from error
 
 
 def _kind(path: Path) -> str:
@@ -247,32 +254,51 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _of_torch(path: Path) -> Tensors:
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    file, tensors = TorchFile(path), {}
+    for name, value in file.content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor.")
+        tensors[name] = Stored(tuple(value.shape), value.dtype, partial(file.read, name))
+    return tensors
+
+
+class TorchFile:
+    """A state dict of torch, mapped into memory; anew after some reading, since all that was read stays in memory."""
+
+    LIMIT = 128 * 2**20  # bytes
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content = _load_torch(path)
+        self.bytes_read = 0
+
+    def read(self, name: str) -> Tensor:
+        """Return a copy of one tensor."""
+        if self.bytes_read > self.LIMIT and zipfile.is_zipfile(self.path):
+            self.content, self.bytes_read = _load_torch(self.path), 0
+        tensor = self.content[name].detach().clone()
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+def _load_torch(path: Path) -> dict[str, Any]:
+    """Load the state dict of a file; a zip is mapped, the older form is read as a whole."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
     try:
         with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments beside the weights
-            content = torch.load(path, mmap=zipfile.is_zipfile(path), **options)
+            content = torch.load(path, **options)
     except UnpicklingError as error:
         raise ValueError(
             f"{path}: holds more than tensors, which could be code, and is not opened. If you trust its author, load "
             f"it yourself and save its state_dict with safetensors. ({str(error).splitlines()[0]})"
         ) from error
-    tensors = {}
-    for name, value in _state_dict(path, content):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor.")
-        tensors[name] = Stored(tuple(value.shape), value.dtype, value.detach)
-    return tensors
-
-
-def _state_dict(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
     for name in STATE_DICTS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict.")
-    for name, value in content.items():
-        yield _without_wrappers(str(name)), value
+    return {_without_wrappers(str(name)): value for name, value in content.items()}
 
 
 def _without_wrappers(name: str) -> str:

@@ -155,7 +155,11 @@ def _recognises(source: Source) -> bool:
 
 
 def _root(source: Source) -> str | None:
-    return next((root for root in ROOTS if f"{root}embedding/kernel" in source.tensors), None)
+    """Return what stands before the image model's names, also where some of them are missing."""
+    marks = ("embedding/kernel", "Transformer/encoder_norm/scale", "Transformer/encoder_norm/bias")
+    found = {root: sum(f"{root}{mark}" in source.tensors for mark in marks) for root in ROOTS}
+    best = max(found, key=lambda root: found[root])
+    return best if found[best] else None
 
 
 def _unstacked(source: Source, root: str) -> Source:

@@ -1,9 +1,11 @@
 """timm's plain Vision Transformers: VisionTransformer, VisionTransformerDistilled (DeiT) and VisionTransformerRelPos.
 
-Names and forwards are those of timm 1.0.31, models/vision_transformer.py, deit.py and vision_transformer_relpos.py;
-the authors of DeiT III, MAE and DINOv2 have the same but for the few names that the table says. A file of tensors says most of an architecture. What it cannot say is in the code that timm keeps under the name of an
-architecture, which `config.json` has: `FACTS` below, which a test compares with timm. The same tensors in another
-forward are refused by name (`OTHERS`).
+Names and forwards are those of timm 1.0.31, models/vision_transformer.py, deit.py and vision_transformer_relpos.py.
+The authors of DeiT III, MAE and DINOv2 have the same names but for a few, which the table has too.
+
+A file of tensors says most of an architecture. What it cannot say is in the code that timm keeps under the name of an
+architecture, which `config.json` has: `FACTS` below, which a test compares with timm. Other forwards of the same
+tensors are refused by that name (`OTHERS`).
 """
 
 import re
@@ -12,10 +14,11 @@ from math import log
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..model.configuration_hf_vit import HFViTConfig
-from ..model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil, Image
+from ..model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
 from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from .files import Source
 from .layouts import Layout, Row, convolution, count, heads_first, is_square, packed, positions
@@ -519,6 +522,8 @@ def _positions(source: Source, stated: _Stated, fields: dict[str, Any]) -> dict[
                 f"{source.name}: neither its tensors nor a config.json say the image size: pass --image-size HxW."
             )
         rows, columns = grids[0]
+        if not asked:
+            stated.say_margin(next(iter(stated.sizes)), (rows, columns), patch)
         found = {"position_embedding_type": "relative" if modules else "none", "num_prefix_positions": 0}
     return {**found, "image_size": (rows * patch[0], columns * patch[1])}
 
@@ -564,7 +569,9 @@ def _grid(
             "HxW."
         )
     ((placed, side),) = squares.items()
-    stated.assumed.append(f"A square grid of {side}x{side} patches: nothing says (--image-size).")
+    stated.assumed.append(
+        f"A square grid of {side}x{side} patches behind {placed} other positions: nothing says (--image-size)."
+    )
     return placed, (side, side)
 
 
@@ -589,11 +596,9 @@ def _processor(stated: _Stated, fields: dict[str, Any]) -> HFViTImageProcessorPi
     names = {"image_mean": "mean", "image_std": "std", "crop_pct": "crop_pct"}
     arguments = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs)}
     if interpolation := config.get("interpolation"):
-        # timm calls them as Pillow does, and for "random" takes the bilinear one in evaluation.
-        name = "BILINEAR" if interpolation == "random" else interpolation.upper()
-        if name not in Image.Resampling.__members__:
-            raise ValueError(f"{stated.source.name}: interpolation={interpolation!r} is unknown to Pillow.")
-        arguments["resample"] = Image.Resampling[name]
+        if interpolation.upper() not in Image.Resampling.__members__:
+            raise ValueError(f"{stated.source.name}: interpolation={interpolation!r} is not one of Pillow's.")
+        arguments["resample"] = Image.Resampling[interpolation.upper()]
     if config.get("crop_mode") == "squash":
         share = arguments.get("crop_pct", PRESETS["center_crop"]["crop_pct"])
         arguments["crop_pct"] = None

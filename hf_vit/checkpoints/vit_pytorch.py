@@ -31,14 +31,14 @@ class Era(NamedTuple):
 
 
 ERAS = (
-    # ViT: from 1.3 on, from 0.9 on (`PreNorm`), from 0.7 on (`Residual(PreNorm)`)
+    # ViT: from 1.4 on, from 0.10 on (`PreNorm`), from 0.7 on (`Residual(PreNorm)`)
     Era("0.norm", "0.to_qkv", "0.to_out.0", "1.net.0", "1.net.1", "1.net.4", "transformer.norm", "mlp_head"),
     Era("0.norm", "0.fn.to_qkv", "0.fn.to_out.0", "1.norm", "1.fn.net.0", "1.fn.net.3", "mlp_head.0", "mlp_head.1"),
     Era(
         *("0.fn.norm", "0.fn.fn.to_qkv", "0.fn.fn.to_out.0", "1.fn.norm", "1.fn.fn.net.0", "1.fn.fn.net.3"),
         *("mlp_head.0", "mlp_head.1"),
     ),
-    # SimpleViT: from 1.3 on, and before
+    # SimpleViT: from 1.4 on, and before
     Era("0.norm", "0.to_qkv", "0.to_out", "1.net.0", "1.net.1", "1.net.3", "transformer.norm", "linear_head"),
     Era("0.norm", "0.to_qkv", "0.to_out", "1.net.0", "1.net.1", "1.net.3", "linear_head.0", "linear_head.1"),
 )
@@ -53,7 +53,7 @@ def table(era: Era, is_pooled: bool, has_patch_layernorm: bool, leading: tuple[i
         era: Names of the release.
         is_pooled: Whether the final LayerNorm stands behind the pooling.
         has_patch_layernorm: Whether the projection of patches stands between two LayerNorms.
-        leading: What stands before `[N, D]` in the shape of positions and the class token: `(1,)` before 1.17.
+        leading: What stands before `[N, D]` in the shape of positions and the class token: `(1,)` up to 1.16.0.
     """
 
     def token(config: HFViTConfig) -> Layout:
@@ -115,9 +115,9 @@ def _read(source: Source, options: Options) -> Reading:
     use_cls_token = False
     if not is_simple:
         places, token = source.shape("pos_embedding"), source.shape("cls_token")
-        if len(places) != len(token):  # ViTDetPool, all of whose names are ViT's
+        if len(places) != len(token) or len(places) < 2:  # ViTDetPool, all of whose names are ViT's
             raise ValueError(f"{source.name}: 'pos_embedding' {list(places)} and 'cls_token' {list(token)}: no ViT.")
-        # From 1.17 on a model without class token keeps an empty one.
+        # Lately a model without class token keeps an empty one; before, every model had one.
         leading, use_cls_token = places[:-2], 0 not in token
     fields: dict[str, Any] = {
         "hidden_size": width,
@@ -139,7 +139,7 @@ def _read(source: Source, options: Options) -> Reading:
     }
     if use_cls_token and leading and options.pooling is None:
         assumed.append(
-            "The class token is read: before release 1.17 the average of all tokens has the same file "
+            "The class token is read: of older releases, models that average all tokens have the same file "
             "(--pooling mean_all)."
         )
     architecture = ENCODER

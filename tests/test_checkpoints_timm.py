@@ -120,6 +120,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "dynamic_img_size": {"dynamic_img_size": True},
     "map": {"class_token": False, "global_pool": "map"},
     "map of all tokens": {"reg_tokens": 2, "global_pool": "map", "pool_include_prefix": True},
+    "map of patches": {"reg_tokens": 2, "global_pool": "map"},
     "map with fc_norm": {"class_token": False, "global_pool": "map", "fc_norm": True},
     "avg of all tokens": {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2},
     "no head": {"num_classes": 0},
@@ -494,20 +495,20 @@ def is_plain(model: nn.Module) -> bool:
         return False
     norms = [block.norm1, getattr(model.patch_embed, "norm", nn.Identity())]
     inner = [getattr(block.attn, "norm", nn.Identity()), block.mlp.norm]
-    reads_patches_alone = getattr(model, "attn_pool", None) is not None and not model.pool_include_prefix
     return (
         type(block.attn) in (vision_transformer.Attention, vision_transformer_relpos.RelPosAttention)
         and all(isinstance(norm, nn.LayerNorm | nn.Identity) for norm in norms)
         and all(isinstance(norm, nn.Identity) for norm in inner)
-        and not (reads_patches_alone and model.num_prefix_tokens)
     )
 
 
 def pooling_of(model: nn.Module) -> str:
     if hasattr(model, "dist_token"):
         return "cls_and_distillation"
-    mean = "mean_all" if getattr(model, "pool_include_prefix", False) else "mean"
-    return {"token": "cls", "map": "attention", "avg": mean}[model.global_pool]
+    includes_prefix = getattr(model, "pool_include_prefix", False)
+    mean = "mean_all" if includes_prefix else "mean"
+    attention = "attention" if includes_prefix or not model.num_prefix_tokens else "attention_patches"
+    return {"token": "cls", "map": attention, "avg": mean}[model.global_pool]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -595,7 +596,6 @@ def test_other_architectures_are_refused(architecture: str) -> None:
         ("vit_tiny_r_s16_p8_224", "patch_embed.backbone"),
         ("naflexvit_base_patch16_gap", "embeds"),
         ("samvit_base_patch16", "pos_embed"),
-        ("vit_so150m_patch16_reg4_map_256", "--pooling attention"),
     ],
 )
 def test_a_bare_file_of_another_architecture_names_its_tensors(architecture: str, culprit: str) -> None:
@@ -617,7 +617,6 @@ REFUSED: dict[str, tuple[dict[str, Any], Options, str]] = {
     "SwiGLU": ({"mlp_layer": SwiGLU}, Options(num_heads=4), "--hidden-act"),
     "GluMlp": ({"mlp_layer": GluMlp}, Options(num_heads=4), "--hidden-act"),
     "gate": ({"mlp_layer": GluMlp}, Options(num_heads=4, hidden_act="silu"), "--mlp-gate"),
-    "map of patches": ({"global_pool": "map"}, Options(num_heads=4), "--pooling attention"),
     "inner norms": ({"scale_mlp_norm": True}, Options(num_heads=4), "mlp.norm"),
 }
 

@@ -182,7 +182,7 @@ def swin_offsets(config: HFViTConfig) -> Layout:
 def _evaluate(mlp: list[Tensor], grid: tuple[int, int]) -> Tensor:
     """Return the biases of all offsets, float32 `[2h-1, 2w-1, A]`."""
     weight, bias, out_weight, *out_bias = (tensor.float() for tensor in mlp)
-    axes = [torch.arange(1 - size, size, dtype=torch.float32) for size in grid]
+    axes = [torch.arange(1 - size, size, dtype=torch.float32, device=weight.device) for size in grid]
     if not out_bias:
         axes = [8 * axis / (size - 1) for axis, size in zip(axes, grid, strict=True)]
     logarithms = [axis.sign() * (1 + axis.abs()).log() for axis in axes]
@@ -477,10 +477,8 @@ def _pooling(source: Source, stated: _Stated, fields: dict[str, Any]) -> dict[st
     if pooling == "mean" and includes_prefix:
         pooling = "mean_all"
     if pooling == "attention" and has_prefix and not includes_prefix:
-        raise ValueError(
-            f"{source.name}: its attention pooling reads the patches alone, ours all tokens: there is no equal. If it "
-            "was trained with pool_include_prefix=True, pass --pooling attention."
-        )
+        pooling = "attention_patches"
+        stated.assume("attention pooling of the patches alone, timm's default (--pooling attention: of all tokens).")
     return {"pooling": pooling}
 
 

@@ -27,7 +27,8 @@ def parameter_groups(
     """
     encoder = getattr(model, model.base_model_prefix, model)
     head = len(encoder.layers) + 1
-    depths = {id(parameter): 0 for parameter in encoder.embeddings.parameters()}
+    before = (*encoder.embeddings.parameters(), *encoder.pre_layernorm.parameters())
+    depths = {id(parameter): 0 for parameter in before}
     for depth, layer in enumerate(encoder.layers, start=1):
         depths.update((id(parameter), depth) for parameter in layer.parameters())
     positions = {id(parameter) for parameter in encoder.embeddings.position_embeddings.parameters()}

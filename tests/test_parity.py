@@ -6,24 +6,16 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers import ViTModel as StockViTModel
 
 from hf_vit import HFViTForImageClassification, HFViTModel
+from hf_vit.checkpoints import Source, open_checkpoint
+from hf_vit.checkpoints.files import Stored
 
 
-def transplanted(stock: torch.nn.Module, prefix: str = "vit.") -> dict[str, torch.Tensor]:
+def transplanted(stock: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights of a stock ViT under this package's names and in its layouts."""
-    state = dict(stock.state_dict())
-    heads = stock.config.num_attention_heads
-    grid = [stock.config.image_size // stock.config.patch_size] * 2
-    positions = state.pop(f"{prefix}embeddings.position_embeddings")
-    state[f"{prefix}embeddings.position_embeddings.prefix"] = positions[:, :1]
-    state[f"{prefix}embeddings.position_embeddings.table.weight"] = positions[:, 1:].unflatten(1, grid)
-    projection = f"{prefix}embeddings.patch_embeddings.projection.weight"
-    state[projection] = state[projection].flatten(1)
-    for layer in range(stock.config.num_hidden_layers):
-        for kind in ("weight", "bias"):
-            name = f"{prefix}layers.{layer}.attention"
-            parts = [state.pop(f"{name}.{part}_proj.{kind}").unflatten(0, (heads, -1)) for part in "qkv"]
-            state[f"{name}.qkv.{kind}"] = torch.stack(parts, dim=1).flatten(0, 2)  # rows (head, q/k/v, head_dim)
-    return state
+    tensors = {
+        name: Stored(tuple(tensor.shape), tensor.dtype, tensor.clone) for name, tensor in stock.state_dict().items()
+    }
+    return open_checkpoint(Source("stock", tensors, stock.config.to_dict())).state_dict()
 
 
 @pytest.fixture
@@ -101,10 +93,7 @@ def test_stock_resampling_is_one_of_the_kinds(pair):
 def test_the_pre_logits_layer_is_stock_vit_s_pooler(stock_fields, tiny_config):
     stock = StockViTModel(ViTConfig(**stock_fields)).eval()
     ours = HFViTModel(tiny_config(**stock_fields, representation_size=32)).eval()
-    state = transplanted(stock, prefix="")
-    for kind in ("weight", "bias"):
-        state[f"pooler.pre_logits.{kind}"] = state.pop(f"pooler.dense.{kind}")
-    ours.load_state_dict(state, strict=True)
+    ours.load_state_dict(transplanted(stock), strict=True)
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours(pixel_values).pooler_output, stock(pixel_values).pooler_output)

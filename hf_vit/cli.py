@@ -136,10 +136,10 @@ def convert(
     mlp_gate: MlpGate = None,
     force: Force = False,
 ) -> None:
-    """Read a ViT checkpoint of Google, big_vision, timm, transformers, DeiT, DINO, CLIP, SigLIP or vit-pytorch, and
-    write it as a folder of this package with equal outputs.
+    """Read a ViT checkpoint of another library, and write it as a folder of this package with equal outputs.
 
-    The layout is found by the tensors. For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
+    Google's and big_vision's npz, timm, transformers (ViT, DeiT, DINO, MAE, MSN, SigLIP, CLIP) and vit-pytorch: the
+    layout is found by the tensors. For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
     """
     with _clear_endings():
         from .checkpoints import open_checkpoint, write_checkpoint

@@ -28,6 +28,7 @@ FILES = [
     "modeling_hf_vit.py",
     "preprocessor_config.json",
     "repository_hf_vit.py",
+    "stem_hf_vit.py",
 ]
 
 

@@ -70,20 +70,18 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor that must be there.
+    def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
+        """Return the shape of a tensor that must be there, with so many dimensions if it is said.
 
         Raises:
-            ValueError: If it is not there; names file and tensor.
+            ValueError: If it is not there, or has others; names file and tensor.
         """
         if name not in self.tensors:
             raise ValueError(f"{self.name}: the tensor {name!r} is missing.")
-        return self.tensors[name].shape
-
-    def renamed(self, rename: Callable[[str], str | None]) -> "Source":
-        """Return the source with other names; where `rename` gives `None` the tensor is left out."""
-        tensors = {new: stored for old, stored in self.tensors.items() if (new := rename(old)) is not None}
-        return Source(self.name, tensors, self.config, self.folder)
+        shape = self.tensors[name].shape
+        if dimensions is not None and len(shape) != dimensions:
+            raise ValueError(f"{self.name}: {name!r} has the shape {list(shape)}, expected {dimensions} dimensions.")
+        return shape
 
 
 def open_source(name: str | Path, **hub: Any) -> Source:

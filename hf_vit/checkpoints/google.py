@@ -15,10 +15,11 @@ from typing import Any
 from ..model.configuration_hf_vit import HFViTConfig
 from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from .files import Source, Stored
-from .layouts import Layout, Row, count, each, heads_together, is_square, positions, reshaped, square
+from .layouts import Layout, Row, count, each, grid_of_table, heads_together, is_square, positions, reshaped
 
 PRE_LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
 LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+PLACES = ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding")
 TABLE = "embeddings.position_embeddings.table.weight"
 # Where the image model lies in a file: as a tower of two, in a training checkpoint, in an older one, alone.
 ROOTS = ("params/img/", "opt/target/img/", "img/", "params/", "opt/target/", "")
@@ -109,9 +110,8 @@ def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False)
         *_dense("classifier", f"{root}head"),
     ]
     # vit_jax reads its own place alone, big_vision all of them; what only big_vision has goes to its place.
-    places = ["Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding"]
-    if config.pooling == "attention" or (config.use_cls_token and not config.num_prefix_positions):
-        places.reverse()
+    is_big_vision = config.pooling == "attention" or (config.use_cls_token and not config.num_prefix_positions)
+    places = PLACES[::-1] if is_big_vision else PLACES
     layout = without_first if has_spare_position else positions
     rows += [Row(("embeddings.position_embeddings.prefix", TABLE), f"{root}{place}", layout) for place in places]
     for before, attention, after, mlp in (LINEN, PRE_LINEN):
@@ -184,51 +184,38 @@ def _read(source: Source, options: Options) -> Reading:
     source = _unstacked(source, root)
     names = {name.removeprefix(root) for name in source.tensors if name.startswith(root)}
 
-    def shape(name: str) -> tuple[int, ...]:
-        return source.shape(f"{root}{name}")
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        return source.shape(f"{root}{name}", dimensions)
 
-    height, width, _, size = shape("embedding/kernel")
-    layers = count(names, "Transformer/encoderblock_{}/")
-    attention = next(
-        (
-            f"{name}/query/kernel"
-            for _, name, _, _ in (LINEN, PRE_LINEN)
-            if f"Transformer/encoderblock_0/{name}/query/kernel" in names
-        ),
-        f"{LINEN[1]}/query/kernel",
-    )
-    mlp = next(
-        (name for *_, name in (LINEN, PRE_LINEN) if f"Transformer/encoderblock_0/{name}/Dense_0/kernel" in names),
-        LINEN[3],
-    )
-    _, heads, head_dim = shape(f"Transformer/encoderblock_0/{attention}")
+    height, width, channels, size = shape("embedding/kernel", 4)
+    block = "Transformer/encoderblock_0"
+    era = max((LINEN, PRE_LINEN), key=lambda era: sum(name.startswith(f"{block}/{era[1]}/") for name in names))
+    _, heads, head_dim = shape(f"{block}/{era[1]}/query/kernel", 3)
     fields: dict[str, Any] = {
         "hidden_size": size,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": count(names, "Transformer/encoderblock_{}/"),
         "num_attention_heads": heads,
         "head_dim": None if heads * head_dim == size else head_dim,
-        "intermediate_size": shape(f"Transformer/encoderblock_0/{mlp}/Dense_0/kernel")[1],
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "num_channels": shape("conv_root/kernel" if "conv_root/kernel" in names else "embedding/kernel")[2],
-        "pooling": _pooling(names),
+        "intermediate_size": shape(f"{block}/{era[3]}/Dense_0/kernel", 2)[1],
+        "hidden_act": options.hidden_act or "gelu_pytorch_tanh",
+        "layer_norm_eps": options.layer_norm_eps or 1e-6,
+        "num_channels": channels,
+        "pooling": options.pooling or _pooling(names),
         "use_cls_token": "cls" in names,
     }
     if "conv_root/kernel" in names:
+        _, _, fields["num_channels"], fields["stem_width"] = shape("conv_root/kernel", 4)
         stages = count(names, "block{}/", first=1)
         fields["stem_layers"] = [count(names, f"block{stage}/unit{{}}/", first=1) for stage in range(1, stages + 1)]
-        fields["stem_width"] = shape("conv_root/kernel")[3]
         height, width = (side * 4 * 2 ** max(stages - 1, 0) for side in (height, width))
     fields["patch_size"] = (height, width)
     has_spare_position = _read_positions(source, root, names, fields, options)
     if "pre_logits/kernel" in names:
-        fields["representation_size"] = shape("pre_logits/kernel")[1]
+        fields["representation_size"] = shape("pre_logits/kernel", 2)[1]
     architecture = ENCODER
     if "head/kernel" in names:
         architecture = CLASSIFIER
-        fields["num_labels"] = shape("head/kernel")[1]
-    for name in ("hidden_act", "layer_norm_eps"):
-        fields[name] = getattr(options, name) or fields[name]
+        fields["num_labels"] = shape("head/kernel", 2)[1]
     rows = table(HFViTConfig(**fields), root, has_spare_position)
     return Reading(fields, architecture, rows, LEFT_OUT, source=source, processor={"name": "original"})
 
@@ -240,48 +227,42 @@ def _pooling(names: set[str]) -> str:
 
 
 def _read_positions(source: Source, root: str, names: set[str], fields: dict[str, Any], options: Options) -> bool:
-    """Add kind and grid of the positions to `fields`; return whether they have a row that the model does not use."""
-    height, width = fields["patch_size"]
-    name = next(
-        (
-            name
-            for name in ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding")
-            if name in names
-        ),
-        None,
-    )
+    """Add kind and grid of the positions to `fields`; return whether they have a row that the model does not use.
+
+    Raises:
+        ValueError: If the file leaves the grid open.
+    """
+    patch_size, use_cls_token = fields["patch_size"], fields["use_cls_token"]
+    name = next((place for place in PLACES if place in names), None)
     if name is None:
         if options.image_size is None:
             raise ValueError(
                 f"{source.name}: its positions are sines and cosines, which are not in the file, nor is their grid: "
                 "pass --image-size HxW."
             )
-        if options.patch_size not in (None, fields["patch_size"]):
+        if options.patch_size not in (None, patch_size):
             raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are sines and cosines.")
         fields.update(position_embedding_type="sincos_2d", image_size=options.image_size)
         return False
-    number = source.shape(f"{root}{name}")[1]
-    # big_vision adds positions before the class token joins, today: without a row for it.
-    stated = None
-    if options.image_size is not None and options.patch_size is None:
-        stated = (options.image_size[0] // height, options.image_size[1] // width)
-    cells = stated[0] * stated[1] if stated else None
-    with_cls = bool(fields["use_cls_token"])
-    if name == "Transformer/posembed_input/pos_embedding" and with_cls:
-        spare = 1
-    elif number == cells or is_square(number):
-        spare = 0
+    number = source.shape(f"{root}{name}", 3)[1]
+    stated = options.image_size if options.patch_size in (None, patch_size) else None
+    cells = None if stated is None else stated[0] // patch_size[0] * (stated[1] // patch_size[1])
+    if name == PLACES[0]:  # the paper's code has a row for the class token if there is one, and only then
+        prefix = int(use_cls_token)
+        if not prefix and cells != number and not is_square(number) and is_square(number - 1):
+            raise ValueError(
+                f"{source.name}: {root + name!r} has a row for a class token: {root + 'cls'!r} is missing."
+            )
     else:
-        spare = 1 if number - 1 == cells or is_square(number - 1) else 0
-    if stated is None or number - spare != cells:
-        stated = square(number - spare, f"{source.name}: {name}")
+        prefix = 0 if number == cells or is_square(number) else 1
+    rows, columns = grid_of_table(number - prefix, patch_size, stated, f"{source.name}: {root}{name}")
     fields.update(
-        image_size=(stated[0] * height, stated[1] * width),
-        num_prefix_positions=spare if with_cls else 0,
+        image_size=(rows * patch_size[0], columns * patch_size[1]),
+        num_prefix_positions=prefix if use_cls_token else 0,
         # FlexiViT resizes positions in its forward, by jax.image.resize; the others at loading, by scipy.ndimage.zoom.
         position_interpolation="bilinear_antialias" if options.patch_size else "bilinear_corners",
     )
-    return bool(spare) and not with_cls
+    return bool(prefix) and not use_cls_token
 
 
 FAMILY = Family("google npz", _recognises, _read)

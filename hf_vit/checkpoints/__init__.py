@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import google, own, timm, transformers, vit_pytorch
-from .checkpoint import Checkpoint, Options
+from .checkpoint import Checkpoint, Family, Options
 from .conversion import write_checkpoint
 from .files import Source, open_source
 
@@ -31,13 +31,22 @@ def open_checkpoint(
             say; names the file, and the tensor or the option.
     """
     opened = source if isinstance(source, Source) else open_source(source, **hub)
+    try:
+        return Checkpoint(_family_of(opened), opened, options or Options(), overrides)
+    except AssertionError:
+        raise
+    except Exception as error:  # tensors and a config.json that contradict each other can fail in any way
+        raise ValueError(opened.explain(error)) from error
+
+
+def _family_of(source: Source) -> Family:
     for family in FAMILIES:
-        if family.recognises(opened):
-            return Checkpoint(family, opened, options or Options(), overrides)
-    names = ", ".join(repr(name) for name in list(opened.tensors)[:4])
+        if family.recognises(source):
+            return family
+    names = ", ".join(repr(name) for name in list(source.tensors)[:4])
     known = ", ".join(family.name for family in FAMILIES)
     raise ValueError(
-        f"{opened.name}: no Vision Transformer of a known family ({known}); it holds {len(opened.tensors)} tensors: "
+        f"{source.name}: no Vision Transformer of a known family ({known}); it holds {len(source.tensors)} tensors: "
         f"{names}, ..."
     )
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .flexible import resample_patch_projection
 from .layouts import Row, Rule, rules_of
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Checkpoint:
         parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
         self.left_out = self._check_names()
+        self._check_types()
         self._check_shapes(parameters)
 
     # ------------------------------------------------------------------------------------------------ architecture
@@ -151,10 +153,7 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The widest floating-point type of the tensors; the others are widened to it, which changes no value."""
         dtypes = {self.source.tensors[name].dtype for rule in self.rules for name in rule.theirs}
-        result = dtypes.pop()
-        for dtype in dtypes:
-            result = torch.promote_types(result, dtype)
-        return result if result.is_floating_point else torch.float32
+        return reduce(torch.promote_types, dtypes)
 
     # ---------------------------------------------------------------------------------------------------- names
 
@@ -175,6 +174,13 @@ class Checkpoint:
             raise ValueError(f"{name}: {self.family} has no place for the tensors {_some(strangers)}.")
         return over
 
+    def _check_types(self) -> None:
+        for theirs in (theirs for rule in self.rules for theirs in rule.theirs):
+            dtype = self.source.tensors[theirs].dtype
+            if dtype not in FLOATS:
+                known = ", ".join(str(known) for known in FLOATS)
+                raise ValueError(f"{self.source.name}: {theirs!r} holds {dtype}, expected one of {known}.")
+
     def _check_shapes(self, parameters: dict[str, torch.Size]) -> None:
         """Let every layout read tensors without values."""
         for rule in self.rules:
@@ -194,7 +200,7 @@ class Checkpoint:
             wanted = [name for name in (self._renamed(name) for name in rule.ours) if name in shapes]
             if not wanted:
                 continue  # of a head that goes
-            stored = [self.source.tensors[name].read() for name in rule.theirs]
+            stored = [self._read(name) for name in rule.theirs]
             for ours, tensor in zip(rule.ours, self._arrange(rule, stored), strict=True):
                 name = self._renamed(ours)
                 if not (self._is_head(name) and self._new_head):
@@ -202,6 +208,12 @@ class Checkpoint:
         for name, shape in shapes.items():
             if self._is_head(name) and self._new_head:
                 yield name, torch.zeros(shape, dtype=dtype)
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            return self.source.tensors[name].read()
+        except Exception as error:  # a damaged file can fail in any way
+            raise ValueError(f"{self.source.name}: {name!r} cannot be read ({error}).") from error
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights by our names."""

@@ -5,6 +5,7 @@ are read as tensors alone (`weights_only`), never as code.
 """
 
 import json
+import re
 import struct
 import zipfile
 from argparse import Namespace
@@ -83,6 +84,56 @@ class Source:
             raise ValueError(f"{self.name}: {name!r} has the shape {list(shape)}, expected {dimensions} dimensions.")
         return shape
 
+    def explain(self, error: Exception) -> str:
+        """Return an error's message with the file's name and what the tensors betray about themselves."""
+        sentences = [" ".join(str(error).split("\n")) or type(error).__name__]
+        if self.name not in sentences[0]:
+            sentences[0] = f"{self.name}: {sentences[0]}"
+        missing = [name for name in _missing(self.tensors) if repr(name) not in sentences[0]]
+        if missing:
+            sentences.append(f"Going by the others, {', '.join(map(repr, missing[:4]))} should be there, too.")
+        sentences += [f"The shapes of {pair} contradict each other." for pair in _contradictions(self.tensors)[:4]]
+        return " ".join(sentences)
+
+
+# A tensor of a layer: what stands before its number, the number, the rest.
+OF_A_LAYER = re.compile(r"(.*(?:blocks|layers?|encoderblock)[._])(\d+)([./].+)")
+
+
+def _missing(tensors: Tensors) -> list[str]:
+    """Name the weights of biases, and what half of the layers have, where they are missing."""
+    missing = []
+    layers: dict[str, dict[str, set[int]]] = {}  # prefix: rest: numbers
+    for name in tensors:
+        if name.endswith((".bias", "/bias")) and not any(weight in tensors for weight in _weights_of(name)):
+            missing.append(_weights_of(name)[0])
+        if match := OF_A_LAYER.fullmatch(name):
+            layers.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
+    for prefix, rests in layers.items():
+        numbers = set().union(*rests.values())
+        for rest, having in rests.items():
+            if 2 * len(having) >= len(numbers):
+                missing += [f"{prefix}{number}{rest}" for number in sorted(numbers - having)]
+    return list(dict.fromkeys(missing))
+
+
+def _contradictions(tensors: Tensors) -> list[str]:
+    """Name the pairs of weight and bias that have different widths: of torch the first dimensions, of flax the last."""
+    pairs = []
+    for bias, stored in tensors.items():
+        for weight in _weights_of(bias) if bias.endswith((".bias", "/bias")) else ():
+            if weight in tensors:
+                shape, dimensions = tensors[weight].shape, len(stored.shape)
+                width = shape[:dimensions] if bias.endswith(".bias") else shape[len(shape) - dimensions :]
+                if width != stored.shape:
+                    pairs.append(f"{weight!r} {list(shape)} and {bias!r} {list(stored.shape)}")
+    return pairs
+
+
+def _weights_of(bias: str) -> list[str]:
+    stem = bias.removesuffix("bias")
+    return [f"{stem}weight"] if stem.endswith(".") else [f"{stem}kernel", f"{stem}scale"]
+
 
 def open_source(name: str | Path, **hub: Any) -> Source:
     """Open a checkpoint without reading its tensors.
@@ -116,14 +167,17 @@ def _find(name: str, hub: dict[str, Any], file: str) -> Path | None:
     try:
         found = cached_file(name, file, **options)
     except OSError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
     return Path(found) if found else None
 
 
 def _shards(index: Path, find: Callable[[str], Path | None]) -> list[Path]:
-    names = sorted(set(_json(index).get("weight_map", {}).values()))
+    shards = read_json(index).get("weight_map", {})
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index}: expected a weight_map from names of tensors to names of files.")
+    names = sorted(set(shards.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise ValueError(f"{index}: the shard {name!r} lies outside of the folder.")
     found = {name: find(name) for name in names}
     missing = [name for name, path in found.items() if path is None]
@@ -138,11 +192,16 @@ def _source(name: str, files: list[Path], beside: dict[str, Path]) -> Source:
         tensors.update(read_tensors(file))
     if not tensors:
         raise ValueError(f"{name}: no tensors in it.")
-    config = _json(beside["config.json"]) if "config.json" in beside else {}
+    config = read_json(beside["config.json"]) if "config.json" in beside else {}
     return Source(name, tensors, config, next((path.parent for path in beside.values()), files[0].parent))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a file holds.
+
+    Raises:
+        ValueError: If it holds none; names the file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -218,8 +277,8 @@ def _of_npz(path: Path) -> Tensors:
             shape, is_fortran, dtype = read_header[version[0]](file)
             header_size = file.tell()
         name = member.filename.removesuffix(".npy")
-        if dtype.hasobject:
-            raise ValueError(f"{path}: {name!r} holds Python objects, not numbers; they are not read.")
+        if dtype.kind not in "biufcV":
+            raise ValueError(f"{path}: {name!r} holds {dtype}, not numbers; that is not read.")
         if member.compress_type == zipfile.ZIP_STORED:
             # Where the numbers start: behind the member's own header, whose two lengths are its bytes 26 to 30.
             with path.open("rb") as raw:

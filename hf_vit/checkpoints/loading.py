@@ -1,6 +1,5 @@
 """`from_pretrained` of our models on other libraries' checkpoints: a folder, a file, or a name on the Hub."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers.utils import cached_file
 from ..model.configuration_hf_vit import HFViTConfig
 from . import open_checkpoint
 from .checkpoint import CLASSIFIER, ENCODER
+from .files import read_json
 
 OF_ALL_CONFIGS = ("num_labels", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -31,7 +31,7 @@ def read_foreign(
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     if not Path(name).is_file():
         found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
-        if found is None or json.loads(Path(found).read_text()).get("model_type") == HFViTConfig.model_type:
+        if found is None or read_json(Path(found)).get("model_type") == HFViTConfig.model_type:
             return None
     checkpoint = open_checkpoint(name, **hub)
     rest = {option: value for option, value in options.items() if option not in hub}

@@ -339,8 +339,8 @@ def _read(source: Source, options: Options) -> Reading:
         "num_hidden_layers": count(names, "blocks.{}."),
         "num_channels": channels,
         "patch_size": tuple(patch),
-        "intermediate_size": shape(_fc2(source))[1],
-        "patch_bias": "patch_embed.proj.bias" in names,
+        "intermediate_size": shape(_fc2(source), 2)[1],
+        "patch_bias": "norm_pre.weight" not in names,  # as timm builds it
         "qkv_bias": "blocks.0.attn.qkv.bias" in names,
         "proj_bias": "blocks.0.attn.proj.bias" in names,
         "mlp_bias": _fc2(source).replace("weight", "bias") in names,
@@ -369,7 +369,7 @@ def _read(source: Source, options: Options) -> Reading:
     architecture = ENCODER
     if "head.weight" in names:
         architecture = CLASSIFIER
-        fields["num_labels"] = shape("head.weight")[0]
+        fields["num_labels"] = shape("head.weight", 2)[0]
         fields.update(_labels(stated, fields["num_labels"]))
     is_gate_first = (options.mlp_gate or stated.facts.get("mlp_gate")) != "last"
     rows = table(HFViTConfig(**fields), is_gate_first)
@@ -383,7 +383,7 @@ def _heads(source: Source, stated: _Stated) -> dict[str, Any]:
     Raises:
         ValueError: If nothing says, and the convention of 64 a head does not fit.
     """
-    rows, width = source.shape("blocks.0.attn.qkv.weight")
+    rows, width = source.shape("blocks.0.attn.qkv.weight", 2)
     inner = rows // 3
     heads = stated.options.num_heads or stated.arguments.get("num_heads")
     if heads is None:
@@ -429,8 +429,8 @@ def _mlp(source: Source, stated: _Stated) -> dict[str, Any]:
     activation = options.hidden_act or stated.named("act_layer", ACTIVATIONS, "--hidden-act")
     activation = activation or stated.facts.get("hidden_act")
     is_split = "blocks.0.mlp.fc1_g.weight" in names
-    hidden = source.shape("blocks.0.mlp.fc2.weight")[1]
-    is_packed = not is_split and source.shape("blocks.0.mlp.fc1.weight")[0] == 2 * hidden
+    hidden = source.shape("blocks.0.mlp.fc2.weight", 2)[1]
+    is_packed = not is_split and source.shape("blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden
     if (is_split or is_packed) and activation is None:
         raise ValueError(
             f"{source.name}: the MLP is gated, and nothing says by which activation: pass --hidden-act, "

@@ -122,7 +122,7 @@ def _read(source: Source, options: Options) -> Reading:
     fields: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": count(source.tensors, LAYER),
-        "intermediate_size": source.shape(f"{FIRST_LAYER}{era.fc1}.weight")[0],
+        "intermediate_size": source.shape(f"{FIRST_LAYER}{era.fc1}.weight", 2)[0],
         "hidden_act": options.hidden_act or "gelu",
         "layer_norm_eps": options.layer_norm_eps or 1e-5,
         "patch_size": patch_size,
@@ -145,7 +145,7 @@ def _read(source: Source, options: Options) -> Reading:
     architecture = ENCODER
     if f"{era.head}.weight" in source.tensors:
         architecture = CLASSIFIER
-        fields["num_labels"] = source.shape(f"{era.head}.weight")[0]
+        fields["num_labels"] = source.shape(f"{era.head}.weight", 2)[0]
     return Reading(fields, architecture, table(era, is_pooled, has_patch_layernorm, leading), assumed=assumed)
 
 
@@ -164,7 +164,7 @@ def _era(source: Source) -> Era:
 
 def _heads(source: Source, era: Era, width: int, options: Options, assumed: list[str]) -> dict[str, Any]:
     """Return the fields that the width of queries, keys and values leaves to be told."""
-    inner = source.shape(f"{FIRST_LAYER}{era.qkv}.weight")[0] // 3
+    inner = source.shape(f"{FIRST_LAYER}{era.qkv}.weight", 2)[0] // 3
     if f"{FIRST_LAYER}{era.o_proj}.weight" not in source.tensors:
         # The library leaves it out for a single head as wide as the model.
         if options.num_heads not in (None, 1):
@@ -200,7 +200,7 @@ def _image_size(source: Source, patch_size: tuple[int, int], use_cls_token: bool
     stated = options.image_size if options.patch_size in (None, patch_size) else None
     if "pos_embedding" in source.tensors:
         number = source.shape("pos_embedding")[-2] - use_cls_token
-        grid = grid_of_table(number, patch_size, stated, f"{source.name}: pos_embedding")
+        grid = grid_of_table(number, patch_size, stated, f"{source.name}: 'pos_embedding'")
         return grid[0] * patch_size[0], grid[1] * patch_size[1]
     if options.image_size is None:
         raise ValueError(

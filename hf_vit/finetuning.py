@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from .model.configuration_hf_vit import HFViTConfig
+from .checkpoints import open_checkpoint
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification
 
@@ -33,7 +33,7 @@ def load_classifier(
     it is said, even where the number of labels happens to be the same.
 
     Args:
-        source: A folder or a name on the Hub.
+        source: A folder, a file or a name on the Hub, of this package or another library.
         label_names: What the classes of the data are called.
         fields: Fields of `HFViTConfig` that are to be others than the checkpoint's, such as `image_size`.
 
@@ -41,7 +41,8 @@ def load_classifier(
         ValueError: If anything but the head is missing in the checkpoint, or has another shape there.
     """
     label_names = list(label_names)
-    stored = list((HFViTConfig.from_pretrained(source).id2label or {}).values())
+    checkpoint = open_checkpoint(source)
+    stored = list((checkpoint.config.id2label or {}).values())
     loaded: Any = HFViTForImageClassification.from_pretrained(
         source, ignore_mismatched_sizes=True, output_loading_info=True, **{**fields_of_labels(label_names), **fields}
     )
@@ -59,7 +60,7 @@ def load_classifier(
             f"New head for {len(label_names)} labels ({_some(label_names)}): classifier.weight and classifier.bias "
             f"start at zero, since {source} tells others apart ({_some(stored)})."
         )
-    processor = HFViTImageProcessor.from_pretrained(source)
+    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
     processor.set_output_size(model.config.image_shape)
     return model, processor
 

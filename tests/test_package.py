@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "variants": {"model"},
     "checkpoints": {"model", "variants"},
     "export": {"checkpoints", "model"},
-    "finetuning": {"model"},
+    "finetuning": {"checkpoints", "model"},
     "hub": {"model"},
     "inspection": {"model"},
     "optim": set(),

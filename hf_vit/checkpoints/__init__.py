@@ -10,20 +10,18 @@ from typing import Any
 from . import google, own, timm, transformers, vit_pytorch
 from .checkpoint import Checkpoint, Family, Options
 from .conversion import write_checkpoint
+from .diagnosis import explain
 from .files import Source, open_source
 
 FAMILIES = (own.FAMILY, google.FAMILY, transformers.FAMILY, timm.FAMILY, vit_pytorch.FAMILY)
 
 
-def open_checkpoint(
-    source: str | Path | Source, options: Options | None = None, overrides: dict[str, Any] | None = None, **hub: Any
-) -> Checkpoint:
+def open_checkpoint(source: str | Path | Source, options: Options | None = None, **hub: Any) -> Checkpoint:
     """Understand a checkpoint of any family without reading its tensors.
 
     Args:
         source: A file, a folder, a name on the Hub, or a source that is open already.
         options: What the file does not say, and what shall come out other than it lies there.
-        overrides: Fields of `HFViTConfig` over those that are found.
         hub: How to look on the Hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, ...
 
     Raises:
@@ -32,11 +30,11 @@ def open_checkpoint(
     """
     opened = source if isinstance(source, Source) else open_source(source, **hub)
     try:
-        return Checkpoint(_family_of(opened), opened, options or Options(), overrides)
+        return Checkpoint(_family_of(opened), opened, options or Options())
     except AssertionError:
         raise
     except Exception as error:  # tensors and a config.json that contradict each other can fail in any way
-        raise ValueError(opened.explain(error)) from error
+        raise ValueError(explain(opened, error)) from error
 
 
 def _family_of(source: Source) -> Family:

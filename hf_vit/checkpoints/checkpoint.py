@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
 
@@ -97,9 +97,7 @@ class Checkpoint:
         ValueError: For tensors that are missing, left over, or of a shape that contradicts the others.
     """
 
-    def __init__(
-        self, family: Family, source: Source, options: Options, overrides: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, family: Family, source: Source, options: Options) -> None:
         reading = family.read(source, options)
         self.family = family.name
         self.source = reading.source or source
@@ -107,7 +105,7 @@ class Checkpoint:
         self.architecture = reading.architecture
         self._reading = reading
         self._own_config = HFViTConfig.from_dict(dict(reading.fields))
-        self.config = self._target_config(options, overrides or {})
+        self.config = self._target_config(options)
         self._new_head = self._has_new_head()
         parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
@@ -117,8 +115,8 @@ class Checkpoint:
 
     # ------------------------------------------------------------------------------------------------ architecture
 
-    def _target_config(self, options: Options, overrides: dict[str, Any]) -> HFViTConfig:
-        changed = dict(overrides)
+    def _target_config(self, options: Options) -> HFViTConfig:
+        changed: dict[str, Any] = {}
         for name in ("image_size", "patch_size", "num_labels"):
             if getattr(options, name) is not None:
                 changed[name] = getattr(options, name)
@@ -282,41 +280,45 @@ class Checkpoint:
             "layers": config.num_hidden_layers,
             "heads": f"{config.num_attention_heads} of {config.head_width}",
             "MLP": f"{config.intermediate_size}, {'gated ' if config.use_gated_mlp else ''}{config.hidden_act}",
-            "positions": f"{config.position_embedding_type}, resampled {config.position_interpolation}",
+            "positions": _positions(config),
             "tokens before patches": _prefix(config),
             "pooling": config.pooling,
             "LayerNorm eps": f"{config.layer_norm_eps:g}",
             "labels": config.num_labels if self.architecture == CLASSIFIER else "no head",
             "parameters": f"{self.num_parameters:,} ({str(self.dtype).removeprefix('torch.')})",
         }
-        defaults = HFViTConfig()
-        told = {
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "image_size",
-            "patch_size",
-            "hidden_act",
-            "use_gated_mlp",
-            "position_embedding_type",
-            "position_interpolation",
-            "pooling",
-            "layer_norm_eps",
-            "use_cls_token",
-            "use_distillation_token",
-            "num_register_tokens",
-            "num_prefix_positions",
-        }
-        own = {entry.name for entry in fields(HFViTConfig)} & set(HFViTConfig.__annotations__)
         others = {
             name: getattr(config, name)
-            for name in sorted(own - told)
-            if not name.startswith("_") and getattr(config, name) != getattr(defaults, name)
+            for name in HFViTConfig.__annotations__
+            if name not in SAID and getattr(config, name) != getattr(HFViTConfig(), name)
         }
         if others:
             facts["also"] = ", ".join(f"{name}={value}" for name, value in others.items())
         return facts
+
+
+# Fields that `describe` has a line for, or that follow from others.
+SAID = {
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "intermediate_size",
+    "hidden_act",
+    "use_gated_mlp",
+    "image_size",
+    "patch_size",
+    "position_embedding_type",
+    "position_interpolation",
+    "num_prefix_positions",
+    "use_cls_token",
+    "use_distillation_token",
+    "num_register_tokens",
+    "pooling",
+    "layer_norm_eps",
+    "_out_features",
+    "_out_indices",
+}
 
 
 def parameters_of(architecture: str, config: HFViTConfig) -> dict[str, torch.Size]:
@@ -341,18 +343,20 @@ def variant_of(config: HFViTConfig) -> str:
     if letter is None:
         return "of no standard size"
     height, width = config.patch_shape
-    stem = (
-        ""
-        if config.stem_layers is None
-        else "R+"
-        if not config.stem_layers
-        else f"R{sum(config.stem_layers) * 3 + 2}+"
-    )
-    return f"{stem or 'ViT-'}{letter}/{height if height == width else _by((height, width))}"
+    stem = "ViT-"
+    if config.stem_layers is not None:  # a unit has three convolutions; the root and the patches count, too
+        stem = f"R{3 * sum(config.stem_layers) + 2 if config.stem_layers else ''}+"
+    return f"{stem}{letter}/{height if height == width else _by((height, width))}"
 
 
 def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _positions(config: HFViTConfig) -> str:
+    kind = config.position_embedding_type
+    has_table = kind in ("learned", "learned_2d", "relative")
+    return f"{kind}, resampled {config.position_interpolation}" if has_table else kind
 
 
 def _prefix(config: HFViTConfig) -> str:

@@ -5,8 +5,8 @@ are read as tensors alone (`weights_only`), never as code.
 """
 
 import json
-import re
 import struct
+import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -84,56 +84,6 @@ class Source:
             raise ValueError(f"{self.name}: {name!r} has the shape {list(shape)}, expected {dimensions} dimensions.")
         return shape
 
-    def explain(self, error: Exception) -> str:
-        """Return an error's message with the file's name and what the tensors betray about themselves."""
-        sentences = [" ".join(str(error).split("\n")) or type(error).__name__]
-        if self.name not in sentences[0]:
-            sentences[0] = f"{self.name}: {sentences[0]}"
-        missing = [name for name in _missing(self.tensors) if repr(name) not in sentences[0]]
-        if missing:
-            sentences.append(f"Going by the others, {', '.join(map(repr, missing[:4]))} should be there, too.")
-        sentences += [f"The shapes of {pair} contradict each other." for pair in _contradictions(self.tensors)[:4]]
-        return " ".join(sentences)
-
-
-# A tensor of a layer: what stands before its number, the number, the rest.
-OF_A_LAYER = re.compile(r"(.*(?:blocks|layers?|encoderblock)[._])(\d+)([./].+)")
-
-
-def _missing(tensors: Tensors) -> list[str]:
-    """Name the weights of biases, and what half of the layers have, where they are missing."""
-    missing = []
-    layers: dict[str, dict[str, set[int]]] = {}  # prefix: rest: numbers
-    for name in tensors:
-        if name.endswith((".bias", "/bias")) and not any(weight in tensors for weight in _weights_of(name)):
-            missing.append(_weights_of(name)[0])
-        if match := OF_A_LAYER.fullmatch(name):
-            layers.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
-    for prefix, rests in layers.items():
-        numbers = set().union(*rests.values())
-        for rest, having in rests.items():
-            if 2 * len(having) >= len(numbers):
-                missing += [f"{prefix}{number}{rest}" for number in sorted(numbers - having)]
-    return list(dict.fromkeys(missing))
-
-
-def _contradictions(tensors: Tensors) -> list[str]:
-    """Name the pairs of weight and bias that have different widths: of torch the first dimensions, of flax the last."""
-    pairs = []
-    for bias, stored in tensors.items():
-        for weight in _weights_of(bias) if bias.endswith((".bias", "/bias")) else ():
-            if weight in tensors:
-                shape, dimensions = tensors[weight].shape, len(stored.shape)
-                width = shape[:dimensions] if bias.endswith(".bias") else shape[len(shape) - dimensions :]
-                if width != stored.shape:
-                    pairs.append(f"{weight!r} {list(shape)} and {bias!r} {list(stored.shape)}")
-    return pairs
-
-
-def _weights_of(bias: str) -> list[str]:
-    stem = bias.removesuffix("bias")
-    return [f"{stem}weight"] if stem.endswith(".") else [f"{stem}kernel", f"{stem}scale"]
-
 
 def open_source(name: str | Path, **hub: Any) -> Source:
     """Open a checkpoint without reading its tensors.
@@ -157,6 +107,10 @@ def open_source(name: str | Path, **hub: Any) -> Source:
     find = partial(_find, str(name), hub)
     weights = next((found for file in WEIGHTS if (found := find(file))), None)
     if weights is None:
+        if not path.is_dir():
+            _find(
+                str(name), {**hub, "_raise_exceptions_for_missing_entries": True}, WEIGHTS[0]
+            )  # no such name, no way
         raise ValueError(f"{name}: no weights there; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
     files = [weights] if weights.suffix != ".json" else _shards(weights, find)
     return _source(str(name), files, {file: found for file in SIDE_FILES if (found := find(file))})
@@ -342,12 +296,13 @@ def _load_torch(path: Path) -> dict[str, Any]:
     """Load the state dict of a file; a zip is mapped, the older form is read as a whole."""
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
     try:
-        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments beside the weights
+        # Training scripts keep their arguments beside the weights. What torch warns of, it refuses if need be.
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, **options)
     except UnpicklingError as error:
         raise ValueError(
-            f"{path}: holds more than tensors, which could be code, and is not opened. If you trust its author, load "
-            f"it yourself and save its state_dict with safetensors. ({str(error).splitlines()[0]})"
+            f"{path}: is damaged, or holds more than tensors, which could be code, and is not opened. If you trust "
+            "its author, load it yourself and save its state_dict with safetensors."
         ) from error
     for name in STATE_DICTS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):

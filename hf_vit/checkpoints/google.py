@@ -237,8 +237,8 @@ def _read_positions(source: Source, root: str, names: set[str], fields: dict[str
     if name is None:
         if options.image_size is None:
             raise ValueError(
-                f"{source.name}: its positions are sines and cosines, which are not in the file, nor is their grid: "
-                "pass --image-size HxW."
+                f"{source.name}: no {' or '.join(repr(root + place) for place in PLACES)}: its positions are sines "
+                "and cosines, which are not in the file, nor is their grid: pass --image-size HxW."
             )
         if options.patch_size not in (None, patch_size):
             raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are sines and cosines.")

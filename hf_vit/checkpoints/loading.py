@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..model.configuration_hf_vit import HFViTConfig
+from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from . import open_checkpoint
 from .checkpoint import CLASSIFIER, ENCODER
 from .files import read_json
@@ -17,7 +18,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 
 def read_foreign(
     name: str, class_name: str, options: dict[str, Any]
-) -> tuple[HFViTConfig, dict[str, Tensor], dict[str, Any]] | None:
+) -> tuple[HFViTConfig, dict[str, Tensor], HFViTImageProcessorPil, dict[str, Any]] | None:
     """Read a checkpoint that is of another library, for a class of ours.
 
     Args:
@@ -26,7 +27,8 @@ def read_foreign(
         options: Keywords of `from_pretrained`; fields of the config among them win.
 
     Returns:
-        Config, state dict and the keywords that are left, or `None` if it is ours, or for transformers to refuse.
+        Config, state dict, processor and the keywords that are left, or `None` if it is ours, or for transformers to
+        refuse.
     """
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     if not Path(name).is_file():
@@ -38,10 +40,13 @@ def read_foreign(
     config = rest.pop("config", None)
     if not isinstance(config, HFViTConfig):
         fields = checkpoint.config.to_dict()
-        if class_name == CLASSIFIER and checkpoint.architecture == ENCODER:
+        labels = rest.get("num_labels") or len(rest.get("id2label") or checkpoint.config.id2label or ())
+        is_new_head = checkpoint.architecture == ENCODER or labels != checkpoint.config.num_labels
+        if class_name == CLASSIFIER and is_new_head:
             fields["representation_size"] = None  # pre-logits belong to the head of the pre-training
         changed = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(rest)
         config = HFViTConfig.from_dict(fields, **{option: rest.pop(option) for option in changed})
-    config.name_or_path = name
     config.dtype = checkpoint.dtype
-    return config, checkpoint.state_dict(), rest
+    processor = checkpoint.processor()
+    processor.set_output_size(config.image_shape)
+    return config, checkpoint.state_dict(), processor, rest

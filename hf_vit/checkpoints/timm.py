@@ -512,12 +512,17 @@ def _positions(source: Source, stated: _Stated, fields: dict[str, Any]) -> dict[
                 f"{source.name}: without positions, and with LayerScale under the name 'blocks.0.gamma_1', it is "
                 "timm's BEiT or Eva, which have positions of another kind."
             )
+        if not modules and stated.config and stated.arguments.get("pos_embed") != "none":
+            raise ValueError(
+                f"{source.name}: the tensor 'pos_embed' is missing, and its config.json does not say pos_embed='none'."
+            )
         # Any grid will do, so that what is asked for comes first: an MLP of offsets is evaluated on it.
         asked, divisor = stated.options.image_size, stated.options.patch_size or patch
         grids = [_divide(asked, divisor)] if asked else [_divide(size, patch) for size in stated.sizes]
         if not grids:
             raise ValueError(
-                f"{source.name}: neither its tensors nor a config.json say the image size: pass --image-size HxW."
+                f"{source.name}: there is no 'pos_embed', and neither other tensors nor a config.json say the image "
+                "size: pass --image-size HxW."
             )
         rows, columns = grids[0]
         if not asked:
@@ -562,9 +567,10 @@ def _grid(
         squares = {placed: (side + 1) // 2 for placed, side in squares.items() if side % 2}
     if len(squares) != 1:
         fits = " or ".join(f"{side}x{side}" for side in squares.values()) or "no square"
+        number, is_headed = max(places.values()), "cls_token" in stated.source.tensors
         raise ValueError(
-            f"{stated.source.name}: {name!r} has {max(places.values())} places, which fit {fits}: pass --image-size "
-            "HxW."
+            f"{stated.source.name}: {name!r} has {number} places, which fit {fits}: pass --image-size HxW"
+            + ("." if is_headed or not is_square(number - 1) else ", unless 'cls_token' is missing.")
         )
     ((placed, side),) = squares.items()
     stated.assumed.append(

@@ -145,7 +145,7 @@ def _read(source: Source, options: Options) -> Reading:
     architecture = ENCODER
     if f"{era.head}.weight" in source.tensors:
         architecture = CLASSIFIER
-        fields["num_labels"] = source.shape(f"{era.head}.weight", 2)[0]
+        fields["num_labels"] = source.shape(f"{era.head}.weight")[0]
     return Reading(fields, architecture, table(era, is_pooled, has_patch_layernorm, leading), assumed=assumed)
 
 

@@ -772,6 +772,7 @@ class HFViTPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "patch_embeddings"
     # Reads checkpoints of other libraries; set by the package where it is installed, since it does not travel along.
     _read_foreign: Callable | None = None
+    _image_processor: Any = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
@@ -783,10 +784,11 @@ class HFViTPreTrainedModel(PreTrainedModel):
         if read is not None and name is not None and kwargs.get("state_dict") is None:
             foreign = read(str(name), cls.__name__, kwargs)
             if foreign is not None:
-                config, state_dict, kwargs = foreign
+                config, state_dict, processor, kwargs = foreign
                 result = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
                 model = result[0] if isinstance(result, tuple) else result
                 model.config.name_or_path = model.name_or_path = str(name)
+                model._image_processor = processor  # of the source; saved with the model
                 return result
         return super().from_pretrained(name, *model_args, **kwargs)
 
@@ -823,7 +825,7 @@ class HFViTPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
-            complete_repository(save_directory, self.config, __file__)
+            complete_repository(save_directory, self.config, __file__, self._image_processor)
             if push_to_hub:
                 options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
                 self.push_to_hub(repo_id or Path(save_directory).name, **options)  # type: ignore[arg-type]

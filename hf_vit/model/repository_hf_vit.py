@@ -38,16 +38,19 @@ The code beside the weights is that of the package `hf-vit`; where it is install
 """
 
 
-def complete_repository(folder: str | PathLike, config: HFViTConfig, code: str) -> None:
+def complete_repository(
+    folder: str | PathLike, config: HFViTConfig, code: str, processor: HFViTImageProcessorPil | None = None
+) -> None:
     """Write into `folder` the code, and the image processor and the card if it does not have them yet.
 
-    `code` is the file of the models; what it imports from beside itself comes along.
+    `code` is the file of the models; what it imports from beside itself comes along. `processor` is the one at hand;
+    without it, that of the checkpoint that the model came from.
     """
     folder = Path(folder)
     for file in {code, *get_relative_import_files(code)}:
         shutil.copyfile(file, folder / Path(file).name)
     if not (folder / "preprocessor_config.json").exists():
-        processor = processor_of(config)
+        processor = processor or processor_of(config)
         if processor is not None:
             processor.save_pretrained(folder)
     card = folder / "README.md"

@@ -1,0 +1,57 @@
+"""What the tensors of a checkpoint that could not be read betray about what is wrong with it."""
+
+import re
+
+from .files import Source, Tensors
+
+
+def explain(source: Source, error: Exception) -> str:
+    """Return an error's message with the file's name and what the tensors betray about themselves."""
+    sentence = " ".join(str(error).split("\n"))
+    if not isinstance(error, ValueError):
+        sentence = f"its tensors or the files beside them are not as expected ({type(error).__name__}: {sentence})."
+    sentences = [sentence if source.name in sentence else f"{source.name}: {sentence}"]
+    missing = [name for name in _missing(source.tensors) if repr(name) not in sentences[0]]
+    if missing:
+        sentences.append(f"Going by the others, {', '.join(map(repr, missing[:4]))} should be there, too.")
+    sentences += [f"The shapes of {pair} contradict each other." for pair in _contradictions(source.tensors)[:4]]
+    return " ".join(sentences)
+
+
+# A tensor of a layer: what stands before its number, the number, the rest.
+OF_A_LAYER = re.compile(r"(.*(?:blocks|layers?|encoderblock)[._])(\d+)([./].+)")
+
+
+def _missing(tensors: Tensors) -> list[str]:
+    """Name the weights of biases, and what half of the layers have, where they are missing."""
+    missing = []
+    layers: dict[str, dict[str, set[int]]] = {}  # prefix: rest: numbers
+    for name in tensors:
+        if name.endswith((".bias", "/bias")) and not any(weight in tensors for weight in _weights_of(name)):
+            missing.append(_weights_of(name)[0])
+        if match := OF_A_LAYER.fullmatch(name):
+            layers.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
+    for prefix, rests in layers.items():
+        numbers = set().union(*rests.values())
+        for rest, having in rests.items():
+            if 2 * len(having) >= len(numbers):
+                missing += [f"{prefix}{number}{rest}" for number in sorted(numbers - having)]
+    return list(dict.fromkeys(missing))
+
+
+def _contradictions(tensors: Tensors) -> list[str]:
+    """Name pairs of weight and bias of different widths: of torch the first dimensions, of flax the last."""
+    pairs = []
+    for bias, stored in tensors.items():
+        for weight in _weights_of(bias) if bias.endswith((".bias", "/bias")) else ():
+            if weight in tensors:
+                shape, dimensions = tensors[weight].shape, len(stored.shape)
+                width = shape[:dimensions] if bias.endswith(".bias") else shape[len(shape) - dimensions :]
+                if width != stored.shape:
+                    pairs.append(f"{weight!r} {list(shape)} and {bias!r} {list(stored.shape)}")
+    return pairs
+
+
+def _weights_of(bias: str) -> list[str]:
+    stem = bias.removesuffix("bias")
+    return [f"{stem}weight"] if stem.endswith(".") else [f"{stem}kernel", f"{stem}scale"]

@@ -402,12 +402,11 @@ def _timm_crop(processor: dict[str, Any], image: tuple[int, int]) -> tuple[float
     mode = "squash" if size.get("height") else "center"
     edges = (size["height"], size["width"]) if mode == "squash" else (size["shortest_edge"],) * 2
     share = min(side / edge for side, edge in zip(image, edges, strict=True))
-    if math.floor(image[0] / share) < edges[0]:  # timm rounds down
+    if any(math.floor(side / share) < edge for side, edge in zip(image, edges, strict=True)):  # timm rounds down
         share = math.nextafter(share, 0)
-    is_said = tuple(math.floor(side / share) for side in image) == edges and share <= 1 and len(size) <= 2
     if mode == "center" and (image[0] != image[1] or size.get("longest_edge")):
         return None
-    return (share, mode) if is_said else None
+    return (share, mode) if share <= 1 and tuple(math.floor(side / share) for side in image) == edges else None
 
 
 def _timm_notes(checkpoint: Checkpoint) -> list[str]:

@@ -26,7 +26,6 @@ from hf_vit import HFViTConfig, HFViTImageProcessorPil
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint
 from hf_vit.cli import app
 from hf_vit.export import export
-from hf_vit.model import modeling_hf_vit
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
 TINY: dict[str, Any] = {
@@ -113,23 +112,21 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """A photograph of 427x640 pixels."""
-    return Image.fromarray(load_sample_image("china.jpg"))
+    """A photograph of 400x640 pixels."""
+    return Image.fromarray(load_sample_image("china.jpg")[:400])
 
 
 # ------------------------------------------------------------------------------------------------- transformers
 
 STOCK: dict[str, dict[str, Any]] = {
     "classifier": {},
-    "stock's own epsilon": {"layer_norm_eps": 1e-12},
-    "no qkv_bias, relu, head_dim": {"qkv_bias": False, "hidden_act": "relu", "head_dim": 8, "num_channels": 5},
-    "rectangular patches": {"image_size": (24, 40), "patch_size": (8, 4)},
+    "no qkv_bias, relu, head_dim": {"qkv_bias": False, "hidden_act": "relu", "head_dim": 8, "initializer_range": 1},
+    "rectangular patches, stock's epsilon": {"image_size": (24, 40), "patch_size": (8, 4), "layer_norm_eps": 1e-12},
     "one pixel size, other patches": {"image_size": 32, "patch_size": (16, 8)},
     "encoder": {"architecture": ENCODER},
     "encoder with pre-logits": {"architecture": ENCODER, "representation_size": 24},
     "encoder with pre-logits of the model's width": {"architecture": ENCODER, "representation_size": 32},
-    "masked": {"architecture": MASKED},
-    "dropout": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "initializer_range": 1},
+    "masked, five channels": {"architecture": MASKED, "num_channels": 5},
     "bfloat16": {"dtype": torch.bfloat16},
     "float16 encoder": {"architecture": ENCODER, "dtype": torch.float16},
 }
@@ -185,11 +182,13 @@ for folder in folders:
 assert "hf_vit" not in sys.modules
 """
 LABELS = {0: "temple", 1: "lake", 2: "tree", 3: "Straße", 4: "boat"}
+IDS = {name: number for number, name in LABELS.items()}
 # Processors of a model of 32x32 pixels, and by how many pixels stock's crop may be off.
 PROCESSORS: dict[str, tuple[dict[str, Any], int]] = {
     "original": ({"name": "original"}, 0),
-    "timm": ({"name": "timm"}, 1),  # 35 pixels to 32: the margin is odd
-    "center_crop": ({"name": "center_crop"}, 0),  # 36 to 32
+    "timm": ({"name": "timm", "size": (36, 36)}, 0),  # of 40
+    "timm with an odd margin": ({"name": "timm"}, 1),  # of 35
+    "center_crop": ({"name": "center_crop"}, 0),  # of 36
     "rectangle": ({"name": "original", "size": (24, 40)}, 0),
     "shorter side and crop": (
         {"name": "original", "size": {"shortest_edge": 48}, "do_center_crop": True, "crop_size": (24, 40)},
@@ -214,7 +213,8 @@ def processor_of(case: dict[str, Any], image: tuple[int, int] = (32, 32)) -> HFV
 
 
 def image_of(case: dict[str, Any]) -> tuple[int, int]:
-    return (24, 40) if (24, 40) in (case.get("size"), case.get("crop_size")) else (32, 32)
+    sizes = (case.get("crop_size"), case.get("size"))
+    return next((size for size in sizes if isinstance(size, tuple)), (32, 32))
 
 
 def levels(pixels: np.ndarray, processor: HFViTImageProcessorPil) -> np.ndarray:
@@ -232,7 +232,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) ->
     picture.save(home / "picture.png")
     torch.manual_seed(0)
     for name, (case, _) in PROCESSORS.items():
-        fields = {"image_size": image_of(case), "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
+        patch = 12 if "size" in case and case["size"] == (36, 36) else 8
+        fields = {"image_size": image_of(case), "patch_size": patch, "id2label": LABELS, "label2id": IDS}
         source = save(home / f"ours {name}", processor=processor_of(case, image_of(case)), **fields)
         export(source, home / name, "transformers")
     python(PIPELINE, home / "picture.png", *(home / name for name in PROCESSORS), home=home)
@@ -261,9 +262,8 @@ def test_pipeline_gives_the_same_answers_without_this_package(elsewhere: Path, n
     answer = {
         answer["label"]: answer["score"] for answer in json.loads((elsewhere / name / "answer.json").read_text())
     }
-    assert list(answer)[0] == list(expected)[0] and answer.keys() == set(LABELS.values())
-    if not PROCESSORS[name][1]:
-        assert answer == pytest.approx(expected, abs=1e-4)
+    assert list(answer) == list(expected) and answer.keys() == set(LABELS.values())
+    assert answer == pytest.approx(expected, abs=1e-3)
     assert ViTConfig.from_pretrained(elsewhere / name).id2label == LABELS
 
 
@@ -288,18 +288,12 @@ TIMM: dict[str, dict[str, Any]] = {
     | {"final_layernorm": "none", "use_qk_norm": True, "layer_scale_init_value": 0.1},
     "registers": {"num_register_tokens": 3, "num_prefix_positions": 0},
     "registers with positions": {"num_register_tokens": 3, "num_prefix_positions": 4},
-    "registers alone": {**NO_CLASS_TOKEN, "num_register_tokens": 3},
     "class token without position": {"num_prefix_positions": 0},
-    "LayerScale": {"layer_scale_init_value": 1e-4},
-    "qk-norm": {"use_qk_norm": True},
     "pre-norm": {"use_pre_layernorm": True, "patch_bias": False},
     "pre-norm of CLIP": {"use_pre_layernorm": True, "patch_bias": False, "layer_norm_eps": 1e-5},
     "norm pooled": {"final_layernorm": "pooled"},
-    "norm pooled, attention": {"pooling": "attention", "final_layernorm": "pooled"},
     "no norm": {"final_layernorm": "none"},
-    "other epsilon": {"layer_norm_eps": 1e-5},
     "other epsilon, attention, qk-norm": {"layer_norm_eps": 1e-5, "pooling": "attention", "use_qk_norm": True},
-    "no positions": {"position_embedding_type": "none"},
     "no positions, registers": {"position_embedding_type": "none", "num_register_tokens": 2},
     "relative, rectangle": {**RELATIVE, **NO_CLASS_TOKEN, "image_size": (24, 40)},
     "relative with biases of the prefix": {**RELATIVE, "num_prefix_positions": 1},
@@ -324,7 +318,6 @@ TIMM: dict[str, dict[str, Any]] = {
     },
     "odd MLP": {"intermediate_size": 61},
     "encoder": {"architecture": ENCODER},
-    "encoder, attention": {"architecture": ENCODER, "pooling": "attention"},
     "encoder, norm pooled": {"architecture": ENCODER, "pooling": "mean", "final_layernorm": "pooled"},
     "bfloat16": {"dtype": torch.bfloat16},
     "another activation": {"hidden_act": "quick_gelu"},
@@ -790,7 +783,7 @@ def test_timm_comes_back(tmp_path: Path, case: str) -> None:
     assert transforms[0] == transforms[1]
 
 
-@pytest.mark.parametrize("case", ["token", "sincos, token", "hybrid", "bfloat16"])
+@pytest.mark.parametrize("case", ["token", "sincos, token", "bfloat16"])
 def test_npz_comes_back(tmp_path: Path, case: str) -> None:
     export(save(tmp_path / "first", **{**OF_A_TARGET["npz"], **NPZ[case][0]}), tmp_path / "in.npz", "npz")
     options = Options(image_size=(32, 32)) if "sincos" in case else None

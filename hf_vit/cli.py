@@ -187,6 +187,7 @@ def export(
 ) -> None:
     """Write a model in another library's layout, or list the features that have no place there.
 
+    A source that leaves something open goes through hf-vit convert first, which has options for it.
     For example: hf-vit export hf-vit-digits digits-timm --to timm
     """
     with _clear_endings():

@@ -142,13 +142,19 @@ def convert(
     layout is found by the tensors. For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
     """
     with _clear_endings():
-        from .checkpoints import open_checkpoint, write_checkpoint
+        from .checkpoints import write_checkpoint
 
-        options = _options(
-            image_size, patch_size, num_labels, num_heads, pooling, hidden_act, layer_norm_eps, mlp_gate
+        checkpoint = _open_and_describe(
+            source,
+            image_size,
+            patch_size,
+            num_labels=num_labels,
+            num_heads=num_heads,
+            pooling=pooling,
+            hidden_act=hidden_act,
+            layer_norm_eps=layer_norm_eps,
+            mlp_gate=mlp_gate,
         )
-        checkpoint = open_checkpoint(source, options)
-        _print_checkpoint(checkpoint)
         write_checkpoint(checkpoint, out_dir, force)
         typer.echo(f"Written to {out_dir} and read back: {len(checkpoint.shapes)} tensors, bit for bit.")
 
@@ -170,12 +176,17 @@ def inspect(
     For example: hf-vit inspect ViT-B_16.npz
     """
     with _clear_endings():
-        from .checkpoints import open_checkpoint
-
-        options = _options(
-            image_size, patch_size, num_labels, num_heads, pooling, hidden_act, layer_norm_eps, mlp_gate
+        _open_and_describe(
+            model,
+            image_size,
+            patch_size,
+            num_labels=num_labels,
+            num_heads=num_heads,
+            pooling=pooling,
+            hidden_act=hidden_act,
+            layer_norm_eps=layer_norm_eps,
+            mlp_gate=mlp_gate,
         )
-        _print_checkpoint(open_checkpoint(model, options))
 
 
 @app.command()
@@ -198,30 +209,6 @@ def export(
         typer.echo(f"Written to {out} and read back, bit for bit.")
 
 
-def _options(
-    image_size: str | None,
-    patch_size: str | None,
-    num_labels: int | None,
-    num_heads: int | None,
-    pooling: str | None,
-    hidden_act: str | None,
-    layer_norm_eps: float | None,
-    mlp_gate: str | None,
-) -> Any:
-    from .checkpoints import Options
-
-    sizes = {"image_size": _size("--image-size", image_size), "patch_size": _size("--patch-size", patch_size)}
-    return Options(
-        **sizes,
-        num_labels=num_labels,
-        num_heads=num_heads,
-        pooling=pooling,
-        hidden_act=hidden_act,
-        layer_norm_eps=layer_norm_eps,
-        mlp_gate=mlp_gate,
-    )
-
-
 def _size(option: str, text: str | None) -> tuple[int, int] | None:
     """Read H or HxW."""
     if text is None:
@@ -232,7 +219,12 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def _print_checkpoint(checkpoint: Any) -> None:
+def _open_and_describe(source: str, image_size: str | None, patch_size: str | None, **options: Any) -> Any:
+    """Open a checkpoint with what the user says of it, and print what it is."""
+    from .checkpoints import Options, open_checkpoint
+
+    image, patch = _size("--image-size", image_size), _size("--patch-size", patch_size)
+    checkpoint = open_checkpoint(source, Options(image_size=image, patch_size=patch, **options))
     for name, fact in checkpoint.describe().items():
         typer.echo(f"{name:>21}  {fact}")
     for sentence in checkpoint.assumed:
@@ -240,6 +232,7 @@ def _print_checkpoint(checkpoint: Any) -> None:
     if checkpoint.left_out:
         some = ", ".join(checkpoint.left_out[:3]) + (", ..." if len(checkpoint.left_out) > 3 else "")
         typer.echo(f"Left out: {len(checkpoint.left_out)} tensors that are not of the encoder or its head: {some}")
+    return checkpoint
 
 
 def _assignments(pairs: list[str]) -> dict[str, Any]:

@@ -522,8 +522,8 @@ def _npz_misfits(checkpoint: Checkpoint) -> list[str]:
     if config.pooling in ("mean", "attention") and config.use_cls_token:
         misfits.append(f"pooling={config.pooling!r} beside a class token")
     # Stems are of one of the two codes, these of the other.
-    is_big_vision = config.pooling == "attention" or (config.use_cls_token and not config.num_prefix_positions)
-    if config.stem_layers is not None and (is_big_vision or config.position_embedding_type == "sincos_2d"):
+    is_of_big_vision = google.is_of_big_vision(config)
+    if config.stem_layers is not None and (is_of_big_vision or config.position_embedding_type == "sincos_2d"):
         misfits.append("stem_layers with attention pooling, sincos_2d, or a class token without position")
     return misfits
 

@@ -1,7 +1,9 @@
 """What all tests share: a tiny architecture, a seed before every test, and outside data where it is there."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +54,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def standin(shared: Path, tmp_path: Path) -> Iterator[Any]:
+    """A Hub on 127.0.0.1, empty; at the end it must have seen no error and no token where none belongs."""
+    spec = importlib.util.spec_from_file_location("hub_standin", shared / "tools" / "hub_standin.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.running(tmp_path / "hub") as hub:
+        yield hub
+    assert hub.errors == [] and hub.leaks == [] and not hub.cdn_saw_token

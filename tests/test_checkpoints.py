@@ -3,12 +3,11 @@
 What each family's tensors mean is tested in a file of its own.
 """
 
-import importlib.util
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -683,17 +682,6 @@ def test_fine_tuning_begins_from_any_family(kind: Kind, name: str, tmp_path: Pat
     assert torch.equal(same.classifier.weight, whole["classifier.weight"])
 
 
-@pytest.fixture
-def hub(shared: Path, tmp_path: Path) -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("hub_standin", shared / "tools" / "hub_standin.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.running(tmp_path / "hub") as hub:
-        yield hub
-    assert hub.errors == [] and hub.leaks == []
-
-
 BY_NAME = """
 import sys, torch
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
@@ -726,10 +714,10 @@ for missing in ("tester/nothing", "tester/stock"):
 
 
 @pytest.mark.slow
-def test_names_on_the_hub_are_read(folder: Path, kinds: dict[str, Kind], hub: Any, tmp_path: Path) -> None:
+def test_names_on_the_hub_are_read(folder: Path, kinds: dict[str, Kind], standin: Any, tmp_path: Path) -> None:
     of_timm = kinds["timm"].write(kinds["timm"].state, tmp_path / "timm")
     network = {
-        "HF_ENDPOINT": hub.url,
+        "HF_ENDPOINT": standin.url,
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "hf_standin_write",

@@ -1,9 +1,8 @@
 """The card, what may travel to the Hub, and the way there and back through the real clients."""
 
-import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -253,17 +252,6 @@ api = HfApi()
 assert api.list_repo_files("tester/folder") == api.list_repo_files("tester/folder", revision="other")
 assert api.repo_info("tester/folder").private
 """
-
-
-@pytest.fixture
-def standin(shared: Path, tmp_path: Path) -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("hub_standin", shared / "tools" / "hub_standin.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.running(tmp_path / "hub") as hub:
-        yield hub
-    assert hub.errors == [] and hub.leaks == [] and not hub.cdn_saw_token
 
 
 @pytest.mark.slow

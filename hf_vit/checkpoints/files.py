@@ -107,10 +107,8 @@ def open_source(name: str | Path, **hub: Any) -> Source:
     find = partial(_find, str(name), hub)
     weights = next((found for file in WEIGHTS if (found := find(file))), None)
     if weights is None:
-        if not path.is_dir():
-            _find(
-                str(name), {**hub, "_raise_exceptions_for_missing_entries": True}, WEIGHTS[0]
-            )  # no such name, no way
+        if not path.is_dir():  # let the Hub's client say why: no such name, no connection, no right
+            _find(str(name), {**hub, "_raise_exceptions_for_missing_entries": True}, WEIGHTS[0])
         raise ValueError(f"{name}: no weights there; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
     files = [weights] if weights.suffix != ".json" else _shards(weights, find)
     return _source(str(name), files, {file: found for file in SIDE_FILES if (found := find(file))})

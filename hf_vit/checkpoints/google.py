@@ -110,8 +110,7 @@ def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False)
         *_dense("classifier", f"{root}head"),
     ]
     # vit_jax reads its own place alone, big_vision all of them; what only big_vision has goes to its place.
-    is_big_vision = config.pooling == "attention" or (config.use_cls_token and not config.num_prefix_positions)
-    places = PLACES[::-1] if is_big_vision else PLACES
+    places = PLACES[::-1] if is_of_big_vision(config) else PLACES
     layout = without_first if has_spare_position else positions
     rows += [Row(("embeddings.position_embeddings.prefix", TABLE), f"{root}{place}", layout) for place in places]
     for before, attention, after, mlp in (LINEN, PRE_LINEN):
@@ -128,6 +127,11 @@ def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False)
         rows += _norm(f"{pooling}.layernorm", f"{head}LayerNorm_0")
         rows += _mlp(f"{pooling}.mlp", f"{head}MlpBlock_0")
     return rows + _stem(config, root)
+
+
+def is_of_big_vision(config: HFViTConfig) -> bool:
+    """Say whether only big_vision has a model's head: attention pooling, or a class token without position."""
+    return config.pooling == "attention" or bool(config.use_cls_token and not config.num_prefix_positions)
 
 
 def _stem(config: HFViTConfig, root: str) -> list[Row]:

@@ -81,9 +81,9 @@ def heads_together(config: HFViTConfig, parts: int = 3) -> Layout:
     return Layout(read, write)
 
 
-def separate_heads(config: HFViTConfig) -> Layout:
-    """See `heads_together`: the three tensors of an attention."""
-    return heads_together(config)
+def halves(config: HFViTConfig) -> Layout:
+    """The gate and the hidden layer of an MLP in one projection, the gate first."""
+    return packed(2)
 
 
 def positions(config: HFViTConfig) -> Layout:
@@ -178,21 +178,11 @@ def _fill(name: str, layer: int | None, kind: str | None) -> str:
     return name if kind is None else name.replace("*", kind)
 
 
-def square(number: int, what: str) -> tuple[int, int]:
-    """Return the grid of a table that does not say its own, the only guess that all sources make.
-
-    Raises:
-        ValueError: If `number` is no square.
-    """
-    if not is_square(number):
-        raise ValueError(f"{what} has {number} places, which is no square: pass --image-size HxW.")
-    return isqrt(number), isqrt(number)
-
-
 def grid_of_table(
     number: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None, what: str
 ) -> tuple[int, int]:
-    """Return the grid of a table that does not say its own: that of the stated image if it fits, else the square.
+    """Return the grid of a table that does not say its own: that of the stated image if it fits, else the square,
+    the only guess that all sources make.
 
     Raises:
         ValueError: If `number` is neither.
@@ -201,7 +191,9 @@ def grid_of_table(
         grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
         if grid[0] * grid[1] == number:
             return grid
-    return square(number, what)
+    if not is_square(number):
+        raise ValueError(f"{what} has {number} places, which is no square: pass --image-size HxW.")
+    return isqrt(number), isqrt(number)
 
 
 def is_square(number: int) -> bool:

@@ -10,6 +10,7 @@ tensors are refused by that name (`OTHERS`).
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import log
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
 from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from .files import Source
-from .layouts import Layout, Row, convolution, count, heads_first, is_square, packed, positions
+from .layouts import Layout, Row, convolution, count, halves, heads_first, is_square, packed, positions
 
 # ----------------------------------------------------------------------------------------------------- the names
 
@@ -70,18 +71,18 @@ def table(config: HFViTConfig, is_gate_first: bool = True) -> list[Row]:
         Row("classifier.cls.*", "head.*"),
         Row("classifier.distillation.*", "head_dist.*"),
         Row("layers.{}.attention.qkv.*", "blocks.{}.attn.qkv.*", heads_first),
-        Row("pooler.pooling.key_value.*", "attn_pool.kv.*", keys_and_values),
+        Row("pooler.pooling.key_value.*", "attn_pool.kv.*", partial(heads_first, parts=2)),
     ]
     rows += [Row(f"pooler.pooling.{ours}", f"attn_pool.{theirs}") for ours, theirs in OF_THE_POOLING.items()]
     for ours, names in OF_A_LAYER.items():
         rows += [Row(f"layers.{{}}.{ours}", f"blocks.{{}}.{theirs}") for theirs in names]
     if config.use_gated_mlp:
-        halves = ("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*")
+        both = ("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*")
         rows += [
             Row("layers.{}.mlp.gate.*", "blocks.{}.mlp.fc1_g.*"),
             Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.fc1_x.*"),
-            Row(halves, "blocks.{}.mlp.fc1.*", gate_first if is_gate_first else gate_last),
-            Row(halves, "blocks.{}.mlp.w12.*", gate_first),  # DINOv2
+            Row(both, "blocks.{}.mlp.fc1.*", halves if is_gate_first else gate_last),
+            Row(both, "blocks.{}.mlp.w12.*", halves),  # DINOv2
         ]
     else:
         rows.append(Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.fc1.*"))
@@ -106,20 +107,10 @@ def _relative_rows(modules: tuple[str, ...], biases: Callable[[HFViTConfig], Lay
     ]
 
 
-def gate_first(config: HFViTConfig) -> Layout:
-    """The gate and the hidden layer of an MLP in one projection."""
-    return packed(2)
-
-
 def gate_last(config: HFViTConfig) -> Layout:
     """The hidden layer and the gate of an MLP in one projection."""
     swapped = Layout(lambda theirs: theirs[::-1], lambda ours: ours[::-1])
     return packed(2).then(swapped)
-
-
-def keys_and_values(config: HFViTConfig) -> Layout:
-    """Keys and values of the attention pooling, one behind the other."""
-    return heads_first(config, 2)
 
 
 def offsets(config: HFViTConfig) -> Layout:

@@ -21,11 +21,11 @@ from .layouts import (
     convolution,
     count,
     grid_of_table,
+    halves,
     heads_first,
-    packed,
+    heads_together,
     positions,
     reshaped,
-    separate_heads,
 )
 
 # ----------------------------------------------------------------------------------------------------- the names
@@ -62,7 +62,7 @@ def flat_positions(config: HFViTConfig) -> Layout:
 
 def without_key_bias(config: HFViTConfig) -> Layout:
     """Biases of queries and values alone; ours of the keys are zeros."""
-    joined = separate_heads(config)
+    joined = heads_together(config)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
         return joined.read([theirs[0], torch.zeros_like(theirs[0]), theirs[1]])
@@ -132,12 +132,12 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
                         Row(
                             "layers.{}.attention.qkv.weight",
                             (f"{query}.weight", f"{key}.weight", f"{value}.weight"),
-                            separate_heads,
+                            heads_together,
                         )
                     )
                 else:
                     rows.append(
-                        Row("layers.{}.attention.qkv.*", (f"{query}.*", f"{key}.*", f"{value}.*"), separate_heads)
+                        Row("layers.{}.attention.qkv.*", (f"{query}.*", f"{key}.*", f"{value}.*"), heads_together)
                     )
     return [
         *rows,
@@ -146,11 +146,6 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
         Row("classifier.distillation.*", "distillation_classifier.*"),
         Row("objective.decoder.*", "decoder.0.*", pixel_decoder),
     ]
-
-
-def halves(config: HFViTConfig) -> Layout:
-    """The gate and the hidden layer of an MLP in one projection, the gate first."""
-    return packed(2)
 
 
 def pooling_attention(config: HFViTConfig) -> Layout:

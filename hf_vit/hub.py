@@ -1,4 +1,4 @@
-"""To the Hub and back: a folder's card, what must be in it, what must not, its upload; a checkpoint for other labels.
+"""To the Hub: a folder's card, what must be in it, what must not, its upload, also while a run goes on.
 
 The folder itself is what `save_pretrained` of any model of this package writes: weights, config, processors, code.
 """
@@ -7,15 +7,30 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
@@ -35,6 +50,7 @@ TRAVELS = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "metrics.json",
+    "timing.json",
     "log.jsonl",
     "recipe.yaml",
     "*.png",
@@ -47,7 +63,18 @@ TRAVELS = (
 STAYS = ("checkpoints", "checkpoint-*", "runs", ".git", ".cache")
 # Left over in a repository from an earlier push, these would be loaded or run in place of the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
+# Names of files that hold secrets; they are refused by a sentence of their own.
+SECRETS = (
+    ".env*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", ".netrc", ".git-credentials", ".npmrc",
+    ".pypirc", "*credential*", "*secret*", "*token*",
+)  # fmt: skip
+# What a token of the Hub looks like, wherever it stands.
+TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{20,}")
+SHORTEST_TOKEN = 8  # of the one in use; to hide less would hide words
+TEXTS = (".md", ".json", ".jsonl", ".yaml")
 PROCESSOR_BACKENDS = ("torchvision", "pil")
+# Of the Hub's refusals, those that pass: a time-out, a commit of somebody else in between, too many requests.
+PASSING = (408, 409, 412, 429)
 # What a figure needs to be measured again.
 PROVENANCE = ("command", "hardware", "seeds")
 
@@ -153,7 +180,7 @@ def write_card(
         images=images,
     )
     path = folder / "README.md"
-    card.save(path)
+    path.write_text(without_tokens(card.content) + "\n", encoding="utf-8")
     return path
 
 
@@ -214,7 +241,112 @@ def _parameters(folder: Path) -> Iterator[int]:
                 yield math.prod(tensors.get_slice(key).get_shape())
 
 
+def without_tokens(text: str, token: str | None = None) -> str:
+    """Return a text in which no token of the Hub stands: neither one that looks so nor the one in use."""
+    for known in (token, os.environ.get("HF_TOKEN"), get_token()):
+        if known is not None and len(known) >= SHORTEST_TOKEN:
+            text = text.replace(known, "TOKEN")
+    return TOKEN.sub("TOKEN", text)
+
+
 # ---------------------------------------------------------------------------------------------------- the push
+
+
+class BackgroundPush:
+    """Pushes to one repository from a thread, so that a run neither waits for the Hub nor ends by it.
+
+    One push is under way and at most one waits: a newer state takes the place of an older one that waits, or that
+    failed and would be tried again. A push that fails is tried again after each of `waits`, unless it would fail
+    again for certain; then it is said and given up, and the next state has its own tries.
+
+    Args:
+        repo_id: As for `push`, as are `private` and `token`.
+        say: Prints a line.
+        waits: Seconds before each new try; the client itself tries single requests for about half a minute.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        private: bool = False,
+        say: Callable[[str], None] = print,
+        token: str | None = None,
+        waits: Sequence[float] = (5, 30, 120),
+    ) -> None:
+        self.repo_id, self.private, self.say, self.token, self.waits = repo_id, private, say, token, waits
+        self.url: str | None = None
+        self.state = threading.Condition()
+        self.waiting: tuple[Path, str] | None = None
+        self.is_busy = False
+        self.is_current = False  # whether the newest state that was submitted is on the Hub
+        self.snapshots = tempfile.mkdtemp(prefix="hf-vit-push-")
+        weakref.finalize(self, shutil.rmtree, self.snapshots, ignore_errors=True)  # at the end of the process, too
+        # A daemon: the end of the process does not wait for the Hub.
+        threading.Thread(target=self._work, name="push", daemon=True).start()
+
+    def submit(self, write: Callable[[Path], None], message: str) -> None:
+        """Have `write` fill an empty folder with what is to be pushed, and push that when its turn comes."""
+        folder = Path(tempfile.mkdtemp(dir=self.snapshots))
+        try:
+            write(folder)
+        except Exception as error:  # a full disk, say: no reason to end a run
+            shutil.rmtree(folder, ignore_errors=True)
+            self._give_up(message, error)
+            with self.state:
+                self.is_current = False
+            return
+        with self.state:
+            if self.waiting is not None:
+                shutil.rmtree(self.waiting[0], ignore_errors=True)
+            self.waiting = folder, message
+            self.is_current = False
+            self.state.notify_all()
+
+    def finish(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is under way, `timeout` seconds at most; say whether the newest state is on the Hub."""
+        with self.state:
+            self.state.wait_for(lambda: self.waiting is None and not self.is_busy, timeout)
+            return self.is_current
+
+    def _work(self) -> None:
+        while True:
+            with self.state:
+                self.state.wait_for(lambda: self.waiting is not None)
+                folder, message = cast(tuple[Path, str], self.waiting)
+                self.waiting, self.is_busy = None, True
+            is_pushed = self._try(folder, message)
+            shutil.rmtree(folder, ignore_errors=True)
+            with self.state:
+                self.is_busy = False
+                self.is_current = is_pushed and self.waiting is None
+                self.state.notify_all()
+
+    def _try(self, folder: Path, message: str) -> bool:
+        disable_progress_bars()  # a bar for every upload would break up that of the run
+        for wait in (*self.waits, None):
+            try:
+                self.url = push(folder, self.repo_id, private=self.private, message=message, token=self.token)
+                return True
+            except Exception as error:  # whatever it is, the run is worth more than the push
+                if wait is None or _is_final(error):
+                    self._give_up(message, error)
+                    return False
+            with self.state:
+                if self.state.wait_for(lambda: self.waiting is not None, wait):
+                    return False
+        return False
+
+    def _give_up(self, message: str, error: Exception) -> None:
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        reason = " ".join(f"{type(error).__name__}: {error}{cause}".split())
+        self.say(without_tokens(f"{message} was not pushed to {self.repo_id}, the run goes on. {reason}", self.token))
+
+
+def _is_final(error: Exception) -> bool:
+    """Return whether to try again is of no use: the folder is not fit, or the Hub refuses."""
+    if isinstance(error, HfHubHTTPError):
+        return 400 <= error.response.status_code < 500 and error.response.status_code not in PASSING
+    return isinstance(error, ValueError)
 
 
 def push(
@@ -251,17 +383,26 @@ def push(
     there = api.list_repo_files(url.repo_id, revision=revision)
     stale = [name for name in there if name not in names and any(fnmatch(name, pattern) for pattern in REPLACED)]
     card = (folder / "README.md").read_text(encoding="utf-8")
-    contents = {"README.md": card.replace(f'"{folder.resolve().name}"', f'"{url.repo_id}"').encode()}
+    contents = {"README.md": _card_for(card, folder, url.repo_id).encode()}
+    additions = [CommitOperationAdd(name, contents.get(name, folder / name)) for name in names]
+    for addition in additions:
+        if addition.path_in_repo.endswith(".safetensors"):
+            # One by one: several at once would go by threads that the end of the process waits for.
+            api.preupload_lfs_files(url.repo_id, [addition], revision=revision)
     api.create_commit(
         url.repo_id,
-        [
-            *(CommitOperationDelete(name) for name in stale),
-            *(CommitOperationAdd(name, contents.get(name, folder / name)) for name in names),
-        ],
+        [*(CommitOperationDelete(name) for name in stale), *additions],
         commit_message=message,
         revision=revision,
     )
     return str(url)
+
+
+def _card_for(card: str, folder: Path, repo_id: str) -> str:
+    """Return a card whose examples name the repository instead of the folder that it was written for."""
+    example = re.search(r'pipeline\("[a-z-]+", "([^"/]+)"', card)
+    name = example[1] if example else folder.resolve().name
+    return card.replace(f'"{name}"', f'"{repo_id}"')
 
 
 def check_folder(folder: str | Path) -> list[str]:
@@ -282,7 +423,11 @@ def check_folder(folder: str | Path) -> list[str]:
         problems.append("README.md, the card, is missing")
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [path.as_posix() for path in paths if not _stays(path)]
-    if foreign := [name for name in names if name not in code and not _travels(name)]:
+    if secret := [name for name in names if _is_secret(name) and name not in code and not _travels(name)]:
+        problems.append(f"these look like secrets, which must never leave the machine: {', '.join(secret)}")
+    if leaking := [name for name in names if name.endswith(TEXTS) and _has_token(folder / name)]:
+        problems.append(f"a token of the Hub stands in {', '.join(leaking)}: remove it there, and revoke it")
+    if foreign := [name for name in names if name not in code and not _travels(name) and name not in secret]:
         problems.append(f"these must not travel, since training state may hold your token: {', '.join(foreign)}")
     if problems:
         raise ValueError(
@@ -296,6 +441,15 @@ def check_folder(folder: str | Path) -> list[str]:
 
 def _stays(path: Path) -> bool:
     return len(path.parts) > 1 and any(fnmatch(path.parts[0], pattern) for pattern in STAYS)
+
+
+def _is_secret(name: str) -> bool:
+    return any(fnmatch(name.rsplit("/", 1)[-1].lower(), pattern) for pattern in SECRETS)
+
+
+def _has_token(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return without_tokens(text) != text
 
 
 def _travels(name: str) -> bool:

@@ -1,10 +1,10 @@
 """What all tests share: a tiny architecture, a seed before every test, and outside data where it is there."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
 import torch
 
@@ -25,6 +25,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_pause_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` sleeps for seconds at the end of every pass over a shuffled stream, for the threads of Arrow."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.0, raising=False)
 
 
 @pytest.fixture
@@ -57,12 +63,8 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def standin(shared: Path, tmp_path: Path) -> Iterator[Any]:
+def standin() -> Iterator[Any]:
     """A Hub on 127.0.0.1, empty; at the end it must have seen no error and no token where none belongs."""
-    spec = importlib.util.spec_from_file_location("hub_standin", shared / "tools" / "hub_standin.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.running(tmp_path / "hub") as hub:
+    with hub_server.running() as hub:
         yield hub
     assert hub.errors == [] and hub.leaks == [] and not hub.cdn_saw_token

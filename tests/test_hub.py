@@ -1,19 +1,28 @@
 """The card, what may travel to the Hub, and the way there and back through the real clients."""
 
 import json
+import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
+from hub_server import READ, SHAPED, WRITE, Hub
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from isolated import TESTS, python, save_tiny_classifier
 from safetensors.torch import load_file
 
 import hf_vit
-from hf_vit.hub import check_folder, machine, push, versions, write_card
+from hf_vit.hub import BackgroundPush, check_folder, machine, push, versions, without_tokens, write_card
+
+# The client's own way of uploading, which its network library finds old.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 SCRIPTS = TESTS.parent / "scripts"
 MEASURED = {"command": "hf-vit quickstart", "hardware": "2 CPU cores", "seeds": "0, 1, 2 (mean)"}
@@ -199,7 +208,7 @@ def add(name: str) -> Callable[[Path], None]:
         (truncate_weights, "not a complete safetensors file"),
         *[
             (add(name), f"must not travel.*{name}")
-            for name in ("training_args.bin", "optimizer.pt", "secrets.py", ".env", "data/model.safetensors")
+            for name in ("training_args.bin", "optimizer.pt", "other.py", "data/model.safetensors")
         ],
     ],
 )
@@ -210,12 +219,242 @@ def test_push_refuses(folder: Path, change: Callable[[Path], Any], message: str)
     assert "save_pretrained(folder)" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".env",
+        ".env.local",
+        "key.pem",
+        "id_rsa",
+        ".netrc",
+        ".git-credentials",
+        "credentials.json",
+        "token",
+        "secrets.py",
+    ],
+)
+def test_secrets_are_refused_as_such(folder: Path, name: str) -> None:
+    (folder / name).write_text(SHAPED)
+    with pytest.raises(ValueError, match=f"look like secrets, .*: {re.escape(name)}\n") as refusal:
+        check_folder(folder)
+    assert "must not travel" not in str(refusal.value) and SHAPED not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "config.json", "preprocessor_config.json", "recipe.yaml", "metrics.json", "log.jsonl"]
+)
+@pytest.mark.parametrize("token", [SHAPED, "in-use-of-another-shape"])
+def test_texts_with_a_token_are_refused(folder: Path, name: str, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "in-use-of-another-shape")
+    text = (folder / name).read_text() if (folder / name).exists() else "{}"
+    is_json = name.endswith(".json")
+    (folder / name).write_text(json.dumps({**json.loads(text), "note": token}) if is_json else text + token)
+    with pytest.raises(ValueError, match=f"a token of the Hub stands in {name}") as refusal:
+        check_folder(folder)
+    assert token not in str(refusal.value)
+
+
+def test_no_token_comes_into_a_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "in-use-of-another-shape")
+    path = write_card(
+        folder,
+        description=f"By {SHAPED}.",
+        results={"accuracy": 0.5},
+        measured={**MEASURED, "command": f"hf-vit train --token {SHAPED} --other in-use-of-another-shape"},
+        dataset="photos",
+        sections={"Recipe": f"token: {SHAPED}"},
+    )
+    text = path.read_text()
+    assert SHAPED not in text and "in-use" not in text
+    assert "- command: hf-vit train --token TOKEN --other TOKEN" in text
+    assert check_folder(folder)
+
+
+def test_words_are_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "the")
+    assert without_tokens("the hf_vit of hf_vit_configuration") == "the hf_vit of hf_vit_configuration"
+    assert without_tokens(f"'{SHAPED}'", token=None) == "'TOKEN'"
+
+
 def test_push_refuses_what_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
         push(tmp_path / "nowhere", "user/name")
 
 
 # ------------------------------------------------------------------------------------------ through the real clients
+
+
+@pytest.fixture
+def client(standin: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The Hub that this process pushes to, with a token of the shape that tokens have."""
+    for name, value in {"ENDPOINT": standin.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", SHAPED)
+    return standin
+
+
+def copying(folder: Path, note: str = "") -> Callable[[Path], None]:
+    """Return what writes a folder like another one, with a note in its card."""
+
+    def write(target: Path) -> None:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        write_card(target, title="tiny", description=note)
+
+    return write
+
+
+def test_a_push_arrives(folder: Path, client: Hub) -> None:
+    write_card(folder)
+    assert push(folder, "tester/model", message="First") == f"{client.url}/tester/model"
+    assert sorted(client.files("tester/model")) == sorted([".gitattributes", *FILES])
+    assert client.files("tester/model")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    card = client.files("tester/model")["README.md"].decode()
+    assert card.count('"tester/model"') == 3 and '"tiny-vit"' not in card
+    assert client.messages("tester/model") == ["First"]
+    assert {request.has_token for request in client.asked("PUT /large/")} == {False}
+    assert {request.has_token for request in client.asked("POST /api/")} == {True}
+
+
+def test_a_wrong_token_is_refused(folder: Path, client: Hub) -> None:
+    wrong = "hf_" + "Wrong" * 7
+    with pytest.raises(HfHubHTTPError, match="401") as refusal:
+        push(folder, "tester/model", token=wrong)
+    assert wrong not in str(refusal.value)
+
+
+def test_a_run_does_not_wait_for_its_pushes(folder: Path, client: Hub) -> None:
+    client.delay("POST /api/repos/create", seconds=1)
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append)
+    hub.submit(copying(folder, "note 0"), "Step 0")
+    while not client.asked("/api/repos/create"):  # the first is under way
+        time.sleep(0.01)
+    for step in range(1, 5):
+        began = time.perf_counter()
+        hub.submit(copying(folder, f"note {step}"), f"Step {step}")
+        assert time.perf_counter() - began < 0.5
+    assert client.messages("tester/run") == [] and len(list(Path(hub.snapshots).iterdir())) == 2
+    assert hub.finish(timeout=30)
+    assert client.messages("tester/run") == ["Step 0", "Step 4"]  # those between were overtaken
+    card = client.files("tester/run")["README.md"].decode()
+    assert "note 4" in card and 'pipeline("image-classification", "tester/run"' in card
+    assert hub.url == f"{client.url}/tester/run" and said == []
+    assert list(Path(hub.snapshots).iterdir()) == []
+
+
+def test_a_failed_push_is_tried_again(folder: Path, client: Hub) -> None:
+    client.fail("POST /api/repos/create", status=503, times=2)
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append, waits=(0.01, 0.02))
+    hub.submit(copying(folder), "Step 1")
+    assert hub.finish(timeout=60)
+    assert client.messages("tester/run") == ["Step 1"] and said == []
+    assert [request.status for request in client.asked("/api/repos/create")] == [503, 503, 200]
+
+
+def test_a_push_is_given_up_and_the_next_one_tried(folder: Path, client: Hub) -> None:
+    client.fail("POST /api/repos/create", status=507, times=3)
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append, token=SHAPED, waits=(0.01, 0.02))
+    hub.submit(copying(folder), f"Step 1 of {SHAPED}")
+    assert not hub.finish(timeout=60)
+    assert len(said) == 1 and "\n" not in said[0] and SHAPED not in said[0]
+    assert said[0].startswith("Step 1 of TOKEN was not pushed to tester/run, the run goes on. HfHubHTTPError: ")
+    hub.submit(copying(folder), "Step 2")
+    assert hub.finish(timeout=60)
+    assert client.messages("tester/run") == ["Step 2"] and len(said) == 1
+
+
+def test_what_lies_behind_a_failure_is_said(folder: Path, client: Hub) -> None:
+    client.fail("PUT /large/", status=403, times=9)
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append, waits=())
+    hub.submit(copying(folder), "Step 1")
+    assert not hub.finish(timeout=30)
+    assert "Error while uploading 'model.safetensors'" in said[0] and "403" in said[0]
+
+
+def test_what_fails_for_certain_is_not_tried_again(folder: Path, client: Hub) -> None:
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append, token="hf_" + "Wrong" * 7, waits=(60,))
+    hub.submit(copying(folder), "Step 1")
+    assert not hub.finish(timeout=30)
+    assert len(said) == 1 and "401" in said[0] and "Wrong" not in said[0]
+    assert len(client.asked("/api/repos/create")) == 1
+
+    (folder / "token").touch()
+    hub = BackgroundPush("tester/run", say=said.append, waits=(60,))
+    hub.submit(copying(folder), "Step 2")
+    assert not hub.finish(timeout=30)
+    assert "look like secrets" in said[1] and "\n" not in said[1]
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(client: Hub) -> None:
+    def write(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append)
+    hub.submit(write, "Step 1")
+    assert not hub.finish(timeout=5)
+    assert said == [
+        "Step 1 was not pushed to tester/run, the run goes on. OSError: [Errno 28] No space left on device"
+    ]
+    assert list(Path(hub.snapshots).iterdir()) == []
+
+
+def test_a_newer_state_ends_the_tries_of_an_older_one(folder: Path, client: Hub) -> None:
+    client.fail("POST /api/repos/create", status=507)
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append, waits=(600,))
+    hub.submit(copying(folder), "Step 1")
+    while not [request for request in client.asked("/api/repos/create") if request.status]:
+        time.sleep(0.01)
+    assert not hub.finish(timeout=0.2)  # it waits for its second try
+    hub.submit(copying(folder), "Step 2")
+    assert hub.finish(timeout=60)
+    assert client.messages("tester/run") == ["Step 2"] and said == []
+
+
+# A run that is stopped in the middle of an upload, of several large files at that.
+STOPPED = """
+import os, shutil, signal, sys, time
+from functools import partial
+from pathlib import Path
+
+from hf_vit.hub import BackgroundPush
+
+hub = BackgroundPush("tester/run")
+hub.submit(lambda folder: shutil.copytree(sys.argv[1], folder, dirs_exist_ok=True), "Step 1")
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.01)
+print(hub.snapshots, flush=True)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    hub.finish()
+except KeyboardInterrupt:
+    print(time.time(), flush=True)
+"""
+
+
+def test_a_stopped_run_does_not_wait_for_its_push(folder: Path, standin: Hub, tmp_path: Path) -> None:
+    model = hf_vit.HFViTForImageClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    standin.delay("PUT /large/", seconds=30)
+
+    def tell() -> None:
+        while not standin.asked("PUT /large/"):
+            time.sleep(0.01)
+        (tmp_path / "uploading").touch()
+
+    threading.Thread(target=tell, daemon=True).start()
+    network = {"HF_ENDPOINT": standin.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": SHAPED}
+    stopped = python(STOPPED, folder, tmp_path / "uploading", home=tmp_path / "home", has_package=True, **network)
+    snapshots, interrupted_at = stopped.stdout.split()
+    assert time.time() - float(interrupted_at) < 10
+    assert not Path(snapshots).exists()
+    assert standin.messages("tester/run") == [] and SHAPED not in stopped.stderr
 
 
 PUSHES = """
@@ -255,15 +494,15 @@ assert api.repo_info("tester/folder").private
 
 
 @pytest.mark.slow
-def test_to_the_hub_and_back_without_the_package(folder: Path, standin: Any, tmp_path: Path) -> None:
-    token = "hf_standin_write"
+def test_to_the_hub_and_back_without_the_package(folder: Path, standin: Hub, tmp_path: Path) -> None:
+    token = WRITE
     network = {"HF_ENDPOINT": standin.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     pushed = python(
         PUSHES, folder, SCRIPTS, token, home=tmp_path / "author", has_package=True, HF_TOKEN=token, **network
     )
     addresses = [line for line in pushed.stdout.splitlines() if line.startswith("http")]
     assert addresses == [f"{standin.url}/tester/{name}" for name in ("folder", "folder", "folder", "script")]
-    api = HfApi(endpoint=standin.url, token="hf_standin_read")
+    api = HfApi(endpoint=standin.url, token=READ)
     cards = {}
     for name, others in {"model": [], "folder": ["predictions [1].png"], "script": ["metrics.json"]}.items():
         assert sorted(api.list_repo_files(f"tester/{name}")) == sorted([".gitattributes", *others, *FILES])
@@ -279,7 +518,7 @@ def test_to_the_hub_and_back_without_the_package(folder: Path, standin: Any, tmp
         "tester/model",
         "tester/folder",
         home=user,
-        HF_TOKEN="hf_standin_read",
+        HF_TOKEN=READ,
         **network,
     )
     saved, *pulled = (np.load(tmp_path / "outputs" / f"{number}.npz") for number in range(3))

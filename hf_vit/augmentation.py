@@ -1,11 +1,223 @@
-"""Augmentation of whole batches: images mixed with each other, and labels that say how much of which.
+"""What training does to an image, and to a batch.
 
-mixup: Zhang et al. 2018 (arXiv:1710.09412). CutMix: Yun et al. 2019 (arXiv:1905.04899).
+An image: crops, flips and sets of operations by name, uint8 to uint8. All draws are from torch's own generator, which
+the caller seeds, so that an image follows from its seed alone.
+
+    RandAugment: Cubuk et al. 2020 (arXiv:1909.13719), on the scale of google-research/big_vision pp/autoaugment.py
+    AugReg, its sets: Steiner et al. 2022, "How to train your ViT?" (arXiv:2106.10270), big_vision configs/vit_i1k.py
+    three-augment: Touvron et al. 2022, "DeiT III" (arXiv:2204.07118), facebookresearch/deit augment.py
+    random erasing: Zhong et al. 2020 (arXiv:1708.04896)
+
+A batch: images mixed with each other, and labels that say how much of which.
+
+    mixup: Zhang et al. 2018 (arXiv:1710.09412); CutMix: Yun et al. 2019 (arXiv:1905.04899)
 """
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tvF
+
+# ----------------------------------------------------------------------------------------------------- an image
+
+
+class SmallAffine(v2.Transform):
+    """Turn, shift, zoom and shear a little, by fractions of a pixel: torchvision's RandomAffine shifts by whole ones.
+
+    Ranges fit handwriting: 12 degrees, a tenth of the image, 12 percent, 8 degrees.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        angle, down, right, zoom, shear = (torch.rand(5) * 2 - 1).tolist()
+        return {
+            "angle": 12 * angle,
+            "translate": [0.1 * width * right, 0.1 * height * down],
+            "scale": 1 + 0.12 * zoom,
+            "shear": [8 * shear],
+        }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tvF.affine(inpt, **params, interpolation=InterpolationMode.BILINEAR)
+
+
+class ResizeToCover(v2.Transform):
+    """Resize, with the aspect kept, to the smallest image that covers `size` (height, width)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        (height, width), (rows, columns) = v2.query_size(flat_inputs), self.size
+        if rows * width >= columns * height:
+            return {"size": [rows, rows * width // height]}
+        return {"size": [columns * height // width, columns]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tvF.resize(inpt, **params, interpolation=InterpolationMode.BICUBIC)
+
+
+def _move(image: Tensor, fill: list[int], across: float = 0, down: float = 0, slopes: Sequence[float] = (0, 0)) -> Any:
+    """Shift by shares of width and height, and shear about the top left corner by `slopes` (across, down)."""
+    height, width = image.shape[-2:]
+    shear = [math.degrees(math.atan(slope)) for slope in slopes]
+    shift = [round(across * width), round(down * height)]
+    return tvF.affine(image, angle=0, translate=shift, scale=1, shear=shear, fill=fill, center=[0, 0])
+
+
+def _solarize(image: Tensor, threshold: int) -> Tensor:
+    return tvF.solarize(image, threshold) if threshold <= 255 else image
+
+
+def _solarize_add(image: Tensor, addition: int) -> Tensor:
+    return torch.where(image < 128, (image.int() + addition).clamp(max=255).to(image.dtype), image)
+
+
+def _cut_out(image: Tensor, share: float, fill: list[int]) -> Tensor:
+    (top, bottom), (left, right) = _box(image.shape[-2:], torch.rand(2).tolist(), share)
+    return tvF.erase(image, top, left, bottom - top, right - left, v=torch.tensor(fill).view(-1, 1, 1))
+
+
+# Of image, strength, sign and fill. Strength 1 is where the range usually ends. Stronger is not always more: posterize
+# and solarize change less with strength, and the four factors nothing at 0.5. What is pixels at the source, of 224, is
+# a share of the side here, so that images of any size are treated alike.
+OPERATIONS: dict[str, Callable[[Tensor, float, int, list[int]], Tensor]] = {
+    "autocontrast": lambda image, strength, sign, fill: tvF.autocontrast(image),
+    "equalize": lambda image, strength, sign, fill: tvF.equalize(image),
+    "invert": lambda image, strength, sign, fill: tvF.invert(image),
+    "rotate": lambda image, strength, sign, fill: tvF.rotate(image, sign * 30 * strength, fill=fill),
+    # TensorFlow shifts 8 bits by 7 at most: of 0 bits, 1 is left.
+    "posterize": lambda image, strength, sign, fill: tvF.posterize(image, min(8, max(1, int(4 * strength)))),
+    "solarize": lambda image, strength, sign, fill: _solarize(image, int(256 * strength)),
+    "solarize_add": lambda image, strength, sign, fill: _solarize_add(image, int(110 * strength)),
+    "color": lambda image, strength, sign, fill: tvF.adjust_saturation(image, 0.1 + 1.8 * strength),
+    "contrast": lambda image, strength, sign, fill: tvF.adjust_contrast(image, 0.1 + 1.8 * strength),
+    "brightness": lambda image, strength, sign, fill: tvF.adjust_brightness(image, 0.1 + 1.8 * strength),
+    "sharpness": lambda image, strength, sign, fill: tvF.adjust_sharpness(image, 0.1 + 1.8 * strength),
+    "shear_x": lambda image, strength, sign, fill: _move(image, fill, slopes=(sign * 0.3 * strength, 0)),
+    "shear_y": lambda image, strength, sign, fill: _move(image, fill, slopes=(0, sign * 0.3 * strength)),
+    "translate_x": lambda image, strength, sign, fill: _move(image, fill, across=sign * 100 / 224 * strength),
+    "translate_y": lambda image, strength, sign, fill: _move(image, fill, down=sign * 100 / 224 * strength),
+    "cutout": lambda image, strength, sign, fill: _cut_out(image, 2 * 40 / 224 * strength, fill),
+}
+
+
+class TensorFlowRandAugment(v2.Transform):
+    """Apply `layers` operations, each drawn from all, at a level of TensorFlow's scale: 10 is 1, and 20 is allowed.
+
+    torchvision's RandAugment has other operations and ends at 10. Contrast is PIL's here; big_vision's own blends with
+    a constant that grows with the number of pixels.
+    """
+
+    def __init__(self, layers: int, level: float, fill: list[int]) -> None:
+        super().__init__()
+        self.layers, self.level, self.fill = layers, level, fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        chosen = torch.randint(len(OPERATIONS), (self.layers,)).tolist()
+        signs = (1 - 2 * torch.randint(2, (self.layers,))).tolist()
+        return {"draws": [(list(OPERATIONS)[index], sign) for index, sign in zip(chosen, signs, strict=True)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        for name, sign in params["draws"]:
+            inpt = OPERATIONS[name](inpt, self.level / 10, sign, self.fill)
+        return inpt
+
+
+def _crop_flip(size: tuple[int, int], smallest_crop: float, **options: Any) -> list[v2.Transform]:
+    return [v2.RandomResizedCrop(size, scale=(smallest_crop, 1.0), **options), v2.RandomHorizontalFlip()]
+
+
+def _simple_crop_flip(size: tuple[int, int]) -> list[v2.Transform]:
+    padding = min(4, min(size) - 1)  # a reflection is smaller than the image
+    crop = v2.RandomCrop(size, padding=padding, padding_mode="reflect")
+    return [ResizeToCover(size), crop, v2.RandomHorizontalFlip()]
+
+
+def _one_of_three(size: tuple[int, int]) -> v2.Transform:
+    window = min(13, 2 * min(size) - 1)  # three standard deviations to each side, as far as there is image
+    blur = v2.GaussianBlur(window, sigma=(0.1, 2.0))
+    return v2.RandomChoice([v2.RandomGrayscale(p=1.0), v2.RandomSolarize(threshold=128, p=1.0), blur])
+
+
+# AugReg's: layers and level of RandAugment, alpha of mixup. Level 0 is not nothing: see `OPERATIONS`.
+AUGREG: dict[str, tuple[int, int, float]] = {
+    "augreg_none": (0, 0, 0.0),
+    "augreg_light1": (2, 0, 0.0),
+    "augreg_light2": (2, 10, 0.2),
+    "augreg_medium1": (2, 15, 0.2),
+    "augreg_medium2": (2, 15, 0.5),
+    "augreg_strong1": (2, 20, 0.5),
+    "augreg_strong2": (2, 20, 0.8),
+}
+AUGREG_MIXUP: dict[str, float] = {name: mixup for name, (_, _, mixup) in AUGREG.items()}
+
+
+def _augreg(layers: int, level: int) -> Callable[[tuple[int, int], float, list[int]], list[v2.Transform]]:
+    return lambda size, crop, fill: [*_crop_flip(size, crop), TensorFlowRandAugment(layers, level, fill)]
+
+
+# Each takes the size (height, width), the smallest share of the image that a crop may keep, and what to fill with.
+AUGMENTATIONS: dict[str, Callable[[tuple[int, int], float, list[int]], list[v2.Transform]]] = {
+    "none": lambda size, crop, fill: [v2.Resize(size)],
+    "affine": lambda size, crop, fill: [v2.Resize(size), SmallAffine()],
+    "crop_flip": lambda size, crop, fill: _crop_flip(size, crop),
+    "trivial": lambda size, crop, fill: [*_crop_flip(size, crop), v2.TrivialAugmentWide()],
+    "rand": lambda size, crop, fill: [*_crop_flip(size, crop), v2.RandAugment()],
+    "three": lambda size, crop, fill: [
+        *_crop_flip(size, crop, interpolation=InterpolationMode.BICUBIC),
+        _one_of_three(size),
+    ],
+    "three_simple": lambda size, crop, fill: [*_simple_crop_flip(size), _one_of_three(size)],
+    **{name: _augreg(layers, level) for name, (layers, level, _) in AUGREG.items()},
+}
+
+
+def build_augmentation(
+    name: str,
+    size: tuple[int, int],
+    smallest_crop: float,
+    *,
+    color_jitter: float = 0.0,
+    erasing: float = 0.0,
+    fill: Sequence[float] = (0.5, 0.5, 0.5),
+) -> v2.Transform:
+    """Return what training does to an image, uint8 `[C, H, W]` of any size, C of 1 or 3, to `[C, *size]`.
+
+    Args:
+        name: A key of `AUGMENTATIONS`.
+        size: (height, width) in pixels.
+        smallest_crop: Smallest share of the image that a random crop keeps; `"three_simple"` has no such crop.
+        color_jitter: Range around 1 of a factor on brightness, on contrast and on saturation; DeiT III has 0.3.
+        erasing: Probability that a rectangle is erased, last of all.
+        fill: What an erased rectangle, and AugReg's sets, are filled with, in [0, 1]: the processor's mean, which
+            normalization takes to 0. One for each channel, or all alike.
+
+    Raises:
+        ValueError: If there is no such augmentation.
+    """
+    if name not in AUGMENTATIONS:
+        (near,) = difflib.get_close_matches(name, AUGMENTATIONS, n=1, cutoff=0)
+        choices = ", ".join(AUGMENTATIONS)
+        raise ValueError(f"Unknown augmentation {name!r}: choose one of {choices}; the nearest is {near!r}.")
+    values = [round(255 * value) for value in fill]
+    values = values[:1] if len(set(values)) == 1 else values  # one value fits any number of channels
+    transforms = AUGMENTATIONS[name](size, smallest_crop, values)
+    if color_jitter:
+        transforms.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    if erasing:
+        transforms.append(v2.RandomErasing(erasing, value=values))
+    return v2.Compose(transforms)
+
+
+# ------------------------------------------------------------------------------------------------------ a batch
 
 
 class BatchMixer:
@@ -45,15 +257,19 @@ def mixup_images(images: Tensor, others: Tensor, share: float, generator: torch.
 def cutmix_images(images: Tensor, others: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, float]:
     """Paste a box of `others` into images; return them and the share of the first that is still seen."""
     height, width = images.shape[-2:]
-    cut = (1 - share) ** 0.5
     centre = torch.rand(2, generator=generator).tolist()
-    (top, bottom), (left, right) = (
-        (max(0, round(size * (middle - cut / 2))), min(size, round(size * (middle + cut / 2))))
-        for size, middle in zip((height, width), centre, strict=True)
-    )
+    (top, bottom), (left, right) = _box((height, width), centre, (1 - share) ** 0.5)
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images[others][..., top:bottom, left:right]
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _box(size: Sequence[int], centre: Sequence[float], share: float) -> list[tuple[int, int]]:
+    """Return (top, bottom) and (left, right) of a box around `centre`, `share` of each side, cut off at the border."""
+    return [
+        (max(0, round(side * (middle - share / 2))), min(side, round(side * (middle + share / 2))))
+        for side, middle in zip(size, centre, strict=True)
+    ]
 
 
 def _beta(alpha: float, generator: torch.Generator) -> float:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointFolder:
@@ -37,7 +39,7 @@ class CheckpointFolder:
         self.keep = keep
 
     def save(self, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of `step`, then remove what is older than the newest `keep`.
+        """Write the checkpoint of `step`, then remove all but it and the newest before it, `keep` in all.
 
         Args:
             step: Number of steps that are done.
@@ -50,28 +52,30 @@ class CheckpointFolder:
         final = self.folder / f"step-{step:08d}"
         unfinished = self.folder / f"{UNFINISHED}{final.name}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in self.folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
-            unfinished.mkdir()
-            write_model(unfinished)
-            torch.save(state, unfinished / STATE)
-            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-            manifest = {str(path.relative_to(unfinished)): _describe(path) for path in files}
-            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in [*files, unfinished / MANIFEST, unfinished]:
-                _sync(path)
-        except OSError as error:
+            with naming_a_full_disk(f"a checkpoint of step {step}; earlier ones are intact", final):
+                unfinished.mkdir()
+                write_model(unfinished)
+                with (unfinished / STATE).open("wb") as file:  # given a path, torch would hide why it cannot write
+                    torch.save(state, file)
+                files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+                manifest = {str(path.relative_to(unfinished)): _describe(path) for path in files}
+                (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                for path in [*files, unfinished / MANIFEST, unfinished]:
+                    _sync(path)
+        except Exception:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if error.errno == errno.ENOSPC:
-                raise OSError(
-                    errno.ENOSPC, f"No space left for a checkpoint of step {step}; earlier ones are intact", str(final)
-                ) from error
             raise
         shutil.rmtree(final, ignore_errors=True)  # there is one only if it was found damaged
         unfinished.rename(final)
         _sync(self.folder)
-        for old in self._newest_first()[self.keep :]:
-            shutil.rmtree(old)
+        # Whoever goes on from a step has found all later ones damaged: they must not count as the newest.
+        kept = [path for path in self._newest_first() if path.name <= final.name][: self.keep]
+        for other in self._newest_first():
+            if other not in kept:
+                shutil.rmtree(other)
         return final
 
     def newest(self, say: Callable[[str], None]) -> Path | None:
@@ -100,14 +104,42 @@ def find_damage(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except ValueError:
+    except (ValueError, OSError):
         return f"its {MANIFEST} cannot be read"
+    if not isinstance(manifest, dict):
+        return f"its {MANIFEST} is not what was written"
+    for name in (STATE, *sorted(path.name for path in checkpoint.glob("*.safetensors"))):
+        if name not in manifest:
+            return f"its {MANIFEST} does not name {name}"
     for name, description in manifest.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _describe(checkpoint / name) != description:
-            return f"{name} is not what was written"
+        try:
+            if _describe(checkpoint / name) != description:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+@contextmanager
+def naming_a_full_disk(what: str, path: Path) -> Iterator[None]:
+    """Turn what writers raise on a full disk, each something else, into an `OSError` that names what has no space."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_full_disk(error):
+            raise
+        raise OSError(errno.ENOSPC, f"No space left for {what}", str(path)) from error
+
+
+def _is_of_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        # safetensors says it in words, torch fails behind the error that says it
+        if getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _describe(path: Path) -> dict[str, Any]:

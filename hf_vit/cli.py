@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+import yaml
+
+from .recipe import TrainConfig, recipe_header, shipped_recipes
 
 app = typer.Typer(
     help="The Vision Transformer for Hugging Face: train, look at, and publish it.",
@@ -42,53 +45,117 @@ def quickstart(
         quickstart(output_dir, seed, resume, say=typer.echo)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of the package (hf-vit recipes lists them), or a YAML file.")
+    ] = "flowers",
     data: Annotated[
         str | None,
-        typer.Option(help="Folder of images (one subfolder a class), parquet file or folder, or a name on the Hub."),
+        typer.Option(help="Folder of images (a subfolder a class), parquet, webdataset shards, or a name on the Hub."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe of the package, or a YAML file.")] = "flowers",
     output_dir: OutputDir = None,
     seed: Seed = None,
     max_steps: Annotated[int | None, typer.Option(help="Length of the run in steps, instead of its epochs.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
-    resume: Resume = "auto",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe; may be given many times."),
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Push there while training, and at the end.")
     ] = None,
+    resume: Resume = "auto",
 ) -> None:
-    """Train an image classifier by a recipe; the same command again resumes it, exactly.
+    """Train by a recipe: from scratch, from a checkpoint, or on masked patches. The same command resumes it, exactly.
 
-    For example: hf-vit train --data photos/ --set image_size=128 --set model_config.hidden_size=192
+    Every field of a recipe is an option, the architecture's behind model-config; hf-vit recipes NAME explains them.
+    For example: hf-vit train --data photos/ --image-size 128 --batch-size 64 --model-config.hidden-size 192
     """
-    from .report import write_report
-    from .training import TrainConfig
-    from .training import train as run_training
+    from .report import train_and_report
 
     with _clear_endings(), _resumable():
-        named: dict[str, Any] = {
+        named = {
             "data": data,
             "output_dir": output_dir,
             "seed": seed,
             "max_steps": max_steps,
             "save_every": save_every,
             "num_workers": num_workers,
+            "push_to_hub": push_to_hub,
+            "resume": resume,
         }
         given = {name: value for name, value in named.items() if value is not None}
-        config = TrainConfig.from_recipe(recipe, **{**given, "resume": resume, **_assignments(set_ or [])})
-        run = run_training(config)
-        if run.is_main_process:
-            write_report(run, _command())
-            metrics = run.metrics
-            typer.echo(
-                f"Accuracy {metrics['eval_accuracy']:.2%} on {metrics['eval_count']:,} held-out images "
-                f"({run.data.eval_split}) after {metrics['steps']:,} steps in {metrics['seconds']:.0f} s."
-            )
-            typer.echo(f"The model, its card and its pictures are in {run.output_dir}.")
-            typer.echo(f"Publish it:  hf-vit push {run.output_dir} YOUR_NAME/{run.output_dir.resolve().name}")
+        config = TrainConfig.from_recipe(recipe, **given, **_fields(context.args))
+        train_and_report(config, _command(), typer.echo)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, or a YAML file; all are listed if not given.")
+    ] = None,
+) -> None:
+    """List the recipes, or show all fields of one with what they mean.
+
+    For example: hf-vit recipes digits > mine.yaml && hf-vit train --recipe mine.yaml
+    """
+    with _clear_endings():
+        if name is not None:
+            typer.echo(recipe_header(name) + TrainConfig.from_recipe(name).explain(), nl=False)
+            return
+        for recipe in shipped_recipes():
+            typer.echo(f"{recipe:24} {recipe_header(recipe).splitlines()[0].removeprefix('# ')}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
+    data: Annotated[str, typer.Argument(help="Folder of images, parquet file or folder, or a name on the Hub.")],
+    split: Annotated[str | None, typer.Option(help="To measure on; the held-out one if not given.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images, where it is not plain.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not plain.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one process at a time.")] = 64,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="H[xW]", help="Pixels, other than the model's; positions are resampled.")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto is bf16 on hardware that is fast at it.")
+    ] = "auto",
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help="linear, knn or few-shot: how good the features are for the training split's labels."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all that was measured.")] = None,
+) -> None:
+    """Measure a model on labelled images: accuracy, loss, calibration, speed, every class; or its features by probes.
+
+    For example: hf-vit evaluate ViT-B_16.npz photos/ --probe linear --probe knn
+
+    On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
+    """
+    with _clear_endings():
+        import json
+
+        from .assessment import assess, describe
+
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise ValueError(f"There is no folder {json_file.parent} for --json: make it first.")
+        measured = assess(
+            model,
+            data,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            image_size=_size("--image-size", image_size),
+            precision=precision,
+            probes=list(dict.fromkeys(probe or [])),
+        )
+        if measured is not None:
+            typer.echo("\n".join(describe(measured)))
+            if json_file is not None:
+                json_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -235,17 +302,19 @@ def _open_and_describe(source: str, image_size: str | None, patch_size: str | No
     return checkpoint
 
 
-def _assignments(pairs: list[str]) -> dict[str, Any]:
-    """Read FIELD=VALUE pairs; values are YAML."""
-    import yaml
-
-    values = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}.")
-        values[name.strip()] = yaml.safe_load(value)
-    return values
+def _fields(arguments: list[str]) -> dict[str, Any]:
+    """Read --field VALUE and --field=VALUE; values are YAML, and a field of yes or no may stand alone."""
+    fields: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if not option.startswith("--"):
+            raise ValueError(f"Unexpected {option!r}: fields of a recipe are set by --field VALUE.")
+        name = option.removeprefix("--").replace("-", "_")
+        if not equals:
+            value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
+        fields[name] = yaml.safe_load(value)
+    return fields
 
 
 def _command() -> str:
@@ -273,3 +342,7 @@ def _clear_endings() -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()

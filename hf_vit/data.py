@@ -1,32 +1,34 @@
-"""From a name to batches of pixels: the data, what is done to an image, and which image comes when.
-
-Any source of `datasets` becomes `ImageData`. Images travel as uint8 until they are a batch on the device, where
-`normalize` gives what the image processor would. Evaluation sees exactly the processor's pixels; training sees
-augmented ones, whose randomness follows from (seed, epoch, index) and from nothing else: neither the number of
-workers nor of processes changes it, and a run that resumes needs no state of it.
-"""
+"""From a name to labelled images: any source of `datasets`, prepared on the disk or read as a stream."""
 
 import hashlib
-import math
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Sequence,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from PIL import Image as PILImage
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as tvF
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "valid", "val", "test", "testing", "eval")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 def seed_of(*parts: int | str) -> int:
@@ -34,22 +36,32 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-# --------------------------------------------------------------------------------------------------- the source
+def identity_of(stored: dict[str, Any]) -> int:
+    """Return a number that says which image this is, wherever and whenever it is read: of its bytes, or its name."""
+    content = stored["bytes"] or "/".join(Path(stored["path"] or "").parts[-2:]).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
 class ImageData:
     """Images with their labels: what is learned from, and what is held out.
 
-    `columns` are the names of image and label; `label_names` says what the numbers of the labels stand for.
+    `columns` are the names of image and label, the latter `None` where there are no labels; `label_names` says what
+    the numbers of the labels stand for; `train_length` counts the training images, about where a stream was cut. A
+    stream gives images as they are stored, `{"bytes", "path"}`.
     """
 
     name: str
-    train: Dataset
-    evaluation: Dataset
-    columns: tuple[str, str]
+    train: Any
+    evaluation: Any
+    columns: tuple[str, str | None]
     label_names: list[str]
     eval_split: str
+    train_length: int
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.train, IterableDataset)
 
 
 def load_data(
@@ -61,93 +73,219 @@ def load_data(
     label_column: str | None = None,
     eval_fraction: float = 0.2,
     split_seed: int = 0,
+    streaming: bool = False,
+    train_images: int | None = None,
+    needs_labels: bool = True,
 ) -> ImageData:
-    """Load labelled images, with something held out.
+    """Load images, with something held out.
 
     Args:
-        source: `"digits"` (scikit-learn's); a parquet file; a folder of parquet files named by split; what
-            `save_to_disk` wrote; a folder of images, one subfolder a class; or a dataset's name on the Hub.
+        source: `"digits"` (scikit-learn's); a parquet file or webdataset shard; a folder of these, named by split or
+            in a subfolder for each; what `save_to_disk` wrote; a folder of images, one subfolder a class; or a
+            dataset's name on the Hub.
         train_split: Split to learn from; found by its usual name if not given.
-        eval_split: Split to hold out. Where there is none, a part of the training split is, evenly by class.
-        image_column: Column of images; the only one if not given.
+        eval_split: Split to hold out. Where there is none, a part of the training split is: evenly by class, or of a
+            stream by what the images are.
+        image_column: Column of images; the only one, or the one with a usual name, if not given.
         label_column: Column of labels; the only one of classes, or the one with a usual name, if not given.
         eval_fraction: Share that is held out where there is no split for it.
         split_seed: Of that choice. It is no part of a run's seed: all seeds are measured on the same images.
+        streaming: Whether to read the source as it comes, instead of preparing it on the disk first.
+        train_images: Number of training images in a stream; read through it once if neither this nor the source
+            says it. The same pass finds the classes of labels that have no names.
+        needs_labels: Whether data without labels is refused.
 
     Raises:
         ValueError: If the source is nothing of these, or splits or columns cannot be told.
     """
-    splits = _open(source)
-    train_name = _choose("split", splits, train_split, TRAIN_SPLITS)
-    train = splits[train_name]
-    image_column = _choose("image_column", _columns(train, Image), image_column, ("image", "img"))
-    label_column = _choose(
-        "label_column", _columns(train, ClassLabel) or _label_like(train), label_column, ("label", "labels")
-    )
+    splits = _open(source, streaming)
+    train_name = _choose("train_split", splits, train_split, TRAIN_SPLITS)
     if eval_split is None:
         eval_split = next((name for name in EVAL_SPLITS if name in splits and name != train_name), None)
     elif eval_split not in splits:
         raise ValueError(f"There is no split {eval_split!r} in {source}: it has {', '.join(splits)}.")
+    used = [splits[name] for name in (train_name, eval_split) if name is not None]
+    features = _known(used[0]).features
+    image_column = _choose("image_column", _images_in(features), image_column, IMAGE_COLUMNS)
+    if needs_labels or label_column is not None:
+        label_column = _choose(
+            "label_column", _classes_in(features) or _label_like(features), label_column, LABEL_COLUMNS
+        )
+    columns = (image_column, label_column)
+    used = [_known(split).select_columns([name for name in columns if name]) for split in used]
+    used = [split.cast_column(image_column, Image(decode=not streaming)) for split in used]
+    kind = _Streams if streaming else _Tables
+    return kind(used, columns, eval_fraction, split_seed).data(_name_of(source), eval_split, train_images)
 
-    if eval_split is not None:
-        train, evaluation = _with_classes([train, splits[eval_split]], label_column)
-    else:
-        (train,) = _with_classes([train], label_column)
-        kept, held_out = split_evenly(train[label_column], eval_fraction, split_seed)
-        train, evaluation = train.select(kept), train.select(held_out)
-        eval_split = "held out"
-    names = train.features[label_column].names
-    if len(train) == 0 or len(evaluation) == 0:
-        raise ValueError(f"{source} gives {len(train)} images to learn from and {len(evaluation)} to hold out.")
+
+def _name_of(source: str | Path) -> str:
     path = Path(source).expanduser()
-    name = path.resolve().stem if path.exists() else str(source)  # a card is no place for the paths of a machine
-    return ImageData(name, train, evaluation, (image_column, label_column), names, eval_split)
+    return path.resolve().stem if path.exists() else str(source)  # a card is no place for the paths of a machine
 
 
-def split_evenly(labels: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+# ------------------------------------------------------------------------------------- splits and their classes
+
+
+class _Tables:
+    """Splits that are known from end to end."""
+
+    def __init__(self, splits: list[Any], columns: tuple[str, str | None], fraction: float, seed: int) -> None:
+        self.columns, self.fraction, self.seed = columns, fraction, seed
+        self.splits, self.names = (splits, []) if columns[1] is None else self._classes(splits, columns[1])
+
+    def _classes(self, splits: list[Any], column: str) -> tuple[list[Any], list[str]]:
+        """Give the labels of all splits the same classes, named."""
+        if (names := _names_of_classes(splits, column)) is not None:
+            return splits, names
+        for feature in (split.features[column] for split in splits):
+            if not isinstance(feature, Value | ClassLabel):
+                raise ValueError(f"Expected one class an image in {column!r}, got {feature}: name a label_column.")
+        names, number = _name_classes(self._values(splits, column), column)
+        return [self._numbered(split, column, number, names) for split in splits], names
+
+    def _values(self, splits: list[Any], column: str) -> set[Any]:
+        return {value for split in splits for value in split.unique(column)}
+
+    def _numbered(self, split: Any, column: str, number: dict[Any, int], names: list[str]) -> Any:
+        numbers = [number[value] for value in split[column]]
+        return split.remove_columns(column).add_column(column, numbers).cast_column(column, ClassLabel(names=names))
+
+    def _hold_out(self, split: Any) -> tuple[Any, Any]:
+        label = self.columns[1]
+        kept, held_out = split_evenly(split[label] if label else [0] * len(split), self.fraction, self.seed)
+        return split.select(kept), split.select(held_out)
+
+    def _length(self, split: Any, train_images: int | None, share: float) -> int:
+        return len(split)
+
+    def data(self, name: str, eval_split: str | None, train_images: int | None) -> ImageData:
+        share = 1.0 if len(self.splits) == 2 else 1 - self.fraction
+        train, evaluation = self.splits if len(self.splits) == 2 else self._hold_out(self.splits[0])
+        length = self._length(train, train_images, share)
+        if length == 0 or (isinstance(evaluation, Dataset) and len(evaluation) == 0):
+            raise ValueError(f"{name} gives {length} images to learn from, and something must be left to hold out.")
+        return ImageData(name, train, evaluation, self.columns, self.names, eval_split or "held out", length)
+
+
+class _Streams(_Tables):
+    """Splits that are read from their beginning, again and again."""
+
+    def _values(self, splits: list[Any], column: str) -> set[Any]:
+        return {row[column] for split in splits for row in split.select_columns(column)}
+
+    def _numbered(self, split: Any, column: str, number: dict[Any, int], names: list[str]) -> Any:
+        features = Features({**split.features, column: ClassLabel(names=names)})
+        return split.map(lambda row: {column: number[row[column]]}, features=features)
+
+    def _hold_out(self, split: Any) -> tuple[Any, Any]:
+        limit = int(_share(self.fraction) * 2**63)
+
+        def is_held_out(row: dict[str, Any]) -> bool:
+            return seed_of(self.seed, "split", identity_of(row[self.columns[0]])) < limit
+
+        return split.filter(lambda row: not is_held_out(row)), split.filter(is_held_out)
+
+    def _length(self, split: Any, train_images: int | None, share: float) -> int:
+        if train_images is not None:
+            return train_images
+        # Of the whole, whether it is stated or counted: the length of a run must not depend on what a cache holds.
+        whole = self.splits[0]
+        stated = (whole.info.splits or {}).get(str(whole.split))
+        # A column of labels is faster to read than one of images.
+        smallest = whole if self.columns[1] is None else whole.select_columns(self.columns[1])
+        return round(share * (stated.num_examples if stated and stated.num_examples else sum(1 for _ in smallest)))
+
+
+def split_evenly(labels: Iterable[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Return indices to keep and to hold out, in order: `fraction` of every class is held out."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"eval_fraction is a share between 0 and 1, got {fraction}.")
     generator = torch.Generator().manual_seed(seed_of(seed, "split"))
-    classes = torch.tensor(labels)
+    classes = torch.tensor(list(labels))
     held_out: set[int] = set()
     for label in classes.unique():
         members = (classes == label).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=generator)
-        held_out.update(members[order[: round(fraction * len(members))]].tolist())
-    return [index for index in range(len(labels)) if index not in held_out], sorted(held_out)
+        held_out.update(members[order[: round(_share(fraction) * len(members))]].tolist())
+    return [index for index in range(len(classes)) if index not in held_out], sorted(held_out)
 
 
-def _open(source: str | Path) -> dict[str, Dataset]:
+def _share(fraction: float) -> float:
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_fraction is a share between 0 and 1, got {fraction}.")
+    return fraction
+
+
+def _names_of_classes(splits: list[Any], column: str) -> list[str] | None:
+    features: list[Any] = [split.features.get(column) for split in splits]
+    if not all(isinstance(feature, ClassLabel) and feature.names for feature in features):
+        return None
+    if len({tuple(feature.names) for feature in features}) > 1:
+        raise ValueError(f"The splits have different classes in {column!r}: {[f.names for f in features]}.")
+    return features[0].names
+
+
+def _name_classes(values: set[Any], column: str) -> tuple[list[str], dict[Any, int]]:
+    """Return the names of classes, and the number of each value that stands for one."""
+    if None in values:
+        raise ValueError(f"Some images have no label in {column!r}: remove them, or name another label_column.")
+    ordered = sorted(values, key=lambda value: (str(type(value)), value))
+    if all(isinstance(value, int) and value >= 0 for value in ordered):  # numbers are kept as they are
+        ordered = list(range(max(ordered, default=-1) + 1))
+    return [str(value) for value in ordered], {value: number for number, value in enumerate(ordered)}
+
+
+# -------------------------------------------------------------------------------------------------- the source
+
+
+def _open(source: str | Path, streaming: bool) -> dict[str, Any]:
     """Return the splits of a source by name."""
     path = Path(source).expanduser()
     if str(source) == "digits":
-        loaded: Any = _digits()
-    elif path.is_file() and path.suffix == ".parquet":
-        loaded = load_dataset("parquet", data_files={"train": str(path)})
+        loaded: Any = _digits().to_iterable_dataset() if streaming else _digits()
+    elif path.is_file() and path.suffix in BUILDERS:
+        loaded = _load(BUILDERS[path.suffix], streaming, data_files={"train": str(path)})
     elif str(source) and path.is_dir():
-        loaded = _open_folder(path)
+        loaded = _open_folder(path, streaming)
     elif path.exists() or path.is_absolute() or str(source).count("/") > 1 or not str(source):
         raise ValueError(
-            f"Expected data in {str(source)!r}: a folder of images with one subfolder a class, a parquet file or a "
-            "folder of them, a dataset's name on the Hub, or 'digits'."
+            f"Expected data in {str(source)!r}: a folder of images with one subfolder a class, a parquet file or "
+            "webdataset shard or a folder of them, a dataset's name on the Hub, or 'digits'."
         )
     else:
-        loaded = load_dataset(str(source))
-    return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+        loaded = _load(str(source), streaming)
+    return dict(loaded) if isinstance(loaded, DatasetDict | IterableDatasetDict) else {"train": loaded}
 
 
-def _open_folder(path: Path) -> Any:
+def _load(builder: str, streaming: bool, **files: Any) -> Any:
+    return load_dataset(builder, streaming=streaming, **files)
+
+
+def _open_folder(path: Path, streaming: bool) -> Any:
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        return load_from_disk(str(path))
-    files: dict[str, list[str]] = {}
-    for file in sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-        files.setdefault(file.stem.split("-")[0].split(".")[0], []).append(str(file))
-    if files:
-        return load_dataset("parquet", data_files=files)
+        saved: Any = load_from_disk(str(path))
+        splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+        return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
+    for suffix, builder in BUILDERS.items():
+        found = sorted([*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")])
+        if files := [file for file in found if file.stem != "metadata"]:  # which belongs to a folder of images
+            return _load(builder, streaming, data_files=_by_split(path, files))
     if not any(file.suffix.lower() in IMAGE_FILES for file in path.rglob("*")):
-        raise ValueError(f"{path} holds neither parquet files nor images ({', '.join(IMAGE_FILES)}).")
-    return load_dataset("imagefolder", data_dir=str(path))
+        raise ValueError(f"{path} holds no images ({', '.join(IMAGE_FILES)}), parquet files or webdataset shards.")
+    return _load("imagefolder", streaming, data_dir=str(path))
+
+
+def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
+    """Sort files by the split that their folder or a word of their name says."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        is_named_by_folder = file.parent != root and file.parent.name in (*TRAIN_SPLITS, *EVAL_SPLITS)
+        words = [file.parent.name] if is_named_by_folder else re.split(r"[-_.]", file.stem)
+        name = next((word for word in words if word in (*TRAIN_SPLITS, *EVAL_SPLITS)), words[0])
+        splits.setdefault(name, []).append(str(file))
+    if any(name in TRAIN_SPLITS for name in splits) or len(splits) == 1:
+        return splits
+    # Shards that are only numbered belong together.
+    numbered = [file for name in list(splits) if name not in EVAL_SPLITS for file in splits.pop(name)]
+    return {**({"train": numbered} if numbered else {}), **splits}
 
 
 def _digits() -> Dataset:
@@ -158,6 +296,9 @@ def _digits() -> Dataset:
     images = [PILImage.fromarray(image) for image in (digits.images * (255 / 16)).round().astype("uint8")]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
     return Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+
+
+# ----------------------------------------------------------------------------------------------------- columns
 
 
 def _choose(what: str, found: Any, given: str | None, usual: tuple[str, ...]) -> str:
@@ -173,264 +314,39 @@ def _choose(what: str, found: Any, given: str | None, usual: tuple[str, ...]) ->
     raise ValueError(f"Which {what}? Name one of: {', '.join(names) or 'none was found'}.")
 
 
-def _columns(dataset: Dataset, kind: type) -> list[str]:
-    if kind is Image:  # parquet without the features of `datasets` holds images as {bytes, path}
-        return [
-            name for name, feature in dataset.features.items() if isinstance(feature, Image) or _is_struct(feature)
-        ]
-    return [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+def _known(split: Any) -> Any:
+    """Return a split that knows its columns; a stream that does not state them shows them in its first row."""
+    return split if split.features is not None else split._resolve_features()
+
+
+def _images_in(features: Features) -> list[str]:
+    # Parquet without the features of `datasets` holds images as {bytes, path}.
+    return [name for name, feature in features.items() if isinstance(feature, Image) or _is_struct(feature)]
+
+
+def _classes_in(features: Features) -> list[str]:
+    return [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+
+
+def _label_like(features: Features) -> list[str]:
+    return [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, Value | Sequence) and not name.startswith("__")  # webdataset's key and address
+    ]
 
 
 def _is_struct(feature: Any) -> bool:
     return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
 
 
-def _label_like(dataset: Dataset) -> list[str]:
-    return [name for name, feature in dataset.features.items() if isinstance(feature, Value | Sequence)]
+def as_stored(split: Any, columns: tuple[str, str | None]) -> Any:
+    """Return a split that gives images as `{"bytes", "path"}`: what cannot be decoded must not end a run."""
+    return split.cast_column(columns[0], Image(decode=False)) if isinstance(split, Dataset) else split
 
 
-def _with_classes(splits: list[Dataset], column: str) -> list[Dataset]:
-    """Give the labels of all splits the same classes, named."""
-    for index, split in enumerate(splits):
-        images = [name for name in _columns(split, Image) if _is_struct(split.features[name])]
-        for name in images:
-            splits[index] = splits[index].cast_column(name, Image())
-    features = [split.features.get(column) for split in splits]
-    if all(isinstance(feature, ClassLabel) and feature.names for feature in features):
-        if len({tuple(feature.names) for feature in features}) > 1:
-            raise ValueError(f"The splits have different classes in {column!r}: {[f.names for f in features]}.")
-        return splits
-    values = sorted(
-        {value for split in splits for value in split.unique(column)}, key=lambda value: (str(type(value)), value)
-    )
-    if isinstance(values[0], int):  # numbers are kept as they are
-        values = list(range(max(values) + 1))
-    names = [str(value) for value in values]
-    number = {value: index for index, value in enumerate(values)}
-    target = ClassLabel(names=names)
-    return [
-        split.remove_columns(column)
-        .add_column(column, [number[value] for value in split[column]])
-        .cast_column(column, target)
-        for split in splits
-    ]
-
-
-# ------------------------------------------------------------------------------------------------- augmentation
-
-
-class SmallAffine(v2.Transform):
-    """Turn, shift, zoom and shear a little, by fractions of a pixel: torchvision's RandomAffine shifts by whole ones.
-
-    Ranges fit handwriting: 12 degrees, a tenth of the image, 12 percent, 8 degrees.
-    """
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.query_size(flat_inputs)
-        angle, down, right, zoom, shear = (torch.rand(5) * 2 - 1).tolist()
-        return {
-            "angle": 12 * angle,
-            "translate": [0.1 * width * right, 0.1 * height * down],
-            "scale": 1 + 0.12 * zoom,
-            "shear": [8 * shear],
-        }
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(tvF.affine, inpt, **params, interpolation=InterpolationMode.BILINEAR)
-
-
-def _crop_flip(size: tuple[int, int], smallest_crop: float) -> list[v2.Transform]:
-    return [v2.RandomResizedCrop(size, scale=(smallest_crop, 1.0), antialias=True), v2.RandomHorizontalFlip()]
-
-
-# Each takes the size (height, width) and the smallest share of the image that a crop may keep.
-AUGMENTATIONS: dict[str, Callable[[tuple[int, int], float], list[v2.Transform]]] = {
-    "none": lambda size, crop: [v2.Resize(size)],
-    "affine": lambda size, crop: [v2.Resize(size), SmallAffine()],
-    "crop_flip": _crop_flip,
-    "trivial": lambda size, crop: [*_crop_flip(size, crop), v2.TrivialAugmentWide()],
-    "rand": lambda size, crop: [*_crop_flip(size, crop), v2.RandAugment()],
-}
-
-
-def build_augmentation(name: str, size: tuple[int, int], smallest_crop: float) -> v2.Transform:
-    """Return what training does to an image, uint8 `[C, H, W]` of any size to `[C, *size]`."""
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"Unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}.")
-    return v2.Compose(AUGMENTATIONS[name](size, smallest_crop))
-
-
-def normalize(pixels: Tensor, processor: Any) -> Tensor:
-    """Bring uint8 pixels `[B, C, H, W]` to what `processor` gives, on the device where they are."""
-    mean, std = (
-        # Values that are alike for three channels also fit the one of a grayscale model.
-        torch.tensor(values[:1] if len(set(values)) == 1 else values, device=pixels.device).view(-1, 1, 1)
-        / processor.rescale_factor
-        for values in (processor.image_mean, processor.image_std)
-    )
-    return (pixels.float() - mean) / std
-
-
-# ------------------------------------------------------------------------------------------------------- images
-
-
-class _Images(torch.utils.data.Dataset):
-    """Read images as uint8 `[C, H, W]`, each once if `in_memory`."""
-
-    def __init__(self, dataset: Dataset, columns: tuple[str, str], processor: Any, in_memory: bool) -> None:
-        self.images = dataset.select_columns(columns[0])
-        self.column = columns[0]
-        self.labels: list[int] = dataset[columns[1]][:]
-        self.processor = processor
-        self.kept: list[Tensor] | None = None
-        if in_memory:
-            with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding leaves Python's lock
-                self.kept = list(threads.map(self.read, range(len(dataset))))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> Tensor:
-        return self.prepare(self.images[index][self.column])
-
-    def prepare(self, image: PILImage.Image) -> Tensor:
-        """Do what is the same at every visit."""
-        raise NotImplementedError
-
-    def at(self, index: int) -> Tensor:
-        return self.read(index) if self.kept is None else self.kept[index]
-
-
-class EvaluationImages(_Images):
-    """Images as the processor sees them, with their labels."""
-
-    def prepare(self, image: PILImage.Image) -> Tensor:
-        outputs = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
-        return outputs["pixel_values"][0]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.at(index), "labels": self.labels[index]}
-
-
-class TrainingImages(_Images):
-    """Augmented images with their labels, by (epoch, index).
-
-    Args:
-        augmentation: Of a uint8 image `[C, H, W]`; draws from torch's generator.
-        seed: Of the run.
-        shorter_side: Larger images are reduced to this first, pixels; what is kept in memory is then smaller.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        columns: tuple[str, str],
-        processor: Any,
-        in_memory: bool,
-        augmentation: Callable[[Tensor], Tensor],
-        seed: int,
-        shorter_side: int | None = None,
-    ) -> None:
-        self.augmentation = augmentation
-        self.seed = seed
-        self.shorter_side = shorter_side
-        super().__init__(dataset, columns, processor, in_memory)
-
-    def prepare(self, image: PILImage.Image) -> Tensor:
-        processor = self.processor
-        image = processor.process_image(
-            image, do_convert_rgb=processor.do_convert_rgb, do_grayscale=processor.do_grayscale
-        )
-        pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image
-        if self.shorter_side is not None and min(pixels.shape[-2:]) > self.shorter_side:
-            pixels = tvF.resize(pixels, [self.shorter_side], antialias=True)
-        return pixels.contiguous()
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        state = torch.get_rng_state()
-        try:
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return {"pixel_values": self.augmentation(self.at(index)), "labels": self.labels[index]}
-        finally:
-            torch.set_rng_state(state)
-
-
-# -------------------------------------------------------------------------------------------------------- order
-
-
-class TrainingOrder(Sampler[list[tuple[int, int]]]):
-    """Say which images belong to which step, for one process: batches of (epoch, index).
-
-    An epoch is a permutation that follows from (seed, epoch), cut into batches; what is left over waits for another
-    epoch. So a step alone says where a run stands, and `first_step` is all that it takes to go on.
-
-    Args:
-        length: Number of images.
-        batch_size: Images a step, over all processes and accumulated parts.
-        parts: (accumulated parts a step, number of processes, this process).
-    """
-
-    def __init__(
-        self, length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: tuple[int, int, int]
-    ) -> None:
-        accumulated, processes, _ = parts
-        if batch_size > length:
-            raise ValueError(f"batch_size={batch_size} is more than the {length} training images: make it smaller.")
-        if batch_size % (accumulated * processes):
-            raise ValueError(
-                f"batch_size={batch_size} must be divisible by accumulation_steps * processes = "
-                f"{accumulated} * {processes}."
-            )
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.first_step, self.last_step, self.parts = first_step, last_step, parts
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.length // self.batch_size
-
-    def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.parts[0]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        accumulated, processes, process = self.parts
-        order_of, order = -1, torch.empty(0)
-        for step in range(self.first_step, self.last_step):
-            epoch, offset = divmod(step, self.steps_per_epoch)
-            if epoch != order_of:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-                order_of, order = epoch, torch.randperm(self.length, generator=generator)
-            batch = order[offset * self.batch_size : (offset + 1) * self.batch_size]
-            for part in batch.chunk(accumulated):
-                yield [(epoch, index) for index in part.chunk(processes)[process].tolist()]
-
-
-def training_loader(images: TrainingImages, order: TrainingOrder, num_workers: int) -> DataLoader:
-    """Load the batches of `order`, in order."""
-    return DataLoader(images, batch_sampler=order, **_loader_options(num_workers))
-
-
-def evaluation_loader(images: EvaluationImages, batch_size: int, num_workers: int) -> DataLoader:
-    """Load every image once; the last batch may be smaller."""
-    # Kept images need no workers.
-    return DataLoader(images, batch_size=batch_size, **_loader_options(0 if images.kept is not None else num_workers))
-
-
-def _loader_options(num_workers: int) -> dict[str, Any]:
-    return {
-        "num_workers": num_workers,
-        "generator": torch.Generator(),  # else every loader moves torch's own generator on
-        "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": _leave_signals_to_parent if num_workers else None,
-    }
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent finishes its step and then ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def steps_of(epochs: float, length: int, batch_size: int) -> int:
-    """Return the number of steps in `epochs`, at least one."""
-    return max(1, math.ceil(epochs * (length // batch_size)))
+def stored_rows(split: Any, columns: tuple[str, str | None]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the images of such a split, each with its label; 0 where there are none."""
+    image, label = columns
+    for row in split:
+        yield row[image], row[label] if label else 0

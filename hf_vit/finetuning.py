@@ -1,4 +1,4 @@
-"""A checkpoint for the labels of other data: how fine-tuning begins."""
+"""A checkpoint for the labels of other data, or for more pre-training: how fine-tuning begins."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .checkpoints import open_checkpoint
 from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.modeling_hf_vit import HFViTForImageClassification
+from .model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
 
 logger = logging.get_logger(__name__)
 
@@ -47,12 +47,7 @@ def load_classifier(
         source, ignore_mismatched_sizes=True, output_loading_info=True, **{**fields_of_labels(label_names), **fields}
     )
     model, report = loaded
-    lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if foreign := sorted(name for name in lost if not name.startswith("classifier.")):
-        raise ValueError(
-            f"{source} lacks weights of this model, or has them in another shape: {', '.join(foreign)}. Leave out the "
-            f"fields that change the architecture: {', '.join(fields) or 'none was given'}."
-        )
+    _refuse_other_architecture(source, report, "classifier.", fields)
     if stored != label_names:
         for parameter in model.classifier.parameters():
             nn.init.zeros_(parameter)
@@ -60,9 +55,41 @@ def load_classifier(
             f"New head for {len(label_names)} labels ({_some(label_names)}): classifier.weight and classifier.bias "
             f"start at zero, since {source} tells others apart ({_some(stored)})."
         )
+    return model, _processor(checkpoint, model)
+
+
+def load_for_masked_patches(
+    source: str | Path, **fields: Any
+) -> tuple[HFViTForMaskedImageModeling, HFViTImageProcessor]:
+    """Load the encoder of a checkpoint to learn from masked patches; a decoder is new where it has none.
+
+    Args:
+        source, fields: As for `load_classifier`, which says what is raised.
+    """
+    checkpoint = open_checkpoint(source)
+    loaded: Any = HFViTForMaskedImageModeling.from_pretrained(
+        source, ignore_mismatched_sizes=True, output_loading_info=True, **fields
+    )
+    model, report = loaded
+    _refuse_other_architecture(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
+    return model, _processor(checkpoint, model)
+
+
+def _refuse_other_architecture(
+    source: str | Path, report: dict[str, Any], head: str | tuple[str, ...], fields: dict[str, Any]
+) -> None:
+    lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if foreign := sorted(name for name in lost if not name.startswith(head)):
+        raise ValueError(
+            f"{source} lacks weights of this model, or has them in another shape: {', '.join(foreign)}. Leave out the "
+            f"fields that change the architecture: {', '.join(fields) or 'none was given'}."
+        )
+
+
+def _processor(checkpoint: Any, model: Any) -> HFViTImageProcessor:
     processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
     processor.set_output_size(model.config.image_shape)
-    return model, processor
+    return processor
 
 
 def _some(names: list[str]) -> str:

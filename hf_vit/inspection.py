@@ -4,7 +4,7 @@ Functions that begin with `plot` return a matplotlib figure, to be saved by its 
 the colour-blind: viridis, and blue against orange.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GRAY, INK = "#2a6ebb", "#e07b00", "#8a8f98", "#22262b"
+ROOT_TICKS = (0, 1, 5, 20, 50, 100)
 
 
 # ------------------------------------------------------------------------------------------------------ arrays
@@ -77,25 +78,28 @@ def plot_position_similarity(similarity: np.ndarray, title: str = "Similarity of
 
 
 def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Figure":
-    """Draw loss and accuracy over the epochs of a run's log."""
+    """Draw the loss of a run's log over its epochs and, where there are labels, the accuracy beside it."""
     training = [row for row in log if "loss" in row]
-    evaluations = [row for row in log if "eval_accuracy" in row]
-    figure = _figure(9, 3.6)
-    losses, accuracies = figure.subplots(1, 2)
-    losses.plot([r["epoch"] for r in training], [r["loss"] for r in training], color=GRAY, lw=1.2, label="training")
+    evaluations = [row for row in log if "eval_loss" in row]
+    is_classifier = "eval_accuracy" in evaluations[-1]
+    figure = _figure(9 if is_classifier else 5.5, 3.6)
+    axes = figure.subplots(1, 2 if is_classifier else 1, squeeze=False)[0]
     epochs = [row["epoch"] for row in evaluations]
     marker = "o" if len(epochs) < 30 else None
+    losses = axes[0]
+    losses.plot([r["epoch"] for r in training], [r["loss"] for r in training], color=GRAY, lw=1.2, label="training")
     losses.plot(epochs, [r["eval_loss"] for r in evaluations], color=BLUE, marker=marker, ms=4, label="held out")
-    losses.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
+    losses.set(xlabel="epoch", ylabel="cross-entropy" if is_classifier else "loss of masked patches", ylim=(0, None))
     losses.legend(frameon=False)
-    shares = [100 * row["eval_accuracy"] for row in evaluations]
-    accuracies.plot(epochs, shares, color=BLUE, marker=marker, ms=4)
-    accuracies.annotate(
-        f"{shares[-1]:.1f} %", (epochs[-1], shares[-1]), xytext=(-4, -16), textcoords="offset points", ha="right",
-        color=BLUE, fontweight="bold",
-    )  # fmt: skip
-    accuracies.set(xlabel="epoch", ylabel="accuracy on held-out images, %", ylim=(None, 101))
-    for axis in (losses, accuracies):
+    if is_classifier:
+        shares = [100 * row["eval_accuracy"] for row in evaluations]
+        axes[1].plot(epochs, shares, color=BLUE, marker=marker, ms=4)
+        axes[1].text(
+            0.98, 0.06, f"{shares[-1]:.1f} % at the end", transform=axes[1].transAxes, ha="right", color=BLUE,
+            fontweight="bold",
+        )  # fmt: skip
+        axes[1].set(xlabel="epoch", ylabel="accuracy on held-out images, %", ylim=(None, 101))
+    for axis in axes:
         axis.set_xlim(0, None)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e6e8eb", lw=0.8)
@@ -104,10 +108,78 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Fi
     return figure
 
 
+def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "Confusion") -> "Figure":
+    """Draw which share of each class is taken for which, in percent of a row; with numbers where they fit.
+
+    Args:
+        confusion: Numbers of images `[num_labels, num_labels]`: a row a true class, a column a predicted one.
+    """
+    number = len(label_names)
+    names = [_short(name) for name in label_names]
+    shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    is_right = np.eye(number, dtype=bool)
+    side = min(18.0, 2.6 + 0.52 * number) if number <= 30 else min(18.0, 9 + 0.1 * number)
+    size = max(5.0, min(9.0, 52 * side / number))  # points, of 72 an inch
+    figure = _figure(side + 1.6, side)
+    axis = figure.subplots()
+    # Mistakes are rarer than hits and matter more: a colour of their own, and a scale that shows a few percent.
+    layers = (("Blues", "right", "linear", None, ~is_right), ("Oranges", "wrong", _root_scale(), ROOT_TICKS, is_right))
+    for color, label, norm, ticks, hidden in layers:
+        values = np.ma.masked_array(shares, hidden | ((shares == 0) & ~is_right))
+        image = axis.imshow(values, cmap=color, norm=norm)
+        image.set_clim(0, 100)
+        label = f"{label}: % of the true class"
+        scale = figure.colorbar(image, ax=axis, label=label, ticks=ticks, shrink=0.6, aspect=30, pad=0.02)
+        scale.outline.set_visible(False)
+        scale.ax.yaxis.set_major_formatter("{x:.0f}")
+    places = range(number)
+    axis.set_xticks(places, names, rotation=45 if number <= 20 else 90, ha="right" if number <= 20 else "center")
+    if number <= 20:
+        for tick in axis.get_xticklabels():
+            tick.set_rotation_mode("anchor")
+    axis.set_yticks(places, names)
+    axis.tick_params(labelsize=size, length=0)
+    axis.set_xticks(np.arange(number + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(number + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="#eceef1", lw=0.6)
+    axis.tick_params(which="minor", length=0)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.spines[:].set_visible(False)
+    for row, column in np.argwhere(shares > 0) if number <= 20 else ():
+        share = shares[row, column]
+        color = "white" if share > (55 if row == column else 40) else INK
+        text = "<1" if share < 1 else f"{share:.0f}"
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def _root_scale() -> Any:
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5)
+
+
+def _short(name: str, length: int = 22) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def shown_predictions(predictions: Any, columns: int = 8, seed: int = 0) -> list[int]:
+    """Return the places of predictions that `plot_predictions` shows."""
+    by_chance, mistakes = _chosen(predictions, columns, seed)
+    return [*by_chance, *mistakes]
+
+
+def _chosen(predictions: Any, columns: int, seed: int) -> tuple[list[int], list[int]]:
+    order = torch.randperm(len(predictions.labels), generator=torch.Generator().manual_seed(seed))
+    mistakes = (predictions.predicted != predictions.labels).nonzero().flatten()
+    surest = mistakes[predictions.confidence[mistakes].argsort(descending=True)]
+    return order[: 2 * columns].tolist(), surest[: 2 * columns].tolist()
+
+
 def plot_predictions(
-    images: Sequence[Tensor],
-    labels: Sequence[int],
-    probabilities: Tensor,
+    image_of: Callable[[int], Tensor],
+    predictions: Any,
     label_names: Sequence[str],
     title: str = "Predictions",
     columns: int = 8,
@@ -116,37 +188,36 @@ def plot_predictions(
     """Draw images that are drawn by chance, and below them the mistakes that the model was surest of.
 
     Args:
-        images: uint8 `[C, H, W]` each.
-        labels: True classes.
-        probabilities: `[N, num_labels]`.
+        image_of: Returns the image of a prediction by its place, uint8 `[C, H, W]`; asked for those shown alone.
+        predictions: Of `evaluation.classify`.
     """
-    confidence, predicted = probabilities.max(dim=-1)
-    is_wrong = predicted != torch.tensor(labels)
-    chance = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[: 2 * columns]
-    mistakes = is_wrong.nonzero().flatten()
-    mistakes = mistakes[confidence[mistakes].argsort(descending=True)][: 2 * columns]
-    shown = [("drawn by chance", chance.tolist())]
-    if len(mistakes):
-        shown.append((f"surest of the {int(is_wrong.sum())} mistakes among {len(labels)}", mistakes.tolist()))
+    by_chance, mistakes = _chosen(predictions, columns, seed)
+    is_wrong = predictions.predicted != predictions.labels
+    shown = [("drawn by chance", by_chance)]
+    if mistakes:
+        shown.append((f"the mistakes it was surest of, {len(mistakes):,} of {int(is_wrong.sum()):,}", mistakes))
 
-    rows = [-(-len(indices) // columns) for _, indices in shown]
+    rows = [-(-len(places) // columns) for _, places in shown]
     figure = _figure(columns * 1.25, sum(rows) * 1.6 + 0.45 * len(shown) + 0.4)
     figure.suptitle(title, fontsize=12, color=INK)
     parts = figure.subfigures(len(shown), 1, height_ratios=[count + 0.3 for count in rows], squeeze=False)[:, 0]
-    for part, (heading, indices), count in zip(parts, shown, rows, strict=True):
+    for part, (heading, places), count in zip(parts, shown, rows, strict=True):
         part.suptitle(heading, fontsize=10, color=GRAY)
         axes = part.subplots(count, columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
-        for axis, index in zip(axes.flat, indices, strict=False):
-            picture = images[index].permute(1, 2, 0).squeeze(-1).numpy()
+        for axis, place in zip(axes.flat, places, strict=False):
+            picture = image_of(place).permute(1, 2, 0).squeeze(-1).cpu().numpy()
             # Few pixels are easier to recognise smoothed.
             smoothing = "bicubic" if min(picture.shape[:2]) < 32 else "antialiased"
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation=smoothing)
-            answer = f"{label_names[int(predicted[index])]}  {confidence[index]:.0%}"
-            color = ORANGE if is_wrong[index] else BLUE
-            truth = f"\nis {label_names[labels[index]]}" if is_wrong[index] else ""
-            axis.set_title(answer + truth, fontsize=9, color=color, pad=3)
+            answer, truth = (
+                _short(label_names[int(labels[place])], 16) for labels in (predictions.predicted, predictions.labels)
+            )
+            text = f"{answer}  {predictions.confidence[place]:.0%}" + f"\nis {truth}" * bool(is_wrong[place])
+            axis.set_title(
+                text, fontsize=9 if len(answer) < 13 else 7, color=ORANGE if is_wrong[place] else BLUE, pad=3
+            )
     return figure
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # What weight decay applies to: matrices of these. Biases, norms, tokens, positions and LayerScale stay free.
 DECAYED = (nn.Linear, nn.Conv2d)
@@ -23,7 +24,8 @@ def parameter_groups(
         position_lr_scale: Factor on the learning rate of learned positions.
 
     Returns:
-        Groups of `params`, `weight_decay` and `lr_scale`; `group_lr` is to be `lr_scale` times the learning rate.
+        Groups of `params`, `weight_decay`, `lr_scale` and `use_fallback`. A group's `lr` is to be `lr_scale` times
+        the learning rate. `use_fallback` is what Muon reads: true for all but the encoder's matrices.
     """
     encoder = getattr(model, model.base_model_prefix, model)
     head = len(encoder.layers) + 1
@@ -32,23 +34,42 @@ def parameter_groups(
     for depth, layer in enumerate(encoder.layers, start=1):
         depths.update((id(parameter), depth) for parameter in layer.parameters())
     positions = {id(parameter) for parameter in encoder.embeddings.position_embeddings.parameters()}
+    if encoder.config.position_embedding_type == "relative":  # of all layers in one: as at the head, as in BEiT
+        depths.update(dict.fromkeys(positions, head))
+    in_encoder = {id(parameter) for parameter in encoder.parameters()}
 
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            decay = weight_decay if isinstance(module, DECAYED) and name == "weight" else 0.0
+            is_matrix = isinstance(module, DECAYED) and name == "weight"
+            decay = weight_decay if is_matrix else 0.0
             scale = layer_decay ** (head - depths.get(id(parameter), head))
             scale *= position_lr_scale if id(parameter) in positions else 1.0
-            group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+            is_fallback = not (is_matrix and id(parameter) in in_encoder)
+            settings = {"weight_decay": decay, "lr_scale": scale, "use_fallback": is_fallback}
+            is_divided = isinstance(parameter, DTensor)  # fused steps do not mix them with whole ones
+            group = groups.setdefault((decay, scale, is_fallback, is_divided), {"params": [], **settings})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def _timm() -> Any:
+    try:
+        from timm import optim
+    except ImportError as error:
+        raise ValueError("Lion, LAMB and Muon are timm's, which is not installed: pip install timm.") from error
+    return optim
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups, lr, betas, momentum: torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True),
     "sgd": lambda groups, lr, betas, momentum: torch.optim.SGD(groups, lr=lr, momentum=momentum),
+    "lion": lambda groups, lr, betas, momentum: _timm().Lion(groups, lr=lr, betas=betas),
+    # timm's own clipping is off: whoever trains clips gradients, once and for every optimizer alike.
+    "lamb": lambda groups, lr, betas, momentum: _timm().Lamb(groups, lr=lr, betas=betas, max_grad_norm=None),
+    "muon": lambda groups, lr, betas, momentum: _timm().Muon(groups, lr=lr, betas=betas, momentum=momentum),
 }
 
 
@@ -59,7 +80,20 @@ def build_optimizer(
     betas: Iterable[float] = (0.9, 0.999),
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer called `name`; `betas` are AdamW's, `momentum` is SGD's."""
+    """Return the optimizer called `name`, for groups of `parameter_groups`.
+
+    Args:
+        name: `"adamw"`; `"sgd"`; or of timm `"lion"` (arXiv:2302.06675), `"lamb"` (arXiv:1904.00962), which adapts to
+            the norm of those that decay alone, and `"muon"` (arXiv:2502.16982), which takes over learning rates of
+            AdamW and leaves to it whatever has `use_fallback`.
+        groups: With `weight_decay` each.
+        learning_rate: Of groups with `lr_scale` 1; `Schedule.apply` sets it at every step.
+        betas: Of AdamW, LAMB, Lion (its paper's are 0.9 and 0.99), and AdamW within Muon.
+        momentum: Of SGD, and of Muon (its paper's is 0.95).
+
+    Raises:
+        ValueError: If there is no such optimizer, or timm is not installed where it is timm's.
+    """
     if name not in OPTIMIZERS:
         raise ValueError(f"Unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}.")
     return OPTIMIZERS[name](groups, learning_rate, tuple(betas), momentum)
@@ -80,23 +114,25 @@ class Schedule:
         kind: A key of `SCHEDULES`.
         total_steps: Length of the run.
         warmup_steps: Steps in which the factor rises linearly to 1.
-        cooldown_steps: Steps at the end in which it falls linearly to 0, whatever the kind.
+        cooldown_steps: Steps at the end in which it falls linearly to 0, from where the kind had brought it.
     """
 
     def __init__(self, kind: str, total_steps: int, warmup_steps: int = 0, cooldown_steps: int = 0) -> None:
         if kind not in SCHEDULES:
             raise ValueError(f"Unknown schedule {kind!r}: choose one of {', '.join(SCHEDULES)}.")
         self.curve = SCHEDULES[kind]
-        self.total_steps, self.warmup_steps, self.cooldown_steps = total_steps, warmup_steps, cooldown_steps
+        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.cooldown_steps = min(cooldown_steps, total_steps)
 
     def __call__(self, step: int) -> float:
         """Return the factor at `step`, counted from 0."""
+        left = self.total_steps - step
+        cooldown = min(1.0, left / self.cooldown_steps) if self.cooldown_steps else 1.0
         if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        factor = self.curve((step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        if self.cooldown_steps:
-            factor *= min(1.0, (self.total_steps - step) / self.cooldown_steps)
-        return factor
+            return cooldown * (step + 1) / (self.warmup_steps + 1)
+        on_curve = max(min(step, self.total_steps - self.cooldown_steps), self.warmup_steps)  # it stays in a cooldown
+        progress = (on_curve - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return cooldown * self.curve(progress)
 
     def apply(self, optimizer: Any, learning_rate: float, step: int) -> float:
         """Set the learning rate of every group for `step`, and return the one of groups with `lr_scale` 1."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .recipe import TrainConfig
 from .report import write_report
-from .training import TrainConfig, train
+from .training import train
 
 # What a user without this package runs: the code comes from the folder.
 FRESH_PROCESS = """
@@ -35,15 +36,15 @@ def quickstart(output_dir: str, seed: int, resume: str, say: Callable[[str], Non
     say("Training a Vision Transformer on scikit-learn's handwritten digits.")
     config = TrainConfig.from_recipe("digits", output_dir=output_dir, seed=seed, resume=resume, **overrides)
     run = train(config)
-    if not run.is_main_process:
+    if not run.is_main_process or run.predictions is None:
         return
     metrics = run.metrics
     right = round(metrics["eval_accuracy"] * metrics["eval_count"])
     say(
         f"Test accuracy {metrics['eval_accuracy']:.2%} ({right} of {metrics['eval_count']} held-out digits), "
-        f"seed {seed}, {metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training."
+        f"seed {seed}, {metrics['parameters']:,} parameters, {run.timing['seconds']:.0f} s of training."
     )
-    probabilities = write_report(run, f"hf-vit quickstart --seed {seed}")
+    write_report(run, f"hf-vit quickstart --seed {seed}")
 
     say(f'\nLoading it in a fresh process by pipeline("image-classification", "{output_dir}"):')
     column, label_column = run.data.columns
@@ -53,11 +54,12 @@ def quickstart(output_dir: str, seed: int, resume: str, say: Callable[[str], Non
     for name, answer in list(zip(names, answers, strict=True))[:EXAMPLES]:
         mark = "" if name == answer["label"] else "   wrong"
         say(f"  {name:>4}  {answer['label']:>9}  {answer['score']:6.1%}{mark}")
-    here = [run.data.label_names[index] for index in probabilities.argmax(dim=-1).tolist()]
+    here = [run.data.label_names[index] for index in run.predictions.predicted.tolist()]
     same = sum(answer["label"] == label for answer, label in zip(answers, here, strict=True))
     say(f"  {same} of {len(here)} answers are those of the model in memory.")
     say(f"\n{output_dir}/ holds the model (safetensors), config, processors, code, card, and")
     say("  training.png     loss and accuracy")
+    say("  confusion.png    which digits it takes for which")
     say("  predictions.png  held-out digits, and all that it gets wrong")
     say("  positions.png    what it learned about where patches lie (figure 7 of the paper)")
     say(f"\nPublish it:  hf-vit push {output_dir} YOUR_NAME/{run.output_dir.resolve().name}")

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from .augmentation import BatchMixer
-from .data import TrainingImages, normalize, seed_of
+from .data import seed_of
+from .loading import TrainingImages, Visit, collate, normalize
 from .optim import DECAYED
 
 
@@ -29,7 +29,7 @@ class EpochImages(TrainingImages):
     epoch = 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        return {**super().__getitem__((self.epoch, index)), "seed": seed_of(self.seed, self.epoch, index)}
+        return {**super().__getitem__(Visit(self.epoch, index)), "seed": seed_of(self.seed, self.epoch, index)}
 
 
 @dataclass
@@ -43,10 +43,10 @@ class Collator:
     mixer: BatchMixer
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = default_collate(examples)
+        batch = collate(examples)
         pixel_values, labels = normalize(batch["pixel_values"], self.processor), batch["labels"]
-        if "seed" in batch:
-            generator = torch.Generator().manual_seed(int(batch["seed"][0]))
+        if "seed" in examples[0]:
+            generator = torch.Generator().manual_seed(examples[0]["seed"])
             pixel_values, labels = self.mixer(pixel_values, labels, generator)
         return {"pixel_values": pixel_values, "labels": labels}
 

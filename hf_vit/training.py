@@ -1,241 +1,67 @@
 """The training loop: one function, `train`, from a recipe to a folder that can be pushed.
 
 Every random number of a run follows from the seed and from where the run stands: initial weights from the seed; the
-order of images from (seed, epoch); augmentation from (seed, epoch, image); mixing, dropout and the like from
-(seed, step). The learning rate follows from the step. So the state of a run is the weights, the optimizer, the step
-and what was logged, and a run that was stopped goes on to the very bits of one that was not.
+order of images from (seed, epoch); augmentation from (seed, epoch, image); mixing, masks, dropout and the like from
+(seed, step). The learning rate follows from the step. So the state of a run is the weights, their average, the
+optimizer, the step and what was logged, and a run that was stopped goes on to the very bits of one that was not.
 """
 
-import difflib
 import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from .augmentation import BatchMixer
-from .checkpointing import CheckpointFolder, load_state
-from .data import (
+from .augmentation import AUGREG_MIXUP, build_augmentation
+from .checkpointing import CheckpointFolder, load_state, naming_a_full_disk
+from .data import ImageData, load_data, seed_of
+from .evaluation import Predictions
+from .loading import (
     EvaluationImages,
-    ImageData,
+    Parts,
+    StreamOrder,
     TrainingImages,
-    TrainingOrder,
-    build_augmentation,
     evaluation_loader,
-    load_data,
     normalize,
-    seed_of,
     steps_of,
     training_loader,
+    training_order,
 )
-from .evaluation import evaluate
-from .finetuning import fields_of_labels, load_classifier
-from .model.configuration_hf_vit import HFViTConfig
 from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.modeling_hf_vit import HFViTForImageClassification
 from .optim import Schedule, build_optimizer, parameter_groups
-from .variants import VARIANTS, config_of
+from .parallel import (
+    build_accelerator,
+    data_parts,
+    divide_matrices,
+    load_optimizer_state,
+    load_weights,
+    optimizer_state,
+    speaks_for_part,
+    start_tracker,
+    whole_weights,
+)
+from .recipe import FREE_TO_CHANGE, TrainConfig
+from .tasks import TASKS, build_model
 
-RECIPE, METRICS, LOG, CHECKPOINTS = "recipe.yaml", "metrics.json", "log.jsonl", "checkpoints"
-# By what Accelerate calls them.
-PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-# -------------------------------------------------------------------------------------------------- the recipe
-
-
-@dataclass
-class TrainConfig:
-    """All that decides a run; a recipe is a YAML file of these fields.
-
-    Args:
-        data: What `load_data` takes; the fields behind it are its arguments.
-        model: A folder or a name on the Hub to fine-tune, a variant such as `"ViT-Ti/16"` to train from scratch, or
-            `None` for the dimensions in `model_config`.
-        model_config: Fields of `HFViTConfig`; they win over the variant's or the checkpoint's.
-        image_size: Pixels that the model gets, one number or [height, width].
-        preprocessing: Preset of the image processor, for a model from scratch.
-        position_std: Standard deviation of initial position embeddings, for a model from scratch; `None` is the
-            model's own for all weights.
-        cache: `"ram"` keeps decoded images in memory, `"none"` decodes them at every visit.
-        shorter_side: Larger training images are reduced to this first, pixels.
-        num_workers: Processes that load training images, beside each process that trains.
-        augmentation: A key of `AUGMENTATIONS`.
-        smallest_crop: Smallest share of an image that a random crop keeps.
-        mixup, cutmix, label_smoothing: See `BatchMixer`.
-        epochs: Passes over the training images; not used if `max_steps` is given.
-        max_steps: Length of the run in steps.
-        batch_size: Images a step, over all processes and accumulated parts.
-        accumulation_steps: Parts in which a process works through its share of a batch.
-        optimizer, betas, momentum: See `build_optimizer`.
-        weight_decay, layer_decay, position_lr_scale: See `parameter_groups`.
-        schedule: A key of `SCHEDULES`.
-        warmup_epochs, cooldown_epochs: Length of the rise and of the fall of the learning rate.
-        max_grad_norm: Gradients are scaled down to this norm; `None` leaves them.
-        precision: `"fp32"`, `"bf16"`, `"fp16"`, or `"auto"`: bf16 where the hardware is fast at it.
-        seed: Of all that is random but the choice of held-out images.
-        output_dir: Where the model ends up; checkpoints lie below it.
-        resume: `"auto"` goes on from the newest checkpoint, `"never"` removes what is there and starts anew.
-        save_every: Steps between checkpoints; `None` saves at the end of every epoch.
-        keep_checkpoints: How many checkpoints to keep.
-        eval_every: Epochs between evaluations; there is always one at the end.
-        log_every: Steps that a line of the log sums up.
-    """
-
-    data: str = ""
-    train_split: str | None = None
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    eval_fraction: float = 0.2
-    split_seed: int = 0
-
-    model: str | None = "ViT-Ti/16"
-    model_config: dict[str, Any] = field(default_factory=dict)
-    image_size: int | list[int] = 224
-    preprocessing: str = "original"
-    position_std: float | None = None
-
-    cache: str = "none"
-    shorter_side: int | None = None
-    num_workers: int = 0
-    augmentation: str = "crop_flip"
-    smallest_crop: float = 0.25
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
-
-    epochs: float = 100
-    max_steps: int | None = None
-    batch_size: int = 128
-    accumulation_steps: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    momentum: float = 0.9
-    weight_decay: float = 0.05
-    layer_decay: float = 1.0
-    position_lr_scale: float = 1.0
-    schedule: str = "cosine"
-    warmup_epochs: float = 5
-    cooldown_epochs: float = 0
-    max_grad_norm: float | None = 1.0
-    precision: str = "auto"
-
-    seed: int = 0
-    output_dir: str = "hf-vit-run"
-    resume: str = "auto"
-    save_every: int | None = None
-    keep_checkpoints: int = 2
-    eval_every: float = 1
-    log_every: int = 10
-
-    def __post_init__(self) -> None:
-        for name, choices in {"cache": ("none", "ram"), "resume": ("auto", "never"), "precision": PRECISIONS}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("batch_size", "accumulation_steps", "log_every", "save_every", "max_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-
-    @classmethod
-    def from_recipe(cls, recipe: str | Path, **overrides: Any) -> Self:
-        """Read a recipe, a name of those that come with the package or a YAML file; `overrides` win over it.
-
-        A field of the architecture alone is overridden as `model_config.NAME`.
-
-        Raises:
-            ValueError: If there is no such recipe, or a name that is no field, with the nearest that is.
-        """
-        shipped = {path.name.removesuffix(".yaml"): path for path in (files(__package__) / "recipes").iterdir()}
-        shipped = {name: path for name, path in sorted(shipped.items()) if path.name.endswith(".yaml")}
-        path = shipped.get(str(recipe), Path(recipe))
-        if not path.is_file():
-            raise ValueError(f"There is no recipe {str(recipe)!r}: give a YAML file or one of {', '.join(shipped)}.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        _refuse_unknown(values)
-        for name, value in overrides.items():
-            if name.startswith("model_config."):
-                values.setdefault("model_config", {})[name.removeprefix("model_config.")] = value
-            else:
-                values[name] = value
-        _refuse_unknown(values)
-        return cls(**{name: _as_number(name, value) for name, value in values.items()})
-
-    def to_yaml(self) -> str:
-        """Return the recipe as a file would state it."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
-
-
-# What may differ between a run and its resumption: none of it changes the weights.
-FREE_TO_CHANGE = {"output_dir", "resume", "num_workers", "cache", "save_every", "keep_checkpoints"}
-
-
-def _refuse_unknown(values: dict[str, Any]) -> None:
-    names = [item.name for item in fields(TrainConfig)]
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0)
-            raise ValueError(f"Unknown field {key!r} of a recipe: the nearest is {near[0]!r}.")
-
-
-def _as_number(name: str, value: Any) -> Any:
-    """Read a text as a number where the field is one: YAML takes 1e-3, without a dot, for a text."""
-    kinds = next((item.type, *get_args(item.type)) for item in fields(TrainConfig) if item.name == name)
-    kind = next((kind for kind in (int, float) if kind in kinds), None)
-    if kind is None or str in kinds or not isinstance(value, str):
-        return value
-    try:
-        return kind(value)
-    except ValueError:
-        raise ValueError(f"{name} is a number, got {value!r}.") from None
-
-
-def resolve_precision(precision: str) -> str:
-    """Return what Accelerate calls a precision; `"auto"` is bf16 on hardware with matrix units for it."""
-    if precision != "auto":
-        return PRECISIONS[precision]
-    is_fast = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()
-    return "bf16" if is_fast else "no"
+RECIPE, METRICS, TIMING, LOG, CHECKPOINTS = "recipe.yaml", "metrics.json", "timing.json", "log.jsonl", "checkpoints"
+# Called with a step and a function that writes the model into a folder.
+Publish = Callable[[int, Callable[[Path], None]], None]
 
 
 # --------------------------------------------------------------------------------------------------- the parts
-
-
-def build_model(
-    config: TrainConfig, label_names: list[str]
-) -> tuple[HFViTForImageClassification, HFViTImageProcessor]:
-    """Return the model that a recipe describes, and the processor of its images."""
-    labels = fields_of_labels(label_names)
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    architecture = {"image_size": (height, width), **config.model_config}
-    if config.model is not None and config.model not in VARIANTS:
-        return load_classifier(config.model, label_names, **architecture)
-
-    settings = {**architecture, **labels}
-    model_config = HFViTConfig(**settings) if config.model is None else config_of(config.model, **settings)
-    model = HFViTForImageClassification(model_config)
-    if config.position_std is not None:
-        for table in model.vit.embeddings.position_embeddings.parameters():
-            torch.nn.init.trunc_normal_(table, std=config.position_std)
-    processor = HFViTImageProcessor.from_preset(
-        config.preprocessing, model_config.image_shape, num_channels=model_config.num_channels
-    )
-    return model, processor
 
 
 class Interrupted(Exception):
@@ -247,13 +73,16 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+    """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
+
+    Until `has_begun` is set there is nothing to save, and the first one interrupts at once, too.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
     STEPS_BETWEEN_AGREEMENTS = 10
 
     def __enter__(self) -> Self:
-        self.received = 0
+        self.received, self.has_begun = 0, False
         self.before = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
         return self
 
@@ -264,6 +93,8 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+        if not self.has_begun:
+            raise Interrupted(signum, f"Stopped by {signal.Signals(signum).name} before the first step.")
 
     def agreed(self, accelerator: Accelerator, step: int) -> int:
         """Return the signal that any process got, the same on all of them; asked for by all at the same steps."""
@@ -275,65 +106,180 @@ class StopSignals:
         return int(accelerator.gather(received).max())
 
 
+class AveragedWeights:
+    """An exponential moving average of a model's parameters.
+
+    Args:
+        decay: Share of the average that a step leaves; `None` keeps no average.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float | None) -> None:
+        self.decay = decay
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad] if decay else []
+        self.pairs = [(parameter, parameter.detach().clone()) for parameter in learned]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for parameter, average in self.pairs:
+            average.lerp_(parameter, 1 - (self.decay or 0.0))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Have the average in the model, and the weights again behind it."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the weights."""
+        for parameter, average in self.pairs:
+            weights = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(weights)
+
+
 class RunLog:
     """The log of a run: rows of a list, and lines of a file that follows it."""
 
-    def __init__(self, path: Path, is_writing: bool) -> None:
-        self.path, self.is_writing = path, is_writing
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
         self.rows: list[dict[str, Any]] = []
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
         """Go back to `rows`: lines behind the checkpoint that a run resumes from will be written again."""
         self.rows = rows
-        if self.is_writing:
+        if self.accelerator.is_main_process:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    def add(self, **row: Any) -> None:
-        self.rows.append(row)
-        if self.is_writing:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    def add(self, step: int, **row: Any) -> None:
+        """Add a line, and tell the tracker, if there is one."""
+        self.rows.append({"step": step, **row})
+        if self.accelerator.is_main_process:
+            with naming_a_full_disk("the log", self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        self.accelerator.log(row, step=step)
+
+
+@dataclass
+class Pace:
+    """How fast a run goes. `seconds` is all its time, what earlier parts of it took included; the rest leaves out
+    evaluating and saving."""
+
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        self.mark = self.mark_of_training = time.perf_counter()
+
+    def waiting(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, and count the time until it is there."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited_seconds += time.perf_counter() - began
+        return batch
+
+    def lap(self) -> None:
+        """Count the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.training_seconds += now - self.mark_of_training
+        self.mark = self.mark_of_training = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do what is no training."""
+        self.lap()
+        yield
+        self.mark_of_training = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        """Return seconds, images a second, and the share of the time that training waits for images."""
+        return {
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(self.images / max(1e-9, self.training_seconds), 1),
+            "data_wait_share": round(self.waited_seconds / max(1e-9, self.training_seconds), 3),
+        }
+
+
+class BrokenImages:
+    """Names of images that could not be read, in the order of their appearance."""
+
+    def __init__(self, limits: dict[str, float], say: Callable[[str], None]) -> None:
+        self.limits, self.say = limits, say
+        self.names: dict[str, list[str]] = {split: [] for split in limits}
+
+    def add(self, split: str, names: Iterable[str]) -> None:
+        """Note names; raise if there are too many now."""
+        known = self.names[split]
+        for name in names:
+            if name not in known:
+                known.append(name)
+                self.say(f"Left out, since it cannot be read: {name}")
+        if len(known) > self.limits[split]:
+            raise ValueError(
+                f"{len(known)} images of the {split} data cannot be read, more than max_broken allows: "
+                f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}. Repair or remove them, or allow more."
+            )
 
 
 @dataclass
 class Run:
-    """What a finished run leaves in memory; `metrics` and all else is in `output_dir` too."""
+    """What a finished run leaves in memory; `metrics`, `timing` and all else is in `output_dir` too.
+
+    `metrics` holds figures that are the same whenever the run is repeated, `timing` those that are not. `predictions`
+    are the last evaluation's, for a task with labels.
+    """
 
     config: TrainConfig
     output_dir: Path
-    model: HFViTForImageClassification
+    model: Any
     processor: HFViTImageProcessor
     data: ImageData
     log: list[dict[str, Any]]
     metrics: dict[str, Any]
+    timing: dict[str, float]
+    predictions: Predictions | None
     is_main_process: bool
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: TrainConfig) -> Run:
-    """Train a classifier, and resume by itself what was stopped in `config.output_dir`.
+def train(config: TrainConfig, publish: Publish | None = None) -> Run:
+    """Train a model, and resume by itself what was stopped in `config.output_dir`.
+
+    Args:
+        config: The recipe.
+        publish: Called every `push_every` steps, on the main process, with the step and a function that writes the
+            model into a folder; must return soon.
 
     Raises:
-        Interrupted: Behind a checkpoint, if SIGINT or SIGTERM came.
+        Interrupted: If SIGINT or SIGTERM came: behind a checkpoint, or before the first step.
         ValueError: If the recipe does not fit the data, the machine, or the run that `output_dir` holds.
         FloatingPointError: If the loss is not finite; names the step.
     """
+    with StopSignals() as signals:
+        return _train(config, publish, signals)
+
+
+def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -> Run:
     # ---- build
-    accelerator = Accelerator(
-        mixed_precision=resolve_precision(config.precision),
-        gradient_accumulation_steps=config.accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        # The learning rate is set by the step; Accelerate must not scale it.
-        step_scheduler_with_optimizer=False,
-    )
-    say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
+    if config.mixup is None:
+        config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
     output_dir = Path(config.output_dir)
+    accelerator = build_accelerator(config)
+    parts = Parts(config.accumulation_steps, *data_parts(accelerator))
+    say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
     if config.resume == "never" and accelerator.is_main_process:
         _clear(output_dir)
     accelerator.wait_for_everyone()
 
+    task_class = TASKS[config.task]
     with accelerator.main_process_first():  # the others read what the first one has cached
         data = load_data(
             config.data,
@@ -343,111 +289,185 @@ def train(config: TrainConfig) -> Run:
             label_column=config.label_column,
             eval_fraction=config.eval_fraction,
             split_seed=config.split_seed,
+            streaming=config.streaming,
+            train_images=config.train_images,
+            needs_labels=task_class.needs_labels,
         )
     torch.manual_seed(seed_of(config.seed, "weights"))
-    model, processor = build_model(config, data.label_names)
+    task = task_class(config, data)
+    model, processor = build_model(config, task)
+    model = divide_matrices(model, accelerator)
+    if config.gradient_checkpointing:
+        # transformers has renamed it; its floor here knows the old name alone.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if config.compile:
+        model.compile()
     groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
     optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
 
-    size = model.config.image_shape
-    in_memory = config.cache == "ram"
-    augmentation = build_augmentation(config.augmentation, size, config.smallest_crop)
-    images = TrainingImages(
-        data.train, data.columns, processor, in_memory, augmentation, config.seed, config.shorter_side
+    augmentation = build_augmentation(
+        config.augmentation,
+        model.config.image_shape,
+        config.smallest_crop,
+        color_jitter=config.color_jitter,
+        erasing=config.erasing,
+        fill=processor.image_mean,
     )
-    held_out = EvaluationImages(data.evaluation, data.columns, processor, in_memory)
-    mixer = BatchMixer(len(data.label_names), config.mixup, config.cutmix, config.label_smoothing)
+    cache = accelerator.device if config.cache == "device" else config.cache
+    images = TrainingImages(data.train, data.columns, processor, augmentation, config.seed, cache, config.shorter_side)
+    held_out = EvaluationImages(data.evaluation, data.columns, processor, cache)
+    eval_batch = max(1, config.batch_size // (parts.accumulated * parts.processes))
+    eval_loader = evaluation_loader(
+        held_out, eval_batch, config.num_workers, *parts[1:], is_counted=speaks_for_part(accelerator)
+    )
     to_model = partial(normalize, processor=processor)
 
-    steps_in = partial(steps_of, length=len(images), batch_size=config.batch_size)
+    steps_in = partial(steps_of, length=data.train_length, batch_size=config.batch_size)
     total_steps = config.max_steps or steps_in(config.epochs)
     eval_every = steps_in(config.eval_every)
     save_every = config.save_every or steps_in(1)
+    push_every = config.push_every or steps_in(1)
     warmup, cooldown = (steps_in(n) if n else 0 for n in (config.warmup_epochs, config.cooldown_epochs))
+    warmup = warmup if config.warmup_steps is None else config.warmup_steps
     schedule = Schedule(config.schedule, total_steps, min(warmup, total_steps), cooldown)
 
     # ---- prepare
-    eval_batch = max(1, config.batch_size // accelerator.num_processes)
-    model, optimizer, eval_loader = accelerator.prepare(
-        model, optimizer, evaluation_loader(held_out, eval_batch, config.num_workers)
-    )
+    model, optimizer = accelerator.prepare(model, optimizer)
     trained = accelerator.unwrap_model(model)
+    average = AveragedWeights(trained, config.ema_decay)
 
     # ---- resume
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = CheckpointFolder(output_dir / CHECKPOINTS, config.keep_checkpoints)
-    log = RunLog(output_dir / LOG, accelerator.is_main_process)
-    done, seconds_before = 0, 0.0
+    start_tracker(accelerator, config)
+    log = RunLog(output_dir / LOG, accelerator)
+    broken = BrokenImages(_limits(config.max_broken, data), say)
+    done, pace = 0, Pace()
     pending: list[Tensor] = []  # losses that no line of the log holds yet
-    checkpoint = checkpoints.newest(say)
+    unread: list[str] = []  # names of broken images that are not noted yet
+    images_an_epoch: list[int] | None = None
+    [checkpoint] = broadcast_object_list([checkpoints.newest(say) if accelerator.is_main_process else None])
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is not there: output_dir must be on a disk that all machines share.")
+    state = {} if checkpoint is None else load_state(checkpoint)
     if checkpoint is not None:
-        state = load_state(checkpoint)
         _refuse_other_run(config, state["config"], output_dir)
-        trained.load_state_dict(type(trained).from_pretrained(checkpoint).state_dict())
-        optimizer.load_state_dict(state["optimizer"])
+        if state["average"] is not None:
+            with average.in_place():
+                load_weights(model, state["average"])
+        load_weights(model, task.model_class.from_pretrained(checkpoint).state_dict())
+        load_optimizer_state(model, optimizer, state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        done, seconds_before = state["step"], state["seconds"]
+        done, pace = state["step"], Pace(**state["pace"])
         pending.extend(state["pending"].to(accelerator.device))
-        if state["processes"] != accelerator.num_processes:
+        broken.names = state["broken"]
+        if state["processes"] == accelerator.num_processes:
+            images_an_epoch = state["images_an_epoch"][accelerator.process_index]
+        else:
             say(
-                f"Resuming with {accelerator.num_processes} processes what {state['processes']} began: sums are "
-                "rounded in another order from here on, and dropout and mixing draw other numbers."
+                f"Resuming with {accelerator.num_processes} processes what {state['processes']} began. What follows "
+                "is no longer bit for bit the run that was stopped: sums are rounded in another order, dropout, "
+                "mixing and masks draw other numbers, and a stream is divided in another way."
             )
         say(f"Resuming from {checkpoint}: {done} of {total_steps} steps are done.")
-    log.restore([] if checkpoint is None else state["log"])
+    else:
+        say(config.to_yaml())
+    if accelerator.is_main_process:
+        (output_dir / RECIPE).write_text(config.to_yaml(), encoding="utf-8")
+    log.restore(state.get("log", []))
     accelerator.wait_for_everyone()
-    started = time.perf_counter() - seconds_before
+
+    order = training_order(
+        data,
+        images,
+        config.batch_size,
+        config.seed,
+        (done, total_steps),
+        parts,
+        config.shuffle_buffer,
+        images_an_epoch,
+    )
+
+    def note_broken() -> None:
+        broken.add("training", gather_object(unread))
+        unread.clear()
 
     def save(step: int) -> None:
         # One dictionary holds all that is not the model: what is added here is resumed above.
         losses = _mean_over_processes(pending, accelerator)
         _refuse_nonfinite(losses, last_step=step)
+        note_broken()
+        weights, of_optimizer = whole_weights(model), optimizer_state(model, optimizer)
+        averaged = None
+        if config.ema_decay is not None:
+            with average.in_place():
+                averaged = whole_weights(model)
+        read = list(order.images_an_epoch) if isinstance(order, StreamOrder) else None
+        of_processes = gather_object([read])
         if accelerator.is_main_process:
             state = {
                 "step": step,
-                "optimizer": optimizer.state_dict(),
+                "optimizer": of_optimizer,
+                "average": averaged,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "pending": losses.cpu(),
                 "log": log.rows,
+                "broken": broken.names,
+                "images_an_epoch": of_processes,
                 "config": asdict(config),
-                "seconds": time.perf_counter() - started,
+                "pace": asdict(pace),
                 "processes": accelerator.num_processes,
             }
-            checkpoints.save(step, state, partial(_save_model, trained, processor))
+            checkpoints.save(step, state, partial(_save_model, trained, weights, processor))
         accelerator.wait_for_everyone()
 
+    def evaluate() -> tuple[dict[str, Any], Predictions | None]:
+        with pace.paused(), average.in_place():
+            figures, unreadable, predictions = task.evaluate(model, eval_loader, accelerator, to_model)
+        broken.add("evaluation", unreadable)
+        return figures, predictions
+
     # ---- loop
-    parts = (config.accumulation_steps, accelerator.num_processes, accelerator.process_index)
-    order = TrainingOrder(len(images), config.batch_size, config.seed, done, total_steps, parts)
+    signals.has_begun = True
     batches = iter(training_loader(images, order, config.num_workers))
     bar = tqdm(total=total_steps, initial=done, unit="step", disable=not accelerator.is_main_process)
     shown: dict[str, str] = {}
+    predictions = None
     model.train()
-    with StopSignals() as signals, bar:
+    with bar:
         for step in range(done, total_steps):
             is_last = step + 1 == total_steps
-            epoch = (step + 1) / order.steps_per_epoch
+            epoch = (step + 1) / steps_in(1)
 
             # step
-            seed = seed_of(config.seed, "step", step, accelerator.process_index)
+            seed = seed_of(config.seed, "step", step, parts.process)
             torch.manual_seed(seed)  # of dropout and the like
-            generator = torch.Generator().manual_seed(seed)  # of mixing
+            generator = torch.Generator().manual_seed(seed)  # of mixing and masks
             learning_rate = schedule.apply(optimizer, config.learning_rate, step)
             step_loss = torch.zeros((), device=accelerator.device)
             for _ in range(config.accumulation_steps):
-                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-                pixel_values, labels = mixer(to_model(batch["pixel_values"]), batch["labels"], generator)
+                batch = pace.waiting(batches)
+                unread += batch.pop("broken")
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 with accelerator.accumulate(model):
-                    loss = model(pixel_values=pixel_values, labels=labels).loss
+                    loss = task.loss(model, to_model(batch["pixel_values"]), batch["labels"], generator)
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients and config.max_grad_norm is not None:
-                        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
                 step_loss += loss.detach() / config.accumulation_steps
-            pending.append(step_loss)  # not read yet: to read a loss is to wait for the device
+            if config.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            if config.on_nonfinite == "skip" and not _is_finite(step_loss, model, accelerator):
+                say(f"Skipped step {step + 1}: its loss or gradient is not finite.")
+                log.add(step + 1, epoch=epoch, skipped=True)
+                if accelerator.scaler is not None:  # it passes over the step, too, and scales less from now on
+                    optimizer.step()
+            else:
+                optimizer.step()
+                average.update()
+                pending.append(step_loss)  # not read yet: to read a loss is to wait for the device
+            optimizer.zero_grad()
+            pace.images += config.batch_size
             bar.update()
 
             # log
@@ -455,22 +475,34 @@ def train(config: TrainConfig) -> Run:
                 losses = _mean_over_processes(pending, accelerator)
                 _refuse_nonfinite(losses, last_step=step + 1)
                 pending.clear()
-                mean_loss = losses.mean().item()
-                log.add(step=step + 1, epoch=epoch, loss=mean_loss, learning_rate=learning_rate)
-                shown["loss"] = f"{mean_loss:.3f}"
+                pace.lap()
+                if len(losses):
+                    log.add(step + 1, epoch=epoch, loss=losses.mean().item(), learning_rate=learning_rate)
+                    shown["loss"] = f"{losses.mean().item():.3f}"
+                note_broken()
+                speed = pace.figures()
+                shown["lr"] = f"{learning_rate:.1e}"
+                shown["images/s"] = f"{speed['images_per_second']:,.0f}"
+                shown["data wait"] = f"{speed['data_wait_share']:.0%}"
                 bar.set_postfix(shown, refresh=False)
 
             # evaluate
             if (step + 1) % eval_every == 0 or is_last:
-                figures = evaluate(model, eval_loader, accelerator, to_model)
-                log.add(step=step + 1, epoch=epoch, **{f"eval_{name}": value for name, value in figures.items()})
-                shown["accuracy"] = f"{figures['accuracy']:.1%}"
+                figures, predictions = evaluate()
+                log.add(step + 1, epoch=epoch, **{f"eval_{name}": value for name, value in figures.items()})
+                shown.update({n: f"{figures[n]:.1%}" for n in ("accuracy",) if n in figures})
                 bar.set_postfix(shown)
 
             # save
             stop = 0 if is_last else signals.agreed(accelerator, step + 1)
             if (step + 1) % save_every == 0 or is_last or stop:
-                save(step + 1)
+                with pace.paused():
+                    save(step + 1)
+            if publish is not None and (step + 1) % push_every == 0 and not is_last:
+                with pace.paused(), average.in_place():
+                    weights = whole_weights(model)
+                    if accelerator.is_main_process:
+                        publish(step + 1, partial(_save_model, trained, weights, processor))
             if stop:
                 name = signal.Signals(stop).name
                 raise Interrupted(
@@ -478,27 +510,55 @@ def train(config: TrainConfig) -> Run:
                 )
 
     # ---- finish
+    if predictions is None and TASKS[config.task].needs_labels:  # every step was done before
+        _, predictions = evaluate()
+    pace.lap()
     metrics = {
         **{name: value for name, value in log.rows[-1].items() if name.startswith("eval_")},
-        "train_images": len(images),
+        "train_images": data.train_length,
         "steps": total_steps,
-        "seconds": round(time.perf_counter() - started, 1),
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
+        "broken_images": sorted({name for names in broken.names.values() for name in names}),
     }
+    average.swap()  # what was measured is what is saved
+    weights = whole_weights(model)
     if accelerator.is_main_process:
-        _save_model(trained, processor, output_dir)
-        (output_dir / RECIPE).write_text(config.to_yaml(), encoding="utf-8")
-        (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        with naming_a_full_disk("the trained model; the checkpoints are intact", output_dir):
+            _save_model(trained, weights, processor, output_dir)
+            (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            (output_dir / TIMING).write_text(json.dumps(pace.figures(), indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
-    return Run(config, output_dir, trained.eval(), processor, data, log.rows, metrics, accelerator.is_main_process)
+    accelerator.end_training()
+    return Run(
+        config,
+        output_dir,
+        trained.eval(),
+        processor,
+        data,
+        log.rows,
+        metrics,
+        pace.figures(),
+        predictions,
+        accelerator.is_main_process,
+    )
 
 
 def _mean_over_processes(losses: list[Tensor], accelerator: Accelerator) -> Tensor:
     """Return the losses of some steps as one float32 tensor, each the mean over the processes."""
     stacked = torch.stack(losses) if losses else torch.zeros(0, device=accelerator.device)
-    return accelerator.reduce(stacked, "mean") if len(losses) else stacked
+    if not losses or accelerator.num_processes == 1:
+        return stacked
+    # In float64 the mean of what is a mean already, from a checkpoint, is the same to the bit.
+    return accelerator.reduce(stacked.double(), "mean").float()
+
+
+def _is_finite(loss: Tensor, model: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """Return whether loss and gradients are finite on every process."""
+    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    total = loss + sum(norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms)
+    return bool(accelerator.reduce(total.clone(), "sum").isfinite())
 
 
 def _refuse_nonfinite(losses: Tensor, last_step: int) -> None:
@@ -507,8 +567,14 @@ def _refuse_nonfinite(losses: Tensor, last_step: int) -> None:
         step = last_step - len(losses) + 1 + broken[0]
         raise FloatingPointError(
             f"The loss of step {step} is {losses[broken[0]].item()}: the run stops, the checkpoints before it are "
-            "good. Try a lower learning_rate, a longer warmup_epochs, or precision: fp32."
+            "good. Try a lower learning_rate, a longer warmup_epochs, precision: fp32, or on_nonfinite: skip."
         )
+
+
+def _limits(share: float, data: ImageData) -> dict[str, float]:
+    """Return how many images of each split may be broken; of a stream that is held out nobody knows the length."""
+    evaluation = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
+    return {"training": share * data.train_length, "evaluation": share * evaluation}
 
 
 def _refuse_other_run(config: TrainConfig, saved: dict[str, Any], output_dir: Path) -> None:
@@ -525,11 +591,11 @@ def _refuse_other_run(config: TrainConfig, saved: dict[str, Any], output_dir: Pa
         )
 
 
-def _save_model(model: HFViTForImageClassification, processor: HFViTImageProcessor, folder: Path) -> None:
+def _save_model(model: Any, weights: dict[str, Tensor], processor: HFViTImageProcessor, folder: Path) -> None:
     has_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a bar for the shards of every checkpoint would break up ours
     processor.save_pretrained(folder)  # before the model, which adds a processor where there is none
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     if has_bar:
         transformers_logging.enable_progress_bar()
 
@@ -537,5 +603,5 @@ def _save_model(model: HFViTForImageClassification, processor: HFViTImageProcess
 def _clear(output_dir: Path) -> None:
     """Remove what a run left, and nothing else that may lie there."""
     shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
-    for name in (LOG, METRICS, RECIPE):
+    for name in (LOG, METRICS, TIMING, RECIPE):
         (output_dir / name).unlink(missing_ok=True)

@@ -18,10 +18,11 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
-from hf_vit.augmentation import BatchMixer
-from hf_vit.data import EvaluationImages, build_augmentation, load_data
+from hf_vit.augmentation import BatchMixer, build_augmentation
+from hf_vit.data import load_data
 from hf_vit.finetuning import fields_of_labels, load_classifier
 from hf_vit.hub import machine, push, write_card
+from hf_vit.loading import EvaluationImages
 from hf_vit.trainer import Collator, EpochImages, ViTTrainer, accuracy, last_complete_checkpoint
 from hf_vit.variants import config_of
 
@@ -45,7 +46,7 @@ class Options:
     model: str | None = option(None, "Checkpoint to start from, a folder or a name on the Hub.")
     variant: str = option("ViT-Ti/16", "Architecture to train from scratch where there is no model.")
     image_size: int | None = option(None, "Pixels; those of the checkpoint, or 224, if not given.")
-    augmentation: str = option("crop_flip", "A key of hf_vit.data.AUGMENTATIONS.")
+    augmentation: str = option("crop_flip", "A key of hf_vit.augmentation.AUGMENTATIONS.")
     smallest_crop: float = option(0.35, "Least share of an image that a crop keeps.")
     mixup: float = option(0.0, "Alpha of mixup; 0 is off.")
     resume: bool = option(False, "Go on from the last complete checkpoint; start where there is none.")
@@ -77,8 +78,8 @@ def main(arguments: list[str]) -> None:
     trainer = ViTTrainer(
         model=model,
         args=training,
-        train_dataset=EpochImages(data.train, data.columns, processor, False, augmentation, training.seed),
-        eval_dataset=EvaluationImages(data.evaluation, data.columns, processor, False),
+        train_dataset=EpochImages(data.train, data.columns, processor, augmentation, training.seed),
+        eval_dataset=EvaluationImages(data.evaluation, data.columns, processor),
         data_collator=Collator(processor, BatchMixer(len(labels), mixup=options.mixup)),
         processing_class=processor,
         compute_metrics=accuracy,

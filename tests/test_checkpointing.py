@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -76,8 +77,8 @@ def test_an_unfinished_one_is_passed_over_and_replaced(checkpoints: CheckpointFo
 
 
 def test_a_full_disk_leaves_the_others(checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(state: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(state: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpointing.torch, "save", full)

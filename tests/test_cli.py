@@ -10,8 +10,9 @@ from tiny_run import save_photos, tiny_recipe
 from typer.testing import CliRunner
 
 import hf_vit.hub
-import hf_vit.training
+import hf_vit.report
 from hf_vit.cli import app
+from hf_vit.recipe import TrainConfig, shipped_recipes
 from hf_vit.training import Interrupted
 
 runner = CliRunner()
@@ -26,7 +27,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["quickstart"], ["train"], ["push"]])
+@pytest.mark.parametrize("command", [[], ["quickstart"], ["train"], ["recipes"], ["evaluate"], ["push"]])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
@@ -46,7 +47,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     result = runner.invoke(
-        app, ["train", "--recipe", str(recipe), "--output-dir", str(out), "--set", "model_config.hidden_size=24"]
+        app, ["train", "--recipe", str(recipe), "--output-dir", str(out), "--model-config.hidden-size", "24"]
     )
     assert result.exit_code == 0, result.output
     assert "Accuracy" in result.output and f"hf-vit push {out} YOUR_NAME/model" in result.output
@@ -61,8 +62,11 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "epoch=3"], "the nearest is 'epochs'"),
-        (["--set", "epochs"], "--set takes FIELD=VALUE, got 'epochs'"),
+        (["--epoch", "3"], "the nearest is 'epochs'"),
+        (["--epochs", "many"], "epochs must be a number, got 'many'"),
+        (["--compile=maybe"], "compile must be true or false, got 'maybe'"),
+        (["--model-config.hidden-sise", "3"], "hidden_size"),
+        (["epochs"], "Unexpected 'epochs': fields of a recipe are set by --field VALUE"),
         (["--data", "/no/such/place"], "Expected data in '/no/such/place'"),
         (["--recipe", "nothing"], "There is no recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
@@ -78,15 +82,24 @@ def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, re
 
 
 def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(config: Any) -> None:
+    def stop(config: Any, publish: Any) -> None:
         raise Interrupted(2, "Stopped by SIGINT behind step 1 of 3.")
 
-    monkeypatch.setattr(hf_vit.training, "train", stop)
+    monkeypatch.setattr(hf_vit.report, "train", stop)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"])
     result = runner.invoke(app, ["train", "--recipe", str(recipe)])
     assert result.exit_code == 130
     assert "Stopped by SIGINT" in result.stderr
     assert "The same command goes on from there:  hf-vit train --recipe 'a b.yaml'" in result.stderr
+
+
+def test_recipes_are_listed_and_explained(tmp_path: Path) -> None:
+    listed = runner.invoke(app, ["recipes"]).output
+    assert [line.split()[0] for line in listed.splitlines()] == list(shipped_recipes())
+    explained = runner.invoke(app, ["recipes", "digits"]).output
+    (tmp_path / "mine.yaml").write_text(explained)
+    assert TrainConfig.from_recipe(tmp_path / "mine.yaml") == TrainConfig.from_recipe("digits")
+    assert "# Result:" in explained and "# At its height.\nlearning_rate: 0.002\n" in explained
 
 
 def test_push_calls_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

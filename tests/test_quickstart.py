@@ -23,7 +23,8 @@ def test_quickstart_in_little(tmp_path: Path) -> None:
     assert f"Test accuracy {metrics['eval_accuracy']:.2%}" in printed
     assert "359 of 359 answers are those of the model in memory." in printed
     assert f"hf-vit push {folder} YOUR_NAME/hf-vit-digits" in printed
-    assert {path.name for path in folder.glob("*.png")} == {"training.png", "predictions.png", "positions.png"}
+    pictures = {"training.png", "confusion.png", "predictions.png", "positions.png"}
+    assert {path.name for path in folder.glob("*.png")} == pictures
     assert "| accuracy" in (folder / "README.md").read_text()
 
 

@@ -104,6 +104,8 @@ def trainer_of(model: torch.nn.Module, tmp_path: Path, **arguments: object) -> V
         {
             "pixel_values": torch.randint(256, (3, 32, 48), generator=generator, dtype=torch.uint8),
             "labels": index % 5,
+            "index": index,
+            "broken": None,
             "seed": index,
         }
         for index in range(8)

@@ -1,14 +1,22 @@
 """A run of seconds: photos of three colours, and a model that learns them in a few steps."""
 
+import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 
-from hf_vit.training import TrainConfig
+from hf_vit import tasks
+from hf_vit import training as training_module
+from hf_vit.recipe import TrainConfig
+from hf_vit.training import LOG
 
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 RECIPE: dict[str, Any] = {
@@ -65,3 +73,37 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def at_step(step: int, do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have something happen as `step`, counted from 0, begins."""
+    apply = training_module.Schedule.apply
+
+    def do_and_apply(self: Any, optimizer: Any, learning_rate: float, current: int) -> float:
+        if current == step:
+            do()
+        return apply(self, optimizer, learning_rate, current)
+
+    monkeypatch.setattr(training_module.Schedule, "apply", do_and_apply)
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGINT) -> None:
+    """Have the process get a signal in the middle of `step`."""
+    at_step(step, lambda: os.kill(os.getpid(), signum), monkeypatch)
+
+
+def spoil_loss(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the loss of `step`, counted from 0, not a number."""
+    measure, spoilt = tasks.Classification.loss, {"now": False}
+
+    def loss(self: Any, *arguments: Any) -> torch.Tensor:
+        value = measure(self, *arguments)
+        return value * float("nan") if spoilt["now"] else value
+
+    at_step(step, lambda: spoilt.update(now=True), monkeypatch)
+    at_step(step + 1, lambda: spoilt.update(now=False), monkeypatch)
+    monkeypatch.setattr(tasks.Classification, "loss", loss)

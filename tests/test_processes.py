@@ -1,0 +1,355 @@
+"""Runs in processes of their own: killed, stopped, out of space; and several that are one run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from isolated import python
+from process_of_a_run import ends, free_port, start, start_all
+from tiny_run import RECIPE, colored_dataset, colored_images, log_of, save_photos, spoil_loss, stop_at, tiny_recipe
+
+from hf_vit import HFViTForImageClassification
+from hf_vit.hub import check_folder
+from hf_vit.recipe import TrainConfig
+from hf_vit.training import CHECKPOINTS, LOG, METRICS, StopSignals
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+WITHOUT_DROPOUT = {**RECIPE["model_config"], "hidden_dropout_prob": 0.0}  # each process draws its own
+LEFT = (LOG, METRICS, "model.safetensors", "config.json", "preprocessor_config.json")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+def finish(config: TrainConfig, number: int = 1, prepare: Any = None, **environment: str) -> str:
+    output = Path(f"{config.output_dir}.txt")
+    processes = (
+        [start(config, output, prepare, **environment)]
+        if number == 1
+        else start_all(config, output, number, prepare, **environment)
+    )
+    return ends(processes, output)
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.002)
+
+
+def lines_of(folder: Path) -> int:
+    return len((folder / LOG).read_text().splitlines()) if (folder / LOG).exists() else 0
+
+
+def assert_same_run(parts: Path, whole: Path) -> None:
+    assert log_of(parts) == log_of(whole)
+    for name in LEFT:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def assert_close_run(one: Path, other: Path) -> None:
+    """Hold that two runs went the same way but for rounding."""
+    rows, others = log_of(one), log_of(other)
+    assert len(rows) == len(others)
+    for row, theirs in zip(rows, others, strict=True):
+        assert theirs == pytest.approx(row, rel=1e-3, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- killed
+
+EVERYTHING: dict[str, Any] = {
+    "num_workers": 2, "augmentation": "trivial", "mixup": 0.3, "cutmix": 0.5, "label_smoothing": 0.1,
+    "accumulation_steps": 2, "ema_decay": 0.9, "epochs": 8, "eval_every": 3, "save_every": 2,
+}  # fmt: skip
+
+
+def test_killed_again_and_again_a_run_ends_as_one_that_was_not(photos: Path, tmp_path: Path) -> None:
+    finish(tiny_recipe(photos, tmp_path / "whole", max_steps=1))  # the first process takes longer to start
+    began = time.monotonic()
+    finish(tiny_recipe(photos, tmp_path / "whole", resume="never", **EVERYTHING))
+    length = time.monotonic() - began
+    config = tiny_recipe(photos, tmp_path / "parts", **EVERYTHING)
+    draw = random.Random(0)
+    killed = 0
+    for kill in [os.kill, os.killpg] * 3:
+        process = start(config, tmp_path / "parts.txt")
+        process.join(draw.uniform(0.1, 0.5) * length)
+        if process.exitcode is None:
+            kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+    assert killed >= 4
+    printed = finish(config)
+    assert "Resuming from" in printed
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    # Workers whose process was killed alone look every five seconds whether it is there.
+    wait_for(lambda: not _processes_below(tmp_path), 20)
+
+
+def _processes_below(folder: Path) -> list[str]:
+    """Return processes with an open file below a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            names = [os.readlink(file) for file in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        found += [process.name] * any(name.startswith(str(folder)) for name in names)
+    return [name for name in found if name != str(os.getpid())]
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+def test_two_processes_killed_go_on_exactly(photos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    fields = {**EVERYTHING, "epochs": 3, "num_workers": 0, "batch_size": 8, "log_every": 3}
+    finish(tiny_recipe(photos, tmp_path / "whole", **fields), 2, **environment)
+    config = tiny_recipe(photos, tmp_path / "parts", **fields)
+    for lines in (2, 4):
+        processes = start_all(config, tmp_path / "parts.txt", **environment)
+        wait_for(lambda lines=lines: lines_of(tmp_path / "parts") >= lines)
+        for process in processes:
+            process.kill()
+            process.join()
+    printed = finish(config, 2, **environment)
+    assert "Resuming from" in printed and "no longer bit for bit" not in printed
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------------- stopped
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends(photos: Path, tmp_path: Path, signum: int, code: int, send: Any) -> None:
+    config = tiny_recipe(photos, tmp_path / "run", epochs=500, save_every=1000, eval_every=100, num_workers=1)
+    process = start(config, tmp_path / "run.txt")
+    wait_for(lambda: lines_of(tmp_path / "run") > 2)
+    send(process.pid, signum)
+    printed = ends([process], tmp_path / "run.txt", code)
+    assert f"Stopped by {signal.Signals(signum).name} behind step" in printed
+    assert len(list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_early_signal_ends_at_once(photos: Path, tmp_path: Path, signum: int, code: int) -> None:
+    config = tiny_recipe(photos, tmp_path / "run", resume="never")
+    process = start(config, tmp_path / "run.txt", say_and_wait)
+    wait_for(lambda: "loading" in (tmp_path / "run.txt").read_text() if (tmp_path / "run.txt").exists() else False)
+    os.kill(process.pid, signum)
+    assert f"Stopped by {signal.Signals(signum).name} before the first step." in ends(
+        [process], tmp_path / "run.txt", code, 10
+    )
+
+
+def say_and_wait() -> None:
+    from hf_vit import training
+
+    def load(*arguments: Any, **options: Any) -> None:
+        print("loading", flush=True)
+        time.sleep(60)
+
+    training.load_data = load
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(photos: Path, tmp_path: Path) -> None:
+    config = tiny_recipe(photos, tmp_path / "run", epochs=500, save_every=1000)
+    processes = start_all(config, tmp_path / "run.txt")
+    wait_for(lambda: lines_of(tmp_path / "run") > 2)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    printed = ends(processes, tmp_path / "run.txt", 143)
+    assert "Stopped by SIGTERM behind step" in printed
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+def test_one_process_and_two_learn_alike(photos: Path, tmp_path: Path) -> None:
+    fields = {"model_config": WITHOUT_DROPOUT, "ema_decay": 0.8, "max_grad_norm": 0.3, "epochs": 4, "log_every": 1}
+    finish(tiny_recipe(photos, tmp_path / "one", **fields))
+    finish(tiny_recipe(photos, tmp_path / "ddp", accumulation_steps=2, **fields), 2)
+    finish(tiny_recipe(photos, tmp_path / "fsdp2", accumulation_steps=2, **fields), 2, **FSDP)
+    for name in ("ddp", "fsdp2"):
+        assert_close_run(tmp_path / "one", tmp_path / name)
+        metrics = json.loads((tmp_path / name / METRICS).read_text())
+        assert metrics["processes"] == 2
+        assert metrics["eval_count"] == 21  # not divisible by two processes
+    # What was sharded is whole on the disk.
+    check_folder(tmp_path / "fsdp2")
+    printed = python(READER, tmp_path / "fsdp2", home=tmp_path / "home")
+    assert printed.stdout.split() == ["HFViTForImageClassification", "(1,", "3)"]
+
+
+READER = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model).__name__, tuple(model(pixel_values=torch.zeros(1, 3, 8, 8)).logits.shape))
+"""
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {
+        "model_config": WITHOUT_DROPOUT,
+        "ema_decay": 0.8,
+        "save_every": 2,
+        "log_every": 3,
+        "accumulation_steps": 2,
+    }
+    finish(tiny_recipe(photos, tmp_path / "whole", **fields))
+    config = tiny_recipe(photos, tmp_path / "parts", **fields)
+    for number, environment, stop in ((2, FSDP, 2), (2, {}, 4), (1, {}, 6), (2, FSDP, None)):
+        stopped = {} if stop is None else {"STOP_AT": str(stop)}
+        output = tmp_path / f"parts-{stop}.txt"
+        processes = start_all(config, output, number, stop_by_environment, **environment, **stopped)
+        printed = ends(processes, output, 0 if stop is None else 143)
+        assert ("no longer bit for bit" in printed) == (stop in (6, None)), printed
+    assert "Resuming with 2 processes what 1 began." in printed
+    assert_close_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def stop_by_environment() -> None:
+    """Have a process stop behind a step; two agree on that at these steps only."""
+    StopSignals.STEPS_BETWEEN_AGREEMENTS = 1
+    if "STOP_AT" in os.environ:
+        stop_at(int(os.environ["STOP_AT"]), pytest.MonkeyPatch(), signal.SIGTERM)
+
+
+def spoil_in_one_of_two() -> None:
+    if os.environ["RANK"] == "1":
+        spoil_loss(pytest.MonkeyPatch(), step=4)
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+def test_what_is_not_finite_in_one_process_is_so_in_both(
+    photos: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    config = tiny_recipe(photos, tmp_path / "skipped", on_nonfinite="skip", accumulation_steps=2)
+    assert "Skipped step 5:" in finish(config, 2, spoil_in_one_of_two, **environment)
+    assert [row["step"] for row in log_of(tmp_path / "skipped") if row.get("skipped")] == [5]
+    processes = start_all(
+        tiny_recipe(photos, tmp_path / "stopped"), tmp_path / "out.txt", 2, spoil_in_one_of_two, **environment
+    )
+    assert ends(processes, tmp_path / "out.txt", 1).count("The loss of step 5 is nan") == 2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"streaming": True, "shuffle_buffer": 5}, {"task": "masked_patches"}], ids=["stream", "masked"]
+)
+def test_two_processes_with_other_kinds_go_on_exactly(photos: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    if "streaming" in fields:
+        photos = tmp_path / "shards"
+        photos.mkdir()
+        for number in range(4):
+            colored_dataset(14, number).to_parquet(str(photos / f"train-{number}.parquet"))
+        colored_dataset(21, 9).to_parquet(str(photos / "test.parquet"))
+    fields = {**fields, "batch_size": 8, "log_every": 3}
+    finish(tiny_recipe(photos, tmp_path / "whole", **fields), 2)
+    config = tiny_recipe(photos, tmp_path / "parts", **fields)
+    processes = start_all(config, tmp_path / "parts.txt", 2, stop_by_environment, STOP_AT="9")
+    ends(processes, tmp_path / "parts.txt", 143)
+    assert "Resuming from" in finish(config, 2)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert log_of(tmp_path / "whole")[-1]["eval_count"] == 21
+
+
+def test_tensor_parallel_processes_learn_as_one(photos: Path, tmp_path: Path) -> None:
+    fields = {"model_config": WITHOUT_DROPOUT, "ema_decay": 0.8, "max_grad_norm": 0.3, "epochs": 4, "log_every": 1}
+    finish(tiny_recipe(photos, tmp_path / "one", **fields))
+    config = tiny_recipe(photos, tmp_path / "tp", **fields)
+    tensor_parallel = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+    finish(config, 2, allow_on_cpus, **tensor_parallel)
+    assert_close_run(tmp_path / "one", tmp_path / "tp")
+    assert HFViTForImageClassification.from_pretrained(tmp_path / "tp").num_parameters() > 0
+
+
+def allow_on_cpus() -> None:
+    """Accelerate's parallelism config asks for accelerators; what it then does needs none."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+
+
+# ------------------------------------------------------------------------------------------------------ launchers
+
+
+def launched(config: TrainConfig, tmp_path: Path, name: str, *launcher: str) -> subprocess.Popen[str]:
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(config.to_yaml())
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe)]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_two_machines_are_as_two_processes(photos: Path, tmp_path: Path) -> None:
+    fields = {"model_config": WITHOUT_DROPOUT}
+    finish(tiny_recipe(photos, tmp_path / "one-machine", **fields), 2)
+    config = tiny_recipe(photos, tmp_path / "two-machines", **fields)
+    port = str(free_port())
+    machines = [
+        launched(
+            config, tmp_path, f"machine-{rank}", "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank",
+            str(rank), "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], printed
+    assert_same_run(tmp_path / "two-machines", tmp_path / "one-machine")
+
+
+def test_a_launcher_that_is_terminated_leaves_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+    config = tiny_recipe(photos, tmp_path / "run", epochs=2000, save_every=5000, eval_every=2000, num_workers=1)
+    launcher = launched(
+        config, tmp_path, "run", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+    )
+    wait_for(lambda: lines_of(tmp_path / "run") > 2)
+    launcher.send_signal(signal.SIGTERM)
+    printed = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode != 0
+    assert "Stopped by SIGTERM behind step" in printed and "The same command goes on from there:" in printed
+    assert len(list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))) == 1
+
+
+def test_a_run_that_fails_ends_with_its_workers(tmp_path: Path) -> None:
+    for place, image in enumerate(colored_images(40, seed=0)[0]):
+        folder = tmp_path / "photos" / str(place % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{place}.png")
+    for broken in (folder / f"{place}.png" for place in (1, 3, 5)):
+        broken.write_bytes(b"no image")
+    config = tiny_recipe(tmp_path / "photos", tmp_path / "run", num_workers=2)
+    process = launched(config, tmp_path, "run")
+    printed = process.communicate(timeout=60)[0]
+    assert (
+        process.returncode == 2
+        and "images of the training data cannot be read, more than max_broken allows" in printed
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- compiled
+
+
+def test_a_compiled_model_learns_and_resumes_as_one_that_is_not(photos: Path, tmp_path: Path) -> None:
+    fields = {"model_config": WITHOUT_DROPOUT, "log_every": 1}
+    finish(tiny_recipe(photos, tmp_path / "plain", **fields))
+    finish(tiny_recipe(photos, tmp_path / "compiled", compile=True, **fields))
+    assert_close_run(tmp_path / "plain", tmp_path / "compiled")
+    config = tiny_recipe(photos, tmp_path / "parts", compile=True, **fields)
+    ends([start(config, tmp_path / "parts.txt", stop_by_environment, STOP_AT="4")], tmp_path / "parts.txt", 143)
+    finish(config)
+    assert_same_run(tmp_path / "parts", tmp_path / "compiled")

@@ -1,0 +1,193 @@
+"""From a recipe to a folder that people understand: its pictures, its card, and its pushes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+from hub_server import SHAPED, Hub
+from huggingface_hub import ModelCard
+from isolated import python
+from PIL import Image
+from tiny_run import save_photos, tiny_recipe
+from transformers import pipeline
+
+from hf_vit import report
+from hf_vit.evaluation import Predictions
+from hf_vit.hub import check_folder
+from hf_vit.recipe import TrainConfig
+from hf_vit.report import train_and_report
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+# What a user without the package does.
+LOADS = """
+import sys, torch
+from transformers import pipeline
+
+name, photo, logits = sys.argv[1:]
+classify = pipeline("image-classification", name, trust_remote_code=True, device="cpu")
+assert {answer["label"] for answer in classify(photo)} == {"blue", "green", "red"}
+pixels = classify.preprocess(photo)["pixel_values"]
+torch.save(classify.model(pixels).logits.detach(), logits)
+"""
+COMMAND = f"hf-vit train --data photos --token {SHAPED}"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+def finish(photos: Path, folder: Path, **fields: Any) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    return train_and_report(tiny_recipe(photos, folder, **fields), COMMAND, said.append), said
+
+
+def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    run, said = finish(photos, folder, max_steps=4)
+    metrics = run.metrics
+    names = {"training.png", "confusion.png", "predictions.png", "positions.png"}
+    assert {path.name for path in folder.glob("*.png")} == names
+    assert names <= set(check_folder(folder)) and "timing.json" in check_folder(folder)
+
+    card = ModelCard.load(folder / "README.md")
+    (entry,) = card.data.to_dict()["model-index"]
+    assert entry["name"] == "tiny"
+    measured = {metric["type"]: metric["value"] for metric in entry["results"][0]["metrics"]}
+    assert measured == {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}
+    assert entry["results"][0]["dataset"] == {"name": "photos", "type": "custom", "split": "test"}
+
+    text = card.text
+    assert SHAPED not in text and "- command: `hf-vit train --data photos --token TOKEN`" in text
+    for row in run.predictions.per_class(["blue", "green", "red"]):
+        precision = "-" if row["precision"] is None else f"{row['precision']:.1%}"
+        assert f"| {row['label']} | 7 | {row['accuracy']:.1%} | {precision} |" in text
+    assert "It learned from 54 images of photos at 8x8 pixels" in text
+    assert f"Its confidence is off by {metrics['eval_calibration_error']:.1%} on average" in text
+    for part in ("- hardware: ", "- time: ", "- versions: Python", "@inproceedings{dosovitskiy2021image", "<details>"):
+        assert part in text
+    recipe = text.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(recipe) == yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert said[0].startswith(f"Accuracy {metrics['eval_accuracy']:.2%} on 21 held-out images (test) after 4 steps")
+    assert said[-1] == f"Publish it:  hf-vit push {folder} YOUR_NAME/tiny"
+
+
+def test_card_names_what_was_fine_tuned(tmp_path: Path) -> None:
+    named = {None: None, "ViT-Ti/16": None, str(tmp_path): None, "someone/a-vit": "someone/a-vit"}
+    for model, expected in named.items():
+        assert report._base_model(TrainConfig(model=model)) == expected
+
+
+def test_card_of_an_encoder_tells_how_to_go_on(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    run, said = finish(photos, folder, task="masked_patches", max_steps=2)
+    assert run.predictions is None
+    assert {path.name for path in folder.glob("*.png")} == {"training.png", "positions.png"}
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.text.count("pre-trained without labels by filling in masked patches") == 1
+    assert 'hf-vit train --recipe flowers --data FOLDER --model "encoder"' in card.text
+    assert 'AutoModel.from_pretrained("encoder"' in card.text and "AutoModelForImageClassification" not in card.text
+    assert f"| photos, test | loss | {run.metrics['eval_loss']:.4g} |" in card.text
+    assert "## Classes" not in card.text and said[0].startswith("Loss ")
+
+    tuned, _ = finish(photos, tmp_path / "tuned", model=str(folder), model_config={}, max_steps=1)
+    assert tuned.metrics["eval_count"] == 21
+
+
+def test_a_run_is_pushed_as_it_goes(
+    photos: Path, tmp_path: Path, standin: Hub, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    for name, value in {"ENDPOINT": standin.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", SHAPED)
+    folder = tmp_path / "tiny"
+    run, said = finish(photos, folder, max_steps=6, push_to_hub="tester/tiny", push_every=2, private=True)
+    assert said[-1] == f"Published at {standin.url}/tester/tiny" and SHAPED not in "\n".join(said)
+    messages = standin.messages("tester/tiny")
+    assert messages[-1] == "Trained model" and set(messages[:-1]) <= {"Step 2", "Step 4"}
+    assert standin.repositories["tester/tiny"].private
+    files = standin.files("tester/tiny")
+    assert sorted(files) == sorted([".gitattributes", *check_folder(folder)])
+    card = files["README.md"].decode()
+    assert 'pipeline("image-classification", "tester/tiny"' in card and '"tiny"' not in card
+
+    network = {"HF_ENDPOINT": standin.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": SHAPED}
+    image = Image.effect_noise((9, 9), 60).convert("RGB")
+    image.save(tmp_path / "photo.png")
+    pixels = run.processor(image, return_tensors="pt")["pixel_values"]
+    python(LOADS, "tester/tiny", tmp_path / "photo.png", tmp_path / "logits.pt", home=tmp_path / "user", **network)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), run.model(pixels).logits)
+
+
+def test_a_run_that_cannot_be_pushed_is_finished(
+    photos: Path, tmp_path: Path, standin: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ENDPOINT": standin.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "Wrong" * 7)
+    folder = tmp_path / "tiny"
+    _, said = finish(photos, folder, max_steps=3, push_to_hub="tester/tiny", push_every=1)
+    assert said[-1] == f"Not published; try again:  hf-vit push {folder} tester/tiny"
+    assert wrong not in "\n".join(said) and "401" in "\n".join(said)
+    assert pipeline("image-classification", str(folder), device="cpu")(Image.new("RGB", (9, 9)))
+
+
+# ------------------------------------------------------------------------------------------- what the card says
+
+
+def predictions_of(labels: list[int], predicted: list[int], num_labels: int) -> Predictions:
+    count = len(labels)
+    answers = torch.tensor(labels), torch.tensor(predicted), torch.full((count,), 0.75)
+    return Predictions(*answers, torch.zeros(count), torch.zeros(count, dtype=torch.long), num_labels)
+
+
+def a_run(predictions: Predictions, names: list[str], **fields: Any) -> Any:
+    metrics = {"train_images": 1234, "broken_images": [], **fields}
+    return SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(image_shape=(32, 48))),
+        data=SimpleNamespace(name="pets", label_names=names, eval_split="held out"),
+        config=SimpleNamespace(eval_fraction=0.2, split_seed=3),
+        metrics=metrics,
+        predictions=predictions,
+    )
+
+
+def test_limits_follow_from_the_figures() -> None:
+    predictions = predictions_of([0] * 4 + [1] * 4, [0, 1, 1, 1] + [1] * 4, 3)
+    limits = report._limits(a_run(predictions, ["cat", "dog", "eel"], broken_images=["cat/1.jpg"]))
+    assert limits.splitlines() == [
+        "- It learned from 1,234 images of pets at 32x48 pixels; on other images its figures will be others.",
+        "- It answers with one of 3 classes whatever it is shown.",
+        "- 1 of the classes have no held-out image: nothing is known of them.",
+        "- Its worst class is cat, of which it recognises 25.0% of 4 images.",
+        "- Most often it takes cat for dog: 3 of 4 images.",
+        "- Its confidence is off by 12.5% on average (expected calibration error, 15 bins).",
+        "- It is measured on 20% of the same data, held out by chance (split_seed 3).",
+        "- 1 image was unreadable and left out; `metrics.json` names them.",
+    ]
+
+
+def test_limits_of_a_model_without_mistakes_name_no_worst() -> None:
+    limits = report._limits(a_run(predictions_of([0, 1], [0, 1], 2), ["cat", "dog"]))
+    assert "worst" not in limits and "Most often" not in limits and "unreadable" not in limits
+
+
+def test_of_many_classes_the_best_and_the_worst_are_listed() -> None:
+    names = [f"class|{number}" for number in range(60)]
+    labels = [number for number in range(60) for _ in range(60)]
+    predicted = [label if place < label else (label + 1) % 60 for label in range(60) for place in range(60)]
+    table = report._class_table(predictions_of(labels, predicted, 60), names).splitlines()
+    assert table[0] == "The ten best and the ten worst of 60." and len(table) == 2 + 2 + 20
+    assert table[4].startswith("| class\\|59 | 60 | 98.3% |") and table[-1].startswith("| class\\|0 | 60 | 0.0% |")
+
+
+def test_what_may_be_published_names_no_folder_of_this_machine(photos: Path, tmp_path: Path) -> None:
+    finish(photos, tmp_path / "tiny", max_steps=1)
+    for name in ("README.md", "recipe.yaml"):
+        assert str(tmp_path) not in (tmp_path / "tiny" / name).read_text()
+    assert yaml.safe_load((tmp_path / "tiny" / "recipe.yaml").read_text())["data"] == "photos"

@@ -1,0 +1,296 @@
+"""A checkpoint on labelled images: what `hf-vit evaluate` measures, and how it says it."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from . import probing
+from .checkpoints import Checkpoint, Options, open_checkpoint
+from .data import ImageData, load_data
+from .evaluation import Predictions, classify, extract
+from .hub import machine, versions
+from .loading import EvaluationImages, evaluation_loader, normalize
+from .model.image_processing_hf_vit import HFViTImageProcessor
+from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+from .parallel import resolve_precision
+
+PROBES: dict[str, Callable[..., dict[str, Any]]] = {
+    "linear": probing.linear_probe,
+    "knn": probing.knn,
+    "few-shot": probing.few_shot,
+}
+LONG, WORST = 20, 10  # with more classes than the one, only so many of the worst are printed
+
+
+def assess(
+    source: str,
+    data_source: str,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    image_size: tuple[int, int] | None = None,
+    precision: str = "auto",
+    probes: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    """Measure a checkpoint on labelled images; on one process or on those that a launcher started.
+
+    Args:
+        source: A file, a folder or a name on the Hub, of this package or another library.
+        data_source: As for `load_data`.
+        split: To measure on; the one that is held out if not given.
+        image_column, label_column: As for `load_data`.
+        batch_size: Images of one process at a time. It changes no figure beyond rounding.
+        num_workers: Processes that load images, for each process.
+        image_size: Pixels, (height, width); the checkpoint's if not given.
+        precision: `"fp32"`, `"bf16"`, or `"auto"`: bf16 on hardware that is fast at it.
+        probes: Of `PROBES`. They learn from the training split, and need no head.
+
+    Returns:
+        All that was measured, of plain types; `None` on every process but the first.
+
+    Raises:
+        ValueError: If the model's classes and the data's are not the same and there is no probe to run; if there is
+            nothing to learn from or to measure.
+    """
+    if unknown := set(probes) - set(PROBES):
+        raise ValueError(f"There is no probe {', '.join(sorted(unknown))}: choose of {', '.join(PROBES)}.")
+    accelerator = Accelerator(mixed_precision=resolve_precision(precision))
+    checkpoint = open_checkpoint(source, Options(image_size=image_size))
+    of_model = _classes_of(checkpoint)
+    with accelerator.local_main_process_first():  # the others read what it prepared
+        data = load_data(data_source, eval_split=split, image_column=image_column, label_column=label_column)
+    classes, sentence = match_labels(of_model, data.label_names)
+    if classes is None and not probes:
+        raise ValueError(f"{sentence} To measure the features alone, add --probe.")
+    if probes and _is_same(data):
+        raise ValueError(
+            f"Probes learn from the training split, so they cannot be measured on it: let --split be another than "
+            f"{split}, or leave it out."
+        )
+
+    model, processor = _load(checkpoint, source, image_size)
+
+    def load(images: Any) -> Any:
+        prepared = EvaluationImages(images, data.columns, processor)
+        if classes is not None:
+            prepared.labels = [classes[label] for label in prepared.labels]
+        parts = accelerator.num_processes, accelerator.process_index
+        return evaluation_loader(prepared, batch_size, num_workers, *parts)
+
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    to_model = partial(normalize, processor=processor)
+    loader = load(data.evaluation)
+    predictions, features = None, {}
+    if probes:
+        pooled = accelerator.unwrap_model(model).base_model.pooler
+        *features["train"], _ = extract(model, load(data.train), accelerator, to_model, pooled)
+        began = time.perf_counter()
+        *features["test"], broken = extract(model, loader, accelerator, to_model, pooled)
+    if classes is not None:
+        began = time.perf_counter()
+        predictions = classify(model, loader, accelerator, to_model)
+        broken = predictions.broken
+    seconds = time.perf_counter() - began
+    count = len(data.evaluation) - len(broken)
+    shape = (min(batch_size, len(data.evaluation)), model.config.num_channels, *model.config.image_shape)
+    model_pace = _pace(model, torch.zeros(shape, device=accelerator.device), accelerator)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+    label_names = of_model if classes is not None and of_model is not None else data.label_names
+    return {
+        "model": Path(source).name if Path(source).exists() else source,
+        "data": data.name,
+        "split": data.eval_split,
+        "images": count,
+        "broken": broken,
+        "image_size": list(model.config.image_shape),
+        "labels": label_names,
+        "note": sentence,
+        "assumed": checkpoint.assumed,
+        **({} if predictions is None else _answers(predictions, label_names)),
+        "probes": {name: _probe(name, features, label_names) for name in probes},
+        "images_per_second": {"pipeline": count / seconds, "model": model_pace},
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "hardware": machine(),
+        "versions": versions(),
+    }
+
+
+def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[int] | None, str]:
+    """Return the model's class for each class of the data, and a sentence where that is not plain.
+
+    By name. By position only where one side has but numbers for names, and as many of them.
+
+    Args:
+        of_model: Names of classes in the model's order; `None` for a model without a head.
+    """
+    if of_model is None:
+        return None, "The model has no head that tells classes apart."
+    if of_model == of_data:
+        return list(range(len(of_data))), ""
+    number = Counter(of_model)  # two of ImageNet's classes are called crane
+    place = {name: index for index, name in enumerate(of_model) if number[name] == 1}
+    if all(name in place for name in of_data):
+        sentence = "Classes are matched by name; their order differs."
+        if len(of_model) > len(of_data):
+            sentence = f"The data has {len(of_data)} of the {len(of_model)} classes that the model chooses from."
+        return [place[name] for name in of_data], sentence
+    if len(of_model) == len(of_data) and (_are_numbers(of_model) or _are_numbers(of_data)):
+        side = "model" if _are_numbers(of_model) else "data"
+        return list(range(len(of_data))), (
+            f"The {side}'s classes have no names, so they are taken by position: {of_model[0]} is {of_data[0]}, ..., "
+            f"{of_model[-1]} is {of_data[-1]}."
+        )
+    strangers = [name for name in of_data if name not in place]
+    return None, (
+        f"The model does not know {len(strangers)} of the data's {len(of_data)} classes ({_some(strangers)}); it "
+        f"tells {len(of_model)} apart ({_some(of_model)}). Name the data's classes as the model does, or choose the "
+        f"--label-column that it was trained for."
+    )
+
+
+def _are_numbers(names: list[str]) -> bool:
+    return all(name in (str(index), f"LABEL_{index}") for index, name in enumerate(names))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _classes_of(checkpoint: Checkpoint) -> list[str] | None:
+    """Return the names of the classes that a checkpoint tells apart, `None` without a classifier."""
+    config: Any = checkpoint.config
+    if checkpoint.architecture != HFViTForImageClassification.__name__ or not config.num_labels:
+        return None
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
+def _load(checkpoint: Checkpoint, source: str, image_size: tuple[int, int] | None) -> tuple[Any, HFViTImageProcessor]:
+    """Return the classifier, or the encoder of a checkpoint without one, and the processor of its images."""
+    model_class: Any = HFViTForImageClassification if _classes_of(checkpoint) else HFViTModel
+    fields = {} if image_size is None else {"image_size": image_size}
+    model, report = model_class.from_pretrained(source, output_loading_info=True, **fields)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks weights of {model_class.__name__}: {_some(missing)}. What was only pre-trained may have "
+            "no pooling yet: train it first."
+        )
+    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
+    processor.set_output_size(model.config.image_shape)
+    return model, processor
+
+
+def _is_same(data: ImageData) -> bool:
+    """Say whether the split to measure is the training split."""
+    return len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]
+
+
+@torch.no_grad()
+def _pace(model: Any, pixel_values: Tensor, accelerator: Accelerator, at_least: float = 0.5) -> float:
+    """Return images a second of a model that has run before, on all processes together."""
+    synchronize = torch.accelerator.synchronize if pixel_values.device.type != "cpu" else lambda: None
+    model.eval()
+    synchronize()
+    began, passes = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - began) < at_least:
+        model(pixel_values=pixel_values)
+        synchronize()
+        passes += 1
+    pace = torch.tensor([passes * len(pixel_values) / seconds], device=pixel_values.device)
+    return accelerator.gather(pace).sum().item()
+
+
+def _answers(predictions: Predictions, label_names: list[str]) -> dict[str, Any]:
+    # Most cells of a large matrix are empty.
+    pairs, counts = torch.stack([predictions.labels, predictions.predicted]).unique(dim=1, return_counts=True)
+    cells = [
+        {"label": label_names[label], "predicted": label_names[predicted], "count": count}
+        for label, predicted, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
+    ]
+    return {
+        "figures": predictions.figures(),
+        "per_class": predictions.per_class(label_names),
+        "confusion": cells,
+    }
+
+
+def _probe(name: str, features: dict[str, Any], label_names: list[str]) -> dict[str, Any]:
+    more = {"label_names": label_names} if name == "few-shot" else {}
+    began = time.perf_counter()
+    return {**PROBES[name](features["train"], features["test"], **more), "seconds": time.perf_counter() - began}
+
+
+# ------------------------------------------------------------------------------------------------------- in words
+
+
+def describe(measured: dict[str, Any]) -> list[str]:
+    """Return what `assess` measured as lines for a terminal."""
+    height, width = measured["image_size"]
+    split = "the part that is held out" if measured["split"] == "held out" else f"split {measured['split']}"
+    lines = [
+        f"{measured['model']} on {measured['data']}, {split}: {measured['images']:,} images of {height}x{width} "
+        f"pixels, {measured['precision']}, {measured['hardware'] if measured['device'] != 'cpu' else 'CPU'}"
+    ]
+    if measured["note"]:
+        probes_alone = "" if "figures" in measured else " Only probes are run."
+        lines.append(f"Note: {measured['note']}{probes_alone}")
+    lines += [f"Assumed: {assumed}" for assumed in measured["assumed"]]
+    if broken := measured["broken"]:
+        lines.append(f"Left out, since they cannot be read: {len(broken)} images ({_some(broken)})")
+    lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
+    lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
+    return lines + (_class_table(measured["per_class"]) if "per_class" in measured else [])
+
+
+def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if figures := measured.get("figures"):
+        rows.append(("top-1", f"{figures['accuracy']:.2%}"))
+        if "top5_accuracy" in figures:
+            rows.append(("top-5", f"{figures['top5_accuracy']:.2%}"))
+        rows.append(("loss", f"{figures['loss']:.4f}"))
+        rows.append(("calibration error", f"{figures['calibration_error']:.2%}  (15 bins of confidence)"))
+    for name, probe in measured["probes"].items():
+        learned = f"{probe['train_images']:,} training images"
+        if name == "linear":
+            failed = "" if probe["converged"] else ", not converged"
+            rows.append(("linear probe", f"{probe['accuracy']:.2%}  (C={probe['C']:g}{failed}, {learned})"))
+        elif name == "knn":
+            rows.append((f"{probe['k']}-NN", f"{probe['accuracy']:.2%}  ({learned})"))
+        else:
+            for shots, result in probe["shots"].items():
+                deviation = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
+                rows.append((f"{shots}-shot", f"{result['mean']:.2%}{deviation}  ({len(probe['seeds'])} draws)"))
+    pace = measured["images_per_second"]
+    processes = f", {measured['processes']} processes" if measured["processes"] > 1 else ""
+    paces = f"{pace['pipeline']:,.0f} with reading and decoding, {pace['model']:,.0f} the model alone{processes}"
+    return [*rows, ("images/s", paces)]
+
+
+def _class_table(per_class: list[dict[str, Any]]) -> list[str]:
+    shown = [row for row in per_class if row["count"]]
+    absent, is_long = len(per_class) - len(shown), len(shown) > LONG
+    if is_long:
+        shown = sorted(shown, key=lambda row: row["accuracy"])[:WORST]
+    lines = ["", f"{'images':>8}  {'recall':>7}  {'precision':>9}  class"]
+    for row in shown:
+        precision = "-" if row["precision"] is None else f"{row['precision']:.1%}"
+        lines.append(f"{row['count']:>8,}  {row['accuracy']:>7.1%}  {precision:>9}  {row['label']}")
+    if is_long:
+        lines.append(f"These are the {WORST} worst of {len(per_class) - absent} classes; --json writes all.")
+    return lines

@@ -1,0 +1,229 @@
+"""`hf-vit evaluate`: a checkpoint and labelled images in, figures out; what does not fit together, a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tiny_run import COLORS, colored_dataset, save_photos
+from typer.testing import CliRunner
+
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
+from hf_vit.assessment import match_labels
+from hf_vit.cli import app
+
+runner = CliRunner()
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = ("images_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+def save_model(folder: Path, names: list[str], model_class: Any = HFViTForImageClassification, **fields: Any) -> Path:
+    """Save a model that sorts images by how red, green or blue they are, as far as its random encoder lets it."""
+    torch.manual_seed(0)
+    config = HFViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        initializer_range=0.3,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        **fields,
+    )
+    model_class(config).save_pretrained(folder)
+    HFViTImageProcessor.from_preset("original", (8, 8)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", list(COLORS))
+
+
+def evaluate(*arguments: object, exit_code: int = 0) -> str:
+    result = runner.invoke(app, ["evaluate", *map(str, arguments)])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def measure(tmp_path: Path, *arguments: object) -> dict[str, Any]:
+    evaluate(*arguments, "--json", tmp_path / "measured.json")
+    return json.loads((tmp_path / "measured.json").read_text())
+
+
+def without_times(measured: Any) -> Any:
+    if not isinstance(measured, dict):
+        return measured
+    return {name: without_times(value) for name, value in measured.items() if name not in TIMES}
+
+
+def test_everything_is_measured_and_said(model: Path, photos: Path, tmp_path: Path) -> None:
+    probes = ("--probe", "linear", "--probe", "knn", "--probe", "few-shot")
+    file = tmp_path / "measured.json"
+    output = evaluate(model, photos, *probes, "--json", file, "--precision", "fp32")
+    measured = json.loads(file.read_text())
+    dataset = colored_dataset(21, 1)
+    classifier = HFViTForImageClassification.from_pretrained(model).eval()
+    processor = HFViTImageProcessor.from_pretrained(model)
+    with torch.no_grad():
+        logits = classifier(**processor(dataset["image"][:], return_tensors="pt")).logits
+    labels = torch.tensor(dataset["label"][:])
+    figures = measured["figures"]
+    assert figures["accuracy"] == (logits.argmax(-1) == labels).double().mean().item() and figures["count"] == 21
+    assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert sum(cell["count"] for cell in measured["confusion"]) == 21
+    assert [row["label"] for row in measured["per_class"]] == measured["labels"] == list(COLORS)
+    assert measured["split"] == "test" and measured["model"] == "tiny" and measured["data"] == "photos"
+    assert measured["probes"]["linear"]["accuracy"] == 1 and measured["probes"]["knn"]["train_images"] == 54
+    assert list(measured["probes"]["few-shot"]["shots"]) == ["1", "5", "10"]
+    assert all(pace > 0 for pace in measured["images_per_second"].values())
+    assert "torch" in measured["versions"] and measured["hardware"] and measured["precision"] == "fp32"
+    for words in (
+        "tiny on photos, split test: 21 images of 8x8 pixels",
+        f"top-1  {figures['accuracy']:.2%}",
+        "linear probe  100.00%",
+        "20-NN",
+        "10-shot",
+        "'blue' has 18 training images",
+        "the model alone",
+        "  green",
+    ):
+        assert words in output, (words, output)
+    assert "top-5" not in output and "Note:" not in output
+
+
+def test_neither_batches_nor_workers_change_the_figures(model: Path, photos: Path, tmp_path: Path) -> None:
+    one = measure(tmp_path, model, photos, "--batch-size", 4, "--num-workers", 1)
+    other = measure(tmp_path, model, photos)
+    assert other["figures"] == pytest.approx(one["figures"], abs=1e-6)
+    assert other["per_class"] == one["per_class"] and other["confusion"] == one["confusion"]
+    assert without_times(measure(tmp_path, model, photos)) == without_times(other)
+
+
+def test_another_size_is_measured_at_that_size(model: Path, photos: Path, tmp_path: Path) -> None:
+    assert measure(tmp_path, model, photos, "--image-size", "12x16")["image_size"] == [12, 16]
+
+
+def test_classes_in_another_order_are_matched_by_name(model: Path, photos: Path, tmp_path: Path) -> None:
+    names = ["red", "yellow", "blue", "green", "black", "white"]
+    other = save_model(tmp_path / "other", names)
+    heads = [HFViTForImageClassification.from_pretrained(folder) for folder in (model, other)]
+    with torch.no_grad():
+        for parameter, theirs in zip(*(head.classifier.parameters() for head in heads), strict=True):
+            theirs.fill_(-100) if theirs.ndim == 1 else theirs.zero_()
+            theirs[[names.index(name) for name in COLORS]] = parameter
+    heads[1].save_pretrained(other)
+    expected, measured = measure(tmp_path, model, photos), measure(tmp_path, other, photos)
+    assert measured["figures"].pop("top5_accuracy") == 1
+    assert measured["figures"] == pytest.approx(expected["figures"])
+    assert [row for row in measured["per_class"] if row["count"]] != expected["per_class"]  # the model's order
+    for row in expected["per_class"]:
+        assert row in measured["per_class"]
+    assert "3 of the 6 classes" in measured["note"]
+    assert "yellow" not in evaluate(other, photos).split("class\n")[1]
+
+
+def test_a_split_is_what_was_asked_for(model: Path, photos: Path, tmp_path: Path) -> None:
+    assert measure(tmp_path, model, photos, "--split", "train")["figures"]["count"] == 54
+    DatasetDict(train=colored_dataset(30, 0)).save_to_disk(tmp_path / "alone")
+    assert "the part that is held out: 6 images" in evaluate(model, tmp_path / "alone")
+    assert "no split 'dev'" in evaluate(model, photos, "--split", "dev", exit_code=2)
+    assert "Probes learn from" in evaluate(model, photos, "--split", "train", "--probe", "knn", exit_code=2)
+
+
+def test_broken_images_are_left_out_and_named(model: Path, tmp_path: Path) -> None:
+    for index, image in enumerate(colored_dataset(30, 0)["image"]):
+        file = tmp_path / "photos" / list(COLORS)[index % 3] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
+        if index == 3:
+            file.write_bytes(file.read_bytes()[:40])
+    output = evaluate(model, tmp_path / "photos", "--split", "train")
+    assert "29 images of" in output and "cannot be read: 1 images (blue/3.png)" in output
+
+
+def test_classes_that_do_not_match_are_an_error_or_leave_the_probes(photos: Path, tmp_path: Path) -> None:
+    stranger = save_model(tmp_path / "stranger", ["blue", "cyan", "magenta"])
+    output = evaluate(stranger, photos, exit_code=2)
+    assert output.startswith("Error: The model does not know 2 of the data's 3 classes (green, red); it tells 3 apart")
+    assert "--probe" in output and "Traceback" not in output
+    encoder = save_model(tmp_path / "encoder", ["a"], HFViTForMaskedImageModeling)
+    assert "no head" in evaluate(encoder, photos, exit_code=2)
+    for folder in (stranger, encoder):
+        output = evaluate(folder, photos, "--probe", "linear")
+        assert "Only probes are run." in output and "linear probe" in output and "top-1" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--json", "nowhere/figures.json"), "no folder nowhere"),
+        (("--probe", "quadratic"), "no probe quadratic: choose of linear, knn, few-shot"),
+        (("--image-size", "big"), "--image-size takes pixels"),
+        (("--image-size", "9"), "9"),
+        (("--label-column", "colour"), "label_column='colour' is not there"),
+    ],
+)
+def test_what_cannot_be_done_is_a_line(model: Path, photos: Path, arguments: tuple[str, ...], words: str) -> None:
+    output = evaluate(model, photos, *arguments, exit_code=2)
+    assert words in output and output.startswith("Error: ") and output.count("\n") == 1
+
+
+def test_images_without_labels_are_refused(model: Path, photos: Path, tmp_path: Path) -> None:
+    train = colored_dataset(9, 0)
+    hidden = Dataset.from_dict({"image": train["image"][:], "label": [-1] * 9}, features=train.features)
+    DatasetDict(train=train, test=hidden).save_to_disk(tmp_path / "hidden")
+    assert "9 of 9 images have no label" in evaluate(model, tmp_path / "hidden", exit_code=2)
+
+
+def test_matching_by_position_is_said() -> None:
+    numbers = ["LABEL_0", "LABEL_1", "LABEL_2"]
+    classes, sentence = match_labels(numbers, ["a", "b", "c"])
+    assert classes == [0, 1, 2] and "by position: LABEL_0 is a, ..., LABEL_2 is c" in sentence
+    assert match_labels(["a", "b", "c"], ["0", "1", "2"])[0] == [0, 1, 2]
+    assert match_labels(numbers, ["a", "b"])[0] is None
+    assert match_labels(["a", "b"], ["1", "2"])[0] is None  # names that happen to be digits
+    assert match_labels(["1", "0"], ["0", "1"])[0] == [1, 0]
+    assert match_labels(["crane", "owl", "crane"], ["owl", "crane"])[0] is None  # which of both?
+
+
+def test_of_many_classes_the_worst_are_printed(tmp_path: Path) -> None:
+    names = [f"kind {index:02}" for index in range(30)]
+    rows: dict[str, Any] = {"image": colored_dataset(60, 0)["image"][:], "label": [names[i % 30] for i in range(60)]}
+    features = colored_dataset(1, 0).features.copy()
+    features["label"] = features["label"].__class__(names=names)
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "kinds")
+    output = evaluate(save_model(tmp_path / "model", names), tmp_path / "kinds", "--split", "train")
+    assert "top-5" in output and "the 10 worst of 30 classes; --json writes all." in output
+    assert output.count("kind ") == 10
+
+
+@pytest.mark.slow
+def test_two_processes_measure_as_one(model: Path, photos: Path, tmp_path: Path) -> None:
+    launchers = {"one": (), "two": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")}
+    measured = {}
+    for name, launcher in launchers.items():
+        file = tmp_path / f"{name}.json"
+        command = [sys.executable, *launcher, "-m", "hf_vit.cli", "evaluate", str(model), str(photos)]
+        command += ["--json", str(file), "--batch-size", "4", "--probe", "knn", "--probe", "linear"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1") == 1
+        measured[name] = without_times(json.loads(file.read_text()))
+    assert (measured["one"].pop("processes"), measured["two"].pop("processes")) == (1, 2)
+    figures = [one.pop("figures") for one in measured.values()]
+    assert figures[1] == pytest.approx(figures[0], abs=1e-6) and figures[0]["count"] == 21  # no multiple of 2 times 4
+    assert measured["two"] == measured["one"]

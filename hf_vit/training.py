@@ -351,8 +351,9 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
     if checkpoint is not None and not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not there: output_dir must be on a disk that all machines share.")
     state = {} if checkpoint is None else load_state(checkpoint)
+    identity = {**asdict(config), "training images": data.train_length}
     if checkpoint is not None:
-        _refuse_other_run(config, state["config"], output_dir)
+        _refuse_other_run(identity, state["identity"], output_dir)
         if state["average"] is not None:
             with average.in_place():
                 load_weights(model, state["average"])
@@ -416,7 +417,7 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
                 "log": log.rows,
                 "broken": broken.names,
                 "images_an_epoch": of_processes,
-                "config": asdict(config),
+                "identity": identity,
                 "pace": asdict(pace),
                 "processes": accelerator.num_processes,
             }
@@ -577,8 +578,7 @@ def _limits(share: float, data: ImageData) -> dict[str, float]:
     return {"training": share * data.train_length, "evaluation": share * evaluation}
 
 
-def _refuse_other_run(config: TrainConfig, saved: dict[str, Any], output_dir: Path) -> None:
-    asked = asdict(config)
+def _refuse_other_run(asked: dict[str, Any], saved: dict[str, Any], output_dir: Path) -> None:
     different = [
         f"{name} {saved.get(name)!r} -> {value!r}"
         for name, value in asked.items()
@@ -586,8 +586,8 @@ def _refuse_other_run(config: TrainConfig, saved: dict[str, Any], output_dir: Pa
     ]
     if different:
         raise ValueError(
-            f"{output_dir} holds a run of another recipe ({'; '.join(different)}): choose another --output-dir, "
-            "or start anew there with --resume never."
+            f"{output_dir} holds a run of another recipe or other data ({'; '.join(different)}): choose another "
+            "--output-dir, or start anew there with --resume never."
         )
 
 

@@ -1,6 +1,7 @@
 """The loop: it learns, it resumes to the bit, it refuses what cannot work."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import transformers
 from tiny_run import (
     assert_same_weights,
+    colored_dataset,
     colored_images,
     log_of,
     save_photos,
@@ -87,7 +89,7 @@ def test_a_finished_run_is_not_trained_again(photos: Path, tmp_path: Path, monke
 def test_another_recipe_does_not_go_on_with_a_run(photos: Path, tmp_path: Path) -> None:
     train(tiny_recipe(photos, tmp_path, max_steps=2))
     with pytest.raises(
-        ValueError, match=r"holds a run of another recipe \(seed 0 -> 1\): choose another --output-dir"
+        ValueError, match=r"holds a run of another recipe or other data \(seed 0 -> 1\): choose another --output-dir"
     ):
         train(tiny_recipe(photos, tmp_path, max_steps=2, seed=1))
     train(tiny_recipe(photos, tmp_path, max_steps=2, num_workers=1, save_every=1))  # these change no weight
@@ -95,6 +97,15 @@ def test_another_recipe_does_not_go_on_with_a_run(photos: Path, tmp_path: Path) 
     foreign.write_text("mine")
     run = train(tiny_recipe(photos, tmp_path, max_steps=3, seed=1, resume="never"))
     assert run.metrics["steps"] == 3 and foreign.read_text() == "mine"
+
+
+def test_other_data_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+    photos = save_photos(tmp_path / "photos")
+    train(tiny_recipe(photos, tmp_path / "run", max_steps=2))
+    shutil.rmtree(photos / "train")
+    colored_dataset(55, seed=0).save_to_disk(str(photos / "train"))
+    with pytest.raises(ValueError, match=r"other data \(training images 54 -> 55\)"):
+        train(tiny_recipe(photos, tmp_path / "run", max_steps=2))
 
 
 def test_seeds_differ_and_repeat(photos: Path, tmp_path: Path) -> None:

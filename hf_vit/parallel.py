@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
@@ -58,6 +59,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "runs")),
     )
+    if accelerator.device.type == "cpu" and accelerator.num_processes > 2:
+        # DDP lays gradients out anew behind the first step, and the order in which more than two are added follows
+        # from the layout: a run that is resumed would differ in the last bits. With this, the first layout stays.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     is_fsdp_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if is_fsdp_asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate says that it shards on accelerators alone, and passes over the request elsewhere. Its FSDP2 has

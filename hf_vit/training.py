@@ -7,6 +7,7 @@ optimizer, the step and what was logged, and a run that was stopped goes on to t
 """
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -16,12 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -64,12 +67,19 @@ Publish = Callable[[int, Callable[[Path], None]], None]
 # --------------------------------------------------------------------------------------------------- the parts
 
 
-class Interrupted(Exception):
-    """A run was asked to stop, has saved where it stands, and can go on from there."""
+class Interrupted(BaseException):
+    """A run was asked to stop, has saved where it stands, and can go on from there.
+
+    No `Exception`: libraries turn these into errors of their own.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+class EvaluationStopped(Exception):
+    """A signal came while a run was evaluating."""
 
 
 class StopSignals:
@@ -105,6 +115,13 @@ class StopSignals:
         received = torch.tensor([self.received], device=accelerator.device)
         return int(accelerator.gather(received).max())
 
+    def heeded(self, batches: Iterable[Any], accelerator: Accelerator) -> Iterator[Any]:
+        """Yield batches of an evaluation until a signal comes; then raise `EvaluationStopped` with its number."""
+        for number, batch in enumerate(batches):
+            if signum := self.agreed(accelerator, number):
+                raise EvaluationStopped(signum)
+            yield batch
+
 
 class AveragedWeights:
     """An exponential moving average of a model's parameters.
@@ -114,7 +131,7 @@ class AveragedWeights:
     """
 
     def __init__(self, model: torch.nn.Module, decay: float | None) -> None:
-        self.decay = decay
+        self.decay, self.model = decay, model
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad] if decay else []
         self.pairs = [(parameter, parameter.detach().clone()) for parameter in learned]
 
@@ -135,6 +152,9 @@ class AveragedWeights:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the average and the weights."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # which may still hold whole weights of before
+                module.reshard()
         for parameter, average in self.pairs:
             weights = parameter.detach().clone()
             parameter.copy_(average)
@@ -194,8 +214,10 @@ class Pace:
     def paused(self) -> Iterator[None]:
         """Do what is no training."""
         self.lap()
-        yield
-        self.mark_of_training = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.mark_of_training = time.perf_counter()
 
     def figures(self) -> dict[str, float]:
         """Return seconds, images a second, and the share of the time that training waits for images."""
@@ -395,7 +417,7 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
         broken.add("training", gather_object(unread))
         unread.clear()
 
-    def save(step: int) -> None:
+    def save(step: int, is_evaluation_due: bool = False) -> None:
         # One dictionary holds all that is not the model: what is added here is resumed above.
         losses = _mean_over_processes(pending, accelerator)
         _refuse_nonfinite(losses, last_step=step)
@@ -410,6 +432,7 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
         if accelerator.is_main_process:
             state = {
                 "step": step,
+                "is_evaluation_due": is_evaluation_due,
                 "optimizer": of_optimizer,
                 "average": averaged,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -424,18 +447,33 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
             checkpoints.save(step, state, partial(_save_model, trained, weights, processor))
         accelerator.wait_for_everyone()
 
-    def evaluate() -> tuple[dict[str, Any], Predictions | None]:
-        with pace.paused(), average.in_place():
-            figures, unreadable, predictions = task.evaluate(model, eval_loader, accelerator, to_model)
+    def interrupt(signum: int, step: int) -> NoReturn:
+        name = signal.Signals(signum).name
+        message = f"Stopped by {name} behind step {step} of {total_steps}; saved in {checkpoints.folder}."
+        raise Interrupted(signum, message)
+
+    def evaluate(step: int, is_logged: bool = True) -> Predictions | None:
+        """Evaluate behind `step`. If a signal comes meanwhile, save, so that the next run begins with that."""
+        try:
+            with pace.paused(), average.in_place():
+                batches = signals.heeded(eval_loader, accelerator)
+                figures, unreadable, predictions = task.evaluate(model, batches, accelerator, to_model)
+        except EvaluationStopped as stopped:
+            if is_logged:
+                save(step, is_evaluation_due=True)
+            interrupt(stopped.args[0], step)
         broken.add("evaluation", unreadable)
-        return figures, predictions
+        if is_logged:
+            log.add(step, epoch=step / steps_in(1), **{f"eval_{name}": value for name, value in figures.items()})
+            shown.update({n: f"{figures[n]:.1%}" for n in ("accuracy",) if n in figures})
+        return predictions
 
     # ---- loop
     signals.has_begun = True
+    shown: dict[str, str] = {}
+    predictions = evaluate(done) if state.get("is_evaluation_due") else None
     batches = iter(training_loader(images, order, config.num_workers))
     bar = tqdm(total=total_steps, initial=done, unit="step", disable=not accelerator.is_main_process)
-    shown: dict[str, str] = {}
-    predictions = None
     model.train()
     with bar:
         for step in range(done, total_steps):
@@ -456,9 +494,10 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
                     loss = task.loss(model, to_model(batch["pixel_values"]), batch["labels"], generator)
                     accelerator.backward(loss)
                 step_loss += loss.detach() / config.accumulation_steps
-            if config.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            if config.on_nonfinite == "skip" and not _is_finite(step_loss, model, accelerator):
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+            if accelerator.scaler is None:  # which passes over steps that overflow
+                step_loss += 0 * _whole(norm)  # a gradient that is not finite shows in the loss of its step
+            if config.on_nonfinite == "skip" and not accelerator.reduce(step_loss.clone()).isfinite():
                 say(f"Skipped step {step + 1}: its loss or gradient is not finite.")
                 log.add(step + 1, epoch=epoch, skipped=True)
                 if accelerator.scaler is not None:  # it passes over the step, too, and scales less from now on
@@ -489,9 +528,7 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
 
             # evaluate
             if (step + 1) % eval_every == 0 or is_last:
-                figures, predictions = evaluate()
-                log.add(step + 1, epoch=epoch, **{f"eval_{name}": value for name, value in figures.items()})
-                shown.update({n: f"{figures[n]:.1%}" for n in ("accuracy",) if n in figures})
+                predictions = evaluate(step + 1)
                 bar.set_postfix(shown)
 
             # save
@@ -505,14 +542,11 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
                     if accelerator.is_main_process:
                         publish(step + 1, partial(_save_model, trained, weights, processor))
             if stop:
-                name = signal.Signals(stop).name
-                raise Interrupted(
-                    stop, f"Stopped by {name} behind step {step + 1} of {total_steps}; saved in {checkpoints.folder}."
-                )
+                interrupt(stop, step + 1)
 
     # ---- finish
     if predictions is None and TASKS[config.task].needs_labels:  # every step was done before
-        _, predictions = evaluate()
+        predictions = evaluate(total_steps, is_logged=False)
     pace.lap()
     metrics = {
         **{name: value for name, value in log.rows[-1].items() if name.startswith("eval_")},
@@ -555,11 +589,9 @@ def _mean_over_processes(losses: list[Tensor], accelerator: Accelerator) -> Tens
     return accelerator.reduce(stacked.double(), "mean").float()
 
 
-def _is_finite(loss: Tensor, model: torch.nn.Module, accelerator: Accelerator) -> bool:
-    """Return whether loss and gradients are finite on every process."""
-    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-    total = loss + sum(norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms)
-    return bool(accelerator.reduce(total.clone(), "sum").isfinite())
+def _whole(norm: Tensor) -> Tensor:
+    """Return a norm as a plain tensor; of sharded gradients it is distributed."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _refuse_nonfinite(losses: Tensor, last_step: int) -> None:
@@ -567,7 +599,7 @@ def _refuse_nonfinite(losses: Tensor, last_step: int) -> None:
     if broken:
         step = last_step - len(losses) + 1 + broken[0]
         raise FloatingPointError(
-            f"The loss of step {step} is {losses[broken[0]].item()}: the run stops, the checkpoints before it are "
+            f"Step {step} is not finite, its loss or its gradient: the run stops, the checkpoints before it are "
             "good. Try a lower learning_rate, a longer warmup_epochs, precision: fp32, or on_nonfinite: skip."
         )
 

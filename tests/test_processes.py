@@ -111,18 +111,20 @@ def _processes_below(folder: Path) -> list[str]:
     return [name for name in found if name != str(os.getpid())]
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
-def test_two_processes_killed_go_on_exactly(photos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(("number", "environment"), [(2, {}), (4, {}), (2, FSDP)], ids=["ddp", "ddp-of-4", "fsdp2"])
+def test_processes_killed_go_on_exactly(
+    photos: Path, tmp_path: Path, number: int, environment: dict[str, str]
+) -> None:
     fields = {**EVERYTHING, "epochs": 3, "num_workers": 0, "batch_size": 8, "log_every": 3}
-    finish(tiny_recipe(photos, tmp_path / "whole", **fields), 2, **environment)
+    finish(tiny_recipe(photos, tmp_path / "whole", **fields), number, **environment)
     config = tiny_recipe(photos, tmp_path / "parts", **fields)
     for lines in (2, 4):
-        processes = start_all(config, tmp_path / "parts.txt", **environment)
+        processes = start_all(config, tmp_path / "parts.txt", number, **environment)
         wait_for(lambda lines=lines: lines_of(tmp_path / "parts") >= lines)
         for process in processes:
             process.kill()
             process.join()
-    printed = finish(config, 2, **environment)
+    printed = finish(config, number, **environment)
     assert "Resuming from" in printed and "no longer bit for bit" not in printed
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -158,7 +160,10 @@ def say_and_wait() -> None:
 
     def load(*arguments: Any, **options: Any) -> None:
         print("loading", flush=True)
-        time.sleep(60)
+        try:
+            time.sleep(60)
+        except Exception as error:  # as libraries do
+            raise RuntimeError("could not load") from error
 
     training.load_data = load
 
@@ -176,7 +181,8 @@ def test_a_signal_to_one_of_two_processes_stops_both(photos: Path, tmp_path: Pat
 
 
 def test_one_process_and_two_learn_alike(photos: Path, tmp_path: Path) -> None:
-    fields = {"model_config": WITHOUT_DROPOUT, "ema_decay": 0.8, "max_grad_norm": 0.3, "epochs": 4, "log_every": 1}
+    fields = {"model_config": WITHOUT_DROPOUT, "ema_decay": 0.95, "max_grad_norm": 0.3, "epochs": 4, "log_every": 1}
+    fields |= {"save_every": 100}  # to save brings shards to order: it must not be what makes them equal
     finish(tiny_recipe(photos, tmp_path / "one", **fields))
     finish(tiny_recipe(photos, tmp_path / "ddp", accumulation_steps=2, **fields), 2)
     finish(tiny_recipe(photos, tmp_path / "fsdp2", accumulation_steps=2, **fields), 2, **FSDP)
@@ -243,7 +249,7 @@ def test_what_is_not_finite_in_one_process_is_so_in_both(
     processes = start_all(
         tiny_recipe(photos, tmp_path / "stopped"), tmp_path / "out.txt", 2, spoil_in_one_of_two, **environment
     )
-    assert ends(processes, tmp_path / "out.txt", 1).count("The loss of step 5 is nan") == 2
+    assert ends(processes, tmp_path / "out.txt", 1).count("Step 5 is not finite") == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny_run import assert_same_weights, colored_dataset, save_photos, spoil_lo
 
 from hf_vit import HFViTForImageClassification, checkpointing
 from hf_vit import training as training_module
-from hf_vit.training import CHECKPOINTS, LOG, METRICS, TASKS, Interrupted, Run, RunLog, train
+from hf_vit.training import CHECKPOINTS, LOG, METRICS, TASKS, Interrupted, Run, RunLog, StopSignals, train
 
 
 class Killed(BaseException):
@@ -84,6 +84,29 @@ def test_fine_tuning_at_another_size_resumes(photos: Path, tmp_path: Path, monke
         stop_at(4, patch)
         with pytest.raises(Interrupted):
             train(tiny_recipe(photos, tmp_path / "parts", **fields))
+    assert_same_run(train(tiny_recipe(photos, tmp_path / "parts", **fields)), whole)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_signal_in_an_evaluation_saves_at_once(
+    epoch: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"ema_decay": 0.9, "save_every": 100}
+    whole = train(tiny_recipe(photos, tmp_path / "whole", **fields))
+    heeded, calls = StopSignals.heeded, []
+
+    def stopping(self: StopSignals, *arguments: Any) -> Any:
+        calls.append(1)
+        for batch in heeded(self, *arguments):
+            if len(calls) == epoch:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "heeded", stopping)
+        with pytest.raises(Interrupted, match=f"Stopped by SIGTERM behind step {3 * epoch} of 9; saved in"):
+            train(tiny_recipe(photos, tmp_path / "parts", **fields))
+    assert len(calls) == epoch
     assert_same_run(train(tiny_recipe(photos, tmp_path / "parts", **fields)), whole)
 
 

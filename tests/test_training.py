@@ -11,6 +11,7 @@ import torch
 import transformers
 from tiny_run import (
     assert_same_weights,
+    at_step,
     colored_dataset,
     colored_images,
     log_of,
@@ -24,6 +25,7 @@ from tiny_run import (
 from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit import training as training_module
 from hf_vit.recipe import TrainConfig
+from hf_vit.tasks import Classification
 from hf_vit.training import CHECKPOINTS, METRICS, TIMING, StopSignals, train
 
 
@@ -138,9 +140,37 @@ def test_a_loss_that_is_not_finite_names_the_step(
         "apply",
         lambda self, optimizer, rate, step: apply(self, optimizer, float("nan") if step == 3 else rate, step),
     )
-    with pytest.raises(FloatingPointError, match="The loss of step 5 is nan"):  # step 4 spoils the weights
+    with pytest.raises(
+        FloatingPointError, match="Step 5 is not finite, its loss or its gradient"
+    ):  # step 4 spoils the weights
         train(tiny_recipe(photos, tmp_path, log_every=100, save_every=4))
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_a_gradient_that_is_not_finite_is_not_saved(
+    max_grad_norm: float | None, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spoiling(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("nan")
+
+    measure, spoilt = Classification.loss, []
+
+    def loss(self: Classification, *arguments: Any) -> torch.Tensor:
+        value = measure(self, *arguments)
+        return Spoiling.apply(value) if spoilt else value  # type: ignore[no-untyped-call]
+
+    at_step(3, lambda: spoilt.append(True), monkeypatch)
+    monkeypatch.setattr(Classification, "loss", loss)
+    with pytest.raises(FloatingPointError, match="Step 4 is not finite, its loss or its gradient"):
+        train(tiny_recipe(photos, tmp_path, save_every=1, max_grad_norm=max_grad_norm))
+    assert max(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == "step-00000003"
 
 
 def test_a_loss_that_is_not_finite_may_be_skipped(

@@ -29,6 +29,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+MISSING: dict[str, Any] = {"bytes": None, "path": None}  # an image where a table has none
 
 
 def seed_of(*parts: int | str) -> int:
@@ -181,7 +182,7 @@ class _Streams(_Tables):
         limit = int(_share(self.fraction) * 2**63)
 
         def is_held_out(row: dict[str, Any]) -> bool:
-            return seed_of(self.seed, "split", identity_of(row[self.columns[0]])) < limit
+            return seed_of(self.seed, "split", identity_of(row[self.columns[0]] or MISSING)) < limit
 
         return split.filter(lambda row: not is_held_out(row)), split.filter(is_held_out)
 
@@ -349,4 +350,4 @@ def stored_rows(split: Any, columns: tuple[str, str | None]) -> Iterator[tuple[d
     """Yield the images of such a split, each with its label; 0 where there are none."""
     image, label = columns
     for row in split:
-        yield row[image], row[label] if label else 0
+        yield row[image] or MISSING, row[label] if label else 0

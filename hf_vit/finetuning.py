@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -12,6 +13,9 @@ from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
 
 logger = logging.get_logger(__name__)
+
+# What is learned is float32, whatever was stored: a small step is lost in half precision.
+LOADING: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
 
 
 def fields_of_labels(label_names: Sequence[str]) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def load_classifier(
     checkpoint = open_checkpoint(source)
     stored = list((checkpoint.config.id2label or {}).values())
     loaded: Any = HFViTForImageClassification.from_pretrained(
-        source, ignore_mismatched_sizes=True, output_loading_info=True, **{**fields_of_labels(label_names), **fields}
+        source, **LOADING, **{**fields_of_labels(label_names), **fields}
     )
     model, report = loaded
     _refuse_other_architecture(source, report, "classifier.", fields)
@@ -67,9 +71,7 @@ def load_for_masked_patches(
         source, fields: As for `load_classifier`, which says what is raised.
     """
     checkpoint = open_checkpoint(source)
-    loaded: Any = HFViTForMaskedImageModeling.from_pretrained(
-        source, ignore_mismatched_sizes=True, output_loading_info=True, **fields
-    )
+    loaded: Any = HFViTForMaskedImageModeling.from_pretrained(source, **LOADING, **fields)
     model, report = loaded
     _refuse_other_architecture(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
     return model, _processor(checkpoint, model)

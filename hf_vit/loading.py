@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import functional as tvF
 
-from .data import ImageData, as_stored, identity_of, seed_of, stored_rows
+from .data import MISSING, ImageData, as_stored, identity_of, seed_of, stored_rows
 
 # Rows of a stream that are read ahead of the workers.
 READ_AHEAD = 256
@@ -133,7 +133,7 @@ class Images(torch.utils.data.Dataset):
         }
 
     def _stored(self, index: int) -> dict[str, Any]:
-        return self.split[index][self.columns[0]]
+        return self.split[index][self.columns[0]] or MISSING
 
     def _read(self, stored: dict[str, Any]) -> Tensor | None:
         try:
@@ -249,8 +249,6 @@ class TableOrder(Sampler[list[Visit]]):
     def __init__(
         self, length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: Parts = WHOLE
     ) -> None:
-        if batch_size > length:
-            raise ValueError(f"batch_size={batch_size} is more than the {length} training images: make it smaller.")
         parts.check(batch_size)
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.first_step, self.last_step, self.parts = first_step, last_step, parts
@@ -460,6 +458,10 @@ def training_order(
     images_an_epoch: Sequence[int] | None = None,
 ) -> TableOrder | StreamOrder:
     """Return the order that fits the data, from the first of `steps` to before the last."""
+    if batch_size > data.train_length:
+        raise ValueError(
+            f"batch_size={batch_size} is more than the {data.train_length} training images: make it smaller."
+        )
     if data.is_stream:
         return StreamOrder(images, batch_size, seed, *steps, parts, buffer, images_an_epoch)
     return TableOrder(data.train_length, batch_size, seed, *steps, parts)

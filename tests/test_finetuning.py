@@ -7,7 +7,8 @@ import torch
 from isolated import save_tiny_classifier
 from safetensors.torch import load_file
 
-from hf_vit.finetuning import load_classifier
+from hf_vit import HFViTForImageClassification
+from hf_vit.finetuning import load_classifier, load_for_masked_patches
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,12 @@ def test_the_head_is_kept_for_the_same_labels_alone(folder: Path, caplog: pytest
 def test_another_size_brings_its_processor(folder: Path) -> None:
     model, processor = load_classifier(folder, ["a", "b"], image_size=(64, 48))
     assert tuple(model.config.image_size) == (64, 48) and dict(processor.size) == {"height": 64, "width": 48}
+
+
+def test_half_precision_is_learned_in_whole(folder: Path, tmp_path: Path) -> None:
+    HFViTForImageClassification.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for model, _ in (load_classifier(tmp_path, ["a", "b"]), load_for_masked_patches(tmp_path)):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_nothing_but_the_head_is_made_up(folder: Path) -> None:

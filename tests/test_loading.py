@@ -34,6 +34,7 @@ from hf_vit.loading import (
     read_ahead,
     steps_of,
     training_loader,
+    training_order,
 )
 
 COLUMNS = ("image", "label")
@@ -130,13 +131,17 @@ def test_processes_share_the_batch_of_one() -> None:
         assert shared == batch
 
 
-@pytest.mark.parametrize(
-    ("length", "parts", "message"),
-    [(8, Parts(1, 1, 0), "more than the 8 training images"), (40, Parts(1, 5, 0), r"divisible by .* = 1 \* 5")],
-)
-def test_a_batch_must_fit(length: int, parts: Parts, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TableOrder(length, 12, 0, 0, 1, parts)
+def test_a_batch_must_be_divisible() -> None:
+    with pytest.raises(ValueError, match=r"divisible by .* = 1 \* 5"):
+        TableOrder(40, 12, 0, 0, 1, Parts(1, 5, 0))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_batch_must_fit(streaming: bool, tmp_path: Path) -> None:
+    shards(tmp_path)
+    data = load_data(tmp_path, streaming=streaming)
+    with pytest.raises(ValueError, match="batch_size=31 is more than the 30 training images"):
+        training_order(data, training_images(data.train), 31, 0, (0, 1), Parts(), 8)
 
 
 def test_steps_of_epochs() -> None:
@@ -383,6 +388,7 @@ BROKEN = {
     "text": {"bytes": b"404 not found", "path": None},
     "missing": {"bytes": None, "path": "/no/such/folder/train/missing.jpg"},
     "nothing": {"bytes": None, "path": None},
+    "null": None,
 }
 
 
@@ -398,13 +404,13 @@ def with_broken(kinds: list[str]) -> Dataset:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_image_is_left_out_and_named(cache: str, num_workers: int) -> None:
     data = with_broken(list(BROKEN))
-    (batch,) = evaluation_loader(EvaluationImages(data, COLUMNS, processor(), cache), 7, num_workers)
-    assert batch["index"].tolist() == [0, -1, -1, -1, -1, -1, 6]
-    names = ["train/truncated.jpg", "train/empty.jpg", "image 3", "train/missing.jpg", "image 5"]
+    (batch,) = evaluation_loader(EvaluationImages(data, COLUMNS, processor(), cache), 8, num_workers)
+    assert batch["index"].tolist() == [0, -1, -1, -1, -1, -1, -1, 7]
+    names = ["train/truncated.jpg", "train/empty.jpg", "image 3", "train/missing.jpg", "image 5", "image 6"]
     assert batch["broken"] == names
-    good = {0: batch["pixel_values"][0], 6: batch["pixel_values"][6]}
+    good = {0: batch["pixel_values"][0], 7: batch["pixel_values"][7]}
     stand_ins = batch["labels"].tolist()
-    assert set(stand_ins) == {0, 6}
+    assert set(stand_ins) == {0, 7}
     for pixels, label in zip(batch["pixel_values"], stand_ins, strict=True):
         assert torch.equal(pixels, good[label])
 
@@ -425,12 +431,12 @@ def test_training_goes_on_round_broken_images() -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_broken_images_of_a_stream_are_named(num_workers: int) -> None:
     stream = with_broken(list(BROKEN)).cast_column("image", Image(decode=False)).to_iterable_dataset()
-    (batch,) = evaluation_loader(EvaluationImages(stream, COLUMNS, processor()), 7, num_workers)
-    assert batch["index"].tolist() == [0, -1, -1, -1, -1, -1, 6]
-    assert batch["broken"][:2] == ["train/truncated.jpg", "train/empty.jpg"] and len(batch["broken"]) == 5
-    order = StreamOrder(training_images(stream), 7, 0, 0, 2, buffer=4)
+    (batch,) = evaluation_loader(EvaluationImages(stream, COLUMNS, processor()), 8, num_workers)
+    assert batch["index"].tolist() == [0, -1, -1, -1, -1, -1, -1, 7]
+    assert batch["broken"][:2] == ["train/truncated.jpg", "train/empty.jpg"] and len(batch["broken"]) == 6
+    order = StreamOrder(training_images(stream), 8, 0, 0, 2, buffer=4)
     for batch in training_loader(training_images(stream), order, num_workers):
-        assert len(batch["broken"]) == 5 and set(batch["labels"].tolist()) == {0, 6}
+        assert len(batch["broken"]) == 6 and set(batch["labels"].tolist()) == {0, 7}
         assert (batch["index"] >= 0).sum() == 2
 
 

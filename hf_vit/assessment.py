@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from .loading import EvaluationImages, evaluation_loader, normalize
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from .parallel import resolve_precision
+from .recipe import RECIPE
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
     "linear": probing.linear_probe,
@@ -67,9 +69,21 @@ def assess(
     accelerator = Accelerator(mixed_precision=resolve_precision(precision))
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
     of_model = _classes_of(checkpoint)
+    recipe = _recipe_of(source)  # a part of the data that it held out is held out here
     with accelerator.local_main_process_first():  # the others read what it prepared
-        data = load_data(data_source, eval_split=split, image_column=image_column, label_column=label_column)
+        data = load_data(
+            data_source,
+            eval_split=split,
+            image_column=image_column,
+            label_column=label_column,
+            needs_train=bool(probes),
+            **{name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe},
+        )
     classes, sentence = match_labels(of_model, data.label_names)
+    if data.eval_split == "held out" and recipe.get("streaming"):
+        sentence = (
+            f"{sentence} It learned from a stream, which holds out other images: it may have seen these.".strip()
+        )
     if classes is None and not probes:
         raise ValueError(f"{sentence} To measure the features alone, add --probe.")
     if probes and _is_same(data):
@@ -144,6 +158,9 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
     if of_model == of_data:
         return list(range(len(of_data))), ""
     number = Counter(of_model)  # two of ImageNet's classes are called crane
+    pairs = list(zip(of_model, of_data, strict=False))
+    if len(of_model) == len(of_data) and all(ours == theirs or number[ours] > 1 for ours, theirs in pairs):
+        return list(range(len(of_data))), "Classes of the model that share a name are taken by position."
     place = {name: index for index, name in enumerate(of_model) if number[name] == 1}
     if all(name in place for name in of_data):
         sentence = "Classes are matched by name; their order differs."
@@ -178,6 +195,12 @@ def _classes_of(checkpoint: Checkpoint) -> list[str] | None:
     if checkpoint.architecture != HFViTForImageClassification.__name__ or not config.num_labels:
         return None
     return [config.id2label[index] for index in range(config.num_labels)]
+
+
+def _recipe_of(source: str) -> dict[str, Any]:
+    """Return the fields of the run that left a model in a folder, if they are there."""
+    path = Path(source) / RECIPE
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _load(checkpoint: Checkpoint, source: str, image_size: tuple[int, int] | None) -> tuple[Any, HFViTImageProcessor]:

@@ -77,6 +77,7 @@ def load_data(
     streaming: bool = False,
     train_images: int | None = None,
     needs_labels: bool = True,
+    needs_train: bool = True,
 ) -> ImageData:
     """Load images, with something held out.
 
@@ -95,16 +96,20 @@ def load_data(
         train_images: Number of training images in a stream; read through it once if neither this nor the source
             says it. The same pass finds the classes of labels that have no names.
         needs_labels: Whether data without labels is refused.
+        needs_train: Whether a split to learn from is; without, what is only for testing is taken whole.
 
     Raises:
         ValueError: If the source is nothing of these, or splits or columns cannot be told.
     """
     splits = _open(source, streaming)
-    train_name = _choose("train_split", splits, train_split, TRAIN_SPLITS)
-    if eval_split is None:
-        eval_split = next((name for name in EVAL_SPLITS if name in splits and name != train_name), None)
-    elif eval_split not in splits:
+    usual = [name for name in EVAL_SPLITS if name in splits]
+    if eval_split is not None and eval_split not in splits:
         raise ValueError(f"There is no split {eval_split!r} in {source}: it has {', '.join(splits)}.")
+    if not needs_train and (eval_split or usual):
+        train_name = eval_split = eval_split or usual[0]
+    else:
+        train_name = _choose("train_split", splits, train_split, TRAIN_SPLITS)
+        eval_split = eval_split or next((name for name in usual if name != train_name), None)
     used = [splits[name] for name in (train_name, eval_split) if name is not None]
     features = _known(used[0]).features
     image_column = _choose("image_column", _images_in(features), image_column, IMAGE_COLUMNS)

@@ -286,11 +286,13 @@ class BackgroundPush:
 
     def submit(self, write: Callable[[Path], None], message: str) -> None:
         """Have `write` fill an empty folder with what is to be pushed, and push that when its turn comes."""
-        folder = Path(tempfile.mkdtemp(dir=self.snapshots))
+        folder = None
         try:
+            folder = Path(tempfile.mkdtemp(dir=self.snapshots))
             write(folder)
         except Exception as error:  # a full disk, say: no reason to end a run
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
             self._give_up(message, error)
             with self.state:
                 self.is_current = False

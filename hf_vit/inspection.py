@@ -52,7 +52,7 @@ def plot_position_similarity(similarity: np.ndarray, title: str = "Similarity of
     itself = similarity.reshape(rows * columns, -1).argmax(axis=1).reshape(rows, columns)
     others = similarity.reshape(rows * columns, -1)[~np.eye(rows * columns, dtype=bool)]
     # Every patch is wholly similar to itself: without it, the scale shows the differences between the others.
-    low, high = float(others.min()), float(others.max())
+    low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
     cell = min(1.0, 7.0 / max(rows, columns))
     figure = _figure(columns * cell + 1.5, rows * cell + 1.3)
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
@@ -71,7 +71,7 @@ def plot_position_similarity(similarity: np.ndarray, title: str = "Similarity of
                 axis.set_xlabel(str(column + 1))
     figure.supxlabel("column of the patch", fontsize=10, color=INK)
     figure.supylabel("row of the patch", fontsize=10, color=INK)
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure.suptitle(_plain(title), fontsize=12, color=INK)
     scale = figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8, aspect=35, pad=0.02)
     scale.outline.set_visible(False)
     return figure
@@ -104,7 +104,7 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Fi
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e6e8eb", lw=0.8)
         axis.set_axisbelow(True)
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure.suptitle(_plain(title), fontsize=12, color=INK)
     return figure
 
 
@@ -150,7 +150,7 @@ def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "
         color = "white" if share > (55 if row == column else 40) else INK
         text = "<1" if share < 1 else f"{share:.0f}"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure.suptitle(_plain(title), fontsize=12, color=INK)
     return figure
 
 
@@ -161,7 +161,12 @@ def _root_scale() -> Any:
 
 
 def _short(name: str, length: int = 22) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    return _plain(name if len(name) <= length else f"{name[: length - 1]}…")
+
+
+def _plain(text: str) -> str:
+    """Return a text for matplotlib, which takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def shown_predictions(predictions: Any, columns: int = 8, seed: int = 0) -> list[int]:
@@ -199,7 +204,7 @@ def plot_predictions(
 
     rows = [-(-len(places) // columns) for _, places in shown]
     figure = _figure(columns * 1.25, sum(rows) * 1.6 + 0.45 * len(shown) + 0.4)
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure.suptitle(_plain(title), fontsize=12, color=INK)
     parts = figure.subfigures(len(shown), 1, height_ratios=[count + 0.3 for count in rows], squeeze=False)[:, 0]
     for part, (heading, places), count in zip(parts, shown, rows, strict=True):
         part.suptitle(heading, fontsize=10, color=GRAY)

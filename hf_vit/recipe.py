@@ -12,6 +12,7 @@ from typing import Any, Self, get_args
 
 import yaml
 
+RECIPE = "recipe.yaml"  # in the folder of a run
 # By what Accelerate calls them.
 PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -154,7 +155,8 @@ class TrainConfig:
     def from_recipe(cls, recipe: str | Path, **overrides: Any) -> Self:
         """Read a recipe, a name of those that come with the package or a YAML file; `overrides` win over it.
 
-        A field of the architecture alone is overridden as `model_config.NAME`.
+        A field of the architecture alone is overridden as `model_config.NAME`. A recipe that describes a model of its
+        own describes no other: with another `model`, its `model_config` and `position_std` are left out.
 
         Raises:
             ValueError: If there is no such recipe, or a name that is no field, with the nearest that is.
@@ -163,8 +165,12 @@ class TrainConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{recipe} is no recipe: it must be a YAML file of fields and values.")
         _refuse_unknown(values)
+        if overrides.get("model") and values.get("model") is None:  # the recipe describes a model of its own
+            values.pop("model_config", None)
+            values.pop("position_std", None)
         for name, value in overrides.items():
             if name.startswith("model_config."):
+                value = value if (number := _float(value)) is None or not isinstance(value, str) else number
                 architecture = {**(values.get("model_config") or {}), name.removeprefix("model_config."): value}
                 values["model_config"] = architecture
             else:

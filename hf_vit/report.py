@@ -15,8 +15,8 @@ from .data import ImageData
 from .evaluation import Predictions
 from .hub import BackgroundPush, check_folder, machine, write_card
 from .loading import EvaluationImages, Visit
-from .recipe import TrainConfig
-from .training import RECIPE, Run, train
+from .recipe import RECIPE, TrainConfig
+from .training import Run, train
 from .variants import VARIANTS
 
 SHOWN_CLASSES = 50  # of more, the best and the worst are listed
@@ -58,7 +58,7 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
         say(f"Publish it:  hf-vit push {run.output_dir} YOUR_NAME/{run.output_dir.resolve().name}")
     else:
         hub.submit(lambda folder: _copy(run.output_dir, folder), "Trained model")
-        if hub.finish():
+        if hub.finish(timeout=1800):  # a connection may hang for ever, and a finished job hold its GPUs
             say(f"Published at {hub.url}")
         else:
             say(f"Not published; try again:  hf-vit push {run.output_dir} {config.push_to_hub}")
@@ -177,7 +177,7 @@ def _sections(run: Run, command: str) -> dict[str, str]:
 _FINE_TUNING = """It has no classifier yet. Images in folders, a folder a class, of any size, teach it one:
 
 ```bash
-hf-vit train --recipe flowers --data FOLDER --model "{name}"
+hf-vit train --recipe flowers --data FOLDER --model "{name}" --output-dir "{name}-tuned"
 ```"""
 
 

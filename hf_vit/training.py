@@ -56,10 +56,10 @@ from .parallel import (
     start_tracker,
     whole_weights,
 )
-from .recipe import FREE_TO_CHANGE, TrainConfig
+from .recipe import FREE_TO_CHANGE, RECIPE, TrainConfig
 from .tasks import TASKS, build_model
 
-RECIPE, METRICS, TIMING, LOG, CHECKPOINTS = "recipe.yaml", "metrics.json", "timing.json", "log.jsonl", "checkpoints"
+METRICS, TIMING, LOG, CHECKPOINTS = "metrics.json", "timing.json", "log.jsonl", "checkpoints"
 # Called with a step and a function that writes the model into a folder.
 Publish = Callable[[int, Callable[[Path], None]], None]
 
@@ -294,6 +294,8 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
     if config.mixup is None:
         config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
     output_dir = Path(config.output_dir)
+    if config.model is not None and Path(config.model).resolve() == output_dir.resolve():
+        raise ValueError(f"{output_dir} holds the model to begin from: choose another --output-dir.")
     accelerator = build_accelerator(config)
     parts = Parts(config.accumulation_steps, *data_parts(accelerator))
     say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.assessment import match_labels
 from hf_vit.cli import app
+from hf_vit.recipe import RECIPE, TrainConfig
 
 runner = CliRunner()
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +144,28 @@ def test_a_split_is_what_was_asked_for(model: Path, photos: Path, tmp_path: Path
     assert "Probes learn from" in evaluate(model, photos, "--split", "train", "--probe", "knn", exit_code=2)
 
 
+def test_what_is_only_for_testing_is_measured_whole(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    colored_dataset(20, 0).to_parquet(str(tmp_path / "data" / "test.parquet"))
+    assert "split test: 20 images" in evaluate(model, tmp_path / "data")
+    colored_dataset(10, 1).to_parquet(str(tmp_path / "data" / "validation.parquet"))
+    assert "split validation: 10 images" in evaluate(model, tmp_path / "data")
+    assert "split test: 20 images" in evaluate(model, tmp_path / "data", "--split", "test")
+    assert "Which train_split?" in evaluate(model, tmp_path / "data", "--probe", "knn", exit_code=2)
+
+
+def test_what_a_run_held_out_is_held_out(tmp_path: Path) -> None:
+    DatasetDict(train=colored_dataset(40, 0)).save_to_disk(tmp_path / "alone")
+    model = save_model(tmp_path / "tiny", list(COLORS))
+    for fields, count, words in (
+        ({"eval_fraction": 0.1, "split_seed": 3}, 3, "the part that is held out: 3 images"),
+        ({"streaming": True}, 9, "It learned from a stream, which holds out other images: it may have seen these."),
+    ):
+        (model / RECIPE).write_text(TrainConfig(**fields).to_yaml())
+        assert measure(tmp_path, model, tmp_path / "alone")["images"] == count
+        assert words in evaluate(model, tmp_path / "alone")
+
+
 def test_broken_images_are_left_out_and_named(model: Path, tmp_path: Path) -> None:
     for index, image in enumerate(colored_dataset(30, 0)["image"]):
         file = tmp_path / "photos" / list(COLORS)[index % 3] / f"{index}.png"
@@ -197,6 +220,8 @@ def test_matching_by_position_is_said() -> None:
     assert match_labels(["a", "b"], ["1", "2"])[0] is None  # names that happen to be digits
     assert match_labels(["1", "0"], ["0", "1"])[0] == [1, 0]
     assert match_labels(["crane", "owl", "crane"], ["owl", "crane"])[0] is None  # which of both?
+    classes, sentence = match_labels(["crane", "owl", "crane"], ["crane", "owl", "crane bird"])
+    assert classes == [0, 1, 2] and sentence == "Classes of the model that share a name are taken by position."
 
 
 def test_of_many_classes_the_worst_are_printed(tmp_path: Path) -> None:

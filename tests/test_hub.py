@@ -352,6 +352,14 @@ def test_a_failed_push_is_tried_again(folder: Path, client: Hub) -> None:
     assert [request.status for request in client.asked("/api/repos/create")] == [503, 503, 200]
 
 
+def test_a_lost_folder_of_snapshots_ends_no_run(folder: Path, client: Hub) -> None:
+    said: list[str] = []
+    hub = BackgroundPush("tester/run", say=said.append, token=SHAPED)
+    shutil.rmtree(hub.snapshots)
+    hub.submit(copying(folder), "Step 1")
+    assert said[0].startswith("Step 1 was not pushed to tester/run, the run goes on. FileNotFoundError: ")
+
+
 def test_a_push_is_given_up_and_the_next_one_tried(folder: Path, client: Hub) -> None:
     client.fail("POST /api/repos/create", status=507, times=3)
     said: list[str] = []

@@ -89,6 +89,19 @@ def test_confusion_says_shares_of_the_true_class(number: int, tmp_path: Path) ->
     draw(figure, tmp_path / "confusion.png")
 
 
+@pytest.mark.parametrize("name", ["$50% off, $5", "A$^$", r"$\x$", "a_b^c", "bird|plane", "two\nlines"])
+def test_names_are_no_formulas(name: str, tmp_path: Path) -> None:
+    draw(plot_confusion(torch.eye(2, dtype=torch.long), [name, "b"], title=name), tmp_path / "confusion.png")
+    classes = torch.tensor([0, 1])
+    answers = Predictions(classes, classes.flip(0), torch.ones(2), torch.ones(2), classes, 2)
+    pictures = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    draw(plot_predictions(pictures.__getitem__, answers, [name, "b"], title=name), tmp_path / "predictions.png")
+
+
+def test_a_single_patch_is_drawn(tmp_path: Path) -> None:
+    draw(plot_position_similarity(np.ones((1, 1, 1, 1))), tmp_path / "positions.png")
+
+
 def test_only_images_that_are_shown_are_read(tmp_path: Path) -> None:
     """Those drawn by chance, and the mistakes that the model was surest of, the surest first."""
     labels = [index % 3 for index in range(200)]

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "loading": {"data"},
     "evaluation": set(),
     "probing": set(),
-    "assessment": {"checkpoints", "data", "evaluation", "hub", "loading", "model", "parallel", "probing"},
+    "assessment": {"recipe", "checkpoints", "data", "evaluation", "hub", "loading", "model", "parallel", "probing"},
     "checkpointing": set(),
     "parallel": {"recipe"},
     "tasks": {"recipe", "data", "augmentation", "evaluation", "finetuning", "model", "variants"},

@@ -380,6 +380,17 @@ def test_overrides_win_over_the_recipe() -> None:
     assert config.betas == TrainConfig.from_recipe("digits").betas
 
 
+def test_another_model_is_not_made_like_the_one_of_the_recipe() -> None:
+    assert TrainConfig.from_recipe("flowers").model_config and TrainConfig.from_recipe("flowers").position_std == 0.5
+    for model in ("ViT-B/16", "someone/a-vit"):
+        config = TrainConfig.from_recipe("flowers", model=model)
+        assert (config.model_config, config.position_std, config.image_size) == ({}, None, 160)
+    given = {"model_config.pooling": "mean", "model_config.layer_scale_init_value": "1e-4", "position_std": 0.1}
+    config = TrainConfig.from_recipe("flowers", model="ViT-B/16", **given)
+    assert (config.model_config, config.position_std) == ({"pooling": "mean", "layer_scale_init_value": 1e-4}, 0.1)
+    assert TrainConfig.from_recipe("linear-probe", model="someone/a-vit").model_config["pooling"] == "cls_and_mean"
+
+
 def test_fields_of_the_architecture_are_overridden_one_by_one() -> None:
     before = TrainConfig.from_recipe("digits").model_config
     config = TrainConfig.from_recipe("digits", **{"model_config.hidden_size": 48, "model_config.pooling": "mean"})

@@ -101,6 +101,12 @@ def test_another_recipe_does_not_go_on_with_a_run(photos: Path, tmp_path: Path) 
     assert run.metrics["steps"] == 3 and foreign.read_text() == "mine"
 
 
+def test_a_model_is_not_replaced_by_what_is_made_of_it(photos: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(photos, tmp_path, max_steps=1))
+    with pytest.raises(ValueError, match="holds the model to begin from: choose another --output-dir"):
+        train(tiny_recipe(photos, tmp_path, max_steps=1, model=str(tmp_path), model_config={}))
+
+
 def test_other_data_does_not_go_on_with_a_run(tmp_path: Path) -> None:
     photos = save_photos(tmp_path / "photos")
     train(tiny_recipe(photos, tmp_path / "run", max_steps=2))

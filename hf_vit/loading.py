@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import functional as tvF
 
 from .data import MISSING, ImageData, as_stored, identity_of, seed_of, stored_rows
+from .model.image_reading_hf_vit import read_image
 
 # Rows of a stream that are read ahead of the workers.
 READ_AHEAD = 256
@@ -58,7 +58,7 @@ def normalize(pixels: Tensor, processor: Any) -> Tensor:
         / processor.rescale_factor
         for values in (processor.image_mean, processor.image_std)
     )
-    return (pixels.float() - mean) / std
+    return pixels.float().sub_(mean).div_(std)  # in place: new memory costs more than the arithmetic
 
 
 class Images(torch.utils.data.Dataset):
@@ -105,7 +105,11 @@ class Images(torch.utils.data.Dataset):
         """Yield all images as they are stored, with their labels."""
         return stored_rows(self.split, self.columns)
 
-    def prepare(self, image: PILImage.Image) -> Tensor:
+    def least_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (height, width) that an image of `size` must at least be decoded at."""
+        raise NotImplementedError
+
+    def prepare(self, image: PILImage.Image | Tensor) -> Tensor:
         """Do what is the same at every visit."""
         raise NotImplementedError
 
@@ -137,12 +141,11 @@ class Images(torch.utils.data.Dataset):
 
     def _read(self, stored: dict[str, Any]) -> Tensor | None:
         try:
-            path = stored["path"]
-            if stored["bytes"] is None and path is not None and "://" not in path:
-                stored = {"bytes": Path(path).read_bytes(), "path": path}  # what opens a broken file may leave it open
+            source = stored["path"] if stored["bytes"] is None else stored["bytes"]
+            is_at_hand = source is not None and (isinstance(source, bytes) or "://" not in source)
             with warnings.catch_warnings():  # Pillow warns of large images, and refuses those of twice that size
                 warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-                image = Image().decode_example(stored)
+                image = read_image(source, self.least_size) if is_at_hand else Image().decode_example(stored)
         except Exception:  # decoders raise almost anything; the image is named, counted, and too many end the run
             return None
         return self.prepare(image)
@@ -160,7 +163,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         readable[place % len(readable)] if example.get("broken") else example for place, example in enumerate(examples)
     ]
     return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in chosen]),
+        "pixel_values": torch.stack([example["pixel_values"].contiguous() for example in chosen]),
         "labels": torch.tensor([example["labels"] for example in chosen]),
         "index": torch.tensor([example.get("index", -1) for example in examples]),
         "broken": [example["broken"] for example in examples if example.get("broken")],
@@ -170,8 +173,13 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 class EvaluationImages(Images):
     """Images as the processor sees them."""
 
-    def prepare(self, image: PILImage.Image) -> Tensor:
-        outputs = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    def least_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.processor.least_size(size)
+
+    def prepare(self, image: PILImage.Image | Tensor) -> Tensor:
+        outputs = self.processor(
+            image, input_data_format="channels_first", do_rescale=False, do_normalize=False, return_tensors="pt"
+        )
         return outputs["pixel_values"][0]
 
 
@@ -199,15 +207,25 @@ class TrainingImages(Images):
         self.shorter_side = shorter_side
         super().__init__(split, columns, processor, cache)
 
-    def prepare(self, image: PILImage.Image) -> Tensor:
+    def least_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        gap = self.processor.reducing_gap
+        if self.shorter_side is None or gap is None:
+            return size
+        scale = gap * self.shorter_side / min(size)
+        return math.ceil(scale * size[0]), math.ceil(scale * size[1])
+
+    def prepare(self, image: PILImage.Image | Tensor) -> Tensor:
         processor = self.processor
         image = processor.process_image(
-            image, do_convert_rgb=processor.do_convert_rgb, do_grayscale=processor.do_grayscale
+            image,
+            do_convert_rgb=processor.do_convert_rgb,
+            do_grayscale=processor.do_grayscale,
+            input_data_format="channels_first",
         )
         pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image
         if self.shorter_side is not None and min(pixels.shape[-2:]) > self.shorter_side:
             pixels = tvF.resize(pixels, [self.shorter_side], antialias=True)
-        return pixels.contiguous()
+        return pixels
 
     def vary(self, pixels: Tensor, visit: Visit) -> Tensor:
         state = torch.get_rng_state()

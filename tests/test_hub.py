@@ -34,8 +34,10 @@ FILES = [
     "image_processing_pil_hf_vit.py",
     "model.safetensors",
     "modeling_hf_vit.py",
+    "packing_hf_vit.py",
     "preprocessor_config.json",
     "repository_hf_vit.py",
+    "image_reading_hf_vit.py",
     "stem_hf_vit.py",
 ]
 

@@ -592,7 +592,8 @@ def test_what_is_saved_is_loaded(backend: Any, preset: str, tmp_path: Path) -> N
         assert type(loaded) is other
         assert loaded.to_dict() == processor.to_dict()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"preprocessor_config.json", *(f"image_processing{kind}_hf_vit.py" for kind in ("", "_pil"))}
+    code = {"image_processing_hf_vit.py", "image_processing_pil_hf_vit.py", "image_reading_hf_vit.py"}
+    assert names == {"preprocessor_config.json", *code}
 
 
 WITHOUT_PACKAGE = """

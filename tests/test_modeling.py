@@ -663,3 +663,37 @@ def test_compiles_in_one_graph(tiny_config, positions, backend):
     model.train()
     compiled(torch.randn(2, 3, 32, 48), labels=torch.tensor([0, 1])).loss.backward()
     assert model.classifier.weight.grad.any()
+
+
+def test_attention_in_products_has_the_right_gradient():
+    parts = [torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *parts: modeling.HFViTProductAttention.apply(*parts, 8**-0.5), parts)
+
+
+@pytest.mark.parametrize("compiler", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_training_on_matrix_units_learns_the_same(tiny_config, monkeypatch, compiler):
+    """Where there are none this is slow, but the same arithmetic."""
+    model = HFViTForImageClassification(tiny_config(initializer_range=0.2)).train()
+    pixel_values, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 0])
+    applied = []
+    apply = modeling.HFViTProductAttention.apply
+    monkeypatch.setattr(modeling.HFViTProductAttention, "apply", lambda *parts: applied.append(parts) or apply(*parts))
+
+    def gradients(has_amx: bool) -> torch.Tensor:
+        monkeypatch.setattr(modeling, "HAS_AMX", has_amx)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            learner = torch.compile(model, backend=compiler, fullgraph=True) if has_amx and compiler else model
+            loss = learner(pixel_values, labels=labels).loss
+        loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    expected = gradients(has_amx=False)
+    assert not applied
+    got = gradients(has_amx=True)
+    assert len(applied) == (0 if compiler else model.config.num_hidden_layers)
+    assert (got - expected).norm() / expected.norm() < 0.03
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        applied.clear()
+        model(pixel_values)
+        assert not applied  # nothing is learned here, and the fused kernel is faster

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_transforms import group_images_by_shape, reorder_images
@@ -16,6 +17,8 @@ from transformers.image_transforms import group_images_by_shape, reorder_images
 from .image_processing_pil_hf_vit import (
     HFViTImageProcessing,
     HFViTImageProcessorKwargs,
+    pil_of_tensor,
+    size_of,
     tensor_of_pil,
 )
 
@@ -45,6 +48,14 @@ class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ig
         return list(reorder_images({shape: function(batch) for shape, batch in groups.items()}, index))
 
     def _resize(self, image: Any, size: tuple[int, int], resample: int, do_clip: bool) -> Any:
+        is_tensor = isinstance(image, Tensor)
+        if not is_tensor or (image.dtype == torch.uint8 and image.device.type == "cpu"):
+            height, width = size_of(image)
+            if resample == Image.Resampling.BILINEAR and height >= size[0] and width >= size[1]:
+                # To reduce, torchvision's 8-bit kernel does both sides at once, columns first, within one level.
+                pixels = image if is_tensor else tensor_of_pil(image)
+                return tvF.resize(pixels, list(size), interpolation=INTERPOLATIONS[resample])
+            image = pil_of_tensor(image) if is_tensor and image.shape[0] in (1, 3) else image
         if isinstance(image, Image.Image) or image.is_floating_point():
             return super()._resize(image, size, resample, do_clip)
         # Not to round between the passes, as Pillow does, moves a value by less than one level.
@@ -54,8 +65,8 @@ class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ig
     def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Any:
         interpolation = INTERPOLATIONS.get(resample)
         if isinstance(image, Image.Image):
-            # Both sides by torchvision's 8-bit kernel, whose weights have 16 bits, would differ from Pillow by two
-            # levels: one value of a million, but with bicubic in one photo of five. Columns are Pillow's, then.
+            # By that kernel, whose weights have 16 bits, cubic interpolation and enlarging would differ from Pillow by
+            # two levels: one value of a million, in one photo of five. Columns are Pillow's, then.
             if interpolation is None or image.width != size[1]:
                 return image.resize((size[1], size[0]), resample)
             image = tensor_of_pil(image)

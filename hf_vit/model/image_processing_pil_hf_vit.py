@@ -3,15 +3,18 @@
 An image becomes pixel values in four steps: any input to 8-bit RGB or gray (`process_image`), resize, centre crop,
 normalise (`_preprocess`). The backends differ in the resize alone. This file works where torchvision is missing.
 
+With `packing` images keep their aspect and nothing is cropped: each becomes a grid of whole patches, and the patches
+of all images one pack, without padding (Dehghani et al., "Patch n' Pack", arXiv:2307.06304).
+
 Pixels of 8 bits are resized as Pillow does it: in 8 bits, columns before rows. Floating-point pixels are not rounded.
 """
 
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -34,6 +37,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
+
+from .image_reading_hf_vit import read_image
 
 if TYPE_CHECKING:
     # Never executed. A saved folder gets the files that relative imports name, so each backend names the other.
@@ -82,10 +87,20 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
             until it covers `size / crop_pct`; then `size` is cut from its centre. Part of resizing: without
             `do_resize` nothing is cropped.
         do_grayscale: Give one channel, the luma of the image (ITU-R 601-2, as Pillow's mode L).
+        packing: Most patches that an image may have. Images become a pack: `pixel_values` `[rows, C*ph*pw]`, the
+            patches of one image behind those of the other, and `patch_grids` `[images, 2]`, the (rows, columns) of
+            each. `size`, `crop_pct` and a centre crop are then without effect.
+        patch_size: Pixels of a patch of a pack, one number or (height, width), the model's; 16 if not given.
+        reducing_gap: Lets a JPEG file be decoded at a half, quarter or eighth of its sides where that is still so many
+            times the size that it is resized to; Pillow's `thumbnail` has the option of this name. The least time is
+            at 1; `None` decodes all pixels of all files.
     """
 
     crop_pct: float | None
     do_grayscale: bool | None
+    packing: int | None
+    patch_size: int | list[int] | tuple[int, int] | None
+    reducing_gap: float | int | None
 
 
 # ---------------------------------------------------------------------------------------------------- PIL images
@@ -126,6 +141,11 @@ def tensor_of_pil(image: Image.Image) -> Tensor:
     """View the pixels as `[C, H, W]` uint8, in memory with the channels last."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def pil_of_tensor(pixels: Tensor) -> Image.Image:
+    """Make a PIL image of uint8 `[C, H, W]`, of mode L, RGB or RGBA."""
+    return Image.fromarray((pixels[0] if pixels.shape[0] == 1 else pixels.permute(1, 2, 0)).numpy())
 
 
 # ---------------------------------------------------------------------------------------------- arrays and tensors
@@ -256,6 +276,28 @@ def resized_size(old: tuple[int, int], size: SizeDict, crop_pct: float | None) -
     raise ValueError(f"Expected size with height and width or with shortest_edge, got {dict(size)}.")
 
 
+def packed_grid(size: tuple[int, int], patch_size: tuple[int, int], packing: int) -> tuple[int, int]:
+    """Return the (rows, columns) of patches that an image of `size` has in a pack.
+
+    That is its own size, in whole patches rounded up, if these are at most `packing`; else the least reduced size of
+    its aspect that has at most so many, each side rounded to the nearest whole patch.
+    """
+    own = (-(-size[0] // patch_size[0]), -(-size[1] // patch_size[1]))
+    if math.prod(own) <= packing:
+        return own
+
+    def patches_beside(number: int, side: int, other: int) -> int:
+        return max(1, -((side - (2 * number + 1) * other) // (2 * side)))  # of other, when side has number and a half
+
+    # A growing image leaves a grid when one of its sides comes to whole patches and a half.
+    rows, columns = (max(1, (2 * side + patch) // (2 * patch)) for side, patch in zip(size, patch_size, strict=True))
+    height, width = size[0] * patch_size[1], size[1] * patch_size[0]  # in one unit: the aspect in patches
+    grids = [(rows, columns)]
+    grids += [(number, patches_beside(number, height, width)) for number in range(1, rows)]
+    grids += [(patches_beside(number, width, height), number) for number in range(1, columns)]
+    return max((grid for grid in grids if math.prod(grid) <= packing), key=math.prod)
+
+
 def center_crop(image: Image.Image | Tensor, size: SizeDict, rounding: Callable[[float], int]) -> Image.Image | Tensor:
     """Cut (height, width) from the centre; what lies outside of the image is black."""
     if not (size.height and size.width):
@@ -279,6 +321,12 @@ def per_channel(values: float | Sequence[float], num_channels: int, name: str) -
             "to 3 channels by do_convert_rgb=True or to 1 by do_grayscale=True."
         )
     return torch.tensor(values).view(-1, 1, 1)
+
+
+def cut_into_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut an image `[C, H, W]` into patches `[rows, C, ph, pw]`, in the order of the model's `patchify`."""
+    cut = image.unflatten(2, (-1, patch_size[1])).unflatten(1, (-1, patch_size[0]))  # [C, h, ph, w, pw]
+    return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ processors
@@ -306,6 +354,10 @@ class HFViTImageProcessing(BaseImageProcessor):
     image_std = IMAGENET_STANDARD_STD
     crop_pct = None
     do_grayscale = None
+    packing = None
+    patch_size: Any = None
+    # From there on photographs keep within a level: of 12 megapixels half of each side is decoded for 224.
+    reducing_gap: float | int | None = 6.0
 
     @classmethod
     def from_preset(cls, name: str, size: int | tuple[int, int] = 224, num_channels: int = 3, **kwargs: Any) -> Self:
@@ -340,14 +392,12 @@ class HFViTImageProcessing(BaseImageProcessor):
         return {**super().to_dict(), "auto_map": {"AutoImageProcessor": auto_map}}
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open paths of files as they are, so that their mode and orientation reach `convert_to_rgb`."""
+        """Leave files and their bytes to `process_image`, which knows the size that is wanted."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
         source = image_url_or_urls
-        if isinstance(source, Path) or (isinstance(source, str) and os.path.isfile(source)):
-            with Image.open(source) as image:
-                image.load()
-            return image
+        if isinstance(source, bytes | os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
+            return source
         # URLs and base64 become RGB in transformers.
         return BaseImageProcessor.fetch_images(self, source)
 
@@ -368,6 +418,11 @@ class HFViTImageProcessing(BaseImageProcessor):
                 raise ValueError(f"Expected size with height and width beside crop_pct, got {size and dict(size)}.")
         if kwargs.get("do_pad"):
             raise ValueError("do_pad is not supported: resize to one size, or crop, which pads what is smaller.")
+        gap = kwargs.get("reducing_gap")
+        if gap is not None and gap < 1:
+            raise ValueError(f"Expected reducing_gap of at least 1, got {gap}: an image would be decoded too small.")
+        if kwargs.get("packing") is not None:
+            kwargs["patch_size"] = checked_patch_size(kwargs["packing"], kwargs.get("patch_size"))
         return {**kwargs, "resample": resample}
 
     def process_image(
@@ -382,14 +437,17 @@ class HFViTImageProcessing(BaseImageProcessor):
     ) -> Any:
         """Bring any input to the channels that the model takes.
 
-        Pixels of 8 bits come out as a PIL image of mode RGB or L. What PIL cannot hold so is a tensor `[C, H, W]`:
-        floats, other numbers of channels, tensors of an accelerator.
+        Gives a PIL image of mode RGB or L, or a tensor `[C, H, W]` of 8 bits or, not rounded, of floats.
         """
+        if isinstance(image, str | bytes | os.PathLike):
+            image = read_image(image, partial(self.least_size, **kwargs))
+            input_data_format = ChannelDimension.FIRST
         if not isinstance(image, Image.Image):
             pixels = channels_first(image, input_data_format)
             if device is not None:
                 pixels = pixels.to(device)
-            if pixels.dtype != torch.uint8 or pixels.device.type != "cpu" or pixels.shape[0] not in (1, 3, 4):
+            # Pillow puts colors onto white where there is an alpha channel: its rounding is its own.
+            if pixels.dtype != torch.uint8 or pixels.device.type != "cpu" or pixels.shape[0] != 4:
                 if do_convert_rgb:
                     pixels = tensor_to_rgb(pixels)
                 if do_grayscale:
@@ -397,7 +455,7 @@ class HFViTImageProcessing(BaseImageProcessor):
                 if do_rescale and pixels.is_floating_point():
                     pixels = pixels * (255 / full_scale(pixels))  # rescale_factor counts from 8-bit levels
                 return pixels
-            image = Image.fromarray((pixels[0] if pixels.shape[0] == 1 else pixels.permute(1, 2, 0)).numpy())
+            image = pil_of_tensor(pixels)
 
         if do_convert_rgb:
             image = convert_to_rgb(image)
@@ -408,6 +466,23 @@ class HFViTImageProcessing(BaseImageProcessor):
         if do_grayscale and image.mode != "L":
             image = image.convert("L")
         return image if image.mode in ("RGB", "L") else tensor_of_pil(image)
+
+    def least_size(self, old: tuple[int, int], **kwargs: Any) -> tuple[int, int]:
+        """Return the (height, width) that a file of `old` must at least be decoded at, by `reducing_gap`.
+
+        `kwargs` are the options of a call, where they are not the processor's own.
+        """
+        options = {name: kwargs.get(name, getattr(self, name)) for name in ("do_resize", "size", "crop_pct")}
+        gap, packing = (kwargs.get(name, getattr(self, name)) for name in ("reducing_gap", "packing"))
+        if not options["do_resize"] or gap is None:
+            return old
+        if packing is None:
+            new = resized_size(old, options["size"], options["crop_pct"])
+        else:
+            patch_size = checked_patch_size(packing, kwargs.get("patch_size", self.patch_size))
+            grid = packed_grid(old, patch_size, packing)
+            new = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+        return math.ceil(gap * new[0]), math.ceil(gap * new[1])
 
     def _resize(self, image: Any, size: tuple[int, int], resample: int, do_clip: bool) -> Any:
         """Resize columns, then rows, to (height, width); with `do_clip` floats stay in 0..255, as 8 bits do.
@@ -442,6 +517,8 @@ class HFViTImageProcessing(BaseImageProcessor):
         do_normalize: bool | None,
         image_mean: float | Sequence[float],
         image_std: float | Sequence[float],
+        packing: int | None,
+        patch_size: Any,
         disable_grouping: bool | None,
         return_tensors: str | TensorType | None,
         **kwargs: Any,
@@ -456,6 +533,16 @@ class HFViTImageProcessing(BaseImageProcessor):
                     return center_crop(image, size, rounding=round)  # as torchvision's CenterCrop, so timm's
             return center_crop(image, crop_size, rounding=int) if do_center_crop else image
 
+        def fit_grid(image: Image.Image | Tensor) -> Image.Image | Tensor:
+            grid = packed_grid(size_of(image), patch_size, cast(int, packing))
+            new_size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+            if not do_resize and size_of(image) != new_size:
+                raise ValueError(
+                    f"Expected an image of whole patches of {patch_size}, at most {packing}, for packing without "
+                    f"do_resize, got {size_of(image)} (height, width): leave do_resize on."
+                )
+            return self._resize(image, new_size, resample, do_clip=bool(do_rescale))
+
         def normalize(batch: Tensor) -> Tensor:
             scale = rescale_factor if do_rescale else 1.0
             if not do_normalize:
@@ -466,11 +553,17 @@ class HFViTImageProcessing(BaseImageProcessor):
 
         if not images:
             raise ValueError("Expected at least one image, got none.")
-        fitted = self._map(fit, images, disable_grouping)
+        fitted = self._map(fit if packing is None else fit_grid, images, disable_grouping)
         tensors = [tensor_of_pil(image) if isinstance(image, Image.Image) else image for image in fitted]
+        if packing is not None:
+            patches = torch.cat([cut_into_patches(image, patch_size) for image in tensors])
+            grids = [[image.shape[1] // patch_size[0], image.shape[2] // patch_size[1]] for image in tensors]
+            pack = {"pixel_values": normalize(patches).flatten(1), "patch_grids": torch.tensor(grids)}
+            pack = {name: self._output(values) for name, values in pack.items()}
+            return BatchFeature(data=pack, tensor_type=return_tensors)
         shapes = {tuple(image.shape) for image in tensors}
         if len(shapes) == 1:
-            batch = normalize(torch.stack(tensors))
+            batch = normalize(torch.stack([image.contiguous() for image in tensors]))
             data: Any = batch if return_tensors else list(batch)
         elif return_tensors is None:
             data = [normalize(torch.stack([image]))[0] for image in tensors]
@@ -485,12 +578,24 @@ class HFViTImageProcessing(BaseImageProcessor):
         return data
 
 
+def checked_patch_size(packing: int, patch_size: int | Sequence[int] | None) -> tuple[int, int]:
+    """Return `patch_size` as (height, width), 16 pixels where it is `None`."""
+    patch_size = 16 if patch_size is None else patch_size
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if min(packing, height, width) < 1:
+        raise ValueError(
+            f"Expected at least 1 for packing, the most patches of an image, and for patch_size, pixels of a patch, "
+            f"got {packing} and {(height, width)}: 196 patches of 16 are as many as of a square of 224 pixels."
+        )
+    return height, width
+
+
 def flatten(images: Any) -> Any:
     """Walk the single images of nested lists and of 4-D batches."""
     if isinstance(images, list | tuple):
         for image in images:
             yield from flatten(image)
-    elif isinstance(images, Image.Image) or images.ndim in (2, 3):
+    elif isinstance(images, Image.Image | str | bytes | os.PathLike) or images.ndim in (2, 3):
         yield images
     elif images.ndim == 4:
         yield from images
@@ -504,7 +609,9 @@ class HFViTImageProcessorPil(HFViTImageProcessing, PilBackend):  # type: ignore[
     """Image processor by Pillow, on the CPU."""
 
     def process_image(self, image: Any, device: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        return super().process_image(image.cpu() if isinstance(image, Tensor) else image, **kwargs)
+        image = super().process_image(image.cpu() if isinstance(image, Tensor) else image, **kwargs)
+        is_image = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape[0] in (1, 3)
+        return pil_of_tensor(image) if is_image else image
 
     def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Any:
         height, width = size

@@ -41,6 +41,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
+from .packing_hf_vit import HFViTPacking, refuse_beside_a_pack, refuse_packs
 from .repository_hf_vit import complete_repository, replace_empty_form
 from .stem_hf_vit import HFViTStem
 
@@ -83,14 +84,18 @@ class HFViTPatchEmbeddings(nn.Module):
         self.layernorm_after = norm(config.hidden_size, eps=eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.ndim == 2:  # a pack, whose patches the image processor has cut
+            return self._project(pixel_values.unsqueeze(0).to(self.projection.weight.dtype))
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values must be [batch, {self.num_channels}, height, width], got {list(pixel_values.shape)}: "
                 "let the image processor prepare the images, or set num_channels in the config."
             )
         features = self.stem(pixel_values.to(self.projection.weight.dtype))
-        patches = self.layernorm_before(patchify(features, self.patch_shape))
-        return self.layernorm_after(self.projection(patches))  # [B, N, D]
+        return self._project(patchify(features, self.patch_shape))
+
+    def _project(self, patches: Tensor) -> Tensor:
+        return self.layernorm_after(self.projection(self.layernorm_before(patches)))  # [B, N, D]
 
 
 class HFViTMaskToken(nn.Module):
@@ -178,6 +183,8 @@ class HFViTPositionTable(nn.Module):
     A resampled table is kept for each grid until the weights change, the module moves, or training begins.
     """
 
+    MOST_KEPT = 64
+
     def __init__(self, config: HFViTConfig, shape: tuple[int, int, int, int]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
@@ -198,6 +205,8 @@ class HFViTPositionTable(nn.Module):
         if version != self.weight._version:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used elsewhere
                 table = resample_table(self.weight, grid, self.interpolation)
+            if len(self._resampled) == self.MOST_KEPT:
+                self._resampled.clear()
             self._resampled[grid] = (self.weight._version, table)
         return table
 
@@ -409,11 +418,15 @@ class HFViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, pixel_values: Tensor, is_masked: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        self, pixel_values: Tensor, is_masked: Tensor | None = None, packing: HFViTPacking | None = None
+    ) -> tuple[Tensor, Tensor | list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
         """Return tokens `[B, T, D]`, and for the attention, if positions act there, a bias of its scores
         `[layers, B or 1, A, T, T]` and the cosines and sines of a rotation `[B or 1, 1, T, d]`.
+
+        Of a pack the bias is a list for every layer, with `[1, A, L, L]` for every group of images.
         """
+        if packing is not None:
+            return self._pack(self.patch_embeddings(pixel_values), packing)
         grid = self.config.grid_of(*pixel_values.shape[-2:])
         patches = self.patch_embeddings(pixel_values)
         if is_masked is not None:
@@ -427,6 +440,21 @@ class HFViTEmbeddings(nn.Module):
             else patches
         )
         return self.dropout(tokens), self._attention_bias(grid, kept), self._rotation(grid, kept, tokens)
+
+    def _pack(
+        self, patches: Tensor, packing: HFViTPacking
+    ) -> tuple[Tensor, list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
+        """Give the patches of every image, `[1, rows, D]` together, its positions and its tokens before them."""
+        positions, bias, rotation = {}, {}, {}
+        for grid in set(packing.grids):
+            # What is added to zeros is the position alone, of every kind of position.
+            positions[grid] = self.position_embeddings(patches.new_zeros(1, prod(grid), patches.shape[2]), grid)
+            bias[grid] = self._attention_bias(grid, None)
+            rotation[grid] = self._rotation(grid, None, patches)
+        patches = patches + torch.cat([positions[grid] for grid in packing.grids], dim=1)
+        prefix = self._prefix_tokens()
+        tokens = patches if prefix is None else packing.prepend(prefix.to(patches.dtype), patches)
+        return self.dropout(tokens), packing.biases(bias), packing.rotation(rotation)
 
     def _mask(self, patches: Tensor, is_masked: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -488,6 +516,74 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+# Matrix units of the CPU, which torch uses for products in bf16.
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+# Above so many tokens the weights, which products form, take more memory than the time is worth.
+SHORT_SEQUENCE = 1024
+
+
+class HFViTProductAttention(torch.autograd.Function):
+    """Attend in plain matrix products, forward and backward: `[B, A, T, d]` each to `[B, A, T, d]`.
+
+    Keeps the weights, B * A * T^2 numbers. No autocast in here: it would take the softmax to float32 and back.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        shape = query.shape
+        query, key, value = (part.reshape(-1, *shape[2:]) for part in (query, key, value))  # [B*A, T, d]
+        weights = scaled_product(query, key.mT, scaling).softmax(dim=-1)  # [B*A, T, T]
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.shape, ctx.scaling = shape, scaling
+        return (weights @ value).view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, of_attended: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        query, key, value, weights = ctx.saved_tensors
+        of_attended = of_attended.reshape(query.shape)
+        of_weights = of_attended @ value.mT
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_query = scaled_product(of_scores, key, ctx.scaling)
+        of_key = scaled_product(of_scores.mT, query, ctx.scaling)
+        of_value = weights.mT @ of_attended
+        return of_query.view(ctx.shape), of_key.view(ctx.shape), of_value.view(ctx.shape), None
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Multiply `[n, i, j]` by `[n, j, k]` and by a number, rounding once."""
+    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scaling)
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend by torch's fused kernels, or where these are slow by plain products; arguments as `eager_attention`'s.
+
+    The fused kernel's backward on a CPU is a third of a whole training step in bf16; products on matrix units take
+    a small part of that for short sequences. In evaluation, where nothing is kept, the fused kernel is faster.
+    """
+    is_trained = torch.is_grad_enabled() and query.requires_grad
+    is_plain = attention_mask is None and not dropout and query.shape[2] <= SHORT_SEQUENCE
+    if HAS_AMX and is_trained and is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        if torch.compiler.is_compiling():  # which derives and fuses the steps by itself
+            attended = (query @ key.mT * scaling).softmax(dim=-1).to(value.dtype) @ value
+        else:
+            attended = HFViTProductAttention.apply(query, key, value, scaling)
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return attended.transpose(1, 2), None
+
+
 class HFViTAttention(nn.Module):
     """Multi-head self-attention, with queries, keys and values from one matrix product.
 
@@ -514,14 +610,21 @@ class HFViTAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
+        packing: HFViTPacking | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
+        if packing is not None:
+            hidden_states = packing.grouped(hidden_states)
         qkv = self.qkv(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, A, 3, d]
-        query, key, value = qkv.transpose(1, 2).unbind(3)  # [B, A, T, d] each
+        # Taken apart before they are transposed: the gradients are put together again in one copy.
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(3))  # [B, A, T, d] each
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        attended, weights = self._attention_function(kwargs)(
+        attend = self._attention_function(kwargs)
+        if packing is not None:
+            attend = packing.within_images(attend)
+        attended, weights = attend(
             self,
             query,
             key,
@@ -541,6 +644,8 @@ class HFViTAttention(nn.Module):
                 "plain matrix products, slower and with a memory of batch x heads x tokens^2 in every layer."
             )
             return eager_attention
+        if implementation == "sdpa":
+            return sdpa_attention
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
 
 
@@ -587,11 +692,14 @@ class HFViTDropPath(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, packing: HFViTPacking | None = None) -> Tensor:
         if not self.training or not self.probability:
             return hidden_states
         keep = 1 - self.probability
-        kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(keep)
+        samples = len(hidden_states) if packing is None else len(packing.grids)
+        kept = hidden_states.new_empty(samples, 1, 1).bernoulli_(keep)
+        if packing is not None:
+            kept = packing.spread(kept)  # [1, T, 1]
         return hidden_states * kept / keep
 
 
@@ -616,12 +724,13 @@ class HFViTLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
+        packing: HFViTPacking | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, rotation, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(attended)))
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, rotation, packing, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(attended)), packing)
         transformed = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(self.mlp_scale(self.dropout(transformed)))
+        return hidden_states + self.drop_path(self.mlp_scale(self.dropout(transformed)), packing)
 
 
 # ----------------------------------------------------------------------------------------------------- pooling
@@ -726,8 +835,9 @@ class HFViTPooler(nn.Module):
         self.pre_logits = nn.Identity() if size is None else nn.Linear(width, size)
         self.activation = nn.Identity() if size is None else nn.Tanh()
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(self.pre_logits(self.layernorm(self.pooling(hidden_states))))
+    def forward(self, hidden_states: Tensor, packing: HFViTPacking | None = None) -> Tensor:
+        pooled = self.pooling(hidden_states) if packing is None else packing.pool(self.pooling, hidden_states)
+        return self.activation(self.pre_logits(self.layernorm(pooled)))
 
 
 # --------------------------------------------------------------------------------------------------- the model
@@ -868,15 +978,18 @@ class HFViTModel(HFViTPreTrainedModel):
         pixel_values: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        patch_grids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
             pixel_values: `[B, C, H, W]`, normalised by the image processor. Any height and width that the patch
-                divides: positions are resampled to the grid at hand.
+                divides: positions are resampled to the grid at hand. Of a pack, `[rows, C*ph*pw]`.
             bool_masked_pos: `[B, N]`, true where a patch is masked; for a model with a mask token.
             attention_mask: `[B, T]`, 1 for tokens that are attended to, prefix tokens first.
+            patch_grids: Integers `[B, 2]`, with a pack: the (rows, columns) of each image, as the image processor
+                returns them with `packing`. Tokens are then `[1, T, D]`, all images one behind the other.
 
         Returns:
             `last_hidden_state` `[B, T, D]` behind the final LayerNorm of tokens, ordered class token, distillation
@@ -885,16 +998,21 @@ class HFViTModel(HFViTPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing: pass what the image processor returns, [B, C, H, W].")
-        hidden_states, bias, rotation = self.embeddings(pixel_values, bool_masked_pos)
+        packing, mask = None, None
+        if patch_grids is not None or pixel_values.ndim == 2:
+            refuse_beside_a_pack(self, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
+            packing = HFViTPacking(pixel_values, patch_grids, self.config)
+        hidden_states, bias, rotation = self.embeddings(pixel_values, bool_masked_pos, packing)
         hidden_states = self.pre_layernorm(hidden_states)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        if packing is None:
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
         for number, layer in enumerate(self.layers):
             scores = mask if bias is None else with_bias(mask, bias[number])
-            hidden_states = layer(hidden_states, scores, rotation, **kwargs)
+            hidden_states = layer(hidden_states, scores, rotation, packing, **kwargs)
         hidden_states = self.layernorm(hidden_states)
-        pooled = None if self.pooler is None else self.pooler(hidden_states)
+        pooled = None if self.pooler is None else self.pooler(hidden_states, packing)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
@@ -1013,7 +1131,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
         """Classify images.
 
         Args:
-            pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
+            pixel_values: `[B, C, H, W]`, or a pack with its `patch_grids`, as for `HFViTModel`.
             labels: See `classification_loss`; with labels there is a loss.
 
         Returns:
@@ -1131,6 +1249,7 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
             bool_masked_pos: `[B, N]`, true where a patch is masked; with it there is a loss, over masked patches.
         """
+        refuse_packs(self, kwargs.get("patch_grids"))
         outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
         patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
         predictions = self.objective.decoder(patches)
@@ -1170,6 +1289,7 @@ class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
         Returns:
             `feature_maps`, `[B, D, h, w]` each; tokens `[B, T, D]` with `reshape_hidden_states=False`.
         """
+        refuse_packs(self, kwargs.get("patch_grids"))
         outputs = self.vit(pixel_values, **kwargs)
         grid = self.config.grid_of(*pixel_values.shape[-2:])
         feature_maps = []

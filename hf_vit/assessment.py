@@ -2,9 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,14 +15,22 @@ from torch import Tensor
 
 from . import probing
 from .checkpoints import Checkpoint, Options, open_checkpoint
+from .checkpoints.checkpoint import CLASSIFIER
 from .data import ImageData, load_data
-from .evaluation import Predictions, classify, extract
+from .evaluation import Predictions, classify, extract, in_turn
 from .hub import machine, versions
+from .inference import (
+    BATCH_OF_CPU,
+    BATCH_OF_GPU,
+    DTYPES,
+    inference_precision,
+    load,
+    on_every_core,
+    optimize_for_inference,
+)
 from .loading import EvaluationImages, evaluation_loader, normalize
-from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
-from .parallel import resolve_precision
 from .recipe import RECIPE
+from .token_merging import merge_tokens
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
     "linear": probing.linear_probe,
@@ -38,11 +47,12 @@ def assess(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_workers: int = 0,
     image_size: tuple[int, int] | None = None,
     precision: str = "auto",
     probes: Sequence[str] = (),
+    merged_per_layer: int = 0,
 ) -> dict[str, Any] | None:
     """Measure a checkpoint on labelled images; on one process or on those that a launcher started.
 
@@ -51,22 +61,28 @@ def assess(
         data_source: As for `load_data`.
         split: To measure on; the one that is held out if not given.
         image_column, label_column: As for `load_data`.
-        batch_size: Images of one process at a time. It changes no figure beyond rounding.
+        batch_size: Images of a core or of a GPU at a time, chosen by the hardware if not given. It changes no figure
+            beyond rounding.
         num_workers: Processes that load images, for each process.
         image_size: Pixels, (height, width); the checkpoint's if not given.
-        precision: `"fp32"`, `"bf16"`, or `"auto"`: bf16 on hardware that is fast at it.
+        precision: `"fp32"`, `"bf16"`, `"fp8"`, or `"auto"`: as for `optimize_for_inference`.
         probes: Of `PROBES`. They learn from the training split, and need no head.
+        merged_per_layer: Tokens to merge in every layer, as `merge_tokens` does, in a second measurement of accuracy
+            and pace beside that of the model as it is.
 
     Returns:
         All that was measured, of plain types; `None` on every process but the first.
 
     Raises:
         ValueError: If the model's classes and the data's are not the same and there is no probe to run; if there is
-            nothing to learn from or to measure.
+            nothing to learn from or to measure; if tokens are to be merged that cannot be.
     """
     if unknown := set(probes) - set(PROBES):
         raise ValueError(f"There is no probe {', '.join(sorted(unknown))}: choose of {', '.join(PROBES)}.")
-    accelerator = Accelerator(mixed_precision=resolve_precision(precision))
+    precision = inference_precision(precision)
+    accelerator = Accelerator()  # the model is brought to its precision as a whole
+    is_cpu = accelerator.device.type == "cpu"
+    batch_size = batch_size or (BATCH_OF_CPU if is_cpu else BATCH_OF_GPU)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
     of_model = _classes_of(checkpoint)
     recipe = _recipe_of(source)  # a part of the data that it held out is held out here
@@ -91,33 +107,49 @@ def assess(
             f"Probes learn from the training split, so they cannot be measured on it: let --split be another than "
             f"{split}, or leave it out."
         )
+    if merged_per_layer and classes is None:
+        raise ValueError(f"{sentence} Merging is measured by the accuracy of a classifier: leave --merge-tokens out.")
 
-    model, processor = _load(checkpoint, source, image_size)
+    model, processor = load(source, image_size, checkpoint)
+    if merged_per_layer:  # what cannot merge is refused before minutes of measuring
+        merge_tokens(merge_tokens(model, merged_per_layer), 0)
 
-    def load(images: Any) -> Any:
+    def loader_of(images: Any) -> Any:
         prepared = EvaluationImages(images, data.columns, processor)
         if classes is not None:
             prepared.labels = [classes[label] for label in prepared.labels]
         parts = accelerator.num_processes, accelerator.process_index
         return evaluation_loader(prepared, batch_size, num_workers, *parts)
 
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    model.to(accelerator.device)
+    # Merging works within the layers, which the faster model does not have.
+    model = model.to(DTYPES[precision]) if merged_per_layer else optimize_for_inference(model, precision)
     to_model = partial(normalize, processor=processor)
-    loader = load(data.evaluation)
+    loader = loader_of(data.evaluation)
     predictions, features = None, {}
     if probes:
-        pooled = accelerator.unwrap_model(model).base_model.pooler
-        *features["train"], _ = extract(model, load(data.train), accelerator, to_model, pooled)
+        pooled = model.base_model.pooler
+        *features["train"], _ = extract(model, loader_of(data.train), accelerator, to_model, pooled)
         began = time.perf_counter()
         *features["test"], broken = extract(model, loader, accelerator, to_model, pooled)
     if classes is not None:
         began = time.perf_counter()
-        predictions = classify(model, loader, accelerator, to_model)
+        # What merges tokens remembers one batch at a time; other processes are for other cores.
+        is_alone = is_cpu and accelerator.num_processes == 1 and not num_workers and not merged_per_layer
+        predictions = classify(model, loader, accelerator, to_model, by_cores if is_alone else in_turn)
         broken = predictions.broken
     seconds = time.perf_counter() - began
     count = len(data.evaluation) - len(broken)
     shape = (min(batch_size, len(data.evaluation)), model.config.num_channels, *model.config.image_shape)
-    model_pace = _pace(model, torch.zeros(shape, device=accelerator.device), accelerator)
+    pixel_values = torch.zeros(shape, device=accelerator.device)
+    merged = {}
+    if not merged_per_layer:
+        model_pace = _pace(model, pixel_values, accelerator)
+    else:
+        merge_tokens(model, merged_per_layer)
+        figures = classify(model, loader, accelerator, to_model).figures()
+        model_pace, pace = _paces_by_turns(model, (0, merged_per_layer), pixel_values, accelerator)
+        merged["merged"] = {"per_layer": merged_per_layer, "figures": figures, "images_per_second": {"model": pace}}
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -135,7 +167,8 @@ def assess(
         **({} if predictions is None else _answers(predictions, label_names)),
         "probes": {name: _probe(name, features, label_names) for name in probes},
         "images_per_second": {"pipeline": count / seconds, "model": model_pace},
-        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        **merged,
+        "precision": precision,
         "batch_size": batch_size,
         "num_workers": num_workers,
         "processes": accelerator.num_processes,
@@ -192,7 +225,7 @@ def _some(names: list[str]) -> str:
 def _classes_of(checkpoint: Checkpoint) -> list[str] | None:
     """Return the names of the classes that a checkpoint tells apart, `None` without a classifier."""
     config: Any = checkpoint.config
-    if checkpoint.architecture != HFViTForImageClassification.__name__ or not config.num_labels:
+    if checkpoint.architecture != CLASSIFIER or not config.num_labels:
         return None
     return [config.id2label[index] for index in range(config.num_labels)]
 
@@ -203,19 +236,15 @@ def _recipe_of(source: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _load(checkpoint: Checkpoint, source: str, image_size: tuple[int, int] | None) -> tuple[Any, HFViTImageProcessor]:
-    """Return the classifier, or the encoder of a checkpoint without one, and the processor of its images."""
-    model_class: Any = HFViTForImageClassification if _classes_of(checkpoint) else HFViTModel
-    fields = {} if image_size is None else {"image_size": image_size}
-    model, report = model_class.from_pretrained(source, output_loading_info=True, **fields)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{source} lacks weights of {model_class.__name__}: {_some(missing)}. What was only pre-trained may have "
-            "no pooling yet: train it first."
-        )
-    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
-    processor.set_output_size(model.config.image_shape)
-    return model, processor
+def by_cores(model: Any, loader: Any, to_input: Callable[[Any], Tensor]) -> Iterator[tuple[Any, Any]]:
+    """Yield each batch of a loader with what the model answers; a core reads a batch and answers for it alone."""
+
+    @torch.inference_mode()
+    def answer(visits: list[Any]) -> tuple[Any, Any]:
+        batch = loader.collate_fn([loader.dataset[visit] for visit in visits])
+        return batch, model(pixel_values=to_input(batch))
+
+    return on_every_core(answer, loader.batch_sampler)
 
 
 def _is_same(data: ImageData) -> bool:
@@ -236,6 +265,18 @@ def _pace(model: Any, pixel_values: Tensor, accelerator: Accelerator, at_least: 
         passes += 1
     pace = torch.tensor([passes * len(pixel_values) / seconds], device=pixel_values.device)
     return accelerator.gather(pace).sum().item()
+
+
+def _paces_by_turns(
+    model: Any, numbers: Sequence[int], pixel_values: Tensor, accelerator: Accelerator, turns: int = 5
+) -> list[float]:
+    """Return images a second for each number of merged tokens: medians of turns, since other load comes and goes."""
+    paces: dict[int, list[float]] = {number: [] for number in numbers}
+    for _ in range(turns):
+        for number in numbers:
+            merge_tokens(model, number)
+            paces[number].append(_pace(model, pixel_values, accelerator, at_least=0.1))
+    return [median(paces[number]) for number in numbers]
 
 
 def _answers(predictions: Predictions, label_names: list[str]) -> dict[str, Any]:
@@ -277,6 +318,7 @@ def describe(measured: dict[str, Any]) -> list[str]:
         lines.append(f"Left out, since they cannot be read: {len(broken)} images ({_some(broken)})")
     lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
+    lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []
     return lines + (_class_table(measured["per_class"]) if "per_class" in measured else [])
 
 
@@ -303,6 +345,14 @@ def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
     processes = f", {measured['processes']} processes" if measured["processes"] > 1 else ""
     paces = f"{pace['pipeline']:,.0f} with reading and decoding, {pace['model']:,.0f} the model alone{processes}"
     return [*rows, ("images/s", paces)]
+
+
+def _merging_table(measured: dict[str, Any], merged: dict[str, Any]) -> list[str]:
+    lines = ["", f"{'top-1':>8}  {'loss':>7}  {'images/s':>9}  the model alone"]
+    for row, name in ((measured, "as it is"), (merged, f"{merged['per_layer']} tokens merged in every layer")):
+        figures, pace = row["figures"], row["images_per_second"]["model"]
+        lines.append(f"{figures['accuracy']:>8.2%}  {figures['loss']:>7.4f}  {pace:>9,.0f}  {name}")
+    return lines
 
 
 def _class_table(per_class: list[dict[str, Any]]) -> list[str]:

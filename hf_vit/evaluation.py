@@ -4,14 +4,18 @@ A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` and `index` `[B]`, an
 could not be read. The index is the image's place in the data; what only fills a batch up has -1 and is not counted.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
+
+# Of a model, a loader and what brings a batch to the model's input: each batch with its outputs.
+Answers = Callable[[Any, Iterable[Any], Callable[[Any], Tensor]], Iterator[tuple[Any, Any]]]
 
 
 @dataclass
@@ -85,8 +89,18 @@ class Predictions:
         return torch.bincount(pairs, minlength=self.num_labels**2).view(self.num_labels, self.num_labels)
 
 
+def in_turn(model: Any, loader: Iterable[Any], to_input: Callable[[Any], Tensor]) -> Iterator[tuple[Any, Any]]:
+    """Yield each batch of a loader with what the model answers."""
+    for batch in loader:
+        yield batch, model(pixel_values=to_input(batch))
+
+
 def classify(
-    model: nn.Module, loader: Iterable[Any], accelerator: Any, normalize: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Any,
+    normalize: Callable[[Tensor], Tensor],
+    answers: Answers = in_turn,
 ) -> Predictions:
     """Let a classifier answer for every image of a loader; all processes get the answers of all.
 
@@ -94,6 +108,7 @@ def classify(
         model: As `accelerator` prepared it, or plain on its device. Its mode is left as it was.
         loader: Gives every process batches of the same number and sizes.
         normalize: Brings uint8 pixels to what the model takes.
+        answers: How batches become answers.
     """
     num_labels = 0
 
@@ -110,7 +125,7 @@ def classify(
         is_before = ~(logits <= of_label) | ((logits == of_label) & is_earlier)
         return labels, predicted, confidence, losses, is_before.sum(dim=-1)
 
-    columns, broken = _of_each_image(model, loader, accelerator, normalize, measure)
+    columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, answers)
     index, labels, predicted, confidence, losses, ranks = columns
     return Predictions(labels, predicted, confidence, losses, ranks, num_labels, broken, index)
 
@@ -153,19 +168,18 @@ def _of_each_image(
     accelerator: Any,
     normalize: Callable[[Tensor], Tensor],
     measure: Callable[[Any, Tensor], tuple[Tensor, ...]],
+    answers: Answers = in_turn,
 ) -> tuple[list[Tensor], list[str]]:
     """Return where the images are, what `measure` says of each, a tensor a quantity, and the names of broken ones."""
+    to_device = partial(send_to_device, device=accelerator.device, non_blocking=True)
     was_training = model.training
     model.eval()
     rows: list[Any] = []
     broken: list[str] = []
     try:
-        for batch in loader:
+        for batch, outputs in answers(model, loader, lambda batch: normalize(to_device(batch["pixel_values"]))):
             broken += batch["broken"]
-            pixel_values, labels, index = send_to_device(
-                (batch["pixel_values"], batch["labels"], batch["index"]), accelerator.device, non_blocking=True
-            )
-            outputs = model(pixel_values=normalize(pixel_values))
+            labels, index = to_device((batch["labels"], batch["index"]))
             rows.append(accelerator.gather((index, *measure(outputs, labels))))
             if len(rows) > 1:  # one batch late: to fetch it waits for the device, which has the next one to do
                 rows[-2] = send_to_device(rows[-2], "cpu")

@@ -1,0 +1,303 @@
+"""A model made ready to answer: the same outputs up to rounding, sooner; nothing of it can be trained.
+
+What it leaves out: autocast, since weights are brought to the precision once; modules, hooks and records around every
+operation, which for small models on a CPU take as long as the arithmetic; and memory for what can be done in place.
+What it adds on a CPU: weights in the order in which the products read them.
+
+    oneDNN's own order: intel, oneDNN, "Understanding Memory Formats"; in torch it is what inductor uses
+    FP8: torchao, weights and activations scaled by row
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+
+from .checkpoints import Checkpoint, Options, open_checkpoint
+from .checkpoints.checkpoint import CLASSIFIER
+from .model.image_processing_hf_vit import HFViTImageProcessor
+from .model.modeling_hf_vit import (
+    HFViTForImageClassification,
+    HFViTGatedMLP,
+    HFViTLayer,
+    HFViTLayerScale,
+    HFViTModel,
+    rotate,
+)
+from .parallel import resolve_precision
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+# Of weights, and of all that is not a product.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+
+# -------------------------------------------------------------------------------------------------- the products
+
+
+class TransposedLinear(nn.Module):
+    """A linear layer whose weights lie in memory by inputs, not by outputs: products read them in this order."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(linear.weight.detach().t().contiguous().t())
+        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach())
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights oneDNN has put in its own order; the bias is added within the product."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        # Opaque: it has no strides, and cannot be saved or moved.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach())
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+
+
+def linear_kind(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
+    """Return what a linear layer becomes: itself where its order in memory makes no difference."""
+    if device.type != "cpu":
+        return lambda linear: linear
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return PackedLinear
+    return TransposedLinear
+
+
+# ------------------------------------------------------------------------------------------------- the layer
+
+
+# Activations that torch computes in place, by their name in a config.
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_pytorch_tanh": lambda states: torch.ops.aten.gelu_(states, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": torch.ops.aten.silu_.default,
+}
+
+
+class InferenceLayer(nn.Module):
+    """A block of the encoder, `HFViTLayer` in evaluation: equations (2) and (3) with every sum in place."""
+
+    def __init__(self, layer: HFViTLayer, kind: Callable[[nn.Linear], nn.Module]) -> None:
+        super().__init__()
+        attention, mlp = layer.attention, layer.mlp
+        self.norms: Any = nn.ModuleList([layer.layernorm_before, layer.layernorm_after])
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.qkv = kind(attention.qkv)
+        self.qk_norms: Any = (
+            nn.ModuleList([attention.q_norm, attention.k_norm]) if attention.config.use_qk_norm else None
+        )
+        self.o_proj = kind(attention.o_proj) if isinstance(attention.o_proj, nn.Linear) else attention.o_proj
+        self.fc1, self.fc2 = kind(mlp.fc1), kind(mlp.fc2)
+        self.gate = kind(mlp.gate) if isinstance(mlp, HFViTGatedMLP) else None
+        self.activation = IN_PLACE.get(attention.config.hidden_act, mlp.activation)
+        scales = [layer.attention_scale, layer.mlp_scale]
+        self.scales: Any = nn.ModuleList(scales) if isinstance(scales[0], HFViTLayerScale) else None
+
+    def forward(
+        self, hidden_states: Tensor, bias: Tensor | None = None, rotation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        attended = self.o_proj(self._attend(self._normed(0, hidden_states), bias, rotation))
+        hidden_states = self._scaled(0, attended).add_(hidden_states)
+        return self._scaled(1, self._transform(self._normed(1, hidden_states))).add_(hidden_states)
+
+    def _normed(self, number: int, states: Tensor) -> Tensor:
+        norm = self.norms[number]
+        return F.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+    def _scaled(self, number: int, states: Tensor) -> Tensor:
+        return states if self.scales is None else states.mul_(self.scales[number].weight)
+
+    def _attend(self, states: Tensor, bias: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        qkv = self.qkv(states).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, A, 3, d]
+        query, key, value = qkv.transpose(1, 2).unbind(3)  # [B, A, T, d] each
+        if self.qk_norms is not None:
+            query, key = self.qk_norms[0](query), self.qk_norms[1](key)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        attended = F.scaled_dot_product_attention(query, key, value, bias, scale=self.scaling)
+        return attended.transpose(1, 2).flatten(2)  # [B, T, A*d]
+
+    def _transform(self, states: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.fc2(self.activation(self.fc1(states)))
+        return self.fc2(self.activation(self.gate(states)).mul_(self.fc1(states)))
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+class InferenceModel(nn.Module):
+    """An encoder, or a classifier, that only answers; made by `optimize_for_inference`.
+
+    Takes images of any size that the patch divides, as the model that it was made from.
+    """
+
+    def __init__(self, model: HFViTModel | HFViTForImageClassification) -> None:
+        super().__init__()
+        vit: Any = model.base_model
+        weight = vit.embeddings.patch_embeddings.projection.weight
+        kind = linear_kind(weight.device, weight.dtype)
+        self.config = model.config
+        self.layers: Any
+        self.classifier: Any
+        self.embeddings, self.pre_layernorm = vit.embeddings, vit.pre_layernorm
+        patches = self.embeddings.patch_embeddings
+        patches.projection = kind(patches.projection)
+        self.layers = nn.ModuleList([InferenceLayer(layer, kind) for layer in vit.layers])
+        self.layernorm, self.pooler = vit.layernorm, vit.pooler
+        self.classifier = model.classifier if isinstance(model, HFViTForImageClassification) else None
+
+    @property
+    def base_model(self) -> "InferenceModel":
+        """Where the `pooler` is, as in the models of transformers."""
+        return self
+
+    def forward(self, pixel_values: Tensor) -> ImageClassifierOutput | BaseModelOutputWithPooling:
+        """Return the `logits` of a classifier, or an encoder's `last_hidden_state` and `pooler_output`.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, as for the model that it was made from.
+        """
+        hidden_states, bias, rotation = self.embeddings(pixel_values)
+        hidden_states = self.pre_layernorm(hidden_states)
+        for number, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, None if bias is None else bias[number], rotation)
+        hidden_states = self.layernorm(hidden_states)
+        pooled = None if self.pooler is None else self.pooler(hidden_states)
+        if self.classifier is None:
+            return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return ImageClassifierOutput(logits=self.classifier(pooled))
+
+
+def inference_precision(precision: str) -> str:
+    """Return a key of `DTYPES` for one of these or `"auto"`: bf16 on hardware that is fast at it, else fp32."""
+    if precision != "auto":
+        return precision
+    return {"no": "fp32"}.get(resolved := resolve_precision("auto"), resolved)
+
+
+def optimize_for_inference(
+    model: HFViTModel | HFViTForImageClassification, precision: str = "auto", compile: bool = False
+) -> InferenceModel:
+    """Return a model that gives the outputs of `model` sooner; `model` stays as it is.
+
+    In float32 outputs are equal up to the order of sums. In bf16 weights are rounded once, where autocast rounds them
+    at every forward.
+
+    Args:
+        model: An encoder or a classifier, on its device.
+        precision: `"fp32"`, `"bf16"`, `"fp16"`, or `"auto"`: bf16 where the hardware is fast at it. `"fp8"` multiplies
+            in 8 bits on GPUs that can (Ada, Hopper and later; needs torchao), otherwise in bf16; it pays for wide
+            models, and `hf-vit evaluate --precision fp8` says what accuracy it costs.
+        compile: Whether torch.compile takes it further: on a GPU with CUDA graphs, one for every shape of input.
+
+    Raises:
+        ValueError: If the hardware has no such precision.
+    """
+    precision = inference_precision(precision)
+    optimized = InferenceModel(deepcopy(model).eval().requires_grad_(False).to(DTYPES[precision]))
+    if precision == "fp8":
+        multiply_in_8_bits(optimized)
+    if compile:
+        optimized.compile(mode="max-autotune" if model.device.type == "cuda" else None, dynamic=False)
+    return optimized
+
+
+def multiply_in_8_bits(model: InferenceModel) -> None:
+    """Let every linear layer of the blocks multiply in FP8; embeddings, norms, attention and head stay as they are."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or later, and this is on {device}: take bf16.")
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    except ImportError:
+        raise ValueError("fp8 needs a package that is not there: pip install torchao") from None
+    quantize_(model.layers, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+# -------------------------------------------------------------------------------------------------- many images
+
+
+# Images that a core of the CPU, and a GPU, answers for at a time.
+BATCH_OF_CPU, BATCH_OF_GPU = 8, 256
+AHEAD = 2  # batches that each core may be ahead of who reads the answers
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_every_core(
+    work: Callable[[Item], Answer], items: Iterable[Item], workers: int | None = None
+) -> Iterator[Answer]:
+    """Yield `work(item)` of every item, in their order, each worked on by one core alone.
+
+    Cores that share an operation wait for each other at its end; what decodes images or multiplies matrices leaves
+    Python's lock, so that threads do. Items are taken no further ahead than the workers need.
+
+    Args:
+        workers: Threads; as many as this process may use cores if not given.
+    """
+    workers = workers or cores()
+    threads = torch.get_num_threads()
+    waiting: deque[Future[Answer]] = deque()
+    # Inside its thread, torch would let each use all cores.
+    with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------- from a name
+
+
+def load(
+    source: str, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
+) -> tuple[Any, HFViTImageProcessor]:
+    """Load a classifier, or the encoder of a checkpoint without one, and the processor of its images.
+
+    Args:
+        source: A file, a folder or a name on the Hub, in any layout.
+        image_size: (height, width) in pixels, where it is not the checkpoint's own.
+        checkpoint: What `open_checkpoint` gave for `source`, if it is open already.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
+    checkpoint = checkpoint or open_checkpoint(source, Options(image_size=image_size))
+    model_class: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
+    fields = {} if image_size is None else {"image_size": image_size}
+    model, report = model_class.from_pretrained(source, output_loading_info=True, **fields)
+    if missing := sorted(report["missing_keys"]):
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{source} lacks weights of {model_class.__name__}: {some}. What was only pre-trained may have no pooling "
+            "yet: train it first."
+        )
+    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
+    processor.set_output_size(model.config.image_shape)
+    return model.eval(), processor

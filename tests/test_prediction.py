@@ -1,0 +1,115 @@
+"""Prediction from files: the processor's pixels, the model's scores, in order, whatever the files hold."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from hf_vit import HFViTForImageClassification, HFViTImageProcessor, HFViTModel
+from hf_vit.cli import app
+from hf_vit.prediction import Predictor, files_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Write images of many kinds, and some that are none."""
+    path = tmp_path_factory.mktemp("pictures")
+    (path / "below").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(11):
+        pixels = random.integers(0, 256, (20 + 9 * number, 90 - 5 * number, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert(("RGB", "L", "RGBA")[number % 3])
+        image.save(path / "below" / f"{number:02}.png" if number % 3 else path / f"{number:02}.jpg")
+    (path / "05a.jpg").write_bytes((path / "06.jpg").read_bytes()[:-200])
+    (path / "07a.JPG").write_text("<html>")
+    (path / "notes.txt").write_text("no image by its name")
+    return path
+
+
+@pytest.fixture
+def classifier(tmp_path, tiny_config):
+    """Save a classifier whose answers differ from image to image."""
+    path = tmp_path / "classifier"
+    names = {index: f"kind {index}" for index in range(4)}
+    fields = {"initializer_range": 0.5, "id2label": names, "label2id": {name: index for index, name in names.items()}}
+    HFViTForImageClassification(tiny_config(**fields)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (3, 2), (2, 100)])
+def test_answers_are_the_model_s(folder, classifier, workers, batch_size):
+    files = list(files_of([str(folder)]))
+    assert [file.name for file in files] == sorted(file.name for file in files if file.parent == folder) + [
+        file.name for file in files if file.parent != folder
+    ]
+    assert len(files) == 13
+    predictor = Predictor.from_pretrained(classifier, "fp32", workers=workers, batch_size=batch_size, top_k=2)
+    threads = torch.get_num_threads()
+    predictions = list(predictor(files))
+    assert torch.get_num_threads() == threads
+    assert [prediction.source for prediction in predictions] == files
+    model = HFViTForImageClassification.from_pretrained(classifier).eval()
+    processor = HFViTImageProcessor.from_pretrained(classifier)
+    broken = []
+    for file, prediction in zip(files, predictions, strict=True):
+        if prediction.error is not None:
+            broken.append(file.name)
+            assert not prediction.labels and not prediction.scores
+            continue
+        with torch.no_grad():
+            scores, classes = model(**processor(file, return_tensors="pt")).logits.softmax(-1)[0].topk(2)
+        assert prediction.labels == [model.config.id2label[index] for index in classes.tolist()]
+        assert prediction.scores == pytest.approx(scores.tolist(), abs=1e-5)
+    assert broken == ["05a.jpg", "07a.JPG"]
+    assert len({tuple(prediction.labels) for prediction in predictions}) > 2
+
+
+def test_images_are_read_while_they_come(classifier):
+    read = []
+
+    def images():
+        for number in range(100):
+            read.append(number)
+            yield Image.new("RGB", (20, 20), (number, 0, 0))
+
+    predictor = Predictor.from_pretrained(classifier, "fp32", workers=1, batch_size=2)
+    predictions = predictor(images())
+    next(predictions)
+    assert len(read) < 12
+    predictions.close()
+
+
+def test_bytes_are_images_too(folder, classifier):
+    predictor = Predictor.from_pretrained(classifier, "fp32")
+    path = folder / "00.jpg"
+    first, second = predictor([path, path.read_bytes()])
+    assert first.scores == second.scores
+
+
+def test_an_encoder_has_no_answers(tmp_path, tiny_config):
+    HFViTModel(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no classifier"):
+        Predictor.from_pretrained(tmp_path)
+
+
+def test_the_command(folder, classifier, tmp_path):
+    output = tmp_path / "labels.jsonl"
+    arguments = ["predict", str(classifier), str(folder), "--top-k", "1", "-o", str(output), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["images"] == 13 and said["images_per_second"] > 0
+    assert [name.rsplit("/")[-1] for name in said["broken"]] == ["05a.jpg", "07a.JPG"]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [len(row["labels"]) for row in rows].count(1) == 11
+    assert sum(row["error"] is not None for row in rows) == 2
+
+
+def test_the_command_says_what_is_missing(classifier, tmp_path):
+    for sources, message in ((["nowhere"], "no file or folder nowhere"), ([str(tmp_path)], "There are no images in")):
+        done = CliRunner().invoke(app, ["predict", str(classifier), *sources])
+        assert done.exit_code == 2
+        assert message in done.stderr

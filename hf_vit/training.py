@@ -250,6 +250,34 @@ class BrokenImages:
 
 
 @dataclass
+class Running:
+    """What a run works with when its loop begins. Which of `steps` it takes is for its `Course` to say."""
+
+    steps: range
+    accelerator: Accelerator
+    task: Any
+    model: Any
+    optimizer: Any
+    average: AveragedWeights
+    data: ImageData
+    loader: Any
+    batches: Iterator[Any]
+    eval_loader: Any
+    to_model: Callable[[Tensor], Tensor]
+    pace: Pace
+    bar: tqdm
+    signals: StopSignals
+
+
+Course = Callable[[Running], Iterable[int]]
+
+
+def to_the_end(run: Running) -> Iterable[int]:
+    """Take every step that is not done yet."""
+    return run.steps
+
+
+@dataclass
 class Run:
     """What a finished run leaves in memory; `metrics`, `timing` and all else is in `output_dir` too.
 
@@ -272,13 +300,14 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: TrainConfig, publish: Publish | None = None) -> Run:
+def train(config: TrainConfig, publish: Publish | None = None, course: Course = to_the_end) -> Run:
     """Train a model, and resume by itself what was stopped in `config.output_dir`.
 
     Args:
         config: The recipe.
         publish: Called every `push_every` steps, on the main process, with the step and a function that writes the
             model into a folder; must return soon.
+        course: Gives the steps to take; what it does between them is no part of a step.
 
     Raises:
         Interrupted: If SIGINT or SIGTERM came: behind a checkpoint, or before the first step.
@@ -286,16 +315,15 @@ def train(config: TrainConfig, publish: Publish | None = None) -> Run:
         FloatingPointError: If the loss is not finite; names the step.
     """
     with StopSignals() as signals:
-        return _train(config, publish, signals)
+        return _train(config, publish, course, signals)
 
 
-def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -> Run:
+def _train(config: TrainConfig, publish: Publish | None, course: Course, signals: StopSignals) -> Run:
     # ---- build
     if config.mixup is None:
         config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
     output_dir = Path(config.output_dir)
-    if config.model is not None and Path(config.model).resolve() == output_dir.resolve():
-        raise ValueError(f"{output_dir} holds the model to begin from: choose another --output-dir.")
+    refuse_to_overwrite(config)
     accelerator = build_accelerator(config)
     parts = Parts(config.accumulation_steps, *data_parts(accelerator))
     say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
@@ -347,7 +375,7 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
     to_model = partial(normalize, processor=processor)
 
     steps_in = partial(steps_of, length=data.train_length, batch_size=config.batch_size)
-    total_steps = config.max_steps or steps_in(config.epochs)
+    total_steps = length_of(config, data.train_length)
     eval_every = steps_in(config.eval_every)
     save_every = config.save_every or steps_in(1)
     push_every = config.push_every or steps_in(1)
@@ -474,11 +502,28 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
     signals.has_begun = True
     shown: dict[str, str] = {}
     predictions = evaluate(done) if state.get("is_evaluation_due") else None
-    batches = iter(training_loader(images, order, config.num_workers))
+    loader = training_loader(images, order, config.num_workers)
+    batches = iter(loader)
     bar = tqdm(total=total_steps, initial=done, unit="step", disable=not accelerator.is_main_process)
     model.train()
+    running = Running(
+        range(done, total_steps),
+        accelerator,
+        task,
+        model,
+        optimizer,
+        average,
+        data,
+        loader,
+        batches,
+        eval_loader,
+        to_model,
+        pace,
+        bar,
+        signals,
+    )
     with bar:
-        for step in range(done, total_steps):
+        for step in course(running):
             is_last = step + 1 == total_steps
             epoch = (step + 1) / steps_in(1)
 
@@ -580,6 +625,17 @@ def _train(config: TrainConfig, publish: Publish | None, signals: StopSignals) -
         predictions,
         accelerator.is_main_process,
     )
+
+
+def length_of(config: TrainConfig, train_length: int) -> int:
+    """Return the number of steps of a run with so many training images."""
+    return config.max_steps or steps_of(config.epochs, train_length, config.batch_size)
+
+
+def refuse_to_overwrite(config: TrainConfig) -> None:
+    """Raise `ValueError` for a run that would write over the model that it begins from."""
+    if config.model is not None and Path(config.model).resolve() == Path(config.output_dir).resolve():
+        raise ValueError(f"{config.output_dir} holds the model to begin from: choose another --output-dir.")
 
 
 def _mean_over_processes(losses: list[Tensor], accelerator: Accelerator) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,11 +64,19 @@ def train(
         str | None, typer.Option(metavar="USER/NAME", help="Push there while training, and at the end.")
     ] = None,
     resume: Resume = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure some steps, say what the run takes, and leave nothing behind.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of all machines together, for --dry-run.")
+    ] = None,
 ) -> None:
     """Train by a recipe: from scratch, from a checkpoint, or on masked patches. The same command resumes it, exactly.
 
     Every field of a recipe is an option, the architecture's behind model-config; hf-vit recipes NAME explains them.
     For example: hf-vit train --data photos/ --image-size 128 --batch-size 64 --model-config.hidden-size 192
+
+    Parameters, FLOPs, memory, time and money before it starts: hf-vit train ... --dry-run --price-per-hour 2.5
     """
     from .report import train_and_report
 
@@ -85,7 +93,12 @@ def train(
         }
         given = {name: value for name, value in named.items() if value is not None}
         config = TrainConfig.from_recipe(recipe, **given, **_fields(context.args))
-        train_and_report(config, _command(), typer.echo)
+        if dry_run:
+            _dry_run(config, price_per_hour)
+        elif price_per_hour is not None:
+            raise ValueError("--price-per-hour belongs to --dry-run: add it, or leave the price out.")
+        else:
+            train_and_report(config, _command(), typer.echo)
 
 
 @app.command()
@@ -113,18 +126,21 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="To measure on; the held-out one if not given.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of images, where it is not plain.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not plain.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one process at a time.")] = 64,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of a core, or of a GPU, at a time.")] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
     image_size: Annotated[
         str | None, typer.Option(metavar="H[xW]", help="Pixels, other than the model's; positions are resampled.")
     ] = None,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], typer.Option(help="auto is bf16 on hardware that is fast at it.")
+        Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="auto is bf16 on hardware fast at it.")
     ] = "auto",
     probe: Annotated[
         list[str] | None,
         typer.Option(help="linear, knn or few-shot: how good the features are for the training split's labels."),
     ] = None,
+    merge_tokens: Annotated[
+        int, typer.Option(min=0, help="Measure it also with so many alike tokens merged in every layer (ToMe).")
+    ] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for all that was measured.")] = None,
 ) -> None:
     """Measure a model on labelled images: accuracy, loss, calibration, speed, every class; or its features by probes.
@@ -151,11 +167,74 @@ def evaluate(
             image_size=_size("--image-size", image_size),
             precision=precision,
             probes=list(dict.fromkeys(probe or [])),
+            merged_per_layer=merge_tokens,
         )
         if measured is not None:
             typer.echo("\n".join(describe(measured)))
             if json_file is not None:
                 json_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A classifier: a file, a folder, or a name on the Hub, in any layout.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Image files, and folders of them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the answers, a line of JSON an image.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels an image.")] = 5,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of a core, or of a GPU, at a time.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all if not given.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="H[xW]", help="Pixels, other than the model's; positions are resampled.")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="auto is bf16 on hardware fast at it.")
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model: for many images on a GPU.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON: images, pace, broken.")] = False,
+) -> None:
+    """Label images, on all cores or on the GPU. One that cannot be read is named, and stops nothing.
+
+    For example: hf-vit predict my-vit photos/ --top-k 1 -o labels.jsonl
+    """
+    with _clear_endings():
+        import json
+        import time
+
+        from .prediction import Predictor, files_of
+
+        files = list(files_of(sources))
+        if not files:
+            raise ValueError(f"There are no images in {', '.join(sources)}.")
+        predictor = Predictor.from_pretrained(
+            model,
+            precision,
+            _size("--image-size", image_size),
+            compile=compile,
+            batch_size=batch_size,
+            workers=workers,
+            top_k=top_k,
+        )
+        broken = []
+        with open(output, "w", encoding="utf-8") if output else nullcontext() as lines:
+            began = time.perf_counter()
+            for prediction in predictor(files):
+                name = str(prediction.source)
+                if prediction.error is not None:
+                    broken.append(name)
+                answers = dict(zip(prediction.labels, prediction.scores, strict=True))
+                if lines is not None:
+                    row = {"image": name, "labels": prediction.labels, "scores": prediction.scores}
+                    lines.write(json.dumps({**row, "error": prediction.error}) + "\n")
+                elif not as_json:
+                    said = ", ".join(f"{label} {score:.1%}" for label, score in answers.items())
+                    typer.echo(f"{name}  {said or prediction.error}")
+            pace = len(files) / (time.perf_counter() - began)
+        if as_json:
+            typer.echo(json.dumps({"images": len(files), "images_per_second": pace, "broken": broken}))
+        else:
+            typer.echo(f"{len(files):,} images, {pace:,.1f} a second, {len(broken)} broken", err=True)
 
 
 @app.command()
@@ -276,6 +355,64 @@ def export(
         typer.echo(f"Written to {out} and read back, bit for bit.")
 
 
+# ------------------------------------------------------------------------------------------------------ benchmark
+
+
+@app.command()
+def benchmark(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(help="training, inference, preprocessing, augmentation, prediction; all if not given."),
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Such as Ti/16,B/16, at 224 pixels, for the usual ones.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="For training and inference.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="LIBRARY,...", help="Such as timm,transformers; all that are installed.")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto is bf16 on hardware that is fast at it.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(min=5, help="In which every variant has its turn.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Length of a turn.")] = 1.0,
+    compile: Annotated[bool, typer.Option("--compile", help="Also what torch compiles; it takes minutes.")] = False,
+    photos: Annotated[Path | None, typer.Option(help="Folder of JPEGs; some are made if not given.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for a file of this machine and day.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One small case a suite: to see whether all works.")] = False,
+) -> None:
+    """Compare speed and memory with timm, transformers, vit-pytorch and others, with the same weights and inputs.
+
+    Every variant has a process of its own; they take turns, and a ratio is stated only where it is beyond the noise.
+    For example: hf-vit benchmark inference --models B/16 --batch-size 16
+    """
+    with _clear_endings():
+        from .benchmark.compare import benchmark as measure
+        from .benchmark.table import LEGEND, Report, describe, hardware, table, versions
+
+        machine, installed = hardware(), versions()
+        typer.echo("\n".join([*describe(machine, installed), ""]))
+        report = None
+        for results in measure(
+            suites or (),
+            models=models.split(",") if models else (),
+            batch_size=batch_size,
+            against=against.split(",") if against else (),
+            precision=precision,
+            rounds=rounds,
+            seconds=seconds,
+            is_compile_wanted=compile,
+            photos=photos,
+            is_quick=quick,
+            say=lambda line: typer.echo(line, err=True),
+        ):
+            typer.echo("\n".join(["", *table(results)]))
+            if output_dir is not None:
+                report = report or Report(output_dir, _command(), machine, installed)
+                report.add(results)
+        typer.echo("\n".join(LEGEND))
+
+
 def _size(option: str, text: str | None) -> tuple[int, int] | None:
     """Read H or HxW."""
     if text is None:
@@ -319,6 +456,20 @@ def _fields(arguments: list[str]) -> dict[str, Any]:
 
 def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
+    from .cost import describe, rehearse
+    from .training import Interrupted
+
+    try:
+        cost = rehearse(config)
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(str(stop), err=True)
+        raise typer.Exit(stop.exit_code) from None
+    if cost is not None:
+        typer.echo("\n".join(describe(cost, price_per_hour)))
 
 
 @contextmanager

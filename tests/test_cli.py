@@ -27,7 +27,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["quickstart"], ["train"], ["recipes"], ["evaluate"], ["push"]])
+COMMANDS = ["quickstart", "train", "recipes", "evaluate", "predict", "push", "convert", "inspect", "export", "benchmark"]
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output

@@ -291,7 +291,7 @@ def preprocessing_by_transformers(backend: str, job: Job) -> Subject:
     return Subject(preprocess, lambda: preprocess().numpy(), "uint8")
 
 
-def preprocessing_by_ours(job: Job, **options: Any) -> Subject:
+def preprocessing_by_ours(job: Job, kind: str = "uint8", **options: Any) -> Subject:
     import torch
 
     from hf_vit import HFViTImageProcessor
@@ -303,7 +303,7 @@ def preprocessing_by_ours(job: Job, **options: Any) -> Subject:
     def preprocess() -> Any:
         return processor(photos, return_tensors="pt")["pixel_values"]
 
-    return Subject(preprocess, lambda: preprocess().numpy(), "uint8")
+    return Subject(preprocess, lambda: preprocess().numpy(), kind)
 
 
 def augmentation_by_torchvision(job: Job) -> Subject:
@@ -422,6 +422,7 @@ SUBJECTS: dict[str, dict[str, Callable[[Job], Subject]]] = {
         "transformers": partial(preprocessing_by_transformers, "torchvision"),
         "transformers pil": partial(preprocessing_by_transformers, "pil"),
         "ours": preprocessing_by_ours,
+        "ours reduced": partial(preprocessing_by_ours, kind="reduced", reducing_gap=1),
     },
     "augmentation": {
         "torchvision": augmentation_by_torchvision,

@@ -118,7 +118,8 @@ def write_models(name: str, folder: Path, libraries: Collection[str]) -> dict[st
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(ours)
         save_file(model.state_dict(), ours / "model.safetensors", metadata={"format": "pt"})
-        HFViTImageProcessorPil(**PROCESSING).save_pretrained(ours)
+        height, width = model.config.image_shape
+        HFViTImageProcessorPil(**{**PROCESSING, "size": {"height": height, "width": width}}).save_pretrained(ours)
     writers: dict[str, Callable[[Path], Any]] = {
         "timm": lambda out: export(ours, out, "timm"),
         "transformers": lambda out: export(ours, out, "transformers"),

@@ -1,0 +1,91 @@
+"""Images of many sizes: in one pack, padded to the largest, or resized to one square. Images a second of each.
+
+    python scripts/benchmark_packing.py photos/ --model Ti/16 --scales 0.12 0.6
+
+All three have the same photographs and model, random weights, one process and one thread; they take turns, and what
+is stated are medians over rounds. Answers of the pack are checked against those of the images one by one. A padded
+image has positions of the grid that it is padded to, and so an answer of its own.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from hf_vit import HFViTForImageClassification, HFViTImageProcessor
+from hf_vit.model.modeling_hf_vit import unpatchify
+from hf_vit.variants import config_of
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path, help="folder of images")
+    parser.add_argument("--model", default="Ti/16", help="a variant with patches of 16")
+    parser.add_argument("--images", type=int, default=16, help="images of a batch")
+    parser.add_argument("--packing", type=int, default=196, help="most patches of an image")
+    parser.add_argument("--scales", type=float, nargs=2, default=(1.0, 1.0), help="photographs are reduced by a draw")
+    parser.add_argument("--rounds", type=int, default=9)
+    return parser.parse_args()
+
+
+def read(arguments: argparse.Namespace) -> list[Image.Image]:
+    """Read photographs, each reduced by a factor that is drawn."""
+    draw, images = random.Random(0), []
+    for path in sorted(path for path in arguments.photos.iterdir() if path.is_file())[: arguments.images]:
+        with Image.open(path) as image:
+            scale = draw.uniform(*arguments.scales)
+            size = (max(16, round(image.width * scale)), max(16, round(image.height * scale)))
+            images.append(image.convert("RGB").resize(size))
+    return images
+
+
+def padded(pack: dict, prefix: int) -> dict[str, torch.Tensor]:
+    """Put every image of a pack into the top left corner of the largest grid, and mask the rest."""
+    grids = pack["patch_grids"].tolist()
+    rows, columns = (max(side) for side in zip(*grids, strict=True))
+    pixel_values = torch.zeros(len(grids), 3, 16 * rows, 16 * columns)
+    mask = torch.zeros(len(grids), rows, columns, dtype=torch.long)
+    parts = pack["pixel_values"].split([h * w for h, w in grids])
+    for number, ((h, w), patches) in enumerate(zip(grids, parts, strict=True)):
+        pixel_values[number, :, : 16 * h, : 16 * w] = unpatchify(patches[None], (16, 16), (h, w))[0]
+        mask[number, :h, :w] = 1
+    ones = torch.ones(len(grids), prefix, dtype=torch.long)
+    return {"pixel_values": pixel_values, "attention_mask": torch.cat([ones, mask.flatten(1)], dim=1)}
+
+
+@torch.inference_mode()
+def main() -> None:
+    arguments = parse()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = HFViTForImageClassification(config_of(f"ViT-{arguments.model}", initializer_range=0.1)).eval()
+    images = read(arguments)
+    pack = HFViTImageProcessor(packing=arguments.packing, patch_size=16)(images, return_tensors="pt")
+    inputs = {
+        "packed": dict(pack),
+        "padded": padded(pack, model.config.num_prefix_tokens),
+        "square": dict(HFViTImageProcessor(size=224)(images, return_tensors="pt")),
+    }
+    processor = HFViTImageProcessor(packing=arguments.packing, patch_size=16)
+    alone = torch.cat([model(**processor([image], return_tensors="pt")).logits for image in images])
+    torch.testing.assert_close(model(**inputs["packed"]).logits, alone, rtol=1e-3, atol=1e-3)
+
+    paces: dict[str, list[float]] = {name: [] for name in inputs}
+    for _ in range(arguments.rounds):
+        for name, given in inputs.items():
+            began = time.perf_counter()
+            model(**given)
+            paces[name].append(len(images) / (time.perf_counter() - began))
+    sizes = pack["patch_grids"].prod(dim=1)
+    share = 1 - sizes.float().mean() / inputs["padded"]["attention_mask"].shape[1]
+    print(f"{len(images)} images of {int(sizes.min())} to {int(sizes.max())} patches; padding would be {share:.0%}")
+    for name, values in paces.items():
+        print(f"{name}  {statistics.median(values):6.1f} images/s ({min(values):.1f} to {max(values):.1f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-COMMANDS = ["quickstart", "train", "recipes", "evaluate", "predict", "push", "convert", "inspect", "export", "benchmark"]
+COMMANDS = [
+    "quickstart",
+    "train",
+    "recipes",
+    "evaluate",
+    "predict",
+    "push",
+    "convert",
+    "inspect",
+    "export",
+    "benchmark",
+]
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])

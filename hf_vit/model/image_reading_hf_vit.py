@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 try:
@@ -53,7 +53,7 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
         PIL.Image.DecompressionBombError: If it has more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     data = source if isinstance(source, bytes) else _bytes_of(source)
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data, "bytes" if isinstance(source, bytes) else str(source)) as image:
         # MPO is what phones write: a JPEG, and others behind it.
         is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if is_jpeg else 1
@@ -78,6 +78,13 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
 def _bytes_of(path: str | os.PathLike) -> bytes:
     with open(path, "rb") as file:
         return file.read()
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"No format of images fits {name}: {len(data):,} bytes.") from None
 
 
 def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:

@@ -51,6 +51,7 @@ class Predictor:
         batch_size: Images at a time, for each worker of a CPU; chosen by the hardware if not given.
         workers: Threads; one for each core if not given.
         top_k: How many labels to give.
+        is_compiled: Whether `model` is compiled for one size of batches, so that all must have it.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Predictor:
         batch_size: int | None = None,
         workers: int | None = None,
         top_k: int = 5,
+        is_compiled: bool = False,
     ) -> None:
         self.model, self.processor, self.labels, self.device = model, processor, labels, device
         self.batch_size = batch_size or (BATCH_OF_CPU if device.type == "cpu" else BATCH_OF_GPU)
         self.workers = workers
         self.top_k = min(top_k, len(labels))
+        self.is_compiled = is_compiled
 
     @classmethod
     def from_pretrained(
@@ -95,7 +98,7 @@ class Predictor:
             raise ValueError(f"{source} has no classifier: train one on it, or take its features from AutoModel.")
         chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
         optimized = optimize_for_inference(model.to(chosen), precision, compile)
-        return cls(optimized, processor, config.id2label, chosen, **options)
+        return cls(optimized, processor, config.id2label, chosen, is_compiled=compile, **options)
 
     def __call__(self, images: Iterable[Source]) -> Iterator[Prediction]:
         """Yield a prediction for every image, in their order; a broken one has an `error` and stops nothing.
@@ -111,17 +114,16 @@ class Predictor:
         for of_batch in answers:
             yield from of_batch
 
-    def _read(self, sources: list[Source]) -> tuple[list[Prediction], list[int], Tensor | None]:
-        """Return blank predictions, the numbers of those whose image could be read, and their pixels, uint8."""
+    def _read(self, sources: list[Source]) -> tuple[list[Prediction], dict[int, Tensor]]:
+        """Return blank predictions, and by their numbers the pixels of those that could be read, uint8 `[C, H, W]`."""
         predictions = [Prediction(source) for source in sources]
-        pixels = []
-        for prediction in predictions:
+        pixels = {}
+        for number, prediction in enumerate(predictions):
             try:
-                pixels.append(self._pixels(prediction.source))
+                pixels[number] = self._pixels(prediction.source)
             except Exception as error:  # decoders raise almost anything
                 prediction.error = f"{type(error).__name__}: {error}"
-        readable = [number for number, prediction in enumerate(predictions) if prediction.error is None]
-        return predictions, readable, torch.stack(pixels) if pixels else None
+        return predictions, pixels
 
     def _pixels(self, source: Source) -> Tensor:
         image = source if isinstance(source, Image.Image) else read_image(source, self.processor.least_size)
@@ -131,13 +133,19 @@ class Predictor:
         return outputs["pixel_values"][0]
 
     @torch.inference_mode()
-    def _answer(self, predictions: list[Prediction], readable: list[int], pixels: Tensor | None) -> list[Prediction]:
-        if pixels is not None:
-            logits = self.model(normalize(pixels.to(self.device), self.processor)).logits
+    def _answer(self, predictions: list[Prediction], pixels: dict[int, Tensor]) -> list[Prediction]:
+        of_shape: dict[torch.Size, list[int]] = {}  # one, unless the processor keeps the aspect of images
+        for number, of_image in pixels.items():
+            of_shape.setdefault(of_image.shape, []).append(number)
+        for numbers in of_shape.values():
+            batch = torch.stack([pixels[number] for number in numbers])
+            if self.is_compiled:  # for one size of batches
+                batch = torch.cat([batch, batch[:1].expand(self.batch_size - len(batch), -1, -1, -1)])
+            logits = self.model(normalize(batch.to(self.device), self.processor)).logits[: len(numbers)]
             scores, classes = logits.float().softmax(dim=-1).topk(self.top_k)
-            for number, of_image, which in zip(readable, scores.tolist(), classes.tolist(), strict=True):
+            for number, best, which in zip(numbers, scores.tolist(), classes.tolist(), strict=True):
                 predictions[number].labels = [self.labels[index] for index in which]
-                predictions[number].scores = of_image
+                predictions[number].scores = best
         return predictions
 
 

@@ -1,6 +1,7 @@
 """Prediction from files: the processor's pixels, the model's scores, in order, whatever the files hold."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 def classifier(tmp_path, tiny_config):
     """Save a classifier whose answers differ from image to image."""
     path = tmp_path / "classifier"
-    names = {index: f"kind {index}" for index in range(4)}
+    names = {index: f"kind {index}" for index in range(5)}
     fields = {"initializer_range": 0.5, "id2label": names, "label2id": {name: index for index, name in names.items()}}
     HFViTForImageClassification(tiny_config(**fields)).save_pretrained(path)
     return path
@@ -113,3 +114,26 @@ def test_the_command_says_what_is_missing(classifier, tmp_path):
         done = CliRunner().invoke(app, ["predict", str(classifier), *sources])
         assert done.exit_code == 2
         assert message in done.stderr
+
+
+def test_images_may_keep_their_aspect(folder, classifier):
+    processor = HFViTImageProcessor.from_pretrained(classifier)
+    processor.size, files = {"shortest_edge": 16}, [folder / "00.jpg", folder / "03.jpg", folder / "00.jpg"]
+    predictor = Predictor.from_pretrained(classifier, "fp32")
+    predictor.processor = processor
+    shapes = {tuple(predictor._pixels(file).shape) for file in files}
+    assert len(shapes) == 2
+    predictor.model = lambda pixels: SimpleNamespace(logits=pixels.mean(dim=(1, 2, 3))[:, None].expand(-1, 5))
+    assert [len(prediction.labels) for prediction in predictor(files)] == [5, 5, 5]
+
+
+def test_a_compiled_model_gets_batches_of_one_size(folder, classifier):
+    files = list(files_of([str(folder)]))
+    predictor = Predictor.from_pretrained(classifier, "fp32", batch_size=4, workers=1)
+    expected = [prediction.scores for prediction in predictor(files)]
+    model, sizes = predictor.model, []
+    predictor.model = lambda pixels: sizes.append(len(pixels)) or model(pixels)
+    predictor.is_compiled = True
+    for prediction, scores in zip(predictor(files), expected, strict=True):
+        assert prediction.scores == pytest.approx(scores, abs=1e-6)
+    assert sizes == [4, 4, 4, 4]

@@ -472,14 +472,16 @@ class HFViTImageProcessing(BaseImageProcessor):
 
         `kwargs` are the options of a call, where they are not the processor's own.
         """
-        options = {name: kwargs.get(name, getattr(self, name)) for name in ("do_resize", "size", "crop_pct")}
-        gap, packing = (kwargs.get(name, getattr(self, name)) for name in ("reducing_gap", "packing"))
-        if not options["do_resize"] or gap is None:
+        names = ("do_resize", "size", "crop_pct", "reducing_gap", "packing", "patch_size")
+        do_resize, size, crop_pct, gap, packing, patch_size = (kwargs.get(name, getattr(self, name)) for name in names)
+        if not do_resize or gap is None:
             return old
         if packing is None:
-            new = resized_size(old, options["size"], options["crop_pct"])
+            if not isinstance(size, SizeDict):  # as somebody may have set it
+                size = self._standardize_kwargs(size=size, default_to_square=self.default_to_square)["size"]
+            new = resized_size(old, size, crop_pct)
         else:
-            patch_size = checked_patch_size(packing, kwargs.get("patch_size", self.patch_size))
+            patch_size = checked_patch_size(packing, patch_size)
             grid = packed_grid(old, patch_size, packing)
             new = (grid[0] * patch_size[0], grid[1] * patch_size[1])
         return math.ceil(gap * new[0]), math.ceil(gap * new[1])

@@ -24,6 +24,13 @@ OutputDir = Annotated[
     str | None, typer.Option(help="Folder for the model; checkpoints lie below it. The recipe's if not given.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Of all that is random in the run. The recipe's if not given.")]
+OtherSize = Annotated[
+    str | None, typer.Option(metavar="H[xW]", help="Pixels, other than the model's; positions are resampled.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images of a core, or of a GPU, at a time.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="auto is bf16 on hardware fast at it.")
+]
 Resume = Annotated[
     str, typer.Option(help="'auto' goes on with the run that the output folder holds; 'never' starts it anew.")
 ]
@@ -126,14 +133,10 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="To measure on; the held-out one if not given.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of images, where it is not plain.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not plain.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of a core, or of a GPU, at a time.")] = None,
+    batch_size: BatchSize = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="H[xW]", help="Pixels, other than the model's; positions are resampled.")
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="auto is bf16 on hardware fast at it.")
-    ] = "auto",
+    image_size: OtherSize = None,
+    precision: Precision = "auto",
     probe: Annotated[
         list[str] | None,
         typer.Option(help="linear, knn or few-shot: how good the features are for the training split's labels."),
@@ -183,14 +186,10 @@ def predict(
         Path | None, typer.Option("--output", "-o", help="File for the answers, a line of JSON an image.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels an image.")] = 5,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of a core, or of a GPU, at a time.")] = None,
+    batch_size: BatchSize = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all if not given.")] = None,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="H[xW]", help="Pixels, other than the model's; positions are resampled.")
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="auto is bf16 on hardware fast at it.")
-    ] = "auto",
+    image_size: OtherSize = None,
+    precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model: for many images on a GPU.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON: images, pace, broken.")] = False,
 ) -> None:

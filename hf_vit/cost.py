@@ -30,7 +30,7 @@ from .checkpointing import CheckpointFolder
 from .data import ImageData
 from .hub import machine
 from .loading import READ_AHEAD, steps_of
-from .parallel import build_accelerator
+from .parallel import build_accelerator, precision_name
 from .recipe import TrainConfig
 from .training import CHECKPOINTS, Interrupted, Running, length_of, refuse_to_overwrite, train
 
@@ -310,7 +310,7 @@ class Rehearsal:
         return Cost(
             source=run.data.name,
             image_shape=model.config.image_shape,
-            precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+            precision=precision_name(accelerator.mixed_precision),
             learned=learned,
             frozen=frozen,
             forward_flops=forward_flops,

@@ -8,7 +8,6 @@ What it adds, in bf16 on a CPU: weights in the order in which the products read 
     FP8: torchao, weights and activations scaled by row
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +30,7 @@ from .model.modeling_hf_vit import (
     HFViTModel,
     rotate,
 )
-from .parallel import resolve_precision
+from .parallel import cores, precision_name, resolve_precision
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -173,9 +172,7 @@ class InferenceModel(nn.Module):
 
 def inference_precision(precision: str) -> str:
     """Return a key of `DTYPES` for one of these or `"auto"`: bf16 on hardware that is fast at it, else fp32."""
-    if precision != "auto":
-        return precision
-    return {"no": "fp32"}.get(resolved := resolve_precision("auto"), resolved)
+    return precision_name(resolve_precision("auto")) if precision == "auto" else precision
 
 
 def optimize_for_inference(
@@ -223,11 +220,6 @@ def multiply_in_8_bits(model: InferenceModel) -> None:
 # Images that a core of the CPU, and a GPU, answers for at a time.
 BATCH_OF_CPU, BATCH_OF_GPU = 8, 256
 AHEAD = 2  # batches that each core may be ahead of who reads the answers
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_every_core(

@@ -61,6 +61,14 @@ def normalize(pixels: Tensor, processor: Any) -> Tensor:
     return pixels.float().sub_(mean).div_(std)  # in place: new memory costs more than the arithmetic
 
 
+def as_seen(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
+    """Return what `processor` makes of an image that `read_image` gave, not normalised yet: uint8 `[C, H, W]`."""
+    outputs = processor(
+        image, input_data_format="channels_first", do_rescale=False, do_normalize=False, return_tensors="pt"
+    )
+    return outputs["pixel_values"][0]
+
+
 class Images(torch.utils.data.Dataset):
     """Read the images of a split as uint8 `[C, H, W]`, by `Visit`.
 
@@ -177,10 +185,7 @@ class EvaluationImages(Images):
         return self.processor.least_size(size)
 
     def prepare(self, image: PILImage.Image | Tensor) -> Tensor:
-        outputs = self.processor(
-            image, input_data_format="channels_first", do_rescale=False, do_normalize=False, return_tensors="pt"
-        )
-        return outputs["pixel_values"][0]
+        return as_seen(image, self.processor)
 
 
 class TrainingImages(Images):

@@ -44,6 +44,16 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if is_fast else "no"
 
 
+def precision_name(mixed_precision: str) -> str:
+    """Return what a recipe calls the precision that Accelerate calls `mixed_precision`."""
+    return next(name for name, theirs in PRECISIONS.items() if theirs == mixed_precision)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Return the Accelerator of a run."""
     output_dir = Path(config.output_dir)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .inference import BATCH_OF_CPU, BATCH_OF_GPU, load, on_every_core, optimize_for_inference
-from .loading import normalize
+from .loading import as_seen, normalize
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.image_reading_hf_vit import read_image
 
@@ -127,10 +127,7 @@ class Predictor:
 
     def _pixels(self, source: Source) -> Tensor:
         image = source if isinstance(source, Image.Image) else read_image(source, self.processor.least_size)
-        outputs = self.processor(
-            image, input_data_format="channels_first", do_rescale=False, do_normalize=False, return_tensors="pt"
-        )
-        return outputs["pixel_values"][0]
+        return as_seen(image, self.processor)
 
     @torch.inference_mode()
     def _answer(self, predictions: list[Prediction], pixels: dict[int, Tensor]) -> list[Prediction]:

@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "benchmark": {
         "augmentation",
         "checkpoints",
+        "cost",
         "data",
         "export",
         "inference",

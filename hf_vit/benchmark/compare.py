@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from ..parallel import resolve_precision
+from ..parallel import precision_name, resolve_precision
 from . import measure
 from .preparation import Prepared, prepare, upright_jpegs
 from .suites import BOUNDS, CEILING, SUITES, Case, Job, cases_of, libraries, variants_of
@@ -313,7 +313,7 @@ def benchmark(
     if is_quick:
         rounds, seconds = 3, 0.1
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = {"no": "fp32"}.get(resolve_precision(precision), "bf16")
+    resolved = precision_name(resolve_precision(precision))
     paths = [] if photos is None else upright_jpegs(photos)
     chosen = [suite for suite in SUITES if not suites or suite in suites]
     cases = [case for suite in chosen for case in cases_of(suite, device, models, batch_size, paths, is_quick)]

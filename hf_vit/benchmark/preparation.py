@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints.layouts import rules_of
 from ..checkpoints.vit_pytorch import ERAS, table
+from ..cost import count_flops
 from ..data import seed_of
 from ..export import export
 from ..model.configuration_hf_vit import HFViTConfig
@@ -172,11 +172,10 @@ def write_onnx(case: Case, folder: Path) -> None:
 
 def count_operations(name: str) -> int:
     """Return the floating-point operations of one image's forward: two for each multiplication with its addition."""
-    eager: dict[str, Any] = {"attn_implementation": "eager"}  # whose products the counter sees
-    config = HFViTConfig(**model_fields(name), **eager)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        HFViTForImageClassification(config).eval()(torch.empty(1, 3, *config.image_shape))
-    return int(counter.get_total_flops())
+    with torch.device("meta"):
+        model = HFViTForImageClassification(HFViTConfig(**model_fields(name)))
+    forward, _ = count_flops(model, HFViTForImageClassification)
+    return forward
 
 
 # ------------------------------------------------------------------------------------------------------- photos

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..parallel import cores
 from .suites import CEILING
 
 # ---------------------------------------------------------------------------------------------------- the machine
@@ -37,10 +38,9 @@ def hardware() -> dict[str, Any]:
     """Return the machine: processor, cores that may be used, what it can do, memory, accelerator, other work on it."""
     about = processor()
     flags = (about.get("flags") or about.get("Features") or "").split()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine: dict[str, Any] = {
         "processor": about.get("model name", platform.machine()),
-        "cores": cores,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "flags": [flag for flag in FLAGS if flag in flags],
     }

@@ -28,6 +28,7 @@ from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil, Image
 # What a plain ViT has. A layout that can say more leaves the field out.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned",),
+    "position_placement": ("input",),
     "pooling": ("cls",),
     "final_layernorm": ("tokens",),
     "use_distillation_token": (False,),

@@ -264,10 +264,11 @@ def _refuse_what_cannot_merge(model: Any) -> None:
             f"This {type(model).__name__} returns something for every patch, but merged patches share a token: use "
             "HFViTForImageClassification, or HFViTModel with its pooling layer."
         )
-    if positions in ("relative", "rotary"):
+    placement = model.config.position_placement
+    if positions in ("relative", "rotary") or placement != "input":
         raise ValueError(
-            f"With {positions!r} positions every layer asks where a patch lies, but merged patches lie in several "
-            "places: use a model with another position_embedding_type."
+            f"With {positions!r} positions at {placement!r} every layer asks where a patch lies, but merged patches "
+            "lie in several places: use a model whose positions are added at the input."
         )
     for layer in encoder.layers:
         if type(layer) not in (HFViTLayer, MergingLayer) or "forward" in vars(layer):

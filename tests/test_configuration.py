@@ -38,6 +38,8 @@ def test_sizes_are_height_width(image_size, patch_size, grid):
         ({"initializer_range": -1.0}, "initializer_range"),
         ({"pooling": "gap"}, "attention.*cls.*mean.*'gap'"),
         ({"position_embedding_type": "rope"}, "learned_2d.*'rope'"),
+        ({"position_placement": "stem"}, "every_layer_shared.*'stem'"),
+        ({"position_placement": "every_layer", "position_embedding_type": "none"}, "learned and added, got.*'none'"),
         ({"position_interpolation": "cubic"}, "bicubic_antialias"),
         ({"mim_objective": "dvae"}, "mean_color"),
         ({"hidden_act": "gleu"}, "gelu"),

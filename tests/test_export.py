@@ -514,6 +514,7 @@ def test_npz_has_the_names_of_its_source(tmp_path: Path, case: str) -> None:
 MISFITS: dict[str, dict[str, dict[str, Any]]] = {
     # What the message must say: the fields of the model.
     "transformers": {
+        "position_placement='every_layer'": {"position_placement": "every_layer"},
         "position_embedding_type='sincos_2d'": {"position_embedding_type": "sincos_2d"},
         "position_embedding_type='learned_2d'": {"position_embedding_type": "learned_2d"},
         "position_embedding_type='rotary'": {"position_embedding_type": "rotary"},

@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "normed and scaled": {"use_qk_norm": True, "layer_scale_init_value": 0.5, "use_pre_layernorm": True},
     "rotary": {"position_embedding_type": "rotary", "num_register_tokens": 2},
     "relative": {"position_embedding_type": "relative", "pooling": "mean", "final_layernorm": "pooled"},
+    "positions of layers": {"position_placement": "every_layer"},
     "one head": {"num_attention_heads": 1, "use_output_projection": False},
     "attention": {"pooling": "attention", "representation_size": 12},
     "hybrid": {"stem_layers": [1], "stem_width": 32, "patch_size": 16},

@@ -40,6 +40,8 @@ FAMILY_PARTS = {
     "relative_prefix": {"position_embedding_type": "relative", "num_prefix_positions": 1},
     "rotary": {"position_embedding_type": "rotary", "patch_dropout_prob": 0.5, "num_register_tokens": 1},
     "distilled_one_head": {"use_distillation_token": True},
+    "positions_of_layers": {"position_placement": "every_layer", "patch_dropout_prob": 0.5, "num_register_tokens": 1},
+    "positions_of_all_layers": {"position_placement": "every_layer_shared", "position_embedding_type": "learned_2d"},
 }
 
 
@@ -180,6 +182,42 @@ def test_patches_permuted_with_their_positions_permute_the_outputs(tiny_config):
     torch.testing.assert_close(moved[:, 1:], plain[:, 1:][:, order], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["learned", "learned_2d"])
+def test_positions_of_every_layer(tiny_config, pixel_values, kind):
+    """Only the first layer's: those of the input. All alike: the shared ones. Without any: none."""
+
+    def model_of(placement, kind=kind):
+        config = tiny_config(position_embedding_type=kind, position_placement=placement, num_register_tokens=1)
+        return randomised(HFViTModel(config)).eval()
+
+    def outputs(model):
+        with torch.no_grad():
+            return model(pixel_values).last_hidden_state
+
+    at_input = model_of("input")
+    for placement in ("every_layer", "every_layer_shared"):
+        model = model_of(placement)
+        state = at_input.state_dict()
+        for name, table in model.named_parameters():
+            if "position_embeddings" in name:  # [layers or 1, ...]
+                state[name] = torch.cat([state[name], torch.zeros_like(table[1:])])
+        model.load_state_dict(state)
+        if placement == "every_layer":
+            torch.testing.assert_close(outputs(model), outputs(at_input))
+            for name, table in model.named_parameters():
+                if "position_embeddings" in name:
+                    table.data[1:] = table.data[:1]
+            alike = outputs(model)
+            assert (alike - outputs(at_input)).abs().max() > 1e-3
+    torch.testing.assert_close(outputs(model), alike)
+    for name, table in model.named_parameters():
+        if "position_embeddings" in name:
+            table.data.zero_()
+    bag = model_of("input", kind="none")
+    bag.load_state_dict({k: v for k, v in model.state_dict().items() if "position_embeddings" not in k})
+    torch.testing.assert_close(outputs(model), outputs(bag))
+
+
 # --------------------------------------------------------------------------------------------- any resolution
 
 
@@ -190,10 +228,18 @@ def test_a_forward_takes_any_size(tiny_config, kind, size):
     assert model(torch.randn(2, 3, *size)).logits.shape == (2, 5)
 
 
-@pytest.mark.parametrize("kind", ["learned", "learned_2d", "sincos_2d", "relative"])
+@pytest.mark.parametrize(
+    ("kind", "placement"),
+    [
+        *((kind, "input") for kind in ("learned", "learned_2d", "sincos_2d", "relative")),
+        ("learned", "every_layer"),
+        ("learned_2d", "every_layer"),
+    ],
+)
 @pytest.mark.parametrize("size", [64, (48, 80), (48, 32)])
-def test_loading_at_another_size_resamples_once(tmp_path, tiny_config, kind, size):
-    model = randomised(HFViTForImageClassification(tiny_config(position_embedding_type=kind))).eval()
+def test_loading_at_another_size_resamples_once(tmp_path, tiny_config, kind, placement, size):
+    config = tiny_config(position_embedding_type=kind, position_placement=placement)
+    model = randomised(HFViTForImageClassification(config)).eval()
     model.save_pretrained(tmp_path / "small")
     larger = HFViTForImageClassification.from_pretrained(tmp_path / "small", image_size=size).eval()
     pixel_values = torch.randn(2, 3, *larger.config.image_shape)
@@ -409,10 +455,10 @@ def test_patch_dropout_keeps_a_share_in_training_alone(tiny_config, pixel_values
 
 def test_a_dropped_patch_takes_its_relative_bias_along(tiny_config, pixel_values):
     embeddings = randomised(HFViTModel(tiny_config(position_embedding_type="relative")).embeddings)
-    _, whole, _ = embeddings(pixel_values)
+    _, _, whole, _ = embeddings(pixel_values)
     kept = torch.tensor([[3, 1, 20], [0, 5, 7]])
     embeddings.patch_dropout.forward = lambda patches: (patches.take_along_dim(kept.unsqueeze(-1), 1), kept)
-    _, bias, _ = embeddings(pixel_values)
+    _, _, bias, _ = embeddings(pixel_values)
     assert bias.shape == (3, 2, 4, 4, 4)
     assert torch.equal(bias[:, 0, :, 1, 3], whole[:, 0, :, 1 + 3, 1 + 20])
     assert torch.equal(bias[:, 1, :, 2, 1], whole[:, 0, :, 1 + 5, 1 + 0])

@@ -217,6 +217,13 @@ def test_every_pooling_reads_one_image(tiny_config, pooling):
     assert_like_one_by_one(randomised(HFViTModel(config)).eval(), images_of(GRIDS), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("fields", [PARTS, BARE], ids=["parts", "bare"])
+@pytest.mark.parametrize("placement", ["every_layer", "every_layer_shared"])
+def test_positions_of_layers(tiny_config, placement, fields):
+    config = tiny_config(position_placement=placement, **fields)
+    assert_like_one_by_one(randomised(HFViTModel(config)).eval(), images_of(GRIDS), tolerance=2e-5)
+
+
 @pytest.mark.parametrize("fields", [{"num_prefix_positions": 1}, {"num_prefix_positions": 0}], ids=["prefix", "none"])
 def test_relative_positions_of_the_prefix(tiny_config, fields):
     config = tiny_config(position_embedding_type="relative", **fields)

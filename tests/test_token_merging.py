@@ -210,10 +210,12 @@ def test_a_number_that_is_none_is_refused(build, number):
         merge_tokens(build(), number)
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
-def test_layers_that_ask_for_places_are_refused(build, positions):
-    with pytest.raises(ValueError, match=f"With '{positions}' positions"):
-        merge_tokens(build(position_embedding_type=positions), 2)
+@pytest.mark.parametrize(
+    ("positions", "placement"), [("relative", "input"), ("rotary", "input"), ("learned", "every_layer")]
+)
+def test_layers_that_ask_for_places_are_refused(build, positions, placement):
+    with pytest.raises(ValueError, match=f"With '{positions}' positions at '{placement}'"):
+        merge_tokens(build(position_embedding_type=positions, position_placement=placement), 2)
 
 
 @pytest.mark.parametrize("model_class", [HFViTBackbone, HFViTForMaskedImageModeling])

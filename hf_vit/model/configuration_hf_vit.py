@@ -19,6 +19,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "rotary", "none")
+POSITION_PLACEMENTS = ("input", "every_layer", "every_layer_shared")
 POOLINGS = (
     "cls",
     "mean",
@@ -121,6 +122,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         position_embedding_type: `"learned"` (the paper's), `"learned_2d"` (rows and columns, D/2 each),
             `"sincos_2d"` (arXiv:2205.01580), `"relative"` (a bias a head and offset, in every block), `"rotary"`
             (queries and keys turned by their place, arXiv:2508.10104) or `"none"`.
+        position_placement: Where learned positions are added: `"input"` (once, the paper's), `"every_layer"` (each
+            block has its own, added to what enters it) or `"every_layer_shared"` (the same in all); its appendix D.4.
         num_prefix_positions: How many of the tokens before the patches have a position too; `None` is the class and
             distillation token for learned positions and none for others. Relative: 0, or all of them.
         rope_theta: Base of the wavelengths of `"rotary"`.
@@ -183,6 +186,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     stem_layers: list[int] | tuple[int, ...] | None = None
     stem_width: int = 64
     position_embedding_type: str = "learned"
+    position_placement: str = "input"
     num_prefix_positions: int | None = None
     rope_theta: float | int = 100.0
     position_interpolation: str = "bicubic_antialias"
@@ -264,6 +268,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name, kinds in {
             "position_embedding_type": POSITION_EMBEDDINGS,
+            "position_placement": POSITION_PLACEMENTS,
             "position_interpolation": POSITION_INTERPOLATIONS,
             "pooling": POOLINGS,
             "final_layernorm": FINAL_LAYERNORMS,
@@ -291,6 +296,11 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("The distillation token stands behind a class token: set use_cls_token=True.")
         placed, prefix = self.num_prefix_positions, self.num_prefix_tokens
         kind = self.position_embedding_type
+        if self.position_placement != "input" and not kind.startswith("learned"):
+            raise ValueError(
+                f"position_placement={self.position_placement!r} is for positions that are learned and added, got "
+                f"position_embedding_type={kind!r}: set it to 'learned' or 'learned_2d', or the placement to 'input'."
+            )
         allowed = set(range(prefix + 1)) if kind.startswith("learned") else {0, prefix} if kind == "relative" else {0}
         if placed not in allowed:
             raise ValueError(

@@ -233,6 +233,11 @@ class HFViTNoPositions(nn.Module):
         """Return the tokens before the patches, `[1, P, D]`, with their positions."""
         return tokens
 
+    def added_to_layers(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor] | None:
+        """Return what is added to what enters each layer: to tokens before the patches, `[layers, K, D]`, if to any,
+        and to patches, `[layers, N, D]`; nothing, if all is done at the input."""
+        return None
+
     def rotation(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return the cosines and sines that turn queries and keys of patches, float32 `[N, d]` each, if any."""
         return None
@@ -252,11 +257,12 @@ class HFViTLearnedPositions(HFViTNoPositions):
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         placed = config.num_prefix_positions
-        self.prefix = nn.Parameter(torch.empty(1, placed, config.hidden_size)) if placed else None
-        self._make_tables(config)
+        number = config.num_hidden_layers if config.position_placement == "every_layer" else 1
+        self.prefix = nn.Parameter(torch.empty(number, placed, config.hidden_size)) if placed else None
+        self._make_tables(config, number)
 
-    def _make_tables(self, config: HFViTConfig) -> None:
-        self.table = HFViTPositionTable(config, (1, *config.grid_size, config.hidden_size))
+    def _make_tables(self, config: HFViTConfig, number: int) -> None:
+        self.table = HFViTPositionTable(config, (number, *config.grid_size, config.hidden_size))
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return patches + self.on_grid(grid)
@@ -268,22 +274,44 @@ class HFViTLearnedPositions(HFViTNoPositions):
         return torch.cat([tokens[:, :placed] + self.prefix, tokens[:, placed:]], dim=1)
 
     def on_grid(self, grid: tuple[int, int]) -> Tensor:
-        """Return the embeddings of all positions, `[1, N, D]`."""
+        """Return the embeddings of all positions, `[1, N, D]`; `[layers, N, D]` where every layer has its own."""
         return self.table(grid).flatten(1, 2)
 
 
 class HFViTLearned2DPositions(HFViTLearnedPositions):
     """The ablation of the paper's appendix D.4: a vector of D/2 a row and one of D/2 a column, concatenated."""
 
-    def _make_tables(self, config: HFViTConfig) -> None:
+    def _make_tables(self, config: HFViTConfig, number: int) -> None:
         rows, columns = config.grid_size
-        self.rows = HFViTPositionTable(config, (1, rows, 1, config.hidden_size // 2))
-        self.columns = HFViTPositionTable(config, (1, 1, columns, config.hidden_size // 2))
+        self.rows = HFViTPositionTable(config, (number, rows, 1, config.hidden_size // 2))
+        self.columns = HFViTPositionTable(config, (number, 1, columns, config.hidden_size // 2))
 
     def on_grid(self, grid: tuple[int, int]) -> Tensor:
         rows = self.rows((grid[0], 1)).expand(-1, -1, grid[1], -1)
         columns = self.columns((1, grid[1])).expand(-1, grid[0], -1, -1)
         return torch.cat([rows, columns], dim=-1).flatten(1, 2)
+
+
+class HFViTLayerPositions(HFViTLearnedPositions):
+    """Learned vectors that are added to what enters every layer, its own ones or those of all (appendix D.4)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        self.num_layers = config.num_hidden_layers
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return patches
+
+    def place_prefix(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def added_to_layers(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
+        prefix = None if self.prefix is None else self.prefix.expand(self.num_layers, -1, -1)
+        return prefix, self.on_grid(grid).expand(self.num_layers, -1, -1)
+
+
+class HFViTLayer2DPositions(HFViTLayerPositions, HFViTLearned2DPositions):
+    """The same with a vector of D/2 a row and one of D/2 a column."""
 
 
 class HFViTSinCos2DPositions(HFViTNoPositions):
@@ -394,13 +422,17 @@ POSITIONS: dict[str, type[HFViTNoPositions]] = {
     "rotary": HFViTRotaryPositions,
     "none": HFViTNoPositions,
 }
+POSITIONS_OF_LAYERS: dict[str, type[HFViTNoPositions]] = {
+    "learned": HFViTLayerPositions,
+    "learned_2d": HFViTLayer2DPositions,
+}
 CORRUPTIONS = {"pixels": HFViTMaskToken, "mean_color": HFViTPaperCorruption}
 
 
 class HFViTEmbeddings(nn.Module):
     """Turn an image into a sequence, equation (1): [class token] [distillation token] [registers] patches.
 
-    Positions are added here, or returned for the attention to use.
+    Positions are added here, or returned for the layers or the attention to use.
     """
 
     def __init__(self, config: HFViTConfig, use_mask_token: bool = False) -> None:
@@ -408,7 +440,8 @@ class HFViTEmbeddings(nn.Module):
         self.config = config
         width = config.hidden_size
         self.patch_embeddings = HFViTPatchEmbeddings(config)
-        self.position_embeddings = POSITIONS[config.position_embedding_type](config)
+        kinds = POSITIONS if config.position_placement == "input" else POSITIONS_OF_LAYERS
+        self.position_embeddings = kinds[config.position_embedding_type](config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_cls_token else None
         self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_distillation_token else None
         registers = config.num_register_tokens
@@ -419,9 +452,10 @@ class HFViTEmbeddings(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, is_masked: Tensor | None = None, packing: HFViTPacking | None = None
-    ) -> tuple[Tensor, Tensor | list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
-        """Return tokens `[B, T, D]`, and for the attention, if positions act there, a bias of its scores
-        `[layers, B or 1, A, T, T]` and the cosines and sines of a rotation `[B or 1, 1, T, d]`.
+    ) -> tuple[Tensor, Tensor | None, Tensor | list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
+        """Return tokens `[B, T, D]`; what is added to them before every layer, `[layers, B or 1, T, D]`, if positions
+        act there; and for the attention, if they act there, a bias of its scores `[layers, B or 1, A, T, T]` and the
+        cosines and sines of a rotation `[B or 1, 1, T, d]`.
 
         Of a pack the bias is a list for every layer, with `[1, A, L, L]` for every group of images.
         """
@@ -439,22 +473,24 @@ class HFViTEmbeddings(nn.Module):
             if prefix is not None
             else patches
         )
-        return self.dropout(tokens), self._attention_bias(grid, kept), self._rotation(grid, kept, tokens)
+        added, bias = self._added_to_layers(grid, kept), self._attention_bias(grid, kept)
+        return self.dropout(tokens), added, bias, self._rotation(grid, kept, tokens)
 
     def _pack(
         self, patches: Tensor, packing: HFViTPacking
-    ) -> tuple[Tensor, list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None, list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
         """Give the patches of every image, `[1, rows, D]` together, its positions and its tokens before them."""
-        positions, bias, rotation = {}, {}, {}
+        positions, added, bias, rotation = {}, {}, {}, {}
         for grid in set(packing.grids):
             # What is added to zeros is the position alone, of every kind of position.
             positions[grid] = self.position_embeddings(patches.new_zeros(1, prod(grid), patches.shape[2]), grid)
+            added[grid] = self._added_to_layers(grid, None)
             bias[grid] = self._attention_bias(grid, None)
             rotation[grid] = self._rotation(grid, None, patches)
         patches = patches + torch.cat([positions[grid] for grid in packing.grids], dim=1)
         prefix = self._prefix_tokens()
         tokens = patches if prefix is None else packing.prepend(prefix.to(patches.dtype), patches)
-        return self.dropout(tokens), packing.biases(bias), packing.rotation(rotation)
+        return self.dropout(tokens), packing.added(added), packing.biases(bias), packing.rotation(rotation)
 
     def _mask(self, patches: Tensor, is_masked: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -469,6 +505,18 @@ class HFViTEmbeddings(nn.Module):
         tokens = [self.cls_token, self.distillation_token, self.register_tokens]
         present: list[Tensor] = [token for token in tokens if token is not None]
         return self.position_embeddings.place_prefix(torch.cat(present, dim=1)) if present else None
+
+    def _added_to_layers(self, grid: tuple[int, int], kept: Tensor | None) -> Tensor | None:
+        added = self.position_embeddings.added_to_layers(grid)
+        if added is None:
+            return None
+        prefix, patches = added
+        patches = patches.unsqueeze(1) if kept is None else patches[:, kept]  # [layers, B or 1, K, D]
+        placed = 0 if prefix is None else prefix.shape[1]
+        patches = F.pad(patches, (0, 0, self.config.num_prefix_tokens - placed, 0))
+        if prefix is None:
+            return patches
+        return torch.cat([prefix.unsqueeze(1).expand(-1, patches.shape[1], -1, -1), patches], dim=2)
 
     def _attention_bias(self, grid: tuple[int, int], kept: Tensor | None) -> Tensor | None:
         bias = self.position_embeddings.attention_bias(grid)
@@ -1002,7 +1050,7 @@ class HFViTModel(HFViTPreTrainedModel):
         if patch_grids is not None or pixel_values.ndim == 2:
             refuse_beside_a_pack(self, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
             packing = HFViTPacking(pixel_values, patch_grids, self.config)
-        hidden_states, bias, rotation = self.embeddings(pixel_values, bool_masked_pos, packing)
+        hidden_states, added, bias, rotation = self.embeddings(pixel_values, bool_masked_pos, packing)
         hidden_states = self.pre_layernorm(hidden_states)
         if packing is None:
             mask = create_bidirectional_mask(
@@ -1010,6 +1058,7 @@ class HFViTModel(HFViTPreTrainedModel):
             )
         for number, layer in enumerate(self.layers):
             scores = mask if bias is None else with_bias(mask, bias[number])
+            hidden_states = hidden_states if added is None else hidden_states + added[number]
             hidden_states = layer(hidden_states, scores, rotation, packing, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states, packing)

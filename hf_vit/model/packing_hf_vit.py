@@ -73,6 +73,11 @@ class HFViTPacking:
         views = [part.unflatten(-2, group) for part, group in zip(parts, self.groups, strict=True)]
         return [view.movedim(-3, 0).squeeze(1) for view in views]
 
+    def added(self, added: dict[tuple[int, int], Any]) -> Tensor | None:
+        """Put what is added before every layer for each grid, `[layers, 1, L, D]`, one image behind the other."""
+        of_images = [added[grid] for grid in self.grids]
+        return None if of_images[0] is None else torch.cat(of_images, dim=2)
+
     def biases(self, bias: dict[tuple[int, int], Any]) -> list[list[Tensor]] | None:
         """Order the biases of all layers for each grid, `[layers, 1, A, L, L]`, by layer, then by group, if any."""
         of_groups = [bias[grid] for grid in self.group_grids]

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def load_data(
     image_column: str | None = None,
     label_column: str | None = None,
     eval_fraction: float = 0.2,
+    train_share: float = 1.0,
+    train_repeats: float = 1.0,
     split_seed: int = 0,
     streaming: bool = False,
     train_images: int | None = None,
@@ -91,7 +93,10 @@ def load_data(
         image_column: Column of images; the only one, or the one with a usual name, if not given.
         label_column: Column of labels; the only one of classes, or the one with a usual name, if not given.
         eval_fraction: Share that is held out where there is no split for it.
-        split_seed: Of that choice. It is no part of a run's seed: all seeds are measured on the same images.
+        train_share: Share of every class of the training images that is learned from; a smaller share is part of any
+            larger one.
+        train_repeats: Times that these are there, so that an epoch of a few images can be as long as one of many.
+        split_seed: Of these choices. It is no part of a run's seed: all seeds are measured on the same images.
         streaming: Whether to read the source as it comes, instead of preparing it on the disk first.
         train_images: Number of training images in a stream; read through it once if neither this nor the source
             says it. The same pass finds the classes of labels that have no names.
@@ -121,7 +126,30 @@ def load_data(
     used = [_known(split).select_columns([name for name in columns if name]) for split in used]
     used = [split.cast_column(image_column, Image(decode=not streaming)) for split in used]
     kind = _Streams if streaming else _Tables
-    return kind(used, columns, eval_fraction, split_seed).data(_name_of(source), eval_split, train_images)
+    found = kind(used, columns, eval_fraction, split_seed).data(_name_of(source), eval_split, train_images)
+    found = found if train_share == 1 else _share_of(found, train_share, split_seed)
+    return found if train_repeats == 1 else _repeated(found, train_repeats)
+
+
+def _share_of(data: ImageData, share: float, seed: int) -> ImageData:
+    """Return data with a share of its training images."""
+    if data.is_stream:
+        raise ValueError(f"A stream is learned from whole: set train_share: 1, or streaming: false; got {share}.")
+    label = data.columns[1]
+    _, chosen = split_evenly(data.train[label] if label else [0] * len(data.train), share, seed, "train_share")
+    if not chosen:
+        raise ValueError(f"train_share={share} leaves none of {len(data.train)} training images: make it larger.")
+    return replace(data, train=data.train.select(chosen), train_length=len(chosen))
+
+
+def _repeated(data: ImageData, times: float) -> ImageData:
+    """Return data whose training images are there several times."""
+    if data.is_stream:
+        raise ValueError(f"A stream is read once an epoch: set train_repeats: 1, or streaming: false; got {times}.")
+    if times < 1:
+        raise ValueError(f"train_repeats must be at least 1, got {times}: for fewer images set train_share.")
+    places = [place % data.train_length for place in range(round(times * data.train_length))]
+    return replace(data, train=data.train.select(places), train_length=len(places))
 
 
 def _name_of(source: str | Path) -> str:
@@ -202,21 +230,23 @@ class _Streams(_Tables):
         return round(share * (stated.num_examples if stated and stated.num_examples else sum(1 for _ in smallest)))
 
 
-def split_evenly(labels: Iterable[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return indices to keep and to hold out, in order: `fraction` of every class is held out."""
+def split_evenly(
+    labels: Iterable[int], fraction: float, seed: int, name: str = "eval_fraction"
+) -> tuple[list[int], list[int]]:
+    """Return indices to keep and to hold out, in order: `fraction`, called `name`, of every class is held out."""
     generator = torch.Generator().manual_seed(seed_of(seed, "split"))
     classes = torch.tensor(list(labels))
     held_out: set[int] = set()
     for label in classes.unique():
         members = (classes == label).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=generator)
-        held_out.update(members[order[: round(_share(fraction) * len(members))]].tolist())
+        held_out.update(members[order[: round(_share(fraction, name) * len(members))]].tolist())
     return [index for index in range(len(classes)) if index not in held_out], sorted(held_out)
 
 
-def _share(fraction: float) -> float:
+def _share(fraction: float, name: str = "eval_fraction") -> float:
     if not 0 < fraction < 1:
-        raise ValueError(f"eval_fraction is a share between 0 and 1, got {fraction}.")
+        raise ValueError(f"{name} is a share between 0 and 1, got {fraction}.")
     return fraction
 
 

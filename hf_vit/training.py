@@ -300,7 +300,12 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: TrainConfig, publish: Publish | None = None, course: Course = to_the_end) -> Run:
+def train(
+    config: TrainConfig,
+    publish: Publish | None = None,
+    course: Course = to_the_end,
+    build: Callable[[TrainConfig, Any], tuple[Any, HFViTImageProcessor]] = build_model,
+) -> Run:
     """Train a model, and resume by itself what was stopped in `config.output_dir`.
 
     Args:
@@ -308,6 +313,8 @@ def train(config: TrainConfig, publish: Publish | None = None, course: Course = 
         publish: Called every `push_every` steps, on the main process, with the step and a function that writes the
             model into a folder; must return soon.
         course: Gives the steps to take; what it does between them is no part of a step.
+        build: Makes the model and the processor of its images from the recipe and the task; another than
+            `build_model` compares other architectures under the same conditions.
 
     Raises:
         Interrupted: If SIGINT or SIGTERM came: behind a checkpoint, or before the first step.
@@ -315,10 +322,12 @@ def train(config: TrainConfig, publish: Publish | None = None, course: Course = 
         FloatingPointError: If the loss is not finite; names the step.
     """
     with StopSignals() as signals:
-        return _train(config, publish, course, signals)
+        return _train(config, publish, course, build, signals)
 
 
-def _train(config: TrainConfig, publish: Publish | None, course: Course, signals: StopSignals) -> Run:
+def _train(
+    config: TrainConfig, publish: Publish | None, course: Course, build: Callable[..., Any], signals: StopSignals
+) -> Run:
     # ---- build
     if config.mixup is None:
         config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
@@ -340,6 +349,8 @@ def _train(config: TrainConfig, publish: Publish | None, course: Course, signals
             image_column=config.image_column,
             label_column=config.label_column,
             eval_fraction=config.eval_fraction,
+            train_share=config.train_share,
+            train_repeats=config.train_repeats,
             split_seed=config.split_seed,
             streaming=config.streaming,
             train_images=config.train_images,
@@ -347,7 +358,8 @@ def _train(config: TrainConfig, publish: Publish | None, course: Course, signals
         )
     torch.manual_seed(seed_of(config.seed, "weights"))
     task = task_class(config, data)
-    model, processor = build_model(config, task)
+    model, processor = build(config, task)
+    model_class = type(model)
     model = divide_matrices(model, accelerator)
     if config.gradient_checkpointing:
         # transformers has renamed it; its floor here knows the old name alone.
@@ -409,7 +421,7 @@ def _train(config: TrainConfig, publish: Publish | None, course: Course, signals
         if state["average"] is not None:
             with average.in_place():
                 load_weights(model, state["average"])
-        load_weights(model, task.model_class.from_pretrained(checkpoint).state_dict())
+        load_weights(model, model_class.from_pretrained(checkpoint).state_dict())
         load_optimizer_state(model, optimizer, state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])

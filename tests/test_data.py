@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from datasets.distributed import split_dataset_by_node
 from tiny_run import COLORS, colored_dataset, colored_images, save_photos
 
-from hf_vit.data import identity_of, load_data, seed_of, split_evenly
+from hf_vit.data import as_stored, identity_of, load_data, seed_of, split_evenly
 
 # ------------------------------------------------------------------------------------------------------ sources
 
@@ -389,3 +389,27 @@ def test_seeds() -> None:
     assert seed_of(0, "order", 1) == seed_of(0, "order", 1)
     assert len({seed_of(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(50)}) == 450
     assert all(0 <= seed_of(part) < 2**63 for part in range(100))
+
+
+def test_a_share_to_learn_from_is_part_of_a_larger_one() -> None:
+    whole = load_data("digits")
+    larger, smaller = (load_data("digits", train_share=share) for share in (0.3, 0.1))
+    names = [{image["bytes"] for image in as_stored(data.train, data.columns)["image"]} for data in (larger, smaller)]
+    assert names[1] < names[0]
+    assert smaller.train_length == len(smaller.train) and len(smaller.evaluation) == len(whole.evaluation)
+    label = whole.columns[1]
+    for number in range(10):
+        assert smaller.train[label][:].count(number) == round(0.1 * whole.train[label][:].count(number))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train_share": 0.0}, "train_share is a share between 0 and 1, got 0.0"),
+        ({"train_share": 1e-6}, "train_share=1e-06 leaves none of"),
+        ({"train_share": 0.5, "streaming": True}, "A stream is learned from whole"),
+    ],
+)
+def test_shares_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_data("digits", **fields)

@@ -307,6 +307,10 @@ def convert(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE...", help="Image files, and folders of them, to draw what it makes of."),
+    ] = None,
     image_size: ImageSize = None,
     patch_size: PatchSize = None,
     num_labels: NumLabels = None,
@@ -315,23 +319,40 @@ def inspect(
     hidden_act: HiddenAct = None,
     layer_norm_eps: LayerNormEps = None,
     mlp_gate: MlpGate = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Folder for pictures; MODEL-pictures if not given.")
+    ] = None,
+    layer: Annotated[int, typer.Option(help="Of maps; from 1, or negative from the end.")] = -1,
+    form: Annotated[Literal["png", "svg"], typer.Option("--format", help="Of the pictures.")] = "png",
+    html: Annotated[bool, typer.Option("--html", help="Also one page that holds all pictures.")] = False,
 ) -> None:
-    """Say what a checkpoint is: family, variant, sizes, heads, pooling, parameters. Nothing is written.
+    """Say what a checkpoint is: family, variant, sizes, heads, pooling, parameters. And draw what it learned.
 
-    For example: hf-vit inspect ViT-B_16.npz
+    Nothing is written unless images, a folder or a page is asked for. Then filters and positions are drawn, and of
+    images the attention distance of all, and for the first eight attention, rollout, features and norms.
+    For example: hf-vit inspect ViT-B_16.npz photos/ --html
     """
     with _clear_endings():
-        _open_and_describe(
-            model,
-            image_size,
-            patch_size,
-            num_labels=num_labels,
-            num_heads=num_heads,
-            pooling=pooling,
-            hidden_act=hidden_act,
-            layer_norm_eps=layer_norm_eps,
-            mlp_gate=mlp_gate,
-        )
+        stated: dict[str, Any] = {
+            "num_labels": num_labels,
+            "num_heads": num_heads,
+            "pooling": pooling,
+            "hidden_act": hidden_act,
+            "layer_norm_eps": layer_norm_eps,
+            "mlp_gate": mlp_gate,
+        }
+        _open_and_describe(model, image_size, patch_size, **stated)
+        if not (images or output_dir or html):
+            return
+
+        from .checkpoints import Options
+        from .inspection.gallery import draw, folder_for
+
+        image, patch = _size("--image-size", image_size), _size("--patch-size", patch_size)
+        options = Options(image_size=image, patch_size=patch, **stated)
+        folder = output_dir or Path(folder_for(model))
+        written = draw(model, folder, images or [], options, layer, form, html, typer.echo)
+        typer.echo(f"Written to {folder}: {', '.join(path.name for path in written)}")
 
 
 @app.command()

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "export": {"checkpoints", "model"},
     "finetuning": {"checkpoints", "model"},
     "hub": {"model"},
-    "inspection": {"model"},
+    "drawing": set(),
+    "inspection": {"checkpoints", "drawing", "inference", "loading", "model", "prediction"},
     "optim": set(),
     "augmentation": set(),
     "recipe": set(),
@@ -78,6 +79,7 @@ MAY_IMPORT = {
     "cli": {
         "assessment",
         "cost",
+        "inspection",
         "prediction",
         "benchmark",
         "recipe",

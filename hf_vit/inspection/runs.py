@@ -1,80 +1,18 @@
-"""What a model has learned, as arrays and as pictures.
-
-Functions that begin with `plot` return a matplotlib figure, to be saved by its `savefig`. Colours can be told apart by
-the colour-blind: viridis, and blue against orange.
-"""
+"""What a run was like: pictures of its log and of what its model answers."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..drawing import BLUE, GRAY, INK, ORANGE, bare, new_figure, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GRAY, INK = "#2a6ebb", "#e07b00", "#8a8f98", "#22262b"
 ROOT_TICKS = (0, 1, 5, 20, 50, 100)
-
-
-# ------------------------------------------------------------------------------------------------------ arrays
-
-
-@torch.no_grad()
-def position_similarity(model: Any) -> np.ndarray:
-    """Return the cosine similarity of all pairs of position embeddings, `[rows, columns, rows, columns]`.
-
-    The centre of figure 7 of the paper. Entry `[r, c]` compares the patch in row r, column c with every other.
-
-    Raises:
-        ValueError: If the positions of the model are no vectors that are added to patches.
-    """
-    encoder: Any = getattr(model, model.base_model_prefix, model)
-    grid = model.config.grid_size
-    positions = encoder.embeddings.position_embeddings
-    if not hasattr(positions, "on_grid"):
-        raise ValueError(
-            f"position_embedding_type={model.config.position_embedding_type!r} has no vector for each patch, so there "
-            "is nothing to compare."
-        )
-    directions = F.normalize(positions.on_grid(grid)[0].float(), dim=-1)  # [N, D]
-    return (directions @ directions.T).cpu().numpy().reshape(*grid, *grid)
-
-
-# ---------------------------------------------------------------------------------------------------- pictures
-
-
-def plot_position_similarity(similarity: np.ndarray, title: str = "Similarity of position embeddings") -> "Figure":
-    """Draw one heat map for each patch, laid out as the patches lie in the image."""
-    rows, columns = similarity.shape[:2]
-    itself = similarity.reshape(rows * columns, -1).argmax(axis=1).reshape(rows, columns)
-    others = similarity.reshape(rows * columns, -1)[~np.eye(rows * columns, dtype=bool)]
-    # Every patch is wholly similar to itself: without it, the scale shows the differences between the others.
-    low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
-    cell = min(1.0, 7.0 / max(rows, columns))
-    figure = _figure(columns * cell + 1.5, rows * cell + 1.3)
-    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    for row in range(rows):
-        for column in range(columns):
-            axis = axes[row, column]
-            image = axis.imshow(similarity[row, column], vmin=low, vmax=high, cmap="viridis")
-            here = divmod(int(itself[row, column]), columns)
-            if rows * columns <= 256:
-                axis.plot(here[1], here[0], marker="o", markersize=3 * cell + 1, color="white")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if column == 0:
-                axis.set_ylabel(str(row + 1), rotation=0, labelpad=8, va="center")
-            if row == rows - 1:
-                axis.set_xlabel(str(column + 1))
-    figure.supxlabel("column of the patch", fontsize=10, color=INK)
-    figure.supylabel("row of the patch", fontsize=10, color=INK)
-    figure.suptitle(_plain(title), fontsize=12, color=INK)
-    scale = figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8, aspect=35, pad=0.02)
-    scale.outline.set_visible(False)
-    return figure
 
 
 def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Figure":
@@ -82,7 +20,7 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Fi
     training = [row for row in log if "loss" in row]
     evaluations = [row for row in log if "eval_loss" in row]
     is_classifier = "eval_accuracy" in evaluations[-1]
-    figure = _figure(9 if is_classifier else 5.5, 3.6)
+    figure = new_figure(9 if is_classifier else 5.5, 3.6)
     axes = figure.subplots(1, 2 if is_classifier else 1, squeeze=False)[0]
     epochs = [row["epoch"] for row in evaluations]
     marker = "o" if len(epochs) < 30 else None
@@ -100,11 +38,8 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Fi
         )  # fmt: skip
         axes[1].set(xlabel="epoch", ylabel="accuracy on held-out images, %", ylim=(None, 101))
     for axis in axes:
-        axis.set_xlim(0, None)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e6e8eb", lw=0.8)
-        axis.set_axisbelow(True)
-    figure.suptitle(_plain(title), fontsize=12, color=INK)
+        bare(axis).set_xlim(0, None)
+    figure.suptitle(plain(title), fontsize=12, color=INK)
     return figure
 
 
@@ -115,12 +50,12 @@ def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "
         confusion: Numbers of images `[num_labels, num_labels]`: a row a true class, a column a predicted one.
     """
     number = len(label_names)
-    names = [_short(name) for name in label_names]
+    names = [short(name) for name in label_names]
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     is_right = np.eye(number, dtype=bool)
     side = min(18.0, 2.6 + 0.52 * number) if number <= 30 else min(18.0, 9 + 0.1 * number)
     size = max(5.0, min(9.0, 52 * side / number))  # points, of 72 an inch
-    figure = _figure(side + 1.6, side)
+    figure = new_figure(side + 1.6, side)
     axis = figure.subplots()
     # Mistakes are rarer than hits and matter more: a colour of their own, and a scale that shows a few percent.
     layers = (("Blues", "right", "linear", None, ~is_right), ("Oranges", "wrong", _root_scale(), ROOT_TICKS, is_right))
@@ -150,7 +85,7 @@ def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "
         color = "white" if share > (55 if row == column else 40) else INK
         text = "<1" if share < 1 else f"{share:.0f}"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
-    figure.suptitle(_plain(title), fontsize=12, color=INK)
+    figure.suptitle(plain(title), fontsize=12, color=INK)
     return figure
 
 
@@ -158,15 +93,6 @@ def _root_scale() -> Any:
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5)
-
-
-def _short(name: str, length: int = 22) -> str:
-    return _plain(name if len(name) <= length else f"{name[: length - 1]}…")
-
-
-def _plain(text: str) -> str:
-    """Return a text for matplotlib, which takes what stands between dollars for a formula."""
-    return text.replace("$", r"\$")
 
 
 def shown_predictions(predictions: Any, columns: int = 8, seed: int = 0) -> list[int]:
@@ -203,8 +129,8 @@ def plot_predictions(
         shown.append((f"the mistakes it was surest of, {len(mistakes):,} of {int(is_wrong.sum()):,}", mistakes))
 
     rows = [-(-len(places) // columns) for _, places in shown]
-    figure = _figure(columns * 1.25, sum(rows) * 1.6 + 0.45 * len(shown) + 0.4)
-    figure.suptitle(_plain(title), fontsize=12, color=INK)
+    figure = new_figure(columns * 1.25, sum(rows) * 1.6 + 0.45 * len(shown) + 0.4)
+    figure.suptitle(plain(title), fontsize=12, color=INK)
     parts = figure.subfigures(len(shown), 1, height_ratios=[count + 0.3 for count in rows], squeeze=False)[:, 0]
     for part, (heading, places), count in zip(parts, shown, rows, strict=True):
         part.suptitle(heading, fontsize=10, color=GRAY)
@@ -217,16 +143,10 @@ def plot_predictions(
             smoothing = "bicubic" if min(picture.shape[:2]) < 32 else "antialiased"
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation=smoothing)
             answer, truth = (
-                _short(label_names[int(labels[place])], 16) for labels in (predictions.predicted, predictions.labels)
+                short(label_names[int(labels[place])], 16) for labels in (predictions.predicted, predictions.labels)
             )
             text = f"{answer}  {predictions.confidence[place]:.0%}" + f"\nis {truth}" * bool(is_wrong[place])
             axis.set_title(
                 text, fontsize=9 if len(answer) < 13 else 7, color=ORANGE if is_wrong[place] else BLUE, pad=3
             )
     return figure
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # not pyplot: no window, no state
-
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")

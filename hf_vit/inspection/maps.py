@@ -1,0 +1,105 @@
+"""Maps over images: what a model makes of each patch, beside the image as the model saw it.
+
+Images are uint8 `[B, C, H, W]`, before they are normalised; maps have a value or a colour for each patch.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..drawing import short
+from .features import outlier_norm
+from .tiles import Tile, in_rows, plot_tiles, shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = 8
+
+
+def plot_attention_maps(
+    images: np.ndarray, maps: np.ndarray, names: Sequence[str] | None = None, title: str = "Attention"
+) -> "Figure":
+    """Draw each image, its map `[B, h, w]` in percent, and the image in the light of the map, on the same scale."""
+    percents = 100 * maps
+    scale = _root_scale(percents)
+    groups = [
+        [Tile(shown(image), name), Tile(values, "attention"), Tile(_lit(image, scale["norm"](values)), "lit by it")]
+        for image, values, name in zip(images, percents, _names(images, names), strict=True)
+    ]
+    return _plot(groups, title, images, "attention on the patch, %", **scale)
+
+
+def plot_heads(image: np.ndarray, maps: np.ndarray, name: str = "image", title: str = "Attention by head") -> "Figure":
+    """Draw one image `[C, H, W]` and the map of every head, `[A, h, w]` in percent, all in one scale."""
+    heads = [Tile(100 * values, f"head {number}") for number, values in enumerate(maps, start=1)]
+    tiles = [[tile] for tile in (Tile(shown(image), short(name, 19)), *heads)]
+    return _plot(tiles, title, image[None], "attention on the patch, %", **_root_scale(100 * maps))
+
+
+def plot_feature_components(
+    images: np.ndarray,
+    components: np.ndarray,
+    names: Sequence[str] | None = None,
+    title: str = "Principal components of features",
+) -> "Figure":
+    """Draw each image and the first three components of its patches, `[B, h, w, 3]` in 0 to 1, as colours."""
+    groups = [
+        [Tile(shown(image), name), Tile(colors, "features")]
+        for image, colors, name in zip(images, components, _names(images, names), strict=True)
+    ]
+    return _plot(groups, title, images)
+
+
+def plot_norm_maps(
+    images: np.ndarray, norms: np.ndarray, names: Sequence[str] | None = None, title: str = "Norms of patches"
+) -> "Figure":
+    """Draw each image and the norms of its patches in one layer, `[B, h, w]`; rings mark outliers over all images."""
+    fence = outlier_norm(norms)
+    groups = [
+        [Tile(shown(image), name), Tile(values, "norm", [(int(r), int(c)) for r, c in np.argwhere(values > fence)])]
+        for image, values, name in zip(images, norms, _names(images, names), strict=True)
+    ]
+    return _plot(groups, title, images, "norm of the patch's token")
+
+
+def _plot(
+    groups: Sequence[Sequence[Tile]],
+    title: str,
+    images: np.ndarray,
+    unit: str | None = None,
+    norm: Any = None,
+    **style: Any,
+) -> "Figure":
+    if unit is not None and norm is None:
+        from matplotlib.colors import Normalize
+
+        values = np.concatenate([tile.picture.ravel() for group in groups for tile in group if tile.picture.ndim == 2])
+        norm = Normalize(float(values.min()), float(values.max()))
+    aspect = images.shape[2] / images.shape[3]
+    return plot_tiles(in_rows(groups, COLUMNS), title, aspect, 1.25, unit, norm, **style)
+
+
+def _root_scale(percents: np.ndarray) -> dict[str, Any]:
+    """Return a scale from 0 on which small shares differ visibly, and whether values go beyond its end.
+
+    It ends where 1 value of 200 lies beyond: one patch shall not darken all others.
+    """
+    from matplotlib.colors import PowerNorm
+
+    end = float(np.quantile(percents, 0.995)) or 1.0
+    return {"norm": PowerNorm(0.5, 0, end), "extend": "max" if percents.max() > end else "neither"}
+
+
+def _lit(image: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """Return an image in the light of a map, from 0 to 1 at each patch and smooth between them."""
+    size = (image.shape[1], image.shape[2])
+    smooth = F.interpolate(torch.tensor(light)[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
+    return shown(image) * smooth.clamp(0, 1).numpy()[..., None]
+
+
+def _names(images: np.ndarray, names: Sequence[str] | None) -> list[str]:
+    return [short(name, 19) for name in names or [f"image {number + 1}" for number in range(len(images))]]

@@ -433,6 +433,45 @@ def benchmark(
         typer.echo("\n".join(LEGEND))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def study(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Of the study; all are listed if not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images with labels, as for training. CIFAR-10 if not given.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for results, picture and page; study-NAME if not given.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind; more can be added later.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A size for 2 CPU cores instead of one for a GPU.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="What is varied, instead of the study's own recipe.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as pay if not given.")] = None,
+) -> None:
+    """Run one of the paper's experiments over seeds, and draw what was measured. The same command goes on with it.
+
+    Fields of the recipe are options, as for training. For example:
+    hf-vit study positions --quick --data CIFAR10 --epochs 2
+    """
+    with _clear_endings(), _resumable():
+        from .studies import SIZES, STUDIES, run_study, write_page
+        from .studies.page import summary
+
+        if name is None:
+            for known, its in STUDIES.items():
+                typer.echo(f"{known:16} {its.title}. {its.source}")
+            return
+        if name not in STUDIES:
+            raise ValueError(f"There is no study {name!r}: choose one of {', '.join(STUDIES)}.")
+        given = {} if data is None else {"data": data}
+        size = recipe or SIZES["quick" if quick else "full"]
+        config = TrainConfig.from_recipe(size, **given, **_fields(context.args))
+        folder = output_dir or Path(f"study-{name}")
+        results = run_study(STUDIES[name], config, folder, seeds, _command(), jobs, typer.echo)
+        page = write_page(STUDIES[name], results, folder)
+        typer.echo("\n".join(["", *summary(STUDIES[name], results), "", f"The page is {page}."]))
+
+
 def _size(option: str, text: str | None) -> tuple[int, int] | None:
     """Read H or HxW."""
     if text is None:

@@ -15,10 +15,11 @@ DECAYED = (nn.Linear, nn.Conv2d)
 def parameter_groups(
     model: Any, weight_decay: float = 0.0, layer_decay: float = 1.0, position_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters of a model with `embeddings` and `layers` by how they are optimized.
+    """Sort the trainable parameters of a model by how they are optimized.
 
     Args:
-        model: The encoder, or a head that finds it by `base_model_prefix`.
+        model: The encoder, or a head that finds it by `base_model_prefix`. One without `embeddings` and `layers`, of
+            another architecture, learns at one rate.
         weight_decay: Of matrices.
         layer_decay: Factor on the learning rate for each layer further from the head (arXiv:2106.08254).
         position_lr_scale: Factor on the learning rate of learned positions.
@@ -28,14 +29,22 @@ def parameter_groups(
         the learning rate. `use_fallback` is what Muon reads: true for all but the encoder's matrices.
     """
     encoder = getattr(model, model.base_model_prefix, model)
-    head = len(encoder.layers) + 1
-    before = (*encoder.embeddings.parameters(), *encoder.pre_layernorm.parameters())
-    depths = {id(parameter): 0 for parameter in before}
-    for depth, layer in enumerate(encoder.layers, start=1):
-        depths.update((id(parameter), depth) for parameter in layer.parameters())
-    positions = {id(parameter) for parameter in encoder.embeddings.position_embeddings.parameters()}
-    if encoder.config.position_embedding_type == "relative":  # of all layers in one: as at the head, as in BEiT
-        depths.update(dict.fromkeys(positions, head))
+    head, depths, positions = 0, {}, set()
+    if hasattr(encoder, "layers"):
+        head = len(encoder.layers) + 1
+        before = (*encoder.embeddings.parameters(), *encoder.pre_layernorm.parameters())
+        depths = {id(parameter): 0 for parameter in before}
+        for depth, layer in enumerate(encoder.layers, start=1):
+            depths.update((id(parameter), depth) for parameter in layer.parameters())
+        positions = {id(parameter) for parameter in encoder.embeddings.position_embeddings.parameters()}
+        is_of_layers = encoder.config.position_placement != "input"
+        if is_of_layers or encoder.config.position_embedding_type == "relative":  # at the head, as in BEiT
+            depths.update(dict.fromkeys(positions, head))
+    elif (layer_decay, position_lr_scale) != (1.0, 1.0):
+        raise ValueError(
+            f"{type(model).__name__} has no layers and positions that could learn at their own rates: set "
+            f"layer_decay and position_lr_scale to 1, got {layer_decay} and {position_lr_scale}."
+        )
     in_encoder = {id(parameter) for parameter in encoder.parameters()}
 
     groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}

@@ -133,22 +133,23 @@ TASKS: dict[str, type[Classification | MaskedPatches]] = {
 }
 
 
+def architecture_of(config: TrainConfig, **fields: Any) -> HFViTConfig:
+    """Return the config of the model that a recipe describes from scratch; `fields` win over the recipe's."""
+    fields = {**_fields_of(config), **fields}
+    return HFViTConfig(**fields) if config.model is None else config_of(config.model, **fields)
+
+
 def build_model(config: TrainConfig, task: Any) -> tuple[Any, HFViTImageProcessor]:
     """Return the model that a recipe describes, and the processor of its images."""
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    fields = {"image_size": (height, width), **config.model_config}
-    if config.trained == "head":
-        fields = {**WITHOUT_DROPOUT, **fields}
     is_new = config.model is None or config.model in VARIANTS
     if is_new:
-        fields = {**fields, **task.fields}
-        model_config = HFViTConfig(**fields) if config.model is None else config_of(config.model, **fields)
+        model_config = architecture_of(config, **task.fields)
         model = task.model_class(model_config)
         processor = HFViTImageProcessor.from_preset(
             config.preprocessing, model_config.image_shape, num_channels=model_config.num_channels
         )
     else:
-        model, processor = task.load(config.model, **fields)
+        model, processor = task.load(config.model, **_fields_of(config))
     if not is_new and not config.resample_positions:
         _draw_positions(model, model.config.initializer_range)
     if config.position_std is not None:
@@ -156,6 +157,12 @@ def build_model(config: TrainConfig, task: Any) -> tuple[Any, HFViTImageProcesso
     if config.trained == "head":
         model.base_model.requires_grad_(False)
     return model, processor
+
+
+def _fields_of(config: TrainConfig) -> dict[str, Any]:
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    fields = {"image_size": (height, width), **config.model_config}
+    return {**WITHOUT_DROPOUT, **fields} if config.trained == "head" else fields
 
 
 def _draw_positions(model: Any, std: float) -> None:

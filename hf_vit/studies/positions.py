@@ -31,8 +31,10 @@ class Positions(Study):
     title = "Position embeddings"
     question = (
         "Patches come as a set: without position embeddings a ViT does not know where each lies. The paper compares "
-        "none, one vector a patch (1-D), one a row and one a column (2-D) and biases by offset (relative), added at "
-        "the input or before every layer. None is worse by 2.6 to 2.9 points; the others differ by 0.3 at most."
+        "none, one vector a patch (1-D), one a row and one a column (2-D), and relative ones, which act in the "
+        "attention, added at the input or before every layer. None is worse by 2.6 to 2.9 points; the others differ "
+        "by 0.3 at most. Its relative positions are a product of the query with a vector for the offset between two "
+        "patches; here they are a learned bias for the offset alone, whatever the patches hold."
     )
     source = "Dosovitskiy et al. 2021, appendix D.4, table 8 (ViT-B/16, 5-shot accuracy on ImageNet)"
 

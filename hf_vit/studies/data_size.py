@@ -130,5 +130,4 @@ def gain_over(results: Results, first: str, second: str) -> Difference | None:
     for model in (first, second):
         few, many = (results.by_seed("accuracy", **cell(model, share)) for share in (FEWEST, ALL))
         gains.append({seed: many[seed] - few[seed] for seed in many.keys() & few.keys()})
-    seeds = sorted(gains[0].keys() & gains[1].keys())
-    return Difference.of([(gains[0][seed], gains[1][seed]) for seed in seeds]) if seeds else None
+    return Difference.by_seed(gains[0], gains[1])

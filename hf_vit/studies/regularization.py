@@ -120,7 +120,7 @@ class Regularization(Study):
         helping = [
             is_more(
                 f"{few.capitalize()} {kind} helps",
-                _less(mean_of(results, names, FEW), mean_of(results, [NONE], FEW)),
+                Difference.by_seed(mean_of(results, names, FEW), mean_of(results, [NONE], FEW)),
                 f"mean of {' and '.join(names)}, less none",
             )
             for kind, names in kinds.items()
@@ -131,17 +131,17 @@ class Regularization(Study):
             *helping,
             is_more(
                 f"{many.capitalize()} they hurt at the same number of steps",
-                _less(mean_of(results, [NONE], ALL), mean_of(results, OTHERS, ALL)),
+                Difference.by_seed(mean_of(results, [NONE], ALL), mean_of(results, OTHERS, ALL)),
                 "none, less the mean of all others",
             ),
             is_more(
                 f"They help more {few} than {many}",
-                _less(gains[FEW], gains[ALL]),
+                Difference.by_seed(gains[FEW], gains[ALL]),
                 f"mean gain {few}, less that {many}",
             ),
             is_more(
                 f"{few.capitalize()} augmentation helps more than regularisation",
-                _less(of_kind["augmentation"], of_kind["regularisation"]),
+                Difference.by_seed(of_kind["augmentation"], of_kind["regularisation"]),
                 "mean gain of the one, less that of the other",
             ),
         ]
@@ -162,11 +162,6 @@ def gains_of(results: Results, names: Collection[str], share: float) -> dict[int
     """Return by how much the mean accuracy of cells is more than that of none, for each seed that all have."""
     means, without = mean_of(results, names, share), mean_of(results, [NONE], share)
     return {seed: means[seed] - without[seed] for seed in means if seed in without}
-
-
-def _less(first: dict[int, float], second: dict[int, float]) -> Difference | None:
-    pairs = [(first[seed], second[seed]) for seed in first if seed in second]
-    return Difference.of(pairs) if pairs else None
 
 
 def _images(results: Results, share: float) -> str:

@@ -31,7 +31,7 @@ from ..cost import count_flops
 from ..hub import machine, versions
 from ..parallel import cores
 from ..recipe import FREE_TO_CHANGE, TrainConfig
-from ..training import METRICS, Interrupted, train
+from ..training import METRICS, Interrupted, StopSignals, train
 from .study import Cell, Factors, Results, Study
 
 RESULTS, RUNS = "results.jsonl", "runs"
@@ -265,6 +265,14 @@ def _end_with_parent() -> None:
 # ------------------------------------------------------------------------------------------------------- the study
 
 
+class StudySignals(StopSignals):
+    """Turn SIGINT and SIGTERM into `Interrupted` at once: what saves is the runs, in processes of their own."""
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        name = signal.Signals(signum).name
+        raise Interrupted(signum, f"Stopped by {name}: what is done is kept, the rest is saved.")
+
+
 def run_study(
     study: Study,
     config: TrainConfig,
@@ -335,7 +343,7 @@ def _do(plan: list[Planned], file: ResultsFile, jobs: int | None, say: Say) -> N
     def next_run() -> Planned | None:
         return next((run for run in waiting if run.parent_key not in undone), None)
 
-    with _environment("OMP_NUM_THREADS", str(threads)), _stopping_on_signals():
+    with _environment("OMP_NUM_THREADS", str(threads)), StudySignals():
         workers = [Worker(number, threads, plan[0].runs / f"worker-{number}.log") for number in range(jobs)]
         try:
             while True:
@@ -408,20 +416,3 @@ def _interrupts_waiting() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _stopping_on_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(
-            signum, f"Stopped by {signal.Signals(signum).name}: what is done is kept, the rest is saved."
-        )
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

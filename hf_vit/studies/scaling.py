@@ -73,20 +73,26 @@ class Scaling(Study):
         return [
             all_are_more(
                 "A doubling of compute gains most in depth",
-                {f"depth less {other}": _paired(gains["depth"], gains[other]) for other in ("width", "MLP", "patch")},
+                {
+                    f"depth less {other}": Difference.by_seed(gains["depth"], gains[other])
+                    for other in ("width", "MLP", "patch")
+                },
             ),
             all_are_more(
                 "A doubling of compute gains least in width",
-                {f"{other} less width": _paired(gains[other], gains["width"]) for other in ("depth", "MLP", "patch")},
+                {
+                    f"{other} less width": Difference.by_seed(gains[other], gains["width"])
+                    for other in ("depth", "MLP", "patch")
+                },
             ),
             is_more(
                 "Smaller patches are more accurate",
-                _paired(gains["patch"], dict.fromkeys(gains["patch"], 0.0)),
+                Difference.by_seed(gains["patch"], dict.fromkeys(gains["patch"], 0.0)),
                 "gain of a doubling of compute by smaller patches",
             ),
             is_more(
                 "Compute foretells accuracy better than the number of parameters does",
-                _paired(by_compute, by_parameters),
+                Difference.by_seed(by_compute, by_parameters),
                 "share of the variance of accuracy that a line over its logarithm explains, compute less parameters",
             ),
         ]
@@ -173,11 +179,6 @@ def all_are_more(claim: str, differences: Mapping[str, Difference | None]) -> Fi
     verdicts = [part.holds for part in parts]
     holds = False if False in verdicts else None if None in verdicts else True
     return Finding(claim, holds, "; ".join(part.measured for part in parts))
-
-
-def _paired(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    seeds = sorted(first.keys() & second.keys())
-    return Difference.of([(first[seed], second[seed]) for seed in seeds]) if seeds else None
 
 
 # ------------------------------------------------------------------------------------------------------ drawing it

@@ -138,6 +138,12 @@ class Difference:
         reach = float(t.ppf((1 + CONFIDENCE) / 2, number - 1)) * stdev(differences) / sqrt(number)
         return cls(mean, mean - reach, mean + reach, number)
 
+    @classmethod
+    def by_seed(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference | None":
+        """Return the difference of two figures over the seeds that both have; `None` if there is none."""
+        seeds = sorted(first.keys() & second.keys())
+        return cls.of([(first[seed], second[seed]) for seed in seeds]) if seeds else None
+
     def points(self) -> str:
         """Return a difference of shares in percentage points, with its interval."""
         if self.number < 2:
@@ -176,9 +182,7 @@ class Results:
 
     def difference(self, first: Factors, second: Factors, figure: str = "accuracy") -> Difference | None:
         """Return by how much a cell's figure is more than another's; `None` without a seed that both have."""
-        ours, theirs = self.by_seed(figure, **first), self.by_seed(figure, **second)
-        pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-        return Difference.of(pairs) if pairs else None
+        return Difference.by_seed(self.by_seed(figure, **first), self.by_seed(figure, **second))
 
 
 def images_of(results: Results, **factors: Any) -> int | None:

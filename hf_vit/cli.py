@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
 
 from .recipe import TrainConfig, recipe_header, shipped_recipes
+
+if TYPE_CHECKING:
+    from .checkpoints import Checkpoint, Options
 
 app = typer.Typer(
     help="The Vision Transformer for Hugging Face: train, look at, and publish it.",
@@ -289,8 +292,7 @@ def convert(
     with _clear_endings():
         from .checkpoints import write_checkpoint
 
-        checkpoint = _open_and_describe(
-            source,
+        options = _options(
             image_size,
             patch_size,
             num_labels=num_labels,
@@ -300,6 +302,7 @@ def convert(
             layer_norm_eps=layer_norm_eps,
             mlp_gate=mlp_gate,
         )
+        checkpoint = _open_and_describe(source, options)
         write_checkpoint(checkpoint, out_dir, force)
         typer.echo(f"Written to {out_dir} and read back: {len(checkpoint.shapes)} tensors, bit for bit.")
 
@@ -333,23 +336,22 @@ def inspect(
     For example: hf-vit inspect ViT-B_16.npz photos/ --html
     """
     with _clear_endings():
-        stated: dict[str, Any] = {
-            "num_labels": num_labels,
-            "num_heads": num_heads,
-            "pooling": pooling,
-            "hidden_act": hidden_act,
-            "layer_norm_eps": layer_norm_eps,
-            "mlp_gate": mlp_gate,
-        }
-        _open_and_describe(model, image_size, patch_size, **stated)
+        options = _options(
+            image_size,
+            patch_size,
+            num_labels=num_labels,
+            num_heads=num_heads,
+            pooling=pooling,
+            hidden_act=hidden_act,
+            layer_norm_eps=layer_norm_eps,
+            mlp_gate=mlp_gate,
+        )
+        _open_and_describe(model, options)
         if not (images or output_dir or html):
             return
 
-        from .checkpoints import Options
         from .inspection.gallery import draw, folder_for
 
-        image, patch = _size("--image-size", image_size), _size("--patch-size", patch_size)
-        options = Options(image_size=image, patch_size=patch, **stated)
         folder = output_dir or Path(folder_for(model))
         written = draw(model, folder, images or [], options, layer, form, html, typer.echo)
         typer.echo(f"Written to {folder}: {', '.join(path.name for path in written)}")
@@ -482,12 +484,19 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def _open_and_describe(source: str, image_size: str | None, patch_size: str | None, **options: Any) -> Any:
-    """Open a checkpoint with what the user says of it, and print what it is."""
-    from .checkpoints import Options, open_checkpoint
+def _options(image_size: str | None, patch_size: str | None, **others: Any) -> "Options":
+    """Return what the user says of a checkpoint."""
+    from .checkpoints import Options
 
     image, patch = _size("--image-size", image_size), _size("--patch-size", patch_size)
-    checkpoint = open_checkpoint(source, Options(image_size=image, patch_size=patch, **options))
+    return Options(image_size=image, patch_size=patch, **others)
+
+
+def _open_and_describe(source: str, options: "Options") -> "Checkpoint":
+    """Open a checkpoint with what the user says of it, and print what it is."""
+    from .checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(source, options)
     for name, fact in checkpoint.describe().items():
         typer.echo(f"{name:>21}  {fact}")
     for sentence in checkpoint.assumed:

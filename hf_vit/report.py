@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from . import inspection
 from .data import ImageData
+from .drawing import save
 from .evaluation import Predictions
 from .hub import BackgroundPush, check_folder, machine, write_card
 from .loading import EvaluationImages, Visit
@@ -106,7 +107,7 @@ def write_report(run: Run, command: str) -> None:
             inspection.position_similarity(run.model), f"{title}: similarity of position embeddings"
         )
     for name, figure in figures.items():
-        figure.savefig(run.output_dir / name)
+        save(figure, run.output_dir / name)
     (run.output_dir / RECIPE).write_text(for_others(run.config).to_yaml(), encoding="utf-8")
     write_card(
         run.output_dir,

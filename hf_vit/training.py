@@ -325,6 +325,24 @@ def train(
         return _train(config, publish, course, build, signals)
 
 
+def data_of(config: TrainConfig) -> ImageData:
+    """Return the images of a recipe, to learn from and held out."""
+    return load_data(
+        config.data,
+        train_split=config.train_split,
+        eval_split=config.eval_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        eval_fraction=config.eval_fraction,
+        train_share=config.train_share,
+        train_repeats=config.train_repeats,
+        split_seed=config.split_seed,
+        streaming=config.streaming,
+        train_images=config.train_images,
+        needs_labels=TASKS[config.task].needs_labels,
+    )
+
+
 def _train(
     config: TrainConfig, publish: Publish | None, course: Course, build: Callable[..., Any], signals: StopSignals
 ) -> Run:
@@ -342,20 +360,7 @@ def _train(
 
     task_class = TASKS[config.task]
     with accelerator.main_process_first():  # the others read what the first one has cached
-        data = load_data(
-            config.data,
-            train_split=config.train_split,
-            eval_split=config.eval_split,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            eval_fraction=config.eval_fraction,
-            train_share=config.train_share,
-            train_repeats=config.train_repeats,
-            split_seed=config.split_seed,
-            streaming=config.streaming,
-            train_images=config.train_images,
-            needs_labels=task_class.needs_labels,
-        )
+        data = data_of(config)
     torch.manual_seed(seed_of(config.seed, "weights"))
     task = task_class(config, data)
     model, processor = build(config, task)

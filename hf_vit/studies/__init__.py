@@ -9,7 +9,7 @@ from .positions import Positions
 from .pretraining import Pretraining
 from .regularization import Regularization
 from .resolution import Resolution
-from .running import RESULTS, read_rows, run_study
+from .running import read_rows, run_study
 from .scaling import Scaling
 from .study import Results, Study
 
@@ -22,4 +22,4 @@ STUDIES: dict[str, Study] = {
 # What they vary: a recipe for a GPU, and one for two cores.
 SIZES = {name: Path(__file__).with_name(f"{name}.yaml") for name in ("full", "quick")}
 
-__all__ = ["RESULTS", "SIZES", "STUDIES", "Results", "Study", "read_rows", "run_study", "write_page"]
+__all__ = ["SIZES", "STUDIES", "Results", "Study", "read_rows", "run_study", "write_page"]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from ..drawing import bare, new_figure
 from ..recipe import TrainConfig
 from ..tasks import architecture_of, build_model
-from ..training import Run
 from .figures import draw_series
 from .resnet import build_resnet
 from .study import (
@@ -17,7 +16,6 @@ from .study import (
     Results,
     Study,
     cell_of,
-    different_images,
     images_of,
     is_more,
     with_architecture,
@@ -68,9 +66,6 @@ class DataSize(Study):
             for model in MODELS:
                 build = build_resnet if model == "ResNet" else build_model
                 yield Cell(cell(model, share), recipes[model], build=build)
-
-    def measure(self, run: Run) -> dict[str, Any]:
-        return {"train_images": different_images(run)}
 
     def table(self, results: Results) -> list[list[str]]:
         rows = [["training images", *(f"{model}, %" for model in MODELS)]]

@@ -91,15 +91,11 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def _data_of(results: Results) -> str:
-    return _of({row["recipe"]["data"] for row in results.rows})
+    return ", ".join(sorted({row["recipe"]["data"] for row in results.rows}))
 
 
 def _lines(results: Results, name: str, separator: str = "\n") -> str:
     return separator.join(dict.fromkeys(row[name] for row in results.rows if row[name]))
-
-
-def _of(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 def _range(numbers: Iterable[Any]) -> str:

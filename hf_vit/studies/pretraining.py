@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from ..data import load_data
 from ..drawing import BLUE, GRAY, ORANGE, bare, new_figure
 from ..evaluation import extract
 from ..loading import EvaluationImages, evaluation_loader, normalize
 from ..model.modeling_hf_vit import HFViTModel
 from ..probing import few_shot
 from ..recipe import TrainConfig
-from ..training import Run
+from ..training import Run, data_of
 from .figures import draw_dots
 from .study import Cell, Finding, Results, Study, cell_of, is_more, with_architecture
 
@@ -31,8 +30,6 @@ SHOTS = (5, 10)  # images a class
 DRAWN_FROM = 100  # images a class, the first ones: features of all would take longer than a small training
 FIGURES = {**{f"shots_{number}": f"{number}-shot" for number in SHOTS}, "accuracy": "with its head"}
 MOST = f"shots_{SHOTS[-1]}"
-# Fields of a recipe that say which images are learned from.
-DATA = ("train_split", "eval_split", "image_column", "label_column", "eval_fraction", "train_share", "split_seed")
 
 
 class Pretraining(Study):
@@ -122,7 +119,7 @@ def few_shot_figures(run: Run) -> dict[str, float]:
     """
     config, accelerator = run.config, Accelerator()
     # Read again: what masked patches learn from has no labels.
-    data = load_data(config.data, **{name: getattr(config, name) for name in DATA})
+    data = data_of(replace(config, task="classification", train_repeats=1.0, streaming=False))
     encoder = HFViTModel.from_pretrained(run.output_dir).to(accelerator.device)
     to_model = partial(normalize, processor=run.processor)
     features = []

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..drawing import INK, MARKERS, SERIES, bare, new_figure
 from ..recipe import TrainConfig
-from ..training import Run
 from .study import (
     Cell,
     Difference,
@@ -16,7 +15,6 @@ from .study import (
     Results,
     Study,
     cell_of,
-    different_images,
     images_of,
     is_more,
     with_architecture,
@@ -70,9 +68,6 @@ class Regularization(Study):
             for name, method in METHODS.items():
                 recipe = replace(with_architecture(base, **method.architecture), **method.recipe)
                 yield Cell(cell(name, share), with_share(recipe, share))
-
-    def measure(self, run: Run) -> dict[str, Any]:
-        return {"train_images": different_images(run)}
 
     def table(self, results: Results) -> list[list[str]]:
         heading = ["added"]

@@ -110,7 +110,7 @@ class Planned:
             "accuracy": run.metrics.get("eval_accuracy"),
             "loss": run.metrics["eval_loss"],
             "curve": curve,
-            "train_images": run.metrics["train_images"],
+            "train_images": round(run.data.train_length / config.train_repeats),  # each counted once
             "test_images": run.metrics["eval_count"],
             "images_seen": images_seen,
             "parameters": run.metrics["parameters"],
@@ -198,11 +198,11 @@ def _commit() -> str:
 class Worker:
     """A process that does one run after another."""
 
-    def __init__(self, number: int, threads: int, log: Path) -> None:
+    def __init__(self, number: int, log: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self.arguments = number, threads, log
+        self.arguments = number, log
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, number, threads, str(log)))
+        self.process = context.Process(target=_work, args=(theirs, number, str(log)))
         with _interrupts_waiting():  # which the process inherits: it is told by SIGTERM when to end
             self.process.start()
         theirs.close()
@@ -230,14 +230,13 @@ class Worker:
             self.process.terminate()
 
 
-def _work(connection: Connection, number: int, threads: int, log: str) -> None:
+def _work(connection: Connection, number: int, log: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for target in (sys.stdout, sys.stderr):
         target.flush()
         os.dup2(stream, target.fileno())
-    torch.set_num_threads(threads)
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(number % gpus)
     try:
@@ -335,7 +334,6 @@ def _plan(every: list[Planned], file: ResultsFile) -> list[Planned]:
 
 def _do(plan: list[Planned], file: ResultsFile, jobs: int | None, say: Say) -> None:
     jobs = min(jobs or RUNS_ON_A_GPU * torch.cuda.device_count() or cores(), len(plan))
-    threads = max(1, cores() // jobs)
     parents = {run.parent_key for run in plan}
     waiting, undone, errors = list(plan), {run.key for run in plan}, []
     began = time.perf_counter()
@@ -343,8 +341,8 @@ def _do(plan: list[Planned], file: ResultsFile, jobs: int | None, say: Say) -> N
     def next_run() -> Planned | None:
         return next((run for run in waiting if run.parent_key not in undone), None)
 
-    with _environment("OMP_NUM_THREADS", str(threads)), StudySignals():
-        workers = [Worker(number, threads, plan[0].runs / f"worker-{number}.log") for number in range(jobs)]
+    with _environment("OMP_NUM_THREADS", str(max(1, cores() // jobs))), StudySignals():
+        workers = [Worker(number, plan[0].runs / f"worker-{number}.log") for number in range(jobs)]
         try:
             while True:
                 for place, worker in enumerate(workers):

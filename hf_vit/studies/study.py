@@ -91,11 +91,6 @@ class Study:
         raise NotImplementedError
 
 
-def different_images(run: Run) -> int:
-    """Return the number of images that a run learned from, each counted once."""
-    return round(run.data.train_length / run.config.train_repeats)
-
-
 # -------------------------------------------------------------------------------------------------- what came out
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         HFViTForMaskedImageModeling,
         HFViTModel,
     )
+    from .pipeline import HFViTImageClassificationPipeline
 
 try:
     __version__ = version("hf-vit")
@@ -34,6 +35,7 @@ _HOMES = {
     "HFViTBackbone": ".model.modeling_hf_vit",
     "HFViTImageProcessor": ".model.image_processing_hf_vit",
     "HFViTImageProcessorPil": ".model.image_processing_pil_hf_vit",
+    "HFViTImageClassificationPipeline": ".pipeline",
 }
 
 
@@ -54,6 +56,7 @@ __all__ = [
     "HFViTConfig",
     "HFViTForImageClassification",
     "HFViTForMaskedImageModeling",
+    "HFViTImageClassificationPipeline",
     "HFViTImageProcessor",
     "HFViTImageProcessorPil",
     "HFViTModel",

@@ -12,14 +12,13 @@ import os
 import queue
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from typing import Any, NamedTuple
 
+import fsspec
 import torch
-from datasets import Image
 from datasets.distributed import split_dataset_by_node
 from PIL import Image as PILImage
 from torch import Tensor
@@ -150,11 +149,11 @@ class Images(torch.utils.data.Dataset):
     def _read(self, stored: dict[str, Any]) -> Tensor | None:
         try:
             source = stored["path"] if stored["bytes"] is None else stored["bytes"]
-            is_at_hand = source is not None and (isinstance(source, bytes) or "://" not in source)
-            with warnings.catch_warnings():  # Pillow warns of large images, and refuses those of twice that size
-                warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-                image = read_image(source, self.least_size) if is_at_hand else Image().decode_example(stored)
-        except Exception:  # decoders raise almost anything; the image is named, counted, and too many end the run
+            if isinstance(source, str) and "://" in source:  # in a dataset that is streamed
+                with fsspec.open(source, "rb") as file:
+                    source = file.read()
+            image = read_image(source, self.least_size)
+        except Exception:  # networks raise almost anything; the image is named, counted, and too many end the run
             return None
         return self.prepare(image)
 

@@ -121,8 +121,8 @@ class Predictor:
         for number, prediction in enumerate(predictions):
             try:
                 pixels[number] = self._pixels(prediction.source)
-            except Exception as error:  # decoders raise almost anything
-                prediction.error = f"{type(error).__name__}: {error}"
+            except (ValueError, OSError) as error:
+                prediction.error = str(error)
         return predictions, pixels
 
     def _pixels(self, source: Source) -> Tensor:

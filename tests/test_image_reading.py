@@ -1,4 +1,4 @@
-"""What reads files gives the pixels that Pillow gives, and Pillow's errors."""
+"""What reads files gives the pixels that Pillow gives."""
 
 import io
 from pathlib import Path
@@ -104,26 +104,11 @@ def test_a_jpeg_is_reduced_as_far_as_it_serves(decoder, orientation, height, lea
     assert size == (expected if orientation == 1 else expected[::-1])
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\xff\xd8\xff"])
-def test_what_is_no_image_is_an_error(decoder, data, tmp_path):
-    path = tmp_path / "image.jpg"
-    path.write_bytes(data)
-    for source, name in ((data, "bytes"), (path, "image.jpg"), (str(path), "image.jpg")):
-        with pytest.raises(OSError, match=None if data.startswith(b"\xff") else name):
-            read_image(source)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_half_a_jpeg_is_an_error(decoder, share):
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_part_of_a_jpeg_is_an_error(decoder, share):
     data = encoded(picture(100, 100))
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="An image given as bytes is"):
         read_image(data[: int(share * len(data))])
-
-
-def test_too_many_pixels_are_an_error(decoder, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(Image.DecompressionBombError):
-        read_image(encoded(picture(15, 15)))
 
 
 @pytest.mark.parametrize("backend", [HFViTImageProcessor, HFViTImageProcessorPil])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
@@ -38,13 +38,15 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
-from .image_reading_hf_vit import read_image
+from .image_reading_hf_vit import read_image, upright
 
 if TYPE_CHECKING:
     # Never executed. A saved folder gets the files that relative imports name, so each backend names the other.
     from .image_processing_hf_vit import HFViTImageProcessor  # noqa: F401
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+MOST_BETWEEN = 2**26  # pixels between resizing columns and rows
+LONGEST = 64  # times its other side is an image resized whole for a crop, and more for a crop that is long itself
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -121,16 +123,18 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright_8_bit(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, and bring modes 1, I, I;16 and F to mode L."""
+    """Apply the EXIF orientation, and bring modes 1, I, I;16 and F to mode L.
+
+    Measurements, which have another range than pixels, are stretched to it: the least is black, the most white.
+    """
     if 0 in image.size:
         raise ValueError(
             f"Expected an image of at least 1x1 pixels, got {image.height}x{image.width} (height x width): "
             "check how it was read or cropped."
         )
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        levels = to_8_bit(tensor_of_array(np.array(image)))
+        levels = to_8_bit(in_range(tensor_of_array(np.array(image))))
         return Image.fromarray(levels.numpy())
     if image.mode == "1" and not image.has_transparency_data:
         return image.convert("L")
@@ -163,6 +167,8 @@ def tensor_of_array(image: np.ndarray) -> Tensor:
 def channels_first(image: np.ndarray | Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
     """View an array or tensor of shape (H, W), (H, W, C) or (C, H, W) as `[C, H, W]`, uint8 or float32."""
     pixels = (tensor_of_array(image) if isinstance(image, np.ndarray) else image).detach()
+    if pixels.is_complex():
+        raise ValueError(f"Expected pixels that are bool, integers or floats, got dtype {pixels.dtype}.")
     if pixels.ndim == 2:
         pixels = pixels[None]
     else:
@@ -193,6 +199,8 @@ def full_scale(pixels: Tensor) -> int:
     known = {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}
     if pixels.dtype in known:
         return known[pixels.dtype]
+    if pixels.dtype in (torch.uint32, torch.uint64):  # whose extremes torch does not find
+        pixels = pixels.long()
     low, high = pixels.min().item(), pixels.max().item()
     scales = (1, 255) if pixels.is_floating_point() else (255, 65535)
     for scale in scales:
@@ -202,6 +210,18 @@ def full_scale(pixels: Tensor) -> int:
         f"Expected {pixels.dtype} pixels from 0 to {scales[0]} or to {scales[1]}, got {low} to {high}: pass pixels "
         "that are not normalised yet, or do_rescale=False to use them as they are."
     )
+
+
+def in_range(values: Tensor) -> Tensor:
+    """Return values whose range `full_scale` knows, and stretch others to [0, 1]; what is no number becomes 0."""
+    try:
+        full_scale(values)
+        return values
+    except ValueError:
+        known = values[values.isfinite()].double()
+        low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+        stretched = (values.double() - low) / max(high - low, 1e-300)
+        return stretched.clamp(0, 1).nan_to_num(0.0)
 
 
 def to_8_bit(pixels: Tensor) -> Tensor:
@@ -293,8 +313,8 @@ def packed_grid(size: tuple[int, int], patch_size: tuple[int, int], packing: int
     rows, columns = (max(1, (2 * side + patch) // (2 * patch)) for side, patch in zip(size, patch_size, strict=True))
     height, width = size[0] * patch_size[1], size[1] * patch_size[0]  # in one unit: the aspect in patches
     grids = [(rows, columns)]
-    grids += [(number, patches_beside(number, height, width)) for number in range(1, rows)]
-    grids += [(patches_beside(number, width, height), number) for number in range(1, columns)]
+    grids += [(number, patches_beside(number, height, width)) for number in range(1, min(rows, packing + 1))]
+    grids += [(patches_beside(number, width, height), number) for number in range(1, min(columns, packing + 1))]
     return max((grid for grid in grids if math.prod(grid) <= packing), key=math.prod)
 
 
@@ -308,6 +328,16 @@ def center_crop(image: Image.Image | Tensor, size: SizeDict, rounding: Callable[
     if isinstance(image, Image.Image):
         return image.crop((left, top, right, bottom))
     return F.pad(image, (-left, right - width, -top, bottom - height))
+
+
+def without_far_ends(image: Image.Image | Tensor, crop: SizeDict) -> Image.Image | Tensor:
+    """Cut off of a very long image what no centre crop would keep: 1x20000, resized for one, takes gigabytes."""
+    aspect = max(crop.height, crop.width) / min(crop.height, crop.width)
+    height, width = size_of(image)
+    longest = math.ceil(LONGEST * aspect * min(height, width))
+    if max(height, width) <= longest:
+        return image
+    return center_crop(image, SizeDict(height=min(height, longest), width=min(width, longest)), rounding=int)
 
 
 def per_channel(values: float | Sequence[float], num_channels: int, name: str) -> Tensor:
@@ -391,18 +421,8 @@ class HFViTImageProcessing(BaseImageProcessor):
         }
         return {**super().to_dict(), "auto_map": {"AutoImageProcessor": auto_map}}
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Leave files and their bytes to `process_image`, which knows the size that is wanted."""
-        if isinstance(image_url_or_urls, list | tuple):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        source = image_url_or_urls
-        if isinstance(source, bytes | os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
-            return source
-        # URLs and base64 become RGB in transformers.
-        return BaseImageProcessor.fetch_images(self, source)
-
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
-        return list(flatten(self.fetch_images(images)))
+        return list(flatten(images))  # files stay files: `process_image` knows the size that is wanted
 
     def _standardize_kwargs(self, resample: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         kwargs = super()._standardize_kwargs(**kwargs)
@@ -490,9 +510,13 @@ class HFViTImageProcessing(BaseImageProcessor):
         """Resize columns, then rows, to (height, width); with `do_clip` floats stay in 0..255, as 8 bits do.
 
         The order shows: bicubic overshoots beside hard edges, and each pass clips. Pillow had this order before
-        version 13, which goes by the sizes.
+        version 13, which goes by the sizes. A very tall image goes by them here too: its rows would fill the memory.
         """
-        for step in ((size_of(image)[0], size[1]), size):
+        height, width = size_of(image)
+        between = (height, size[1])
+        if math.prod(between) > max(MOST_BETWEEN, size[0] * width):
+            between = (size[0], width)
+        for step in (between, size):
             if size_of(image) != step:
                 image = self._resize_side(image, step, resample)
                 if do_clip and isinstance(image, Tensor) and image.is_floating_point():
@@ -527,8 +551,13 @@ class HFViTImageProcessing(BaseImageProcessor):
     ) -> BatchFeature:
         """Resize, crop and normalise what `process_image` gave."""
 
+        crop = size if crop_pct is not None else crop_size if do_center_crop else None
+        keeps_aspect = crop_pct is not None or not (size and size.height and size.width)
+
         def fit(image: Image.Image | Tensor) -> Image.Image | Tensor:
             if do_resize:
+                if crop and keeps_aspect:
+                    image = without_far_ends(image, crop)
                 new_size = resized_size(size_of(image), size, crop_pct)
                 image = self._resize(image, new_size, resample, do_clip=bool(do_rescale))
                 if crop_pct is not None:
@@ -597,7 +626,14 @@ def flatten(images: Any) -> Any:
     if isinstance(images, list | tuple):
         for image in images:
             yield from flatten(image)
-    elif isinstance(images, Image.Image | str | bytes | os.PathLike) or images.ndim in (2, 3):
+    elif isinstance(images, Image.Image | str | bytes | os.PathLike):
+        yield images
+    elif not isinstance(images, np.ndarray | Tensor):
+        raise TypeError(
+            "Expected PIL images, arrays, tensors, paths, URLs, bytes, or lists of these, "
+            f"got {type(images).__name__}."
+        )
+    elif images.ndim in (2, 3):
         yield images
     elif images.ndim == 4:
         yield from images

@@ -1,13 +1,20 @@
 """From the file of an image, or its bytes, to 8-bit pixels: the one place that opens images.
 
 Pillow reads every format. JPEGs, which most photographs are, it hands over pixel by pixel through Python's objects;
-simplejpeg, where it is installed, calls the same libjpeg-turbo and gives the same bits as an array. Errors are
-Pillow's: what simplejpeg will not read is read again by Pillow.
+simplejpeg, where it is installed, calls the same libjpeg-turbo and gives the same bits as an array; what simplejpeg
+will not read is read again by Pillow. Whatever is wrong with a file is a `ValueError` that names it.
+
+An image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels is refused before it is decoded. This is Pillow's own limit,
+which there only warns; the environment's `HF_VIT_MAX_IMAGE_PIXELS` sets it for commands and their processes.
 """
 
+import base64
+import binascii
 import io
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,15 +26,20 @@ try:
 except ImportError:
     simplejpeg = None
 
-# What brings rows and columns upright, by the number of the EXIF orientation.
-UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+LIMIT = "HF_VIT_MAX_IMAGE_PIXELS"
+if LIMIT in os.environ:
+    Image.MAX_IMAGE_PIXELS = int(os.environ[LIMIT])
+SECONDS_OF_SILENCE = 30  # of a server that an image comes from
+
+# What brings rows and columns upright, by the number of the EXIF orientation: of an array, and of a PIL image.
+UPRIGHT: dict[int, tuple[Callable[[np.ndarray], np.ndarray], Image.Transpose]] = {
+    2: (lambda pixels: pixels[:, ::-1], Image.Transpose.FLIP_LEFT_RIGHT),
+    3: (lambda pixels: pixels[::-1, ::-1], Image.Transpose.ROTATE_180),
+    4: (lambda pixels: pixels[::-1], Image.Transpose.FLIP_TOP_BOTTOM),
+    5: (lambda pixels: pixels.swapaxes(0, 1), Image.Transpose.TRANSPOSE),
+    6: (lambda pixels: pixels.swapaxes(0, 1)[:, ::-1], Image.Transpose.ROTATE_270),
+    7: (lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1), Image.Transpose.TRANSVERSE),
+    8: (lambda pixels: pixels.swapaxes(0, 1)[::-1], Image.Transpose.ROTATE_90),
 }
 LYING = (5, 6, 7, 8)  # whose rows and columns are exchanged
 
@@ -36,27 +48,82 @@ LeastSize = Callable[[tuple[int, int]], tuple[int, int]]
 
 
 def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None = None) -> Image.Image | Tensor:
-    """Read an image from a file or from the bytes of one.
+    """Read an image from a file, from the bytes of one, or from the web.
 
     Args:
-        source: Path, or bytes.
+        source: Path, bytes, URL of http or https, or text in base64, with or without `data:image/...;base64,`.
         least_size: Lets a larger JPEG be decoded at a half, a quarter or an eighth of its sides, which takes a
             fraction of the time, as long as it keeps this size; both are (height, width) upright. All pixels if not
             given.
 
     Returns:
         A JPEG in color or gray as uint8 `[C, H, W]`, upright, in memory with the channels last; anything else as a
-        PIL image as it is stored, in any mode and orientation.
+        PIL image as it is stored, in any mode and orientation, the first one where there are several.
 
     Raises:
-        OSError: If the file cannot be read, or is no image, or not a whole one.
-        PIL.Image.DecompressionBombError: If it has more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        ValueError: If it is no image, not a whole one, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels; the
+            message begins with the name of the file.
+        OSError: If there is no such file, or none that may be read.
     """
     data = source if isinstance(source, bytes) else _bytes_of(source)
-    with _open(data, "bytes" if isinstance(source, bytes) else str(source)) as image:
+    with _errors_named("An image given as bytes" if isinstance(source, bytes) else _short(source), data):
+        return _decode(data, least_size)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return a PIL image with its pixels, brought upright.
+
+    Raises:
+        ValueError: If it was opened from a file whose pixels cannot be decoded.
+    """
+    with _errors_named(_short(getattr(image, "filename", "") or "An image")):
+        image.load()
+    orientation = _orientation_of(image)
+    # ImageOps.exif_transpose would also write all EXIF tags anew, and fail at those that it cannot write.
+    return image.transpose(UPRIGHT[orientation][1]) if orientation in UPRIGHT else image
+
+
+# ---------------------------------------------------------------------------------------------- from source to bytes
+
+
+def _bytes_of(source: str | os.PathLike) -> bytes:
+    text = os.fspath(source)
+    if is_url(text):
+        return download(text)
+    if text.startswith("data:") or not os.path.exists(text):
+        try:
+            return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        except (binascii.Error, ValueError):
+            pass  # a name, then
+    with open(text, "rb") as file:
+        return file.read()
+
+
+def is_url(source: object) -> bool:
+    """Say whether an image is to be fetched from the web."""
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def download(url: str, timeout: float = SECONDS_OF_SILENCE) -> bytes:
+    """Fetch a file of the web; raise `ValueError` if it is not to be had, or silent for `timeout` seconds."""
+    import httpx
+
+    try:
+        return httpx.get(url, timeout=timeout, follow_redirects=True).raise_for_status().content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{_short(url)} could not be downloaded: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------- from bytes to pixels
+
+
+def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         # MPO is what phones write: a JPEG, and others behind it.
         is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if is_jpeg else 1
+        orientation = _orientation_of(image) if is_jpeg else 1
         factor = 1
         if is_jpeg and least_size is not None:
             stored = (image.height, image.width)
@@ -68,23 +135,21 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
             except ValueError:
                 pass  # Pillow takes it all the same, or says what is wrong
             else:
-                return _upright(pixels, orientation)
+                if orientation in UPRIGHT:
+                    pixels = UPRIGHT[orientation][0](pixels).copy()
+                return torch.from_numpy(pixels).permute(2, 0, 1)
         if factor > 1:
             image.draft(None, (image.width // factor, image.height // factor))
         image.load()
         return image
 
 
-def _bytes_of(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _open(data: bytes, name: str) -> Image.Image:
+def _orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where none can be read."""
     try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError(f"No format of images fits {name}: {len(data):,} bytes.") from None
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # tags may be cut off, or be no tags at all; the pixels are there
+        return 1
 
 
 def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
@@ -105,7 +170,33 @@ def _decode_jpeg(data: bytes, image: Image.Image, factor: int) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, colorspace, fastdct=False, fastupsample=False, strict=True, **least)
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> Tensor:
-    if orientation in UPRIGHT:
-        pixels = UPRIGHT[orientation](pixels).copy()
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+
+@contextmanager
+def _errors_named(name: str, data: bytes | None = None) -> Iterator[None]:
+    """Make whatever a decoder raises a `ValueError` that says what is wrong with which file."""
+    try:
+        yield
+    except Exception as error:  # decoders raise almost anything
+        raise ValueError(f"{name} {_fault(error, data)}") from error
+
+
+def _fault(error: Exception, data: bytes | None) -> str:
+    if data == b"":
+        return "is empty: 0 bytes."
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return (
+            f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels and may be a decompression bomb: reduce it, or, where "
+            f"images can be trusted, set PIL.Image.MAX_IMAGE_PIXELS, or {LIMIT} in the environment."
+        )
+    if data is not None and isinstance(error, UnidentifiedImageError):
+        if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+            return "is a page of text, not an image: load the image that it shows."
+        return f"is no image, or damaged at its beginning: no format fits its {len(data):,} bytes."
+    return f"is damaged, cut off, or of a kind that is not supported ({type(error).__name__}: {error})."
+
+
+def _short(source: str | os.PathLike) -> str:
+    """Return a name as it is, and of text in base64 the beginning."""
+    return textwrap.shorten(str(source), 300, placeholder="...") if len(str(source)) > 300 else str(source)

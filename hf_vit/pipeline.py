@@ -1,0 +1,25 @@
+"""A pipeline that hands files to the image processor, instead of opening them on the way to it.
+
+transformers' own opens every file as 8-bit RGB before any processor sees it: 16-bit grayscale turns white there, what
+is transparent takes any color, and an error does not say which file it is about.
+"""
+
+from typing import Any
+
+from transformers import BatchFeature, ImageClassificationPipeline
+
+from .model.image_reading_hf_vit import SECONDS_OF_SILENCE, download, is_url
+
+
+class HFViTImageClassificationPipeline(ImageClassificationPipeline):
+    """transformers' image classification, on images as `hf_vit` reads them.
+
+    To be asked for: `pipeline("image-classification", model, pipeline_class=HFViTImageClassificationPipeline)`. Takes
+    what the image processor takes. An image that cannot be read is a `ValueError` that names it.
+    """
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:
+        """Return `pixel_values` `[1, C, H, W]` of an image; a server may be silent for `timeout` seconds."""
+        if is_url(image):
+            image = download(image, timeout or SECONDS_OF_SILENCE)
+        return self.image_processor(images=image, return_tensors="pt").to(self.dtype)

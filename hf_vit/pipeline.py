@@ -18,8 +18,9 @@ class HFViTImageClassificationPipeline(ImageClassificationPipeline):
     what the image processor takes. An image that cannot be read is a `ValueError` that names it.
     """
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:
+    def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:  # type: ignore[override]
         """Return `pixel_values` `[1, C, H, W]` of an image; a server may be silent for `timeout` seconds."""
         if is_url(image):
             image = download(image, timeout or SECONDS_OF_SILENCE)
+        assert self.image_processor is not None
         return self.image_processor(images=image, return_tensors="pt").to(self.dtype)

@@ -216,6 +216,15 @@ def test_the_web_and_base64_give_what_the_file_gives(name, site, folder):
         torch.testing.assert_close(processor(source, return_tensors="pt")["pixel_values"], expected, rtol=0, atol=0)
 
 
+def test_text_that_is_nothing_is_an_error_without_the_text():
+    for text in ("data:image/png;base64,?" + 10_000 * "a", 10_001 * "a"):
+        with pytest.raises(ValueError, match="is no name of a file, no URL, and not base64") as caught:
+            read_image(text)
+        assert len(str(caught.value)) < 200
+    with pytest.raises(FileNotFoundError):
+        read_image("abcd")
+
+
 def test_what_the_web_does_not_give_is_an_error(site):
     with pytest.raises(ValueError, match=f"{site}/no.jpg could not be downloaded: .*404"):
         read_image(f"{site}/no.jpg")

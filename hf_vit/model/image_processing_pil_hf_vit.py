@@ -332,9 +332,9 @@ def center_crop(image: Image.Image | Tensor, size: SizeDict, rounding: Callable[
 
 def without_far_ends(image: Image.Image | Tensor, crop: SizeDict) -> Image.Image | Tensor:
     """Cut off of a very long image what no centre crop would keep: 1x20000, resized for one, takes gigabytes."""
-    aspect = max(crop.height, crop.width) / min(crop.height, crop.width)
+    sides = cast(int, crop.height), cast(int, crop.width)
     height, width = size_of(image)
-    longest = math.ceil(LONGEST * aspect * min(height, width))
+    longest = math.ceil(LONGEST * max(sides) / min(sides) * min(height, width))
     if max(height, width) <= longest:
         return image
     return center_crop(image, SizeDict(height=min(height, longest), width=min(width, longest)), rounding=int)

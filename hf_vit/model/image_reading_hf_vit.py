@@ -9,10 +9,9 @@ which there only warns; the environment's `HF_VIT_MAX_IMAGE_PIXELS` sets it for 
 """
 
 import base64
-import binascii
 import io
 import os
-import textwrap
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +29,7 @@ LIMIT = "HF_VIT_MAX_IMAGE_PIXELS"
 if LIMIT in os.environ:
     Image.MAX_IMAGE_PIXELS = int(os.environ[LIMIT])
 SECONDS_OF_SILENCE = 30  # of a server that an image comes from
+LEAST_OF_BASE64, MOST_OF_A_NAME = 40, 4096  # characters: of an image, and of a path
 
 # What brings rows and columns upright, by the number of the EXIF orientation: of an array, and of a PIL image.
 UPRIGHT: dict[int, tuple[Callable[[np.ndarray], np.ndarray], Image.Transpose]] = {
@@ -90,11 +90,13 @@ def _bytes_of(source: str | os.PathLike) -> bytes:
     text = os.fspath(source)
     if is_url(text):
         return download(text)
-    if text.startswith("data:") or not os.path.exists(text):
+    is_data = text.startswith("data:")
+    if is_data or (len(text) >= LEAST_OF_BASE64 and not os.path.exists(text)):
         try:
-            return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        except (binascii.Error, ValueError):
-            pass  # a name, then
+            return base64.b64decode(text.partition(",")[2] if is_data else text, validate=True)
+        except ValueError:
+            if len(text) > MOST_OF_A_NAME:
+                raise ValueError(f"{_short(text)} is no name of a file, no URL, and not base64.") from None
     with open(text, "rb") as file:
         return file.read()
 
@@ -111,7 +113,8 @@ def download(url: str, timeout: float = SECONDS_OF_SILENCE) -> bytes:
     try:
         return httpx.get(url, timeout=timeout, follow_redirects=True).raise_for_status().content
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"{_short(url)} could not be downloaded: {error}") from error
+        without_password = re.sub("//[^/@]*@", "//", _short(url))
+        raise ValueError(f"{without_password} could not be downloaded: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------- from bytes to pixels
@@ -199,4 +202,5 @@ def _fault(error: Exception, data: bytes | None) -> str:
 
 def _short(source: str | os.PathLike) -> str:
     """Return a name as it is, and of text in base64 the beginning."""
-    return textwrap.shorten(str(source), 300, placeholder="...") if len(str(source)) > 300 else str(source)
+    name = os.fspath(source)
+    return name if len(name) <= MOST_OF_A_NAME else f"{name[:40]}..."

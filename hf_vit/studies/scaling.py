@@ -210,7 +210,7 @@ def _draw_front(axis: "Axes", results: Results, figure: str, scale: float) -> No
                 points[point] = BASE if dimension == BASE else model["size"]
     front = front_of(points)
     for point in (point for point, name in points.items() if name == BASE or point in front):
-        axis.annotate(points[point], point, (-4, 5), textcoords="offset points", ha="right", fontsize=7)
+        axis.annotate(points[point], point, (0, 6), textcoords="offset points", ha="center", fontsize=7)
     if points:
         ends = [*front, (max(cost for cost, _ in points), front[-1][1])]
         axis.step(*zip(*ends, strict=True), where="post", color=GRAY, lw=1.5)

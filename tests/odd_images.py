@@ -242,7 +242,6 @@ READABLE: dict[str, Callable[[], bytes]] = {
     "float.pfm": lambda: b"Pf\n%d %d\n-1.0\n" % (WIDTH, HEIGHT) + levels(0.1, 0.9, "<f4").tobytes(),
     "micrograph.spi": spider,
     "telescope.fits": fits,
-    "rgb.im": lambda: saved(picture(), "IM"),
     "rgba.dds": lambda: saved(picture("RGBA"), "DDS"),
     "palette.blp": lambda: saved(picture("P"), "BLP"),
     "rgb.qoi": lambda: saved(picture(), "QOI"),

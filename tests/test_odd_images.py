@@ -212,7 +212,8 @@ def test_the_web_and_base64_give_what_the_file_gives(name, site, folder):
     processor = HFViTImageProcessor(size=SIDE)
     expected = processor(folder / name, return_tensors="pt")["pixel_values"]
     text = base64.b64encode(files()[name]).decode()
-    for source in (f"{site}/{name}", text, f"data:image/png;base64,{text}"):
+    in_lines = base64.encodebytes(files()[name]).decode()
+    for source in (f"{site}/{name}", text, in_lines, f"data:image/png;base64,{text}"):
         torch.testing.assert_close(processor(source, return_tensors="pt")["pixel_values"], expected, rtol=0, atol=0)
 
 

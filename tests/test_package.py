@@ -152,7 +152,6 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.name)
 def test_remote_code_stands_alone(path):
     allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL", *sys.stdlib_module_names}
-    allowed |= {"httpx"}  # what huggingface_hub stands on
     allowed |= {"simplejpeg"}  # where it is installed; see test_image_reading.py for where it is not
     for name in imported_names(path):
         if name.startswith("."):

@@ -230,8 +230,8 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
         for file in files:
             try:
                 pixels = as_seen(read_image(file, processor.least_size), processor)
-            except Exception as error:  # decoders raise almost anything
-                subject.notes.append(f"{_text(file)} is left out: {type(error).__name__}: {error}")
+            except (ValueError, OSError) as error:
+                subject.notes.append(_text(f"Left out: {error}"))
                 continue
             number += 1
             if len(names) < WITH_MAPS:

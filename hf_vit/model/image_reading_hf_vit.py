@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -93,7 +94,8 @@ def _bytes_of(source: str | os.PathLike) -> bytes:
     is_data = text.startswith("data:")
     if is_data or (len(text) >= LEAST_OF_BASE64 and not os.path.exists(text)):
         try:
-            return base64.b64decode(text.partition(",")[2] if is_data else text, validate=True)
+            encoded = text.partition(",")[2] if is_data else text
+            return base64.b64decode("".join(encoded.split()), validate=True)
         except ValueError:
             if len(text) > MOST_OF_A_NAME:
                 raise ValueError(f"{_short(text)} is no name of a file, no URL, and not base64.") from None
@@ -108,11 +110,10 @@ def is_url(source: object) -> bool:
 
 def download(url: str, timeout: float = SECONDS_OF_SILENCE) -> bytes:
     """Fetch a file of the web; raise `ValueError` if it is not to be had, or silent for `timeout` seconds."""
-    import httpx
-
     try:
-        return httpx.get(url, timeout=timeout, follow_redirects=True).raise_for_status().content
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        answer = get_session().get(url, timeout=timeout, follow_redirects=True)
+        return answer.raise_for_status().content
+    except Exception as error:  # whatever the client of that session raises
         without_password = re.sub("//[^/@]*@", "//", _short(url))
         raise ValueError(f"{without_password} could not be downloaded: {error}") from error
 

@@ -7,8 +7,15 @@ from typing import Any
 import hub_server
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 import hf_vit
+
+# Properties: the same examples at every run, or with `--hypothesis-profile=long` many, and others each time.
+PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
+settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True, database=None, phases=PHASES)
+settings.register_profile("long", settings.get_profile("quick"), max_examples=2_000, derandomize=False)
+settings.load_profile("quick")
 
 TINY = {
     "hidden_size": 32,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_vit import HFViTConfig
+from hf_vit.model import configuration_hf_vit
 
 
 def test_defaults_are_base_16():
@@ -56,6 +57,22 @@ def test_sizes_are_height_width(image_size, patch_size, grid):
         ({"depth": 3}, "'num_hidden_layers'"),
         ({"num_classes": 3}, "'num_labels'"),
         ({"out_feature": ["stage1"]}, "'out_features'"),
+        ({"out_features": []}, "out_features must name a stage"),
+        ({"out_indices": [-14]}, "out_indices must be from -13 to 12"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers.* at most 1024"),
+        ({"num_labels": 10**12}, "num_labels.* at most"),
+        ({"num_labels": -1}, "num_labels"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels=3 contradicts id2label"),
+        ({"id2label": {0: "a", 7: "b"}}, "id2label must name the classes 0 to 1"),
+        ({"stem_layers": [10**9], "patch_size": 4}, "stem_layers"),
+        ({"image_size": 2**16, "patch_size": 1}, "image_size.*more than 1048576"),
+        ({"mim_objective": "mean_color", "num_channels": 12}, "num_channels of at most 6"),
+        ({"hidden_act": "prelu"}, "hidden_act"),  # has a weight, for which no checkpoint has a place
+        ({"dtype": "nn"}, "dtype must be one of"),
+        ({"torch_dtype": "int8"}, "torch_dtype must be one of"),
+        ({"check": 1}, "'check' is a part of HFViTConfig"),
+        ({"grid_size": (2, 2)}, "'grid_size' is a part of HFViTConfig"),
+        ({"__class__": 1}, "'__class__' is a part of HFViTConfig"),
     ],
 )
 def test_refuses_and_says_what_would_do(fields, message):
@@ -63,7 +80,22 @@ def test_refuses_and_says_what_would_do(fields, message):
         HFViTConfig(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"image_size": "224"}, {"hidden_size": 64.0}, {"qkv_bias": "yes"}])
+# Fields that transformers takes as they come.
+INHERITED = [
+    {"architectures": "HFViTModel"},
+    {"id2label": ["a"]},
+    {"label2id": 1},
+    {"num_labels": None},
+    {"out_features": "stage1"},
+    {"out_indices": ["stage1"]},
+    {"output_attentions": 1},
+    {"output_hidden_states": "yes"},
+    {"per_layer_config": {0: {"hidden_size": 8}}},
+    {"problem_type": ["regression"]},
+]
+
+
+@pytest.mark.parametrize("fields", [{"image_size": "224"}, {"hidden_size": 64.0}, {"qkv_bias": "yes"}, *INHERITED])
 def test_refuses_wrong_types(fields):
     with pytest.raises(Exception, match=next(iter(fields))):
         HFViTConfig(**fields)
@@ -108,6 +140,19 @@ def test_a_stored_key_that_nearly_matches_is_kept_and_named(tmp_path, tiny_confi
     with caplog.at_level("WARNING", logger="transformers"):
         loaded = HFViTConfig.from_pretrained(tmp_path)
     assert (loaded.layer_norm_epsilon, loaded.layer_norm_eps) == (1.0, 1e-6)
+
+
+def test_a_stored_key_of_a_newer_version_is_kept_and_named(tmp_path, tiny_config, monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration_hf_vit.logger, "warning_once", said.append)
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    assert HFViTConfig.from_pretrained(tmp_path).to_dict() and not said
+    config.number_of_experts = 8
+    config.save_pretrained(tmp_path)
+    loaded = HFViTConfig.from_pretrained(tmp_path)
+    assert loaded.number_of_experts == 8
+    assert len(said) == 1 and "'number_of_experts', without effect" in said[0]
 
 
 def test_the_file_names_the_code_of_every_class(tmp_path, tiny_config):

@@ -8,9 +8,10 @@ Every size is `(height, width)` and is resolved here, once: nobody else divides 
 """
 
 import difflib
-from typing import Any
+import inspect
+from typing import Any, Literal, TypedDict
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validate_typed_dict
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
@@ -32,6 +33,35 @@ POOLINGS = (
 POOLINGS_OF_CLS = ("cls", "cls_and_mean", "cls_and_distillation")
 FINAL_LAYERNORMS = ("tokens", "pooled", "none")
 MIM_OBJECTIVES = ("pixels", "mean_color")
+
+# Activations without weights of their own, for which neither checkpoints nor `intermediate_size` have a place.
+ACTIVATIONS = sorted(set(ACT2FN) - {"prelu", "xielu"})
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+# What numbers may be, both ends included. Below, they mean nothing; above, they are beyond every known model and what
+# float32 holds, and a config from elsewhere could take any memory. Known are a width of 6,144 with 24,576 hidden units
+# (arXiv:2302.05442), 1,000 layers (arXiv:2203.00555) and 2^20 patches (arXiv:2312.03558).
+RANGES: dict[str, tuple[float, float]] = {
+    "hidden_size": (1, 2**16),
+    "num_hidden_layers": (1, 2**10),
+    "num_attention_heads": (1, 2**16),
+    "intermediate_size": (1, 2**16),
+    "num_channels": (1, 2**16),
+    "num_register_tokens": (0, 2**16),
+    "head_dim": (1, 2**16),
+    "representation_size": (1, 2**16),
+    "stem_width": (1, 2**12),
+    "num_labels": (0, 2**20),
+    "initializer_range": (1e-12, 1e3),  # none: nothing would be learned
+    "layer_norm_eps": (1e-30, 1e3),  # none: a token of equal numbers would be divided by zero
+    "layer_scale_init_value": (-1e3, 1e3),
+    "rope_theta": (1, 1e12),
+}
+PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
+LONGEST_SIDE = 2**16
+MOST_PATCHES = 2**20
+MOST_STAGES_OF_STEM = 8
+MOST_CHANNELS_OF_COLORS = 6  # 262,144 colours
 
 # How a table of positions is brought to another grid: arguments of `torch.nn.functional.interpolate`.
 POSITION_INTERPOLATIONS: dict[str, dict[str, Any]] = {
@@ -76,6 +106,25 @@ CLASSES = {
     "AutoModelForMaskedImageModeling": "modeling_hf_vit.HFViTForMaskedImageModeling",
     "AutoBackbone": "modeling_hf_vit.HFViTBackbone",
 }
+
+
+class Inherited(TypedDict, total=False):
+    """Types of the fields of all configs, and of backbones; transformers takes these as they come."""
+
+    architectures: list[str] | None
+    chunk_size_feed_forward: int
+    id2label: dict[int, str] | dict[str, str] | None
+    is_encoder_decoder: bool
+    label2id: dict[str, int] | dict[str, str] | None
+    num_labels: int
+    out_features: list[str] | None
+    out_indices: list[int] | tuple[int, ...] | None
+    output_attentions: bool | None
+    output_hidden_states: bool | None
+    per_layer_config: None  # one description serves all layers
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None
+    return_dict: bool | None
+    transformers_version: str | None
 
 
 @strict
@@ -203,6 +252,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in kwargs:
             if meant := self._field_meant_by(name):
                 raise ValueError(f"Unknown field {name!r} of {type(self).__name__}: did you mean {meant!r}?")
+            if self._is_taken(name):
+                raise ValueError(f"{name!r} is a part of {type(self).__name__}, not a field: leave it out.")
+        self._check_each({**vars(self), **kwargs})  # before anything is made of them
         if self.use_cls_token is None:
             self.use_cls_token = self.pooling in POOLINGS_OF_CLS
         if self.use_distillation_token is None:
@@ -220,9 +272,14 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             mlp = {name: style for name, style in self.base_model_tp_plan.items() if ".mlp." in name}
             self.base_model_tp_plan = mlp  # type: ignore[misc]
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
-        self.set_output_features_output_indices(
-            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
-        )
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        stages = len(self.stage_names)
+        for name, value in (("out_features", out_features), ("out_indices", out_indices)):
+            if value is not None and not value:
+                raise ValueError(f"{name} must name a stage, got {value}: leave it out for the last one.")
+        if not all(-stages <= index < stages for index in out_indices or ()):
+            raise ValueError(f"out_indices must be from {-stages} to {stages - 1}, the stages, got {out_indices}.")
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         # The stage names follow from the depth; in a file from elsewhere they may be stale.
         kwargs.pop("stage_names", None)
         super().__post_init__(**kwargs)
@@ -233,12 +290,17 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "HFViTConfig":
         """Build from a stored dictionary; fields among `kwargs` win, and the whole is validated as one.
 
-        Stored keys that nearly match a field may be another version's: they are kept, have no effect, and it is said.
+        Stored keys that are no fields may be another version's: they are kept, have no effect, and it is said.
         """
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         strangers = {name: value for name, value in config_dict.items() if cls._field_meant_by(name)}
         for name in strangers:
             logger.warning(f"The stored config has {name!r}, not a field; {cls._field_meant_by(name)!r} is one.")
+        if unknown := [name for name in config_dict if name not in strangers and not cls._is_known(name)]:
+            logger.warning_once(
+                f"The stored config has {', '.join(map(repr, unknown))}, without effect: no field of this version. If "
+                "a newer version of hf-vit wrote it, install that one."
+            )
         config_dict = {name: value for name, value in {**config_dict, **overrides}.items() if name not in strangers}
         if "num_hidden_layers" in overrides:  # stored stages belong to the stored depth
             config_dict.pop("out_features", None)
@@ -253,19 +315,6 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def check(self) -> None:
         """Raise `ValueError` for values that cannot work, saying what would."""
-        positive = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
-        positive += [name for name in ("head_dim", "representation_size") if getattr(self, name) is not None]
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_register_tokens < 0:
-            raise ValueError(f"num_register_tokens must be at least 0, got {self.num_register_tokens}.")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}.")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name, kinds in {
             "position_embedding_type": POSITION_EMBEDDINGS,
             "position_placement": POSITION_PLACEMENTS,
@@ -273,14 +322,55 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             "pooling": POOLINGS,
             "final_layernorm": FINAL_LAYERNORMS,
             "mim_objective": MIM_OBJECTIVES,
-            "hidden_act": ACT2FN,
+            "hidden_act": ACTIVATIONS,
         }.items():
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {sorted(kinds)}, got {getattr(self, name)!r}.")
         self._check_width()
         self._check_tokens()
         self._check_stem()
-        assert self.grid_size  # raises if the patch does not divide the image
+        self._check_sizes()
+        if self.mim_objective == "mean_color" and self.num_channels > MOST_CHANNELS_OF_COLORS:
+            raise ValueError(
+                f"mim_objective='mean_color' tells 8^num_channels colours apart, for num_channels of at most "
+                f"{MOST_CHANNELS_OF_COLORS}, got {self.num_channels}: set mim_objective='pixels'."
+            )
+
+    def _check_sizes(self) -> None:
+        sizes = f"image_size={self.image_size!r} and patch_size={self.patch_size!r}"
+        try:
+            rows, columns = self.grid_size
+        except ValueError as error:
+            raise ValueError(f"{sizes}: {error}") from None
+        if rows * columns > MOST_PATCHES:
+            raise ValueError(f"{sizes} give {rows}x{columns} patches, more than {MOST_PATCHES}.")
+
+    @staticmethod
+    def _check_each(given: dict[str, Any]) -> None:
+        """Check values that are wrong whatever the others are."""
+        validate_typed_dict(Inherited, {name: given[name] for name in Inherited.__annotations__ if name in given})
+        for name, (least, most) in RANGES.items():
+            value = given.get(name)
+            if value is not None and not least <= value <= most:  # nor is NaN
+                raise ValueError(f"{name} must be at least {least} and at most {most}, got {value}.")
+        for name in PROBABILITIES:
+            if not 0 <= given[name] < 1:
+                raise ValueError(f"{name} is a probability in [0, 1), got {given[name]}.")
+        for name in ("dtype", "torch_dtype"):
+            dtype = given.get(name)
+            if dtype is not None and (dtype if isinstance(dtype, str) else str(dtype)[len("torch.") :]) not in DTYPES:
+                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        labels = given.get("id2label")
+        if labels is not None:
+            number = given.get("num_labels", len(labels))
+            if number != len(labels):
+                raise ValueError(
+                    f"num_labels={number} contradicts id2label, which names {len(labels)}: leave out one."
+                )
+            if {str(label) for label in labels} != {str(label) for label in range(number)}:
+                raise ValueError(
+                    f"id2label must name the classes 0 to {number - 1}, got {', '.join(map(str, labels))}."
+                )
 
     def _check_tokens(self) -> None:
         if self.pooling in POOLINGS_OF_CLS and not self.use_cls_token:
@@ -293,7 +383,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if self.representation_size is not None:
                 raise ValueError("pooling='cls_and_distillation' has no pre-logits: set representation_size=None.")
         if self.use_distillation_token and not self.use_cls_token:
-            raise ValueError("The distillation token stands behind a class token: set use_cls_token=True.")
+            raise ValueError("use_distillation_token=True needs a class token before it: set use_cls_token=True.")
         placed, prefix = self.num_prefix_positions, self.num_prefix_tokens
         kind = self.position_embedding_type
         if self.position_placement != "input" and not kind.startswith("learned"):
@@ -311,10 +401,14 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_stem(self) -> None:
         if self.stem_layers is None:
             return
-        if any(units < 1 for units in self.stem_layers) or self.stem_width < 32 or self.stem_width % 32:
+        most = RANGES["num_hidden_layers"][1]
+        if len(self.stem_layers) > MOST_STAGES_OF_STEM or not all(1 <= units <= most for units in self.stem_layers):
             raise ValueError(
-                "stem_layers are positive numbers and stem_width is a multiple of 32, the groups of its GroupNorm; "
-                f"got {list(self.stem_layers)} and {self.stem_width}."
+                f"stem_layers are up to {MOST_STAGES_OF_STEM} numbers from 1 to {most}, got {list(self.stem_layers)}."
+            )
+        if self.stem_width % 32:
+            raise ValueError(
+                f"stem_width must be a multiple of 32, the groups of the stem's GroupNorm, got {self.stem_width}."
             )
         if any(size % self.stem_stride for size in self.patch_shape):
             raise ValueError(
@@ -349,11 +443,24 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def _field_meant_by(cls, name: str) -> str | None:
         """Return the field that an unknown `name` nearly matches, if any."""
-        fields = [*cls.__dataclass_fields__, "out_features", "out_indices"]
-        if name in (*fields, "stage_names", "num_labels", "output_hidden_states") or hasattr(cls, name):
+        if cls._is_known(name):
             return None
+        fields = [*cls.__dataclass_fields__, "out_features", "out_indices"]
         near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, fields, 1, cutoff=0.75)
         return near[0] if near else None
+
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        """Say whether a stored key is a field, or one of those that transformers writes beside them."""
+        beside = ("auto_map", "stage_names", "attn_implementation", "quantization_config")
+        names = {*cls.__dataclass_fields__, *Inherited.__annotations__, *beside}
+        return name in names or name.startswith("_") or hasattr(cls, name)
+
+    @classmethod
+    def _is_taken(cls, name: str) -> bool:
+        """Say whether an attribute of this `name` would hide what the class needs."""
+        known = inspect.getattr_static(cls, name, None)
+        return known is not None and name != "model_type" and getattr(known, "fset", None) is None
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -424,8 +531,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
 def _pair(name: str, size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name} must be a positive number of pixels or (height, width), got {size!r}.")
+    if len(pair) != 2 or not all(1 <= side <= LONGEST_SIDE for side in pair):
+        raise ValueError(
+            f"{name} must be a positive number of pixels, at most {LONGEST_SIDE}, or (height, width), got {size!r}."
+        )
     return pair
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from .recipe import TrainConfig, recipe_header, shipped_recipes
 
@@ -560,6 +561,9 @@ def _clear_endings() -> Iterator[None]:
         yield
     except (ValueError, FloatingPointError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except StrictDataclassError as error:  # a field of a config that has another type; two lines
+        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .checkpoints import open_checkpoint
+from .checkpoints.checkpoint import refuse_not_finite
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
 
@@ -42,7 +43,7 @@ def load_classifier(
         fields: Fields of `HFViTConfig` that are to be others than the checkpoint's, such as `image_size`.
 
     Raises:
-        ValueError: If anything but the head is missing in the checkpoint, or has another shape there.
+        ValueError: If anything but the head is missing in the checkpoint, has another shape there, or is no number.
     """
     label_names = list(label_names)
     checkpoint = open_checkpoint(source)
@@ -59,6 +60,7 @@ def load_classifier(
             f"New head for {len(label_names)} labels ({_some(label_names)}): classifier.weight and classifier.bias "
             f"start at zero, since {source} tells others apart ({_some(stored)})."
         )
+    refuse_not_finite(str(source), model.state_dict())
     return model, _processor(checkpoint, model)
 
 
@@ -74,6 +76,7 @@ def load_for_masked_patches(
     loaded: Any = HFViTForMaskedImageModeling.from_pretrained(source, **LOADING, **fields)
     model, report = loaded
     _refuse_other_architecture(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
+    refuse_not_finite(str(source), model.state_dict())
     return model, _processor(checkpoint, model)
 
 

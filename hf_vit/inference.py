@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .checkpoints import Checkpoint, Options, open_checkpoint
-from .checkpoints.checkpoint import CLASSIFIER
+from .checkpoints.checkpoint import CLASSIFIER, refuse_not_finite
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import (
     HFViTForImageClassification,
@@ -266,7 +266,7 @@ def load(
         checkpoint: What `open_checkpoint` gave for `source`, if it is open already.
 
     Raises:
-        ValueError: If weights are missing.
+        ValueError: If weights are missing, or are no numbers.
     """
     checkpoint = checkpoint or open_checkpoint(source, Options(image_size=image_size))
     model_class: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
@@ -278,6 +278,7 @@ def load(
             f"{source} lacks weights of {model_class.__name__}: {some}. What was only pre-trained may have no pooling "
             "yet: train it first."
         )
+    refuse_not_finite(source, model.state_dict())
     processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
     processor.set_output_size(model.config.image_shape)
     return model.eval(), processor

@@ -203,3 +203,23 @@ print(all(getattr(hf_vit, name) is not None for name in hf_vit.__all__))
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="HFVit"):
         _ = hf_vit.HFVit
+
+
+# Where text that asks for remote code may stand. The code of `quickstart` loads the folder that it has just written,
+# as a user without the package would; the others are docstrings, and cards for readers.
+SPEAK_OF_REMOTE_CODE = {"hf_vit/quickstart.py", "hf_vit/model/repository_hf_vit.py"}
+
+
+def test_nothing_turns_remote_code_on():
+    speaking = set()
+    for path in [*MODULES, *(PACKAGE.parent / "scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            # A keyword, a name, an attribute, or a key; texts are looked at below.
+            names = [getattr(node, field, None) for field in ("arg", "id", "attr", "value", "name")]
+            assert "trust_remote_code" not in names, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Constant) and "trust_remote_code" in str(node.value):
+                speaking.add(path.relative_to(PACKAGE.parent).as_posix())
+            # The Auto classes would ask at the terminal whether to run a stranger's code.
+            if isinstance(node, ast.ImportFrom) and path.name != "registration.py":
+                assert not [alias.name for alias in node.names if alias.name.startswith("Auto")], path
+    assert speaking == SPEAK_OF_REMOTE_CODE

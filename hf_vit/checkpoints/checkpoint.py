@@ -1,7 +1,7 @@
 """A checkpoint of any family, understood: its architecture as a config, and its weights as those of our model."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -105,6 +105,7 @@ class Checkpoint:
         self.architecture = reading.architecture
         self._reading = reading
         self._own_config = HFViTConfig.from_dict(dict(reading.fields))
+        refuse_depth(self.source, self._own_config)
         self.config = self._target_config(options)
         self._new_head = self._has_new_head()
         parameters = parameters_of(reading.architecture, self._own_config)
@@ -209,9 +210,11 @@ class Checkpoint:
 
     def _read(self, name: str) -> Tensor:
         try:
-            return self.source.tensors[name].read()
+            tensor = self.source.tensors[name].read()
         except Exception as error:  # a damaged file can fail in any way
             raise ValueError(f"{self.source.name}: {name!r} cannot be read ({error}).") from error
+        refuse_not_finite(self.source.name, {name: tensor})
+        return tensor
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights by our names."""
@@ -327,6 +330,25 @@ def parameters_of(architecture: str, config: HFViTConfig) -> dict[str, torch.Siz
     with torch.device("meta"):
         model: torch.nn.Module = model_class(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def refuse_depth(source: Source, config: HFViTConfig) -> None:
+    """Raise `ValueError` for more layers than there are tensors, before any is built."""
+    if config.num_hidden_layers > len(source.tensors):
+        raise ValueError(
+            f"{source.name}: {len(source.tensors)} tensors are too few for num_hidden_layers="
+            f"{config.num_hidden_layers}."
+        )
+
+
+def refuse_not_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` for weights that are NaN or infinite: every answer of their model would be."""
+    for tensor_name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name}: {tensor_name!r} holds NaN or infinity: its training diverged, or the file is damaged. Take "
+                "an earlier checkpoint."
+            )
 
 
 def processor_beside(source: Source) -> HFViTImageProcessorPil | None:

@@ -4,7 +4,7 @@ import json
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,21 @@ def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
         raise ValueError(f"{folder} exists: choose another folder, or pass --force to replace it.")
     if is_there and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is no model's folder, and is not replaced.")
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        unfinished, old = Path(temporary) / folder.name, Path(temporary) / ".old"
-        unfinished.mkdir()
-        yield unfinished
-        if folder.exists():
-            folder.rename(old)
-        unfinished.rename(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            unfinished, old = Path(temporary) / folder.name, Path(temporary) / ".old"
+            unfinished.mkdir()
+            yield unfinished
+            if folder.exists():
+                folder.rename(old)
+            unfinished.rename(folder)
+    except BaseException:
+        with suppress(OSError):  # somebody put something there
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def write_safetensors(

@@ -1,7 +1,8 @@
 """Where checkpoints come from: a file, a folder or a name on the Hub, as tensors that are read when asked for.
 
 What a file is, its first bytes say, not its name: safetensors, numpy's npz, or torch's zip and older pickle, which
-are read as tensors alone (`weights_only`), never as code.
+are read as tensors alone (`weights_only`), never as code. Nothing that a file says of itself is believed before it is
+compared with the file: neither sizes nor names, and least of all places outside of the folder.
 """
 
 import json
@@ -12,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -29,6 +31,11 @@ SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # Where a training checkpoint keeps its weights; an average of them comes first, as timm loads it.
 STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
 
+# Bytes of a safetensors header; a hundred thousand tensors take fewer.
+LARGEST_HEADER = 2**24
+# An archive that unpacks to more, and to so many times its size, was made to fill memory or disk: trained weights are
+# nearly as large packed.
+LARGEST_UNPACKED, MOST_UNPACKED = 2**26, 50
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -97,21 +104,36 @@ def open_source(name: str | Path, **hub: Any) -> Source:
     """
     path = Path(name)
     if path.is_file():
-        beside = [] if _kind(path) == "npz" else [path.parent / file for file in SIDE_FILES]
-        return _source(str(name), [path], {file.name: file for file in beside if file.is_file()})
+        places = [] if _kind(path) == "npz" else [path.parent / file for file in SIDE_FILES]
+        beside = {file.name: file for file in places if file.is_file()}
+        for file in beside.values():
+            _refuse_outside(path.parent, file)
+        return _source(str(name), read_tensors(path), path, beside)
     is_hub_name = (
         str(name).count("/") < 2 and not str(name).startswith((".", "/", "~")) and path.suffix not in SUFFIXES
     )
     if not path.is_dir() and not is_hub_name:
         raise ValueError(f"{name}: no such file or folder.")
-    find = partial(_find, str(name), hub)
-    weights = next((found for file in WEIGHTS if (found := find(file))), None)
-    if weights is None:
+    read = read_weights(str(name), hub)
+    if read is None:
         if not path.is_dir():  # let the Hub's client say why: no such name, no connection, no right
             _find(str(name), {**hub, "_raise_exceptions_for_missing_entries": True}, WEIGHTS[0])
         raise ValueError(f"{name}: no weights there; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
-    files = [weights] if weights.suffix != ".json" else _shards(weights, find)
-    return _source(str(name), files, {file: found for file in SIDE_FILES if (found := find(file))})
+    find = partial(_find, str(name), hub)
+    return _source(str(name), *read, {file: found for file in SIDE_FILES if (found := find(file))})
+
+
+def read_weights(name: str, hub: dict[str, Any]) -> tuple[Tensors, Path] | None:
+    """List the tensors of a folder or a name on the Hub, in one file or in shards; nothing if it has no weights.
+
+    Raises:
+        ValueError: If a file is damaged, or not where it belongs; names it.
+    """
+    find = partial(_find, name, hub)
+    weights = next((found for file in WEIGHTS if (found := find(file))), None)
+    if weights is None:
+        return None
+    return read_tensors(weights) if weights.suffix != ".json" else _of_shards(weights, find), weights
 
 
 def _find(name: str, hub: dict[str, Any], file: str) -> Path | None:
@@ -120,10 +142,26 @@ def _find(name: str, hub: dict[str, Any], file: str) -> Path | None:
         found = cached_file(name, file, **options)
     except OSError as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+    if found and Path(name).is_dir():
+        _refuse_outside(Path(name), Path(found))
     return Path(found) if found else None
 
 
-def _shards(index: Path, find: Callable[[str], Path | None]) -> list[Path]:
+def _refuse_outside(folder: Path, file: Path) -> None:
+    """Refuse a link that leaves the folder: whoever made the folder would choose what is read, and published later.
+
+    A snapshot in the Hub's cache consists of links to the blobs of its repository.
+    """
+    place, target = folder.resolve(), file.resolve()
+    blobs = [(parent.parent / "blobs").resolve() for parent in place.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in (place, *blobs)):
+        raise ValueError(
+            f"{file}: a link to {target}, outside of the folder, is not followed: give the path of that file itself, "
+            "or put a copy here."
+        )
+
+
+def _of_shards(index: Path, find: Callable[[str], Path | None]) -> Tensors:
     shards = read_json(index).get("weight_map", {})
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index}: expected a weight_map from names of tensors to names of files.")
@@ -135,17 +173,23 @@ def _shards(index: Path, find: Callable[[str], Path | None]) -> list[Path]:
     missing = [name for name, path in found.items() if path is None]
     if missing or not names:
         raise ValueError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
-    return [path for path in found.values() if path is not None]
-
-
-def _source(name: str, files: list[Path], beside: dict[str, Path]) -> Source:
     tensors: Tensors = {}
-    for file in files:
-        tensors.update(read_tensors(file))
+    for name, path in found.items():
+        assert path is not None
+        here = read_tensors(path)
+        if twice := tensors.keys() & here.keys():
+            raise ValueError(f"{path}: {min(twice)!r} is in another shard, too.")
+        if lost := {_without_wrappers(tensor) for tensor, shard in shards.items() if shard == name} - here.keys():
+            raise ValueError(f"{path}: {min(lost)!r} is not in it, where {index.name} says that it is.")
+        tensors.update(here)
+    return tensors
+
+
+def _source(name: str, tensors: Tensors, weights: Path, beside: dict[str, Path]) -> Source:
     if not tensors:
         raise ValueError(f"{name}: no tensors in it.")
     config = read_json(beside["config.json"]) if "config.json" in beside else {}
-    return Source(name, tensors, config, next((path.parent for path in beside.values()), files[0].parent))
+    return Source(name, tensors, config, next((path.parent for path in beside.values()), weights.parent))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,7 +200,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object.")
@@ -176,9 +220,9 @@ def read_tensors(path: Path) -> Tensors:
     kind = _kind(path)
     try:
         return readers[kind](path)
-    except ValueError:
-        raise
     except Exception as error:  # a damaged file can fail in any way
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(f"{path}: damaged, or no {kind} file ({reason[0]}).") from error
 
@@ -190,18 +234,27 @@ def _kind(path: Path) -> str:
         return "safetensors"
     if head.startswith(b"PK"):
         try:
-            names = zipfile.ZipFile(path).namelist()
-        except zipfile.BadZipFile as error:
+            members = zipfile.ZipFile(path).infolist()
+        except Exception as error:  # as below
             raise ValueError(f"{path}: a damaged or truncated zip ({error}).") from error
-        return "npz" if any(name.endswith(".npy") for name in names) else "torch"
+        packed, unpacked = path.stat().st_size, sum(member.file_size for member in members)
+        if unpacked > max(LARGEST_UNPACKED, MOST_UNPACKED * packed):
+            raise ValueError(f"{path}: {packed} bytes unpack to {unpacked}, which no weights do; that is not read.")
+        return "npz" if any(member.filename.endswith(".npy") for member in members) else "torch"
     if head[:1] == b"\x80":  # pickle, as torch wrote it before version 1.6
         return "torch"
     raise ValueError(f"{path}: no checkpoint; expected safetensors, npz, or a file of torch.save.")
 
 
 def _of_safetensors(path: Path) -> Tensors:
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        if length > min(LARGEST_HEADER, path.stat().st_size):
+            raise ValueError(f"{path}: damaged: its header would have {length} bytes.")
+        header = raw.read(length)
     tensors = {}
     with safe_open(path, framework="pt") as file:
+        json.loads(header, object_pairs_hook=partial(_refuse_twice, path))  # the library takes the last
         for name in list(file.keys()):
             view = file.get_slice(name)
             if view.get_dtype() not in SAFETENSORS_DTYPES:
@@ -209,6 +262,13 @@ def _of_safetensors(path: Path) -> Tensors:
             dtype = SAFETENSORS_DTYPES[view.get_dtype()]
             tensors[name] = Stored(tuple(view.get_shape()), dtype, partial(read_safetensor, path, name))
     return tensors
+
+
+def _refuse_twice(path: Path, pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(names) > len(set(names)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path}: {twice!r} is in it twice.")
 
 
 def read_safetensor(path: Path, name: str) -> Tensor:
@@ -219,8 +279,10 @@ def read_safetensor(path: Path, name: str) -> Tensor:
 
 def _of_npz(path: Path) -> Tensors:
     archive = zipfile.ZipFile(path)
+    members = archive.infolist()
+    _refuse_twice(path, [(member.filename, None) for member in members])
     tensors = {}
-    for member in archive.infolist():
+    for member in members:
         with archive.open(member) as file:
             version = np.lib.format.read_magic(file)
             read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
@@ -231,12 +293,14 @@ def _of_npz(path: Path) -> Tensors:
         name = member.filename.removesuffix(".npy")
         if dtype.kind not in "biufcV":
             raise ValueError(f"{path}: {name!r} holds {dtype}, not numbers; that is not read.")
+        if header_size + dtype.itemsize * prod(shape) != member.file_size:
+            raise ValueError(f"{path}: damaged: {name!r} has {member.file_size} bytes, which are not {list(shape)}.")
         if member.compress_type == zipfile.ZIP_STORED:
             # Where the numbers start: behind the member's own header, whose two lengths are its bytes 26 to 30.
             with path.open("rb") as raw:
                 raw.seek(member.header_offset + 26)
                 start = member.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4))) + header_size
-            if start + dtype.itemsize * int(np.prod(shape)) > path.stat().st_size:
+            if start + dtype.itemsize * prod(shape) > path.stat().st_size:
                 raise ValueError(f"{path}: truncated inside {name!r}.")
             read = partial(_map_array, path, start, shape, dtype, "F" if is_fortran else "C")
         else:
@@ -246,7 +310,7 @@ def _of_npz(path: Path) -> Tensors:
 
 
 def _map_array(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype, order: Any) -> Tensor:
-    if not np.prod(shape):
+    if 0 in shape:
         return _tensor(np.empty(shape, dtype))
     return _tensor(np.memmap(path, dtype, mode="c", offset=start, shape=shape, order=order))  # "c": our own copy
 
@@ -263,10 +327,18 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _of_torch(path: Path) -> Tensors:
+    if zipfile.is_zipfile(path):
+        for member in zipfile.ZipFile(path).infolist():
+            if member.compress_type != zipfile.ZIP_STORED:  # mapped into memory, it would be taken for numbers
+                raise ValueError(f"{path}: {member.filename!r} is compressed, which torch never does: save it anew.")
     file, tensors = TorchFile(path), {}
     for name, value in file.content.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor.")
+        if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+            raise ValueError(f"{path}: {name!r} is {value.layout} on {value.device}, expected a dense tensor.")
+        if value.numel() * value.itemsize > path.stat().st_size:
+            raise ValueError(f"{path}: {name!r} is {list(value.shape)}, which is larger than the file.")
         tensors[name] = Stored(tuple(value.shape), value.dtype, partial(file.read, name))
     return tensors
 

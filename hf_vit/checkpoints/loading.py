@@ -10,9 +10,10 @@ from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from . import open_checkpoint
 from .checkpoint import CLASSIFIER, ENCODER
-from .files import read_json
+from .files import read_json, read_weights
 
 OF_ALL_CONFIGS = ("num_labels", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states")
+OTHER_WEIGHTS = {"variant", "gguf_file", "use_safetensors"}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -33,7 +34,11 @@ def read_foreign(
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     if not Path(name).is_file():
         found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
-        if found is None or read_json(Path(found)).get("model_type") == HFViTConfig.model_type:
+        if found is None:
+            return None
+        if read_json(Path(found)).get("model_type") == HFViTConfig.model_type:
+            if Path(name).is_dir() and not OTHER_WEIGHTS.intersection(options):
+                read_weights(name, hub)  # refuses what transformers would not, or not by the name of the file
             return None
     checkpoint = open_checkpoint(name, **hub)
     rest = {option: value for option, value in options.items() if option not in hub}

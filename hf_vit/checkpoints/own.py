@@ -1,9 +1,11 @@
 """This package's own folders: nothing to convert, but sizes and heads can be changed as for all others."""
 
-from ..model.configuration_hf_vit import HFViTConfig
-from .checkpoint import ENCODER, Family, Options, Reading, parameters_of, processor_beside
+from ..model.configuration_hf_vit import CLASSES, HFViTConfig
+from .checkpoint import ENCODER, Family, Options, Reading, parameters_of, processor_beside, refuse_depth
 from .files import Source
 from .layouts import Row
+
+ARCHITECTURES = [place.split(".")[1] for auto_class, place in CLASSES.items() if auto_class != "AutoConfig"]
 
 
 def _recognises(source: Source) -> bool:
@@ -11,8 +13,15 @@ def _recognises(source: Source) -> bool:
 
 
 def _read(source: Source, options: Options) -> Reading:
-    architecture = (source.config.get("architectures") or [ENCODER])[0]
-    names = parameters_of(architecture, HFViTConfig.from_dict(dict(source.config)))
+    config = HFViTConfig.from_dict(dict(source.config))
+    architecture = (config.architectures or [ENCODER])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{source.name}: config.json names the architecture {architecture!r}, expected one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    refuse_depth(source, config)
+    names = parameters_of(architecture, config)
     table = [Row(name.removeprefix("vit."), name) for name in names]
     return Reading(source.config, architecture, table, processor=processor_beside(source))
 

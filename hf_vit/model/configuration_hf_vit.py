@@ -412,8 +412,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if any(size % self.stem_stride for size in self.patch_shape):
             raise ValueError(
-                f"A stem of {len(self.stem_layers)} stages reduces by {self.stem_stride}: patch_size, in pixels of "
-                f"the image, must be a multiple of that, got {self.patch_size}."
+                f"stem_layers={list(self.stem_layers)} reduce an image by {self.stem_stride}: patch_size, in pixels "
+                f"of the image, must be a multiple of that, got {self.patch_size}."
             )
 
     def _check_width(self) -> None:
@@ -426,12 +426,13 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.position_embedding_type == "rotary" and self.head_width % 4:
             raise ValueError(
-                f"Rotary positions need a head's width divisible by 4, got {self.head_width}: set head_dim."
+                "position_embedding_type='rotary' needs heads of a width divisible by 4, got "
+                f"{self.head_width}: set head_dim."
             )
         if not self.use_output_projection and heads * self.head_width != width:
             raise ValueError(
-                f"Without output projection the heads must give back the width: {heads} heads of {self.head_width} "
-                f"are not hidden_size={width}."
+                "use_output_projection=False needs heads that give back the width: num_attention_heads="
+                f"{heads} of {self.head_width} are not hidden_size={width}."
             )
         divisor = {"learned_2d": 2, "sincos_2d": 4}.get(self.position_embedding_type, 1)
         if width % divisor:

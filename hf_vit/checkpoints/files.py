@@ -10,6 +10,7 @@ import struct
 import warnings
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,8 +32,8 @@ SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # Where a training checkpoint keeps its weights; an average of them comes first, as timm loads it.
 STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
 
-# Bytes of a safetensors header; a hundred thousand tensors take fewer.
-LARGEST_HEADER = 2**24
+# Bytes of a safetensors header; ten thousand tensors take fewer.
+LARGEST_HEADER = 2**22
 # An archive that unpacks to more, and to so many times its size, was made to fill memory or disk: trained weights are
 # nearly as large packed.
 LARGEST_UNPACKED, MOST_UNPACKED = 2**26, 50
@@ -235,7 +236,7 @@ def _kind(path: Path) -> str:
     if head.startswith(b"PK"):
         try:
             members = zipfile.ZipFile(path).infolist()
-        except Exception as error:  # as below
+        except Exception as error:  # a damaged directory can fail in any way
             raise ValueError(f"{path}: a damaged or truncated zip ({error}).") from error
         packed, unpacked = path.stat().st_size, sum(member.file_size for member in members)
         if unpacked > max(LARGEST_UNPACKED, MOST_UNPACKED * packed):
@@ -265,10 +266,9 @@ def _of_safetensors(path: Path) -> Tensors:
 
 
 def _refuse_twice(path: Path, pairs: list[tuple[str, Any]]) -> None:
-    names = [name for name, _ in pairs]
-    if len(names) > len(set(names)):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: {twice!r} is in it twice.")
+    (name, number), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if number > 1:
+        raise ValueError(f"{path}: {name!r} is in it twice.")
 
 
 def read_safetensor(path: Path, name: str) -> Tensor:

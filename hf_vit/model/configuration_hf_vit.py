@@ -348,7 +348,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     @staticmethod
     def _check_each(given: dict[str, Any]) -> None:
         """Check values that are wrong whatever the others are."""
-        validate_typed_dict(Inherited, {name: given[name] for name in Inherited.__annotations__ if name in given})
+        inherited = {name: given[name] for name in Inherited.__annotations__ if name in given}
+        validate_typed_dict(Inherited, inherited)  # type: ignore[type-var]  # which takes no TypedDict for a dict
         for name, (least, most) in RANGES.items():
             value = given.get(name)
             if value is not None and not least <= value <= most:  # nor is NaN

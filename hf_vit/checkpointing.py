@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
+STEP = "step-" + 8 * "[0-9]"  # nothing that a user has put beside them
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,12 +52,24 @@ class CheckpointFolder:
             OSError: If the disk is full, among others. Earlier checkpoints are untouched then.
         """
         final = self.folder / f"step-{step:08d}"
-        unfinished = self.folder / f"{UNFINISHED}{final.name}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         try:
-            with naming_a_full_disk(f"a checkpoint of step {step}; earlier ones are intact", final):
+            self._write(final, step, state, write_model)
+        except FileNotFoundError:  # somebody has removed the folder meanwhile; what was in it is still in memory
+            self._write(final, step, state, write_model)
+        # Whoever goes on from a step has found all later ones damaged: they must not count as the newest.
+        kept = [path for path in self._newest_first() if path.name <= final.name][: self.keep]
+        for other in self._newest_first():
+            if other not in kept:
+                shutil.rmtree(other, ignore_errors=True)
+        return final
+
+    def _write(self, final: Path, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> None:
+        unfinished = self.folder / f"{UNFINISHED}{final.name}"
+        try:
+            with writing(f"a checkpoint of step {step}; earlier ones are intact", final):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.glob(f"{UNFINISHED}*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 unfinished.mkdir()
                 write_model(unfinished)
                 with (unfinished / STATE).open("wb") as file:  # given a path, torch would hide why it cannot write
@@ -65,18 +79,12 @@ class CheckpointFolder:
                 (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
                 for path in [*files, unfinished / MANIFEST, unfinished]:
                     _sync(path)
+                shutil.rmtree(final, ignore_errors=True)  # there is one only if it was found damaged
+                unfinished.rename(final)
+                _sync(self.folder)
         except Exception:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        shutil.rmtree(final, ignore_errors=True)  # there is one only if it was found damaged
-        unfinished.rename(final)
-        _sync(self.folder)
-        # Whoever goes on from a step has found all later ones damaged: they must not count as the newest.
-        kept = [path for path in self._newest_first() if path.name <= final.name][: self.keep]
-        for other in self._newest_first():
-            if other not in kept:
-                shutil.rmtree(other)
-        return final
 
     def newest(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest checkpoint that is whole; `say` what was passed over and why."""
@@ -90,7 +98,7 @@ class CheckpointFolder:
         return None
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        return sorted(self.folder.glob(STEP), reverse=True)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -123,23 +131,27 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 @contextmanager
-def naming_a_full_disk(what: str, path: Path) -> Iterator[None]:
-    """Turn what writers raise on a full disk, each something else, into an `OSError` that names what has no space."""
+def writing(what: str, path: Path) -> Iterator[None]:
+    """Turn what writers raise when the system refuses, each something else, into an `OSError` that names `what`."""
     try:
         yield
     except Exception as error:
-        if not _is_of_full_disk(error):
+        number = _number_of(error)
+        if number is None:
             raise
-        raise OSError(errno.ENOSPC, f"No space left for {what}", str(path)) from error
+        reason = "No space left for" if number in FULL else f"{os.strerror(number)}: cannot write"
+        raise OSError(number, f"{reason} {what}", str(path)) from error
 
 
-def _is_of_full_disk(error: BaseException | None) -> bool:
+def _number_of(error: BaseException | None) -> int | None:
+    """Return the number of the system's error behind an exception, if there is one."""
     while error is not None:
-        # safetensors says it in words, torch fails behind the error that says it
-        if getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if said := re.search(r"os error (\d+)", str(error)):  # safetensors says it in words
+            return int(said.group(1))
+        error = error.__cause__ or error.__context__  # torch fails behind the error that says it
+    return None
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command `hf-vit`: parse, call one function, print. What is heavy is imported inside the commands."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -550,7 +551,9 @@ def _resumable() -> Iterator[None]:
         yield
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"{stop}\nThe same command goes on from there:  {_command()}", err=True)
+            again = re.sub(r" --resume[ =]never\b", "", _command())  # which would remove what was saved
+            which = "The same command" if again == _command() else "This command, without --resume never,"
+            typer.echo(f"{stop}\n{which} goes on from there:  {again}", err=True)
         raise typer.Exit(stop.exit_code) from None
 
 

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -462,6 +463,20 @@ def _end_by_parent(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Turn what torch raises, wherever its main process stands, when a worker was killed into a `ChildProcessError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise ChildProcessError(
+            f"A process that loads images was ended from outside ({str(error).splitlines()[0].strip()}), often for "
+            "want of memory: what was saved is intact. Go on from there, if need be with fewer num_workers."
+        ) from error
 
 
 def steps_of(epochs: float, length: int, batch_size: int) -> int:

@@ -5,7 +5,12 @@ that it would set. One copy of the model a process (DDP), shards (FSDP2) and ten
 """
 
 import os
+import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +25,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
+    gather_object,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,9 +37,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from .locking import FolderLock, without_locks
 from .recipe import PRECISIONS, TrainConfig
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Of a process whose neighbour has ended: how often it looks, how long an error of its own may take to come, and how
+# long the lock of a process may outlive its connections.
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_SEE = 2.0, 10.0, 5.0
 
 
 def resolve_precision(precision: str) -> str:
@@ -80,6 +90,62 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     return accelerator
+
+
+@contextmanager
+def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Have a folder for the processes of one run, and end with a sentence when one of them has ended before.
+
+    Raises:
+        ValueError: If another run is at work there.
+        OSError: If nothing can be written there; `ConnectionError`, which names the rank, if a process has ended.
+    """
+    lock, refusal, has_lock = FolderLock(folder, accelerator.process_index), None, False
+    try:
+        has_lock = lock.take()
+    except (ValueError, OSError) as error:
+        refusal = error
+    over = threading.Event()
+    try:
+        states = gather_object([(has_lock, refusal)])
+        if states[0][1] is not None:  # the others write nothing
+            raise states[0][1]
+        if not states[0][0]:
+            accelerator.print(without_locks(folder))
+        # Machines that share no disk do not see each other's.
+        seen = [rank for rank, (holds, _) in enumerate(states) if has_lock and holds and rank != lock.process]
+        others = [rank for rank in seen if lock.is_held_by(rank)]
+        if others:
+            threading.Thread(target=_end_with_others, args=(lock, others, over), daemon=True).start()
+        try:
+            yield
+            accelerator.wait_for_everyone()  # else who is ready first would be missed
+        except RuntimeError as error:  # of whatever backend, in whatever collective
+            for _ in range(round(SECONDS_TO_SEE / 0.1)):
+                if ended := _ended(lock, others):
+                    raise ConnectionError(ended) from error
+                time.sleep(0.1)
+            raise
+    finally:
+        over.set()
+        lock.release()
+
+
+def _ended(lock: FolderLock, others: list[int]) -> str:
+    """Say which processes of a run are no longer there, if any is not."""
+    gone = ", ".join(str(rank) for rank in others if not lock.is_held_by(rank))
+    return gone and (
+        f"The process of rank {gone} has ended before the run, which cannot go on without it: what was saved is "
+        "intact. Start all of them again to go on from there."
+    )
+
+
+def _end_with_others(lock: FolderLock, others: list[int], over: threading.Event) -> None:
+    """End this process when another has ended and no error comes of it: on a GPU a collective may wait for ever."""
+    while not over.wait(SECONDS_BETWEEN_LOOKS):
+        if (ended := _ended(lock, others)) and not over.wait(SECONDS_TO_END):
+            print(f"Error: {ended}", file=sys.stderr, flush=True)
+            os._exit(2)
 
 
 def start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:

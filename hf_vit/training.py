@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .augmentation import AUGREG_MIXUP, build_augmentation
-from .checkpointing import CheckpointFolder, load_state, naming_a_full_disk
+from .checkpointing import CheckpointFolder, load_state, writing
 from .data import ImageData, load_data, seed_of
 from .evaluation import Predictions
 from .loading import (
@@ -38,6 +38,7 @@ from .loading import (
     StreamOrder,
     TrainingImages,
     evaluation_loader,
+    naming_dead_workers,
     normalize,
     steps_of,
     training_loader,
@@ -46,6 +47,7 @@ from .loading import (
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .optim import Schedule, build_optimizer, parameter_groups
 from .parallel import (
+    alone_as_one,
     build_accelerator,
     data_parts,
     divide_matrices,
@@ -172,13 +174,14 @@ class RunLog:
         """Go back to `rows`: lines behind the checkpoint that a run resumes from will be written again."""
         self.rows = rows
         if self.accelerator.is_main_process:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            with writing("the log", self.path):
+                self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def add(self, step: int, **row: Any) -> None:
         """Add a line, and tell the tracker, if there is one."""
         self.rows.append({"step": step, **row})
         if self.accelerator.is_main_process:
-            with naming_a_full_disk("the log", self.path), self.path.open("a", encoding="utf-8") as file:
+            with writing("the log", self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
         self.accelerator.log(row, step=step)
 
@@ -318,11 +321,16 @@ def train(
 
     Raises:
         Interrupted: If SIGINT or SIGTERM came: behind a checkpoint, or before the first step.
-        ValueError: If the recipe does not fit the data, the machine, or the run that `output_dir` holds.
+        ValueError: If the recipe does not fit the data, the machine, or the run that `output_dir` holds; or if
+            another process is at work there.
+        OSError: If something cannot be written, or another process of this run, or one that loads images, has ended.
         FloatingPointError: If the loss is not finite; names the step.
     """
+    refuse_to_overwrite(config)
     with StopSignals() as signals:
-        return _train(config, publish, course, build, signals)
+        accelerator = build_accelerator(config)
+        with alone_as_one(accelerator, Path(config.output_dir)), naming_dead_workers():
+            return _train(config, publish, course, build, signals, accelerator)
 
 
 def data_of(config: TrainConfig) -> ImageData:
@@ -344,14 +352,17 @@ def data_of(config: TrainConfig) -> ImageData:
 
 
 def _train(
-    config: TrainConfig, publish: Publish | None, course: Course, build: Callable[..., Any], signals: StopSignals
+    config: TrainConfig,
+    publish: Publish | None,
+    course: Course,
+    build: Callable[..., Any],
+    signals: StopSignals,
+    accelerator: Accelerator,
 ) -> Run:
     # ---- build
     if config.mixup is None:
         config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
     output_dir = Path(config.output_dir)
-    refuse_to_overwrite(config)
-    accelerator = build_accelerator(config)
     parts = Parts(config.accumulation_steps, *data_parts(accelerator))
     say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
     if config.resume == "never" and accelerator.is_main_process:
@@ -406,8 +417,6 @@ def _train(
     average = AveragedWeights(trained, config.ema_decay)
 
     # ---- resume
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = CheckpointFolder(output_dir / CHECKPOINTS, config.keep_checkpoints)
     start_tracker(accelerator, config)
     log = RunLog(output_dir / LOG, accelerator)
@@ -445,7 +454,8 @@ def _train(
     else:
         say(config.to_yaml())
     if accelerator.is_main_process:
-        (output_dir / RECIPE).write_text(config.to_yaml(), encoding="utf-8")
+        with writing("the recipe", output_dir / RECIPE):
+            (output_dir / RECIPE).write_text(config.to_yaml(), encoding="utf-8")
     log.restore(state.get("log", []))
     accelerator.wait_for_everyone()
 
@@ -624,7 +634,7 @@ def _train(
     average.swap()  # what was measured is what is saved
     weights = whole_weights(model)
     if accelerator.is_main_process:
-        with naming_a_full_disk("the trained model; the checkpoints are intact", output_dir):
+        with writing("the trained model; the checkpoints are intact", output_dir):
             _save_model(trained, weights, processor, output_dir)
             (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             (output_dir / TIMING).write_text(json.dumps(pace.figures(), indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Runs in processes of their own, forked from one that has imported everything: starting one costs no seconds."""
+"""Runs in processes of their own, forked from one that has imported everything: starting one costs no seconds.
+
+They end as the command does: with a sentence and an exit code, or with a traceback and 1 where there is a defect.
+"""
 
 import os
 import socket
@@ -16,7 +19,10 @@ CONTEXT.set_forkserver_preload(["process_of_a_run", "hf_vit.training", "timm.opt
 
 
 def _train(config: TrainConfig, environment: dict[str, str], output: Path, prepare: Any) -> None:
-    from hf_vit.training import Interrupted, train
+    from typer import Exit
+
+    from hf_vit.cli import _clear_endings, _resumable
+    from hf_vit.training import train
 
     set_start_method("fork", force=True)  # of workers: what a process has that no forkserver started
     os.environ.update(environment)
@@ -25,10 +31,11 @@ def _train(config: TrainConfig, environment: dict[str, str], output: Path, prepa
         try:
             if prepare is not None:
                 prepare()
-            train(config)
-        except Interrupted as stop:
-            print(stop, flush=True)
-            os._exit(stop.exit_code)
+            with _clear_endings(), _resumable():
+                train(config)
+        except Exit as ending:
+            file.flush()
+            os._exit(ending.exit_code)
         except BaseException:
             traceback.print_exc()
             file.flush()

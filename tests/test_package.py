@@ -46,7 +46,8 @@ MAY_IMPORT = {
         "token_merging",
     },
     "checkpointing": set(),
-    "parallel": {"recipe"},
+    "locking": set(),
+    "parallel": {"locking", "recipe"},
     "tasks": {"recipe", "data", "augmentation", "evaluation", "finetuning", "model", "variants"},
     "training": {
         "recipe",
@@ -96,6 +97,7 @@ MAY_IMPORT = {
         "evaluation",
         "hub",
         "loading",
+        "locking",
         "model",
         "parallel",
         "probing",

@@ -249,7 +249,7 @@ def test_what_is_not_finite_in_one_process_is_so_in_both(
     processes = start_all(
         tiny_recipe(photos, tmp_path / "stopped"), tmp_path / "out.txt", 2, spoil_in_one_of_two, **environment
     )
-    assert ends(processes, tmp_path / "out.txt", 1).count("Step 5 is not finite") == 2
+    assert ends(processes, tmp_path / "out.txt", 2).count("Step 5 is not finite") == 2
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import torch
 from ..benchmark.table import processor
 from ..cost import count_flops
 from ..hub import machine, versions
+from ..locking import alone_in
 from ..parallel import cores
 from ..recipe import FREE_TO_CHANGE, TrainConfig
 from ..training import METRICS, Interrupted, StopSignals, train
@@ -294,18 +295,20 @@ def run_study(
 
     Raises:
         Interrupted: If SIGINT or SIGTERM came; every run has saved where it stands.
-        ValueError: If the folder holds other results, or a run cannot be done; the others are done by then.
+        ValueError: If the folder holds other results or another process is at work there, or a run cannot be done;
+            the others are done by then.
     """
-    file = ResultsFile(output_dir / RESULTS, provenance(command))
-    of_study = range(config.seed, config.seed + seeds)
-    every = [Planned(study, cell, seed, output_dir / RUNS) for seed in of_study for cell in study.cells(config)]
-    plan = _plan(every, file)
-    if plan:
-        say(f"{study.title}: {sum(map(file.holds, every))} of {len(every)} runs are done, {len(plan)} are to do.")
-        (output_dir / RUNS).mkdir(parents=True, exist_ok=True)
-        _do(plan, file, jobs, say)
-        _clear(every, output_dir / RUNS)
-    return Results(file.rows[run.key] for run in every)
+    with alone_in(output_dir, say):
+        file = ResultsFile(output_dir / RESULTS, provenance(command))
+        of_study = range(config.seed, config.seed + seeds)
+        every = [Planned(study, cell, seed, output_dir / RUNS) for seed in of_study for cell in study.cells(config)]
+        plan = _plan(every, file)
+        if plan:
+            say(f"{study.title}: {sum(map(file.holds, every))} of {len(every)} runs are done, {len(plan)} are to do.")
+            (output_dir / RUNS).mkdir(parents=True, exist_ok=True)
+            _do(plan, file, jobs, say)
+            _clear(every, output_dir / RUNS)
+        return Results(file.rows[run.key] for run in every)
 
 
 def _clear(done: list[Planned], folder: Path) -> None:

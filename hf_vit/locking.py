@@ -1,0 +1,117 @@
+"""Whose a folder is: a lock for each process that works in it, which ends with the process, however that ends.
+
+It is a byte of a file for each, locked as POSIX has it. Such a lock belongs to one process, also over NFS; that of
+`flock` would go over to forked workers, which outlive a killed process by seconds. It is lost when the process closes
+the file anywhere, so nobody else opens it.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # which is POSIX's
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"  # in the folder, while somebody works there
+
+
+class FolderLock:
+    """The lock on a folder.
+
+    Args:
+        folder: Made if need be.
+        process: Number of this process, of those that work there as one. The first one's lock is the folder's.
+    """
+
+    def __init__(self, folder: Path, process: int = 0) -> None:
+        self.folder, self.path, self.process = folder, folder / LOCK, process
+        self.file: IO[str] | None = None
+
+    def take(self) -> bool:
+        """Take the lock; return whether there are locks here at all.
+
+        Raises:
+            ValueError: If another process has it.
+            OSError: If nothing can be written into the folder.
+        """
+        if fcntl is None:
+            return False
+        while self.file is None:
+            file = self._open()
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self.process)
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    self.file = file
+            except FileNotFoundError:
+                continue
+            except (BlockingIOError, PermissionError):
+                raise ValueError(
+                    f"{self.folder} is in use by {self._holder()}: wait until that has ended, stop it, or choose "
+                    "another --output-dir."
+                ) from None
+            except OSError:
+                return False
+            finally:
+                if self.file is None:  # or whoever had the file has removed it meanwhile: there is another, or none
+                    file.close()
+        if self.process == 0:
+            self.file.truncate(0)
+            self.file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+            self.file.flush()
+        return True
+
+    def release(self) -> None:
+        """Give the lock back, if it was taken; the file goes with the first process'."""
+        if self.file is not None:
+            if self.process == 0:
+                self.path.unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
+
+    def is_held_by(self, process: int) -> bool:
+        """Return whether another process than this one has the lock of that number."""
+        assert self.file is not None
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, process)  # shared: others may look, too
+        except (BlockingIOError, PermissionError):
+            return True
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, process)
+        return False
+
+    def _open(self) -> IO[str]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.path.open("a+", encoding="utf-8")
+        except OSError as error:
+            reason = f"{error.strerror}: {self.folder} must be a folder that can be written to; mend that, or choose"
+            raise OSError(error.errno, f"{reason} another --output-dir") from error
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads(self.path.read_text(encoding="utf-8"))
+            return f"process {holder['process']} on {holder['host']}"
+        except (OSError, ValueError):
+            return "another process"
+
+
+@contextmanager
+def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[FolderLock]:
+    """Have a folder for this process; see `FolderLock.take` for who is refused."""
+    lock = FolderLock(folder)
+    if not lock.take():
+        say(without_locks(folder))
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def without_locks(folder: Path) -> str:
+    """Return what is to be said where a system has no locks."""
+    return f"{folder} is where files cannot be locked: see to it that nothing else writes there meanwhile."

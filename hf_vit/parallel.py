@@ -94,7 +94,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 @contextmanager
 def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Have a folder for the processes of one run, and end with a sentence when one of them has ended before.
+    """Have a folder for the processes of one run, which ends when they are together, or with a sentence when one of
+    them has ended before.
 
     Raises:
         ValueError: If another run is at work there.
@@ -119,7 +120,8 @@ def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
             threading.Thread(target=_end_with_others, args=(lock, others, over), daemon=True).start()
         try:
             yield
-            accelerator.wait_for_everyone()  # else who is ready first would be missed
+            over.set()  # who is ready first is not missed
+            accelerator.end_training()
         except RuntimeError as error:  # of whatever backend, in whatever collective
             for _ in range(round(SECONDS_TO_SEE / 0.1)):
                 if ended := _ended(lock, others):

@@ -639,7 +639,6 @@ def _train(
             (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             (output_dir / TIMING).write_text(json.dumps(pace.figures(), indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return Run(
         config,
         output_dir,

@@ -15,16 +15,18 @@ from typing import Any
 from hf_vit.recipe import TrainConfig
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["process_of_a_run", "hf_vit.training", "timm.optim", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["process_of_a_run", "hf_vit.cli", "hf_vit.training", "timm.optim", "torch._dynamo"])
 
 
 def _train(config: TrainConfig, environment: dict[str, str], output: Path, prepare: Any) -> None:
+    import datasets
     from typer import Exit
 
     from hf_vit.cli import _clear_endings, _resumable
     from hf_vit.training import train
 
     set_start_method("fork", force=True)  # of workers: what a process has that no forkserver started
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0  # as in conftest.py
     os.environ.update(environment)
     os.setsid()  # a process group of its own, with its workers
     with output.open("a") as file, redirect_stdout(file), redirect_stderr(file):

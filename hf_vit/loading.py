@@ -467,7 +467,7 @@ def _end_by_parent(parent: int) -> None:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Turn what torch raises, wherever its main process stands, when a worker was killed into a `ChildProcessError`."""
+    """Turn what torch raises of a worker that was killed, wherever the loop stands, into a `ChildProcessError`."""
     try:
         yield
     except RuntimeError as error:

@@ -94,8 +94,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 @contextmanager
 def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Have a folder for the processes of one run, which ends when they are together, or with a sentence when one of
-    them has ended before.
+    """Have a folder for the processes of one run, which end together.
 
     Raises:
         ValueError: If another run is at work there.
@@ -106,7 +105,6 @@ def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         has_lock = lock.take()
     except (ValueError, OSError) as error:
         refusal = error
-    over = threading.Event()
     try:
         states = gather_object([(has_lock, refusal)])
         if states[0][1] is not None:  # the others write nothing
@@ -115,39 +113,51 @@ def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
             accelerator.print(without_locks(folder))
         # Machines that share no disk do not see each other's.
         seen = [rank for rank, (holds, _) in enumerate(states) if has_lock and holds and rank != lock.process]
-        others = [rank for rank in seen if lock.is_held_by(rank)]
-        if others:
-            threading.Thread(target=_end_with_others, args=(lock, others, over), daemon=True).start()
-        try:
+        with _watching(lock, [rank for rank in seen if lock.is_held_by(rank)]):
             yield
-            over.set()  # who is ready first is not missed
-            accelerator.end_training()
-        except RuntimeError as error:  # of whatever backend, in whatever collective
-            for _ in range(round(SECONDS_TO_SEE / 0.1)):
-                if ended := _ended(lock, others):
-                    raise ConnectionError(ended) from error
-                time.sleep(0.1)
-            raise
+        accelerator.end_training()
     finally:
-        over.set()
         lock.release()
 
 
-def _ended(lock: FolderLock, others: list[int]) -> str:
-    """Say which processes of a run are no longer there, if any is not."""
-    gone = ", ".join(str(rank) for rank in others if not lock.is_held_by(rank))
-    return gone and (
-        f"The process of rank {gone} has ended before the run, which cannot go on without it: what was saved is "
-        "intact. Start all of them again to go on from there."
-    )
+@contextmanager
+def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
+    """End with a sentence when another process of the run has ended."""
+    is_over = threading.Event()
+    watcher = threading.Thread(target=_end_with_others, args=(lock, others, is_over), daemon=True)
+    if others:
+        watcher.start()
+    try:
+        yield
+    except RuntimeError as error:  # of whatever backend, in whatever collective
+        if ended := _ended(lock, others, SECONDS_TO_SEE):
+            raise ConnectionError(ended) from error
+        raise
+    finally:
+        is_over.set()
+        if others:
+            watcher.join()
 
 
-def _end_with_others(lock: FolderLock, others: list[int], over: threading.Event) -> None:
+def _end_with_others(lock: FolderLock, others: list[int], is_over: threading.Event) -> None:
     """End this process when another has ended and no error comes of it: on a GPU a collective may wait for ever."""
-    while not over.wait(SECONDS_BETWEEN_LOOKS):
-        if (ended := _ended(lock, others)) and not over.wait(SECONDS_TO_END):
+    while not is_over.wait(SECONDS_BETWEEN_LOOKS):
+        if (ended := _ended(lock, others)) and not is_over.wait(SECONDS_TO_END):
             print(f"Error: {ended}", file=sys.stderr, flush=True)
             os._exit(2)
+
+
+def _ended(lock: FolderLock, others: list[int], seconds: float = 0.0) -> str:
+    """Say which processes of a run are no longer there, if that shows within some seconds."""
+    end = time.monotonic() + seconds
+    while not (gone := [str(rank) for rank in others if not lock.is_held_by(rank)]):
+        if not others or time.monotonic() >= end:
+            return ""
+        time.sleep(0.1)
+    return (
+        f"The process of rank {', '.join(gone)} has ended before the run, which cannot go on without it: what was "
+        "saved is intact. Start all of them again to go on from there."
+    )
 
 
 def start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:

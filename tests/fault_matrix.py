@@ -4,9 +4,9 @@
     python tests/fault_matrix.py --quick            (each once)
     python tests/fault_matrix.py killed full_disk   (some of them)
 
-Every row ends in a result, or in one sentence and the exit code 2, or 128 and the signal's number; never in a traceback.
-Behind it the same command goes on to the very weights, log and metrics of a run that nothing happened to, from the
-newest checkpoint that there was. A row that does not hold raises.
+Every row ends in a result, or in one sentence and an exit code: 2, or 128 and the signal's number; never in a
+traceback. Behind it the same command goes on, from the newest checkpoint that there was, to the very weights, log and
+metrics of a run that nothing happened to. A row that does not hold raises.
 """
 
 import argparse
@@ -530,12 +530,13 @@ def two_in_one_folder(bench: Bench, times: int) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A fault, how it is made, what does it, and how often in the long form."""
+    """A fault, how it is made, what does it, and how often in the long form and in the quick one."""
 
     fault: str
     how: str
     do: Callable[[Bench, int], str]
     times: int = 10
+    quick: int = 1
 
 
 ROWS = {
@@ -548,8 +549,10 @@ ROWS = {
     "read_only": Row("read-only output folder", "modes of folders, from the start and later", read_only),
     "folder_removed": Row("checkpoints removed", "rm -r under the run, also while it saves", folder_removed),
     "damaged": Row("checkpoint damaged", "a file of the newest cut off, or a bit of it changed", damaged, 20),
-    "image_removed": Row("image file removed", "in the middle of an epoch", partial(image_lost, remove)),
-    "image_unreadable": Row("image unreadable", "empty, HTML, half, noise", partial(image_lost, make_unreadable)),
+    "image_removed": Row("image file removed", "in the middle of an epoch", partial(image_lost, remove), quick=2),
+    "image_unreadable": Row(
+        "image unreadable", "empty, HTML, half, noise", partial(image_lost, make_unreadable), quick=2
+    ),
     "shard_lost": Row("parquet shard removed", "while it is read as a stream", shard_lost),
     "worker_killed": Row("data worker killed", "SIGKILL to one of two, as for want of memory", worker_killed),
     "rank_killed": Row("one of two ranks killed", "SIGKILL to either, by gloo", partial(rank_killed, None)),
@@ -561,7 +564,7 @@ ROWS = {
     ),
     "not_finite": Row("NaN", "in the loss of any step", not_finite),
     "clock_jumps": Row("clock jumps", "by up to ten days, both ways, at every reading", clock_jumps),
-    "two_in_one_folder": Row("two runs, one folder", "also with --resume never", two_in_one_folder),
+    "two_in_one_folder": Row("two runs, one folder", "also with --resume never", two_in_one_folder, quick=2),
 }
 
 
@@ -577,7 +580,7 @@ def main() -> None:
         bench = Bench(Path(folder), arguments.seed)
         for name in arguments.rows or ROWS:
             row, bench.lost = ROWS[name], 0
-            times = 1 if arguments.quick else arguments.times or row.times
+            times = row.quick if arguments.quick else arguments.times or row.times
             began = time.monotonic()
             happens = row.do(bench, times)
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

@@ -1,15 +1,18 @@
 """A checkpoint is whole or not there."""
 
 import errno
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from hf_vit import checkpointing
-from hf_vit.checkpointing import MANIFEST, STATE, CheckpointFolder, find_damage, load_state
+from hf_vit.checkpointing import MANIFEST, STATE, CheckpointFolder, find_damage, load_state, writing
 
 SILENT: Callable[[str], None] = lambda message: None  # noqa: E731
 
@@ -85,6 +88,56 @@ def test_a_full_disk_leaves_the_others(checkpoints: CheckpointFolder, monkeypatc
     with pytest.raises(OSError, match="No space left for a checkpoint of step 4; earlier ones are intact"):
         checkpoints.save(4, {"step": 4}, write_model)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "full"), "[Errno 28] No space left for the log: 'here'"),
+        (OSError(errno.EDQUOT, "full"), "[Errno 122] No space left for the log: 'here'"),
+        (OSError(errno.EROFS, "no"), "[Errno 30] Read-only file system: cannot write the log: 'here'"),
+        (
+            SafetensorError("I/O: File too large (os error 27)"),
+            "[Errno 27] File too large: cannot write the log",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_behind_another", [False, True])
+def test_what_the_system_refuses_is_named(error: Exception, sentence: str, is_behind_another: bool) -> None:
+    with pytest.raises(OSError, match=re.escape(sentence)), writing("the log", Path("here")):
+        try:
+            raise error
+        except Exception:
+            if is_behind_another:
+                raise RuntimeError("unexpected pos 576 vs 470")  # noqa: B904 # as torch does
+            raise
+
+
+def test_other_errors_are_left_as_they_are() -> None:
+    with pytest.raises(ValueError, match="shape"), writing("the log", Path("here")):
+        raise ValueError("shape")
+
+
+def test_a_folder_that_is_removed_under_the_run_is_made_again(tmp_path: Path) -> None:
+    folder, calls = CheckpointFolder(tmp_path / "run" / "checkpoints"), []
+
+    def removing(unfinished: Path) -> None:
+        calls.append(unfinished)
+        write_model(unfinished)
+        if len(calls) == 1:
+            shutil.rmtree(tmp_path / "run")
+
+    newest = folder.save(1, {"step": 1}, removing)
+    assert len(calls) == 2 and find_damage(newest) is None and folder.newest(SILENT) == newest
+
+
+def test_what_a_user_puts_beside_checkpoints_is_left_alone(checkpoints: CheckpointFolder) -> None:
+    copy, packed = checkpoints.folder / "step-00000003-copy", checkpoints.folder / "step-00000003.tar"
+    shutil.copytree(checkpoints.folder / "step-00000003", copy)
+    packed.write_text("packed")
+    checkpoints.save(4, {"step": 4}, write_model)
+    assert find_damage(copy) is None and packed.exists()
+    assert checkpoints.newest(SILENT) == checkpoints.folder / "step-00000004"
 
 
 def test_code_in_a_state_is_not_run(checkpoints: CheckpointFolder) -> None:

@@ -100,11 +100,17 @@ def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.Monke
         raise Interrupted(2, "Stopped by SIGINT behind step 1 of 3.")
 
     monkeypatch.setattr(hf_vit.report, "train", stop)
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"])
-    result = runner.invoke(app, ["train", "--recipe", str(recipe)])
-    assert result.exit_code == 130
-    assert "Stopped by SIGINT" in result.stderr
-    assert "The same command goes on from there:  hf-vit train --recipe 'a b.yaml'" in result.stderr
+    command, never = ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"], ["--resume", "never"]
+    for arguments, said in (
+        ([], "The same command goes on from there:"),
+        (never, "This command, without --resume never, goes on from there:"),
+        (["--resume=never"], "This command, without --resume never, goes on from there:"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command[:2], *arguments, *command[2:]])
+        result = runner.invoke(app, ["train", "--recipe", str(recipe)])
+        assert result.exit_code == 130
+        assert "Stopped by SIGINT" in result.stderr
+        assert f"{said}  hf-vit train --recipe 'a b.yaml'\n" in result.stderr
 
 
 def test_recipes_are_listed_and_explained(tmp_path: Path) -> None:

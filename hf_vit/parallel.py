@@ -100,7 +100,8 @@ def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         ValueError: If another run is at work there.
         OSError: If nothing can be written there; `ConnectionError`, which names the rank, if a process has ended.
     """
-    lock, refusal, has_lock = FolderLock(folder, accelerator.process_index), None, False
+    lock, has_lock = FolderLock(folder, accelerator.process_index), False
+    refusal: Exception | None = None
     try:
         has_lock = lock.take()
     except (ValueError, OSError) as error:

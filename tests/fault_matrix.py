@@ -115,17 +115,19 @@ class Case:
         return Path(self.config.output_dir)
 
     @property
+    def output(self) -> Path:
+        return self.bench.folder / f"{self.folder.relative_to(self.bench.folder).parts[0]}.txt"
+
+    @property
     def printed(self) -> str:
-        output = Path(f"{self.bench.folder}/{self.folder.relative_to(self.bench.folder).parts[0]}.txt")
-        return output.read_text() if output.exists() else ""
+        return self.output.read_text() if self.output.exists() else ""
 
     def begin(self, prepare: Any = None) -> list[BaseProcess]:
         """Start the run; `prepare` is called in its processes before."""
-        output = Path(f"{self.bench.folder}/{self.folder.relative_to(self.bench.folder).parts[0]}.txt")
-        output.unlink(missing_ok=True)
+        self.output.unlink(missing_ok=True)
         if self.processes == 1:
-            return [start(self.config, output, prepare, OMP_NUM_THREADS="1")]
-        return start_all(self.config, output, self.processes, prepare, OMP_NUM_THREADS="1")
+            return [start(self.config, self.output, prepare, OMP_NUM_THREADS="1")]
+        return start_all(self.config, self.output, self.processes, prepare, OMP_NUM_THREADS="1")
 
     def ends(self, processes: list[BaseProcess], code: int = 0, sentence: str = "") -> str:
         """Wait for the end, by this code and with this in one sentence, no traceback; return what was printed."""
@@ -186,7 +188,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = SECONDS) -> None:
 
 def kill(process: BaseProcess, send: Callable[[int, int], None] = os.kill, signum: int = signal.SIGKILL) -> None:
     assert process.pid is not None
-    send(process.pid, signum)
+    has_group = os.getpgid(process.pid) == process.pid  # not yet, if it has only just been forked
+    (send if has_group else os.kill)(process.pid, signum)
     if signum == signal.SIGKILL:
         process.join()
 
@@ -201,7 +204,7 @@ def killed(bench: Bench, times: int) -> str:
         while done < times:
             before = case.newest()
             [process] = case.begin()
-            process.join(bench.draw.uniform(0.05, 0.6) * case.seconds)
+            process.join(bench.draw.uniform(0.05, 0.5) * case.seconds)
             if process.exitcode is not None:
                 break
             kill(process, bench.draw.choice([os.kill, os.killpg]))

@@ -53,7 +53,8 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
         holder.stdin.close()
         assert holder.stdout.readline() == "released\n"
         assert not (folder / LOCK).exists()
-        assert FolderLock(folder).take()
+        with alone_in(folder, pytest.fail):
+            assert (folder / LOCK).exists()
 
 
 def test_a_killed_process_holds_nothing_though_its_workers_live(tmp_path: Path) -> None:

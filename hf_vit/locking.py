@@ -31,7 +31,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, process: int = 0) -> None:
         self.folder, self.path, self.process = folder, folder / LOCK, process
-        self.file: IO[str] | None = None
+        self.file: IO[bytes] | None = None
 
     def take(self) -> bool:
         """Take the lock; return whether there are locks here at all.
@@ -61,9 +61,10 @@ class FolderLock:
                 if self.file is None:  # or whoever had the file has removed it meanwhile: there is another, or none
                     file.close()
         if self.process == 0:
-            self.file.truncate(0)
-            self.file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
-            self.file.flush()
+            name = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
+            with self._naming_the_folder():
+                self.file.truncate(0)
+                os.write(self.file.fileno(), name.encode())
         return True
 
     def release(self) -> None:
@@ -84,10 +85,15 @@ class FolderLock:
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, process)
         return False
 
-    def _open(self) -> IO[str]:
-        try:
+    def _open(self) -> IO[bytes]:
+        with self._naming_the_folder():
             self.folder.mkdir(parents=True, exist_ok=True)
-            return self.path.open("a+", encoding="utf-8")
+            return self.path.open("ab+")
+
+    @contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             reason = f"{error.strerror}: {self.folder} must be a folder that can be written to; mend that, or choose"
             raise OSError(error.errno, f"{reason} another --output-dir") from error

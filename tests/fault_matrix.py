@@ -140,7 +140,7 @@ class Case:
         printed = self.printed
         assert codes == [code] * len(processes), f"{codes}\n{printed[-6000:]}"
         assert "Traceback" not in printed, printed[-6000:]
-        errors = [line for line in printed.splitlines() if line.startswith("Error: ")]
+        errors = re.findall(r"(?<!\w)Error: ", printed)  # a bar of a killed process ends no line
         assert len(errors) == (code == 2), printed[-6000:]
         assert sentence in printed, printed[-6000:]
         return printed

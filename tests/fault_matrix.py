@@ -212,7 +212,21 @@ def killed(bench: Bench, times: int) -> str:
                 bench.lost += before - int(found[-1])
             done += 1
         case.goes_on()
+    # Workers whose process was killed alone look every five seconds whether it is there.
+    wait_for(lambda: not processes_below(bench.folder), 30)
     return "goes on from the newest checkpoint"
+
+
+def processes_below(folder: Path) -> list[str]:
+    """Return processes with an open file below a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            names = [os.readlink(file) for file in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        found += [process.name] * any(name.startswith(str(folder)) for name in names)
+    return [name for name in found if name != str(os.getpid())]
 
 
 def killed_while_saving(bench: Bench, times: int) -> str:

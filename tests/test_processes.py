@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -73,42 +72,6 @@ EVERYTHING: dict[str, Any] = {
     "num_workers": 2, "augmentation": "trivial", "mixup": 0.3, "cutmix": 0.5, "label_smoothing": 0.1,
     "accumulation_steps": 2, "ema_decay": 0.9, "epochs": 20, "eval_every": 3, "save_every": 2,
 }  # fmt: skip
-
-
-def test_killed_again_and_again_a_run_ends_as_one_that_was_not(photos: Path, tmp_path: Path) -> None:
-    finish(tiny_recipe(photos, tmp_path / "whole", max_steps=1))  # the first process takes longer to start
-    began = time.monotonic()
-    finish(tiny_recipe(photos, tmp_path / "whole", resume="never", **EVERYTHING))
-    length = time.monotonic() - began
-    config = tiny_recipe(photos, tmp_path / "parts", **EVERYTHING)
-    draw = random.Random(0)
-    killed = 0
-    for kill in [os.kill, os.killpg] * 10:
-        process = start(config, tmp_path / "parts.txt")
-        process.join(draw.uniform(0.15, 0.3) * length)
-        if process.exitcode is not None:
-            break
-        kill(process.pid, signal.SIGKILL)
-        process.join()
-        killed += 1
-    assert killed >= 3
-    printed = finish(config)
-    assert "Resuming from" in printed
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    # Workers whose process was killed alone look every five seconds whether it is there.
-    wait_for(lambda: not _processes_below(tmp_path), 20)
-
-
-def _processes_below(folder: Path) -> list[str]:
-    """Return processes with an open file below a folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            names = [os.readlink(file) for file in (process / "fd").iterdir()]
-        except OSError:
-            continue
-        found += [process.name] * any(name.startswith(str(folder)) for name in names)
-    return [name for name in found if name != str(os.getpid())]
 
 
 @pytest.mark.parametrize(("number", "environment"), [(2, {}), (4, {}), (2, FSDP)], ids=["ddp", "ddp-of-4", "fsdp2"])

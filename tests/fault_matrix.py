@@ -1,6 +1,6 @@
 """What can happen to a run, done to it, in processes of their own; prints a table.
 
-    python tests/fault_matrix.py                    (as often as the table of CONTRIBUTING.md says)
+    python tests/fault_matrix.py                    (the long form: an hour on two idle cores at most)
     python tests/fault_matrix.py --quick            (each once)
     python tests/fault_matrix.py killed full_disk   (some of them)
 

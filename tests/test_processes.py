@@ -41,7 +41,7 @@ def finish(config: TrainConfig, number: int = 1, prepare: Any = None, **environm
     return ends(processes, output)
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
+def wait_for(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it takes too long"
@@ -289,7 +289,7 @@ def test_a_launcher_that_is_terminated_leaves_a_checkpoint(photos: Path, tmp_pat
     )
     wait_for(lambda: lines_of(tmp_path / "run") > 2)
     launcher.send_signal(signal.SIGTERM)
-    printed = launcher.communicate(timeout=60)[0]
+    printed = launcher.communicate(timeout=120)[0]
     assert launcher.returncode != 0
     assert "Stopped by SIGTERM behind step" in printed and "The same command goes on from there:" in printed
     assert len(list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))) == 1

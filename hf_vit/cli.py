@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from .recipe import TrainConfig, recipe_header, shipped_recipes
+from .texts import one_line, visible, without_tokens
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, Options
@@ -24,6 +25,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def echo(text: str, err: bool = False, nl: bool = True) -> None:
+    """Print a text; names of files and labels in it cannot steer the terminal, and no token is shown."""
+    typer.echo(visible(without_tokens(text)), err=err, nl=nl)
+
 
 OutputDir = Annotated[
     str | None, typer.Option(help="Folder for the model; checkpoints lie below it. The recipe's if not given.")
@@ -54,7 +61,7 @@ def quickstart(
     from .quickstart import quickstart
 
     with _clear_endings(), _resumable():
-        quickstart(output_dir, seed, resume, say=typer.echo)
+        quickstart(output_dir, seed, resume, say=echo)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -110,7 +117,7 @@ def train(
         elif price_per_hour is not None:
             raise ValueError("--price-per-hour belongs to --dry-run: add it, or leave the price out.")
         else:
-            train_and_report(config, _command(), typer.echo)
+            train_and_report(config, _command(), echo)
 
 
 @app.command()
@@ -125,10 +132,10 @@ def recipes(
     """
     with _clear_endings():
         if name is not None:
-            typer.echo(recipe_header(name) + TrainConfig.from_recipe(name).explain(), nl=False)
+            echo(recipe_header(name) + TrainConfig.from_recipe(name).explain(), nl=False)
             return
         for recipe in shipped_recipes():
-            typer.echo(f"{recipe:24} {recipe_header(recipe).splitlines()[0].removeprefix('# ')}")
+            echo(f"{recipe:24} {recipe_header(recipe).splitlines()[0].removeprefix('# ')}")
 
 
 @app.command()
@@ -178,7 +185,7 @@ def evaluate(
             merged_per_layer=merge_tokens,
         )
         if measured is not None:
-            typer.echo("\n".join(describe(measured)))
+            echo("\n".join(describe(measured)))
             if json_file is not None:
                 json_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
@@ -233,12 +240,12 @@ def predict(
                     lines.write(json.dumps({**row, "error": prediction.error}) + "\n")
                 elif not as_json:
                     said = ", ".join(f"{label} {score:.1%}" for label, score in answers.items())
-                    typer.echo(f"{name}  {said or prediction.error}")
+                    typer.echo(one_line(f"{name}  {said or prediction.error}"))
             pace = len(files) / (time.perf_counter() - began)
         if as_json:
-            typer.echo(json.dumps({"images": len(files), "images_per_second": pace, "broken": broken}))
+            echo(json.dumps({"images": len(files), "images_per_second": pace, "broken": broken}))
         else:
-            typer.echo(f"{len(files):,} images, {pace:,.1f} a second, {len(broken)} broken", err=True)
+            echo(f"{len(files):,} images, {pace:,.1f} a second, {len(broken)} broken", err=True)
 
 
 @app.command()
@@ -251,7 +258,7 @@ def push(
     from .hub import push
 
     with _clear_endings():
-        typer.echo(f"Published at {push(folder, repo_id, private=private)}")
+        echo(f"Published at {push(folder, repo_id, private=private)}")
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -306,7 +313,7 @@ def convert(
         )
         checkpoint = _open_and_describe(source, options)
         write_checkpoint(checkpoint, out_dir, force)
-        typer.echo(f"Written to {out_dir} and read back: {len(checkpoint.shapes)} tensors, bit for bit.")
+        echo(f"Written to {out_dir} and read back: {len(checkpoint.shapes)} tensors, bit for bit.")
 
 
 @app.command()
@@ -355,8 +362,8 @@ def inspect(
         from .inspection.gallery import draw, folder_for
 
         folder = output_dir or Path(folder_for(model))
-        written = draw(model, folder, images or [], options, layer, form, html, typer.echo)
-        typer.echo(f"Written to {folder}: {', '.join(path.name for path in written)}")
+        written = draw(model, folder, images or [], options, layer, form, html, echo)
+        echo(f"Written to {folder}: {', '.join(path.name for path in written)}")
 
 
 @app.command()
@@ -375,8 +382,8 @@ def export(
         from .export import export as write_export
 
         for sentence in write_export(model, out, to, force):
-            typer.echo(f"Note: {sentence}")
-        typer.echo(f"Written to {out} and read back, bit for bit.")
+            echo(f"Note: {sentence}")
+        echo(f"Written to {out} and read back, bit for bit.")
 
 
 # ------------------------------------------------------------------------------------------------------ benchmark
@@ -415,7 +422,7 @@ def benchmark(
         from .benchmark.table import LEGEND, Report, describe, hardware, table, versions
 
         machine, installed = hardware(), versions()
-        typer.echo("\n".join([*describe(machine, installed), ""]))
+        echo("\n".join([*describe(machine, installed), ""]))
         report = None
         for results in measure(
             suites or (),
@@ -428,13 +435,13 @@ def benchmark(
             is_compile_wanted=compile,
             photos=photos,
             is_quick=quick,
-            say=lambda line: typer.echo(line, err=True),
+            say=lambda line: echo(line, err=True),
         ):
-            typer.echo("\n".join(["", *table(results)]))
+            echo("\n".join(["", *table(results)]))
             if output_dir is not None:
                 report = report or Report(output_dir, _command(), machine, installed)
                 report.add(results)
-        typer.echo("\n".join(LEGEND))
+        echo("\n".join(LEGEND))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -463,7 +470,7 @@ def study(
 
         if name is None:
             for known, its in STUDIES.items():
-                typer.echo(f"{known:16} {its.title}. {its.source}")
+                echo(f"{known:16} {its.title}. {its.source}")
             return
         if name not in STUDIES:
             raise ValueError(f"There is no study {name!r}: choose one of {', '.join(STUDIES)}.")
@@ -471,9 +478,9 @@ def study(
         size = recipe or SIZES["quick" if quick else "full"]
         config = TrainConfig.from_recipe(size, **given, **_fields(context.args))
         folder = output_dir or Path(f"study-{name}")
-        results = run_study(STUDIES[name], config, folder, seeds, _command(), jobs, typer.echo)
+        results = run_study(STUDIES[name], config, folder, seeds, _command(), jobs, echo)
         page = write_page(STUDIES[name], results, folder)
-        typer.echo("\n".join(["", *summary(STUDIES[name], results), "", f"The page is {page}."]))
+        echo("\n".join(["", *summary(STUDIES[name], results), "", f"The page is {page}."]))
 
 
 def _size(option: str, text: str | None) -> tuple[int, int] | None:
@@ -500,12 +507,12 @@ def _open_and_describe(source: str, options: "Options") -> "Checkpoint":
 
     checkpoint = open_checkpoint(source, options)
     for name, fact in checkpoint.describe().items():
-        typer.echo(f"{name:>21}  {fact}")
+        echo(f"{name:>21}  {fact}")
     for sentence in checkpoint.assumed:
-        typer.echo(f"Assumed: {sentence}")
+        echo(f"Assumed: {sentence}")
     if checkpoint.left_out:
         some = ", ".join(checkpoint.left_out[:3]) + (", ..." if len(checkpoint.left_out) > 3 else "")
-        typer.echo(f"Left out: {len(checkpoint.left_out)} tensors that are not of the encoder or its head: {some}")
+        echo(f"Left out: {len(checkpoint.left_out)} tensors that are not of the encoder or its head: {some}")
     return checkpoint
 
 
@@ -520,12 +527,16 @@ def _fields(arguments: list[str]) -> dict[str, Any]:
         name = option.removeprefix("--").replace("-", "_")
         if not equals:
             value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError:  # a name with a bracket, say
+            fields[name] = value
     return fields
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return what the user typed, as it may be kept: without tokens."""
+    return without_tokens(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
@@ -536,10 +547,10 @@ def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
         cost = rehearse(config)
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(str(stop), err=True)
+            echo(str(stop), err=True)
         raise typer.Exit(stop.exit_code) from None
     if cost is not None:
-        typer.echo("\n".join(describe(cost, price_per_hour)))
+        echo("\n".join(describe(cost, price_per_hour)))
 
 
 @contextmanager
@@ -553,7 +564,7 @@ def _resumable() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             again = re.sub(r" --resume[ =]never\b", "", _command())  # which would remove what was saved
             which = "The same command" if again == _command() else "This command, without --resume never,"
-            typer.echo(f"{stop}\n{which} goes on from there:  {again}", err=True)
+            echo(f"{stop}\n{which} goes on from there:  {again}", err=True)
         raise typer.Exit(stop.exit_code) from None
 
 
@@ -562,12 +573,27 @@ def _clear_endings() -> Iterator[None]:
     """Turn what a user can act on into a line and an exit code; anything else is a defect and keeps its traceback."""
     try:
         yield
-    except (ValueError, FloatingPointError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        from .network import sentence_of
+
+        said = sentence_of(error)
+        if isinstance(error, StrictDataclassError):  # a field of a config that has another type; two lines
+            said = one_line(str(error))
+        if said is None and not isinstance(error, ValueError | FloatingPointError | OSError):
+            raise
+        _end_bars()
+        echo(f"Error: {said or error}", err=True)
         raise typer.Exit(2) from None
-    except StrictDataclassError as error:  # a field of a config that has another type; two lines
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+
+
+def _end_bars() -> None:
+    """Leave the line of a progress bar whose work has failed."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
+
+from .texts import without_tokens
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "valid", "val", "test", "testing", "eval")
@@ -283,8 +286,8 @@ def _open(source: str | Path, streaming: bool) -> dict[str, Any]:
         loaded = _open_folder(path, streaming)
     elif path.exists() or path.is_absolute() or str(source).count("/") > 1 or not str(source):
         raise ValueError(
-            f"Expected data in {str(source)!r}: a folder of images with one subfolder a class, a parquet file or "
-            "webdataset shard or a folder of them, a dataset's name on the Hub, or 'digits'."
+            f"Expected data in {without_tokens(str(source))!r}: a folder of images with one subfolder a class, a "
+            "parquet file or webdataset shard or a folder of them, a dataset's name on the Hub, or 'digits'."
         )
     else:
         loaded = _load(str(source), streaming)
@@ -292,7 +295,13 @@ def _open(source: str | Path, streaming: bool) -> dict[str, Any]:
 
 
 def _load(builder: str, streaming: bool, **files: Any) -> Any:
-    return load_dataset(builder, streaming=streaming, **files)
+    try:
+        return load_dataset(builder, streaming=streaming, **files)
+    except DatasetNotFoundError:
+        raise ValueError(
+            f"There is no folder {without_tokens(builder)!r} here, and on the Hub no such dataset for you: check the "
+            "name; if it is private, log in by `hf auth login`."
+        ) from None
 
 
 def _open_folder(path: Path, streaming: bool) -> Any:

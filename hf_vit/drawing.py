@@ -8,6 +8,8 @@ import textwrap
 from os import PathLike
 from typing import TYPE_CHECKING, Literal
 
+from .texts import one_line, visible
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -47,12 +49,13 @@ def caption(drawn: "Figure", text: str) -> None:
 
 def short(name: str, length: int = 22) -> str:
     """Return a name of at most `length` letters, as matplotlib takes it."""
+    name = one_line(name)
     return plain(name if len(name) <= length else f"{name[: length - 1]}…")
 
 
 def plain(text: str) -> str:
     """Return a text for matplotlib, which takes what stands between dollars for a formula."""
-    return text.replace("$", r"\$")
+    return visible(text).replace("$", r"\$")
 
 
 def save(drawn: "Figure", path: str | PathLike) -> None:

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import cast
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import (
@@ -27,15 +28,17 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
-    get_token,
+    get_session,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .model.configuration_hf_vit import CLASSES, HFViTConfig
+from .network import is_final, pause_after, sentence_of
+from .texts import has_token, markdown, one_line, shell_word, visible, without_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -68,13 +71,8 @@ SECRETS = (
     ".env*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", ".netrc", ".git-credentials", ".npmrc",
     ".pypirc", "*credential*", "*secret*", "*token*",
 )  # fmt: skip
-# What a token of the Hub looks like, wherever it stands.
-TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{20,}")
-SHORTEST_TOKEN = 8  # of the one in use; to hide less would hide words
-TEXTS = (".md", ".json", ".jsonl", ".yaml")
 PROCESSOR_BACKENDS = ("torchvision", "pil")
-# Of the Hub's refusals, those that pass: a time-out, a commit of somebody else in between, too many requests.
-PASSING = (408, 409, 412, 429)
+SILENCE = 120  # seconds without a byte after which a connection is given up
 # What a figure needs to be measured again.
 PROVENANCE = ("command", "hardware", "seeds")
 
@@ -164,20 +162,20 @@ def write_card(
             eval_results=evaluations or None,
         ),
         template_str=(files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
-        title=title,
-        name=folder.resolve().name,
+        title=markdown(title),
+        name=_in_quotes(folder.resolve().name),
         description=description,
         config=config,
         image_shape=config.image_shape,
         patch_shape=config.patch_shape,
-        labels=list((config.id2label or {}).values()) if is_classifier else [],
+        labels=[markdown(str(label)) for label in (config.id2label or {}).values()] if is_classifier else [],
         parameters=sum(_parameters(folder)),
         results=results,
         measured={**measured, "versions": versions()},
-        dataset=dataset,
-        split=split,
+        dataset=markdown(str(dataset)),
+        split=markdown(split),
         sections=sections or {},
-        images=images,
+        images={markdown(image): quote(image) for image in images},
     )
     path = folder / "README.md"
     path.write_text(without_tokens(card.content) + "\n", encoding="utf-8")
@@ -241,12 +239,9 @@ def _parameters(folder: Path) -> Iterator[int]:
                 yield math.prod(tensors.get_slice(key).get_shape())
 
 
-def without_tokens(text: str, token: str | None = None) -> str:
-    """Return a text in which no token of the Hub stands: neither one that looks so nor the one in use."""
-    for known in (token, os.environ.get("HF_TOKEN"), get_token()):
-        if known is not None and len(known) >= SHORTEST_TOKEN:
-            text = text.replace(known, "TOKEN")
-    return TOKEN.sub("TOKEN", text)
+def _in_quotes(name: str) -> str:
+    """Return a name as it stands between the double quotes of code."""
+    return json.dumps(visible(name), ensure_ascii=False)[1:-1]
 
 
 # ---------------------------------------------------------------------------------------------------- the push
@@ -330,25 +325,19 @@ class BackgroundPush:
                 self.url = push(folder, self.repo_id, private=self.private, message=message, token=self.token)
                 return True
             except Exception as error:  # whatever it is, the run is worth more than the push
-                if wait is None or _is_final(error):
+                if wait is None or is_final(error):
                     self._give_up(message, error)
                     return False
+                pause = max(wait, pause_after(error))
             with self.state:
-                if self.state.wait_for(lambda: self.waiting is not None, wait):
+                if self.state.wait_for(lambda: self.waiting is not None, pause):
                     return False
         return False
 
     def _give_up(self, message: str, error: Exception) -> None:
-        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-        reason = " ".join(f"{type(error).__name__}: {error}{cause}".split())
-        self.say(without_tokens(f"{message} was not pushed to {self.repo_id}, the run goes on. {reason}", self.token))
-
-
-def _is_final(error: Exception) -> bool:
-    """Return whether to try again is of no use: the folder is not fit, or the Hub refuses."""
-    if isinstance(error, HfHubHTTPError):
-        return 400 <= error.response.status_code < 500 and error.response.status_code not in PASSING
-    return isinstance(error, ValueError)
+        reason = sentence_of(error) or f"{type(error).__name__}: {error}"
+        line = f"{message} was not pushed to {self.repo_id}, the run goes on. {reason}"
+        self.say(one_line(without_tokens(line, self.token)))
 
 
 def push(
@@ -363,7 +352,9 @@ def push(
     """Upload a folder to the Hub and return the address of the repository.
 
     The repository is created if need be; weights and code that it held from an earlier push and that the folder has
-    not are removed in the same commit. The example on the card there names the repository.
+    not are removed in the same commit. All of it is one commit, on top of what was there when the push began: whatever
+    interrupts a push, the repository is as before or as the folder, and the same push may be done again. The example
+    on the card there names the repository.
 
     Args:
         folder: What `save_pretrained` wrote, with a card; see `check_folder`.
@@ -375,14 +366,19 @@ def push(
 
     Raises:
         ValueError: If the folder is not complete, or holds what must not travel.
+        HfHubHTTPError: If the Hub refuses; 412 where somebody else has pushed meanwhile.
     """
     folder = Path(folder)
     names = check_folder(folder)
     api = HfApi(token=token)
+    client = get_session()
+    if client.timeout.read is None:  # a Hub that falls silent would be waited for without end
+        client.timeout = SILENCE
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-    there = api.list_repo_files(url.repo_id, revision=revision)
+    before = api.model_info(url.repo_id, revision=revision)
+    there = [file.rfilename for file in before.siblings or ()]
     stale = [name for name in there if name not in names and any(fnmatch(name, pattern) for pattern in REPLACED)]
     card = (folder / "README.md").read_text(encoding="utf-8")
     contents = {"README.md": _card_for(card, folder, url.repo_id).encode()}
@@ -396,22 +392,27 @@ def push(
         [*(CommitOperationDelete(name) for name in stale), *additions],
         commit_message=message,
         revision=revision,
+        parent_commit=before.sha,  # two pushes at once must not become a mixture
     )
     return str(url)
 
 
 def _card_for(card: str, folder: Path, repo_id: str) -> str:
     """Return a card whose examples name the repository instead of the folder that it was written for."""
-    example = re.search(r'pipeline\("[a-z-]+", "([^"/]+)"', card)
-    name = example[1] if example else folder.resolve().name
-    return card.replace(f'"{name}"', f'"{repo_id}"')
+    example = re.search(r'pipeline\("[a-z-]+", "((?:[^"\\/]|\\.)+)"', card)
+    name = example[1] if example else _in_quotes(folder.resolve().name)
+    in_code, in_shell = re.escape(f'"{name}"'), re.escape(shell_word(name))
+    # As an argument alone: a label, or a task, may have the same name.
+    calls = rf'(pipeline\("[a-z-]+", |from_pretrained\(){in_code}|(--model ){in_shell}'
+    return re.sub(calls, lambda match: f'{match[1] or match[2]}"{repo_id}"', card)
 
 
 def check_folder(folder: str | Path) -> list[str]:
     """Return the names of the files in a folder that is fit for the Hub.
 
     Fit is: weights that can be read, a config and a processor with a full `auto_map`, all the code that these name,
-    a card, and nothing else but what `TRAVELS` lists. Folders that `STAYS` lists are passed over.
+    a card, and nothing else but what `TRAVELS` lists; no token in any of it. Folders that `STAYS` lists are passed
+    over.
 
     Raises:
         ValueError: Names everything that is missing or must not travel, and what to do.
@@ -423,13 +424,13 @@ def check_folder(folder: str | Path) -> list[str]:
     problems += _unreadable_weights(folder)
     if not (folder / "README.md").is_file():
         problems.append("README.md, the card, is missing")
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [path.as_posix() for path in paths if not _stays(path)]
+    names = _names_in(folder)
     if secret := [name for name in names if _is_secret(name) and name not in code and not _travels(name)]:
         problems.append(f"these look like secrets, which must never leave the machine: {', '.join(secret)}")
-    if leaking := [name for name in names if name.endswith(TEXTS) and _has_token(folder / name)]:
-        problems.append(f"a token of the Hub stands in {', '.join(leaking)}: remove it there, and revoke it")
-    if foreign := [name for name in names if name not in code and not _travels(name) and name not in secret]:
+    ours = [name for name in names if name in code or _travels(name)]
+    if leaking := [name for name in ours if _has_token(folder / name)]:
+        problems.append(f"a token stands in {', '.join(leaking)}: remove it there, and revoke it")
+    if foreign := [name for name in names if name not in ours and name not in secret]:
         problems.append(f"these must not travel, since training state may hold your token: {', '.join(foreign)}")
     if problems:
         raise ValueError(
@@ -441,6 +442,25 @@ def check_folder(folder: str | Path) -> list[str]:
     return names
 
 
+def copy_of_ours(source: str | Path, folder: str | Path) -> list[str]:
+    """Copy from one folder into another what may travel, and return the names of what was left where it is."""
+    source, folder = Path(source), Path(folder)
+    code, _ = _code(source)
+    left = []
+    for name in _names_in(source):
+        if name not in code and not _travels(name):
+            left.append(name)
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / name, folder / name)
+    return left
+
+
+def _names_in(folder: Path) -> list[str]:
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [path.as_posix() for path in paths if not _stays(path)]
+
+
 def _stays(path: Path) -> bool:
     return len(path.parts) > 1 and any(fnmatch(path.parts[0], pattern) for pattern in STAYS)
 
@@ -450,8 +470,12 @@ def _is_secret(name: str) -> bool:
 
 
 def _has_token(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return without_tokens(text) != text
+    """Say whether a token stands in a file: anywhere, but of weights in what describes them alone."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
+        file.seek(0)
+        data = file.read(min(8 + size, path.stat().st_size))
+    return has_token(data.decode("utf-8", errors="replace"))
 
 
 def _travels(name: str) -> bool:

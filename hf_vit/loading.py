@@ -28,6 +28,7 @@ from torchvision.transforms.v2 import functional as tvF
 
 from .data import MISSING, ImageData, as_stored, identity_of, seed_of, stored_rows
 from .model.image_reading_hf_vit import read_image
+from .texts import one_line
 
 # Rows of a stream that are read ahead of the workers.
 READ_AHEAD = 256
@@ -161,7 +162,7 @@ class Images(torch.utils.data.Dataset):
     def _name(self, visit: Visit, stored: dict[str, Any] | None) -> str:
         """Name an image by the end of its path, which says no more of the machine than needed."""
         path = (self._stored(visit.index) if stored is None else stored)["path"]
-        return "/".join(str(path).replace("\\", "/").split("/")[-2:]) if path else f"image {visit.index}"
+        return one_line("/".join(str(path).replace("\\", "/").split("/")[-2:])) if path else f"image {visit.index}"
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any, Self, get_args
 
 import yaml
 
+from .texts import has_token, without_tokens
+
 RECIPE = "recipe.yaml"  # in the folder of a run
 # By what Accelerate calls them.
 PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -134,6 +136,12 @@ class TrainConfig:
     private: bool = option(False, "Whether a new repository there is private.")
 
     def __post_init__(self) -> None:
+        texts = {name: str(value) for name, value in vars(self).items() if isinstance(value, str | dict)}
+        if leaking := [name for name, text in texts.items() if has_token(text)]:
+            raise ValueError(
+                f"There is a token or a password in {', '.join(leaking)}, and a recipe is written, printed and "
+                "published: leave it out there. Log in by `hf auth login`, or set HF_TOKEN."
+            )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
@@ -163,7 +171,12 @@ class TrainConfig:
         Raises:
             ValueError: If there is no such recipe, or a name that is no field, with the nearest that is.
         """
-        values = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8")) or {}
+        try:
+            values = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            place = getattr(error, "problem_mark", None)
+            line = "" if place is None else f", line {place.line + 1}"
+            raise ValueError(f"{recipe} is no recipe: it must be a YAML file of fields and values{line}.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{recipe} is no recipe: it must be a YAML file of fields and values.")
         _refuse_unknown(values)
@@ -202,7 +215,8 @@ def recipe_path(recipe: str | Path) -> Path:
     shipped = shipped_recipes()
     path = shipped.get(str(recipe), Path(recipe))
     if not path.is_file():
-        raise ValueError(f"There is no recipe {str(recipe)!r}: give a YAML file or one of {', '.join(shipped)}.")
+        named = without_tokens(str(recipe))
+        raise ValueError(f"There is no recipe {named!r}: give a YAML file or one of {', '.join(shipped)}.")
     return path
 
 
@@ -217,7 +231,7 @@ def _refuse_unknown(values: dict[str, Any]) -> None:
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0)
-            raise ValueError(f"Unknown field {key!r} of a recipe: the nearest is {near[0]!r}.")
+            raise ValueError(f"Unknown field {without_tokens(str(key))!r} of a recipe: the nearest is {near[0]!r}.")
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -230,7 +244,7 @@ def _typed(name: str, value: Any) -> Any:
         if (reader := READERS.get(kind)) is not None and (read := reader(value)) is not None:
             return read
     expected = " or ".join(WORDS[kind] for kind in kinds if kind in WORDS)
-    raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    raise ValueError(f"{name} must be {expected}, got {without_tokens(repr(value))}.")
 
 
 def _float(value: Any) -> float | None:

@@ -1,7 +1,6 @@
 """A run from its recipe to a folder that people understand: pictures, a card with what was measured, and the push."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +13,10 @@ from . import inspection
 from .data import ImageData
 from .drawing import save
 from .evaluation import Predictions
-from .hub import BackgroundPush, check_folder, machine, write_card
+from .hub import BackgroundPush, copy_of_ours, machine, write_card
 from .loading import EvaluationImages, Visit
 from .recipe import RECIPE, TrainConfig
+from .texts import code, fenced, markdown, shell_word
 from .training import Run, train
 from .variants import VARIANTS
 
@@ -58,7 +58,10 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     if hub is None:
         say(f"Publish it:  hf-vit push {run.output_dir} YOUR_NAME/{run.output_dir.resolve().name}")
     else:
-        hub.submit(lambda folder: _copy(run.output_dir, folder), "Trained model")
+        left: list[str] = []
+        hub.submit(lambda folder: left.extend(copy_of_ours(run.output_dir, folder)), "Trained model")
+        if left:
+            say(f"Not pushed, since a run does not write them: {', '.join(left)}")
         if hub.finish(timeout=1800):  # a connection may hang for ever, and a finished job hold its GPUs
             say(f"Published at {hub.url}")
         else:
@@ -115,7 +118,7 @@ def write_report(run: Run, command: str) -> None:
         description=_description(run),
         results=_results(run),
         measured={
-            "command": f"`{command}`",
+            "command": code(command),
             "hardware": _hardware(run.metrics),
             "time": f"{run.timing['seconds']:,.0f} s, {run.timing['images_per_second']:,.0f} images/s",
             "seeds": str(run.config.seed),
@@ -148,8 +151,8 @@ def _hardware(metrics: dict[str, Any]) -> str:
 def _description(run: Run) -> str:
     metrics = run.metrics
     learned = (
-        f"on {metrics['train_images']:,} images of {run.data.name} in {metrics['steps']:,} steps, and measured on "
-        f"{metrics['eval_count']:,} others."
+        f"on {metrics['train_images']:,} images of {markdown(run.data.name)} in {metrics['steps']:,} steps, and "
+        f"measured on {metrics['eval_count']:,} others."
     )
     if run.predictions is not None:
         return f"Trained {learned}"
@@ -172,20 +175,15 @@ def _sections(run: Run, command: str) -> dict[str, str]:
     sections = {"Limits": _limits(run), "Train it again": _reproduction(run, command)}
     if run.predictions is not None:
         return {"Classes": _class_table(run.predictions, run.data.label_names), **sections}
-    return {"Fine-tune": _FINE_TUNING.format(name=run.output_dir.resolve().name), **sections}
-
-
-_FINE_TUNING = """It has no classifier yet. Images in folders, a folder a class, of any size, teach it one:
-
-```bash
-hf-vit train --recipe flowers --data FOLDER --model "{name}" --output-dir "{name}-tuned"
-```"""
+    name = run.output_dir.resolve().name
+    tuning = f"--model {shell_word(name)} --output-dir {shell_word(f'{name}-tuned')}"
+    how = fenced(f"hf-vit train --recipe flowers --data FOLDER {tuning}", "bash")
+    said = f"It has no classifier yet. Images in folders, a folder a class, of any size, teach it one:\n\n{how}"
+    return {"Fine-tune": said, **sections}
 
 
 def _reproduction(run: Run, command: str) -> str:
-    return f"""```bash
-{command}
-```
+    return f"""{fenced(command, "bash")}
 
 The same command goes on with a run that was stopped. `recipe.yaml` here holds every field, for
 `hf-vit train --recipe recipe.yaml`; set its `data` and `output_dir` to your own first.
@@ -203,16 +201,15 @@ def _class_table(predictions: Predictions, names: Sequence[str]) -> str:
     lines = ["| class | images | accuracy | precision |", "|---|---|---|---|"]
     for row in rows:
         accuracy, precision = ("-" if row[key] is None else f"{row[key]:.1%}" for key in ("accuracy", "precision"))
-        label = str(row["label"]).replace("|", "\\|")
-        lines.append(f"| {label} | {row['count']:,} | {accuracy} | {precision} |")
+        lines.append(f"| {markdown(row['label'])} | {row['count']:,} | {accuracy} | {precision} |")
     return heading + "\n".join(lines)
 
 
 def _limits(run: Run) -> str:
     """Say what the figures do not promise, from what was measured."""
     height, width = run.model.config.image_shape
-    metrics, predictions, names = run.metrics, run.predictions, run.data.label_names
-    seen = f"{metrics['train_images']:,} images of {run.data.name} at {height}x{width} pixels"
+    metrics, predictions, names = run.metrics, run.predictions, [markdown(name) for name in run.data.label_names]
+    seen = f"{metrics['train_images']:,} images of {markdown(run.data.name)} at {height}x{width} pixels"
     lines = [f"It learned from {seen}; on other images its figures will be others."]
     if predictions is not None:
         lines.append(f"It answers with one of {len(names)} classes whatever it is shown.")
@@ -248,7 +245,7 @@ def _images(number: int) -> str:
 
 
 def _recipe(config: TrainConfig) -> str:
-    return f"<details><summary>All fields</summary>\n\n```yaml\n{for_others(config).to_yaml()}```\n\n</details>"
+    return f"<details><summary>All fields</summary>\n\n{fenced(for_others(config).to_yaml(), 'yaml')}\n\n</details>"
 
 
 def for_others(config: TrainConfig) -> TrainConfig:
@@ -258,9 +255,3 @@ def for_others(config: TrainConfig) -> TrainConfig:
         if (path := Path(values[name] or "")).is_absolute():
             values[name] = path.name
     return TrainConfig(**values)
-
-
-def _copy(source: Path, folder: Path) -> None:
-    for name in check_folder(source):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / name, folder / name)

@@ -1,10 +1,13 @@
 """What all tests share: a tiny architecture, a seed before every test, and outside data where it is there."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hub_server
+import huggingface_hub.constants
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -75,3 +78,20 @@ def standin() -> Iterator[Any]:
     with hub_server.running() as hub:
         yield hub
     assert hub.errors == [] and hub.leaks == [] and not hub.cdn_saw_token
+
+
+@pytest.fixture
+def client(standin: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The Hub that this process pushes to and loads from, with a token of the shape that tokens have."""
+    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    hub_server.set_address(standin.url, monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", hub_server.SHAPED)
+    return standin
+
+
+@pytest.fixture
+def no_pause_between_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client waits for half a minute in all before it gives a request up."""
+    hasty = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", hasty)

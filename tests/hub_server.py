@@ -6,6 +6,7 @@ request is recorded; faults and delays come on request:
     with running() as hub:
         hub.fail("/commit/", status=503, times=2)
         hub.delay("/preupload/", seconds=1)
+        hub.cut("/commit/", when="after")
 """
 
 import base64
@@ -31,12 +32,16 @@ LARGE = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
 @dataclass
 class Request:
-    """What was asked: by which method, for what path, of which host, and whether a token came along."""
+    """What was asked: by which method, for what path, of which host, and whether a token came along.
+
+    `sent` is all else that came: address, headers but the one for the token, and body.
+    """
 
     method: str
     path: str
     host: str
     has_token: bool
+    sent: bytes
     status: int = 0
 
 
@@ -56,20 +61,57 @@ class Repository:
 
 @dataclass
 class Trouble:
+    """What happens to the next `times` requests that fit, behind the first `skip` of them.
+
+    Attributes:
+        status: To answer with, instead of doing what is asked.
+        headers: Of that answer.
+        seconds: To wait before anything is done.
+        cut: When to cut the connection: `"before"` anything is done, `"after"` it is done but not answered, or
+            `"within"` the body of the answer.
+        skip: How many of the requests that fit are let through first.
+    """
+
     pattern: str
     status: int = 0
     times: int = 1
     seconds: float = 0.0
+    cut: str = ""
+    skip: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    holding: "Holding | None" = None
+
+    def strikes(self, request: str) -> bool:
+        if not self.times or not re.search(self.pattern, request):
+            return False
+        self.skip -= 1
+        if self.skip >= 0:
+            return False
+        self.times -= 1
+        return True
+
+    def hold(self) -> None:
+        if self.holding is not None:
+            self.holding.reached.set()
+            self.holding.release.wait(60)
+
+
+@dataclass
+class Holding:
+    """A request that is held: that it was reached, and that it may end."""
+
+    reached: threading.Event = field(default_factory=threading.Event)
+    release: threading.Event = field(default_factory=threading.Event)
 
 
 class Refusal(Exception):
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.headers = status, code, headers or {}
 
 
-def refuse(status: int, message: str, code: str = "") -> NoReturn:
-    raise Refusal(status, message, code)
+def refuse(status: int, message: str, code: str = "", headers: dict[str, str] | None = None) -> NoReturn:
+    raise Refusal(status, message, code, headers)
 
 
 class Hub:
@@ -96,13 +138,23 @@ class Hub:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def fail(self, pattern: str, status: int = 503, times: int = 1) -> None:
+    def fail(self, pattern: str, status: int = 503, times: int = 1, skip: int = 0, **headers: str) -> None:
         """Answer the next `times` requests whose "METHOD path" the pattern is found in by a status."""
-        self.troubles.append(Trouble(pattern, status, times))
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.troubles.append(Trouble(pattern, status, times, skip=skip, headers=named))
+
+    def cut(self, pattern: str, when: str, times: int = 1, skip: int = 0) -> None:
+        """Cut the connection of such requests."""
+        self.troubles.append(Trouble(pattern, times=times, cut=when, skip=skip))
 
     def delay(self, pattern: str, seconds: float, times: int = 10**9) -> None:
         """Let such requests wait."""
         self.troubles.append(Trouble(pattern, 0, times, seconds))
+
+    def hold(self, pattern: str, cut: str = "", skip: int = 0) -> Holding:
+        """Hold such a request until it is released; then do it, or cut its connection `"before"` or `"after"` that."""
+        self.troubles.append(Trouble(pattern, cut=cut, skip=skip, holding=(holding := Holding())))
+        return holding
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repository = self.repositories[name]
@@ -128,6 +180,14 @@ def running() -> Iterator[Hub]:
         hub.server.shutdown()
         hub.server.server_close()
         thread.join()
+
+
+def set_address(url: str, monkeypatch: Any) -> None:
+    """Have the clients of this process ask the Hub at an address."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    of_files = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", of_files)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", url)
 
 
 def blob_id(data: bytes) -> str:
@@ -158,6 +218,7 @@ def problems_of_card(text: str) -> list[str]:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go by themselves: the second would wait for 40 ms
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -166,33 +227,46 @@ class Handler(BaseHTTPRequestHandler):
         hub, url = self.hub, urlsplit(self.path)
         host = (self.headers.get("Host") or "").partition(":")[0]
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        self.body = self.read_body()
-        request = Request(self.command, url.path, host, bool(self.token))
+        try:
+            self.body = self.read_body()
+        except (OSError, ValueError):  # the client has gone in the middle of it
+            self.close_connection = True
+            return
+        others = [f"{name}: {value}" for name, value in self.headers.items() if name.lower() != "authorization"]
+        sent = "\n".join([self.path, *others]).encode() + self.body
+        request = Request(self.command, url.path, host, bool(self.token), sent)
         with hub.lock:
             hub.requests.append(request)
-            trouble = [t for t in hub.troubles if t.times and re.search(t.pattern, f"{self.command} {url.path}")]
-            for one in trouble:
-                one.times -= 1
+            trouble = [one for one in hub.troubles if one.strikes(f"{self.command} {url.path}")]
         time.sleep(sum(one.seconds for one in trouble))
+        ending = next((one for one in trouble if one.cut or one.holding), Trouble(""))
+        self.close_connection = bool(ending.cut)
+        if ending.cut != "after":
+            ending.hold()
+        if ending.cut == "before":
+            return
         try:
             for one in trouble:
                 if one.status:
-                    refuse(one.status, "a fault that was asked for")
+                    refuse(one.status, "a fault that was asked for", headers=one.headers)
             status, headers, body = self.answer(unquote(url.path), parse_qs(url.query))
         except Refusal as refusal:
-            status, headers = refusal.status, {"X-Error-Message": str(refusal), "X-Error-Code": refusal.code}
+            said = {"X-Error-Message": str(refusal), "X-Error-Code": refusal.code}
+            status, headers = refusal.status, {**said, **refusal.headers}
             body = json.dumps({"error": str(refusal)}).encode()
         except Exception as error:
             hub.errors.append(f"{self.command} {self.path}: {error!r}")
             status, headers, body = 500, {}, b"{}"
         request.status = status
+        if ending.cut == "after":
+            return ending.hold()
         with suppress(OSError):  # the client may have gone
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                self.wfile.write(body[: len(body) // 2] if ending.cut else body)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -271,6 +345,8 @@ class Handler(BaseHTTPRequestHandler):
                     oid, files = self.commit_of(repository, revision or "main")
                     act = getattr(self, (verb or "revision").replace("-", "_"))
                     return act(name, repository, revision, oid, files, below or "")
+        if re.match(r"(/api)?/datasets/", path):  # of which it has none
+            refuse(404, "Repository not found", "RepoNotFound")
         refuse(404, f"this server does not speak {self.command} {path}")
 
     # ---- to write
@@ -302,11 +378,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, name: str, repository: Repository, revision: str, oid: str, files: dict, below: str) -> Any:
         header, *operations = map(json.loads, self.body.splitlines())
+        if header["value"].get("parentCommit", oid) != oid:
+            refuse(412, "A commit has happened since. Please refresh and try again.")
         files = dict(files)
         for operation in operations:
             kind, value = operation["key"], operation["value"]
             if kind == "deletedFile":
-                del files[value["path"]]
+                if files.pop(value["path"], None) is None:
+                    refuse(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
                 data = self.hub.large[value["oid"]] if kind == "lfsFile" else base64.b64decode(value["content"])
                 files[value["path"]] = data
@@ -339,7 +418,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repository: Repository, revision: str, path: str) -> tuple[int, dict[str, str], bytes]:
         oid, files = self.commit_of(repository, revision)
         if path not in files:
-            refuse(404, "Entry not found", "EntryNotFound")
+            refuse(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": oid})
         data, entry = files[path], self.entry(path, files[path])
         if not is_large(path):
             status, headers, body = self.send(data, entry["oid"])

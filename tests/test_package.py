@@ -15,19 +15,21 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 # What a module may import of ours. The way of the data is the way of the imports, and nobody imports cli.
 MAY_IMPORT = {
     "model": set(),
+    "texts": set(),
+    "network": {"texts"},
     "registration": {"model", "checkpoints"},
     "variants": {"model"},
-    "checkpoints": {"model", "variants"},
+    "checkpoints": {"model", "network", "texts", "variants"},
     "export": {"checkpoints", "model"},
     "finetuning": {"checkpoints", "model"},
-    "hub": {"model"},
-    "drawing": set(),
-    "inspection": {"checkpoints", "drawing", "inference", "loading", "model", "prediction"},
+    "hub": {"model", "network", "texts"},
+    "drawing": {"texts"},
+    "inspection": {"checkpoints", "drawing", "inference", "loading", "model", "prediction", "texts"},
     "optim": set(),
     "augmentation": set(),
-    "recipe": set(),
-    "data": set(),
-    "loading": {"data", "model"},
+    "recipe": {"texts"},
+    "data": {"texts"},
+    "loading": {"data", "model", "texts"},
     "evaluation": set(),
     "probing": set(),
     "token_merging": {"model"},
@@ -74,6 +76,7 @@ MAY_IMPORT = {
         "hub",
         "inspection",
         "model",
+        "texts",
     },
     "quickstart": {"recipe", "report", "training", "data"},
     "benchmark": {
@@ -103,6 +106,7 @@ MAY_IMPORT = {
         "probing",
         "recipe",
         "tasks",
+        "texts",
         "training",
     },
     "cli": {
@@ -119,6 +123,8 @@ MAY_IMPORT = {
         "hub",
         "checkpoints",
         "export",
+        "network",
+        "texts",
     },
 }
 

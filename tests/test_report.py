@@ -4,7 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import torch
 import yaml
@@ -99,24 +98,19 @@ def test_card_of_an_encoder_tells_how_to_go_on(photos: Path, tmp_path: Path) -> 
     assert tuned.metrics["eval_count"] == 21
 
 
-def test_a_run_is_pushed_as_it_goes(
-    photos: Path, tmp_path: Path, standin: Hub, monkeypatch: pytest.MonkeyPatch, one_thread: None
-) -> None:
-    for name, value in {"ENDPOINT": standin.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", SHAPED)
+def test_a_run_is_pushed_as_it_goes(photos: Path, tmp_path: Path, client: Hub, one_thread: None) -> None:
     folder = tmp_path / "tiny"
     run, said = finish(photos, folder, max_steps=6, push_to_hub="tester/tiny", push_every=2, private=True)
-    assert said[-1] == f"Published at {standin.url}/tester/tiny" and SHAPED not in "\n".join(said)
-    messages = standin.messages("tester/tiny")
+    assert said[-1] == f"Published at {client.url}/tester/tiny" and SHAPED not in "\n".join(said)
+    messages = client.messages("tester/tiny")
     assert messages[-1] == "Trained model" and set(messages[:-1]) <= {"Step 2", "Step 4"}
-    assert standin.repositories["tester/tiny"].private
-    files = standin.files("tester/tiny")
+    assert client.repositories["tester/tiny"].private
+    files = client.files("tester/tiny")
     assert sorted(files) == sorted([".gitattributes", *check_folder(folder)])
     card = files["README.md"].decode()
     assert 'pipeline("image-classification", "tester/tiny"' in card and '"tiny"' not in card
 
-    network = {"HF_ENDPOINT": standin.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": SHAPED}
+    network = {"HF_ENDPOINT": client.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": SHAPED}
     image = Image.effect_noise((9, 9), 60).convert("RGB")
     image.save(tmp_path / "photo.png")
     pixels = run.processor(image, return_tensors="pt")["pixel_values"]
@@ -125,10 +119,8 @@ def test_a_run_is_pushed_as_it_goes(
 
 
 def test_a_run_that_cannot_be_pushed_is_finished(
-    photos: Path, tmp_path: Path, standin: Hub, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, client: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"ENDPOINT": standin.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "Wrong" * 7)
     folder = tmp_path / "tiny"
     _, said = finish(photos, folder, max_steps=3, push_to_hub="tester/tiny", push_every=1)

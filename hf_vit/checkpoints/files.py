@@ -21,9 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
+
+from ..network import sentence_of
+from ..texts import one_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -118,7 +122,7 @@ def open_source(name: str | Path, **hub: Any) -> Source:
     read = read_weights(str(name), hub)
     if read is None:
         if not path.is_dir():  # let the Hub's client say why: no such name, no connection, no right
-            _find(str(name), {**hub, "_raise_exceptions_for_missing_entries": True}, WEIGHTS[0])
+            _find(str(name), hub, WEIGHTS[0], is_optional=False)
         raise ValueError(f"{name}: no weights there; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
     find = partial(_find, str(name), hub)
     return _source(str(name), *read, {file: found for file in SIDE_FILES if (found := find(file))})
@@ -137,15 +141,23 @@ def read_weights(name: str, hub: dict[str, Any]) -> tuple[Tensors, Path] | None:
     return read_tensors(weights) if weights.suffix != ".json" else _of_shards(weights, find), weights
 
 
-def _find(name: str, hub: dict[str, Any], file: str) -> Path | None:
-    options = {"_raise_exceptions_for_missing_entries": False, **hub}
+def _find(name: str, hub: dict[str, Any], file: str, is_optional: bool = True) -> Path | None:
+    """Return a file of a folder or of a repository; `None` if it is not there, which a failed request does not say."""
     try:
-        found = cached_file(name, file, **options)
+        found = cached_file(name, file, **hub)
     except OSError as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+        if is_optional and (sentence_of(error) is None or _is_known_to_miss(name, hub, file)):
+            return None
+        raise ValueError(f"{name}: {sentence_of(error) or one_line(str(error))}") from error
     if found and Path(name).is_dir():
         _refuse_outside(Path(name), Path(found))
     return Path(found) if found else None
+
+
+def _is_known_to_miss(name: str, hub: dict[str, Any], file: str) -> bool:
+    """Say whether the cache holds that a repository does not have a file."""
+    place = {option: hub[option] for option in ("cache_dir", "revision") if hub.get(option)}
+    return try_to_load_from_cache(name, str(Path(hub.get("subfolder") or "", file)), **place) is _CACHED_NO_EXIST
 
 
 def _refuse_outside(folder: Path, file: Path) -> None:

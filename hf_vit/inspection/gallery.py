@@ -24,6 +24,7 @@ from ..model import modeling_hf_vit
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
 from ..prediction import files_of
+from ..texts import one_line
 from .attention import (
     READ_BY,
     attention_distance,
@@ -267,8 +268,8 @@ def _name_of(source: str) -> str:
 
 
 def _text(name: str | Path) -> str:
-    """Return a name as text: of bytes that are none, as file systems allow them, a question mark each."""
-    return str(name).encode("utf-8", "replace").decode("utf-8")
+    """Return a name as text of one line: of bytes that are none, as file systems allow them, a question mark each."""
+    return one_line(str(name).encode("utf-8", "replace").decode("utf-8"))
 
 
 def _safe(name: str) -> str:

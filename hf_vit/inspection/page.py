@@ -2,9 +2,11 @@
 
 import base64
 from collections.abc import Iterable, Mapping
-from html import escape
+from html import escape as escape_markup
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..texts import visible
 
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
 
@@ -74,6 +76,11 @@ def write_page(
 """,
         encoding="utf-8",
     )
+
+
+def escape(text: str) -> str:
+    """Return a text as HTML shows it."""
+    return escape_markup(visible(text))
 
 
 def _section(number: int, entry: Entry) -> str:

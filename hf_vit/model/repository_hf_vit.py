@@ -4,6 +4,7 @@ A folder saved by any model of this package works in `AutoModel`, `AutoImageProc
 package installed or with `trust_remote_code=True`.
 """
 
+import json
 import shutil
 from os import PathLike
 from pathlib import Path
@@ -92,7 +93,7 @@ def card_of(config: HFViTConfig, name: str) -> str:
     patch_height, patch_width = config.patch_shape
     return CARD.format(
         task="image-classification" if is_classifier else "image-feature-extraction",
-        name=name,
+        name=json.dumps(name, ensure_ascii=False)[1:-1],  # between quotes, too, and on one line
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,

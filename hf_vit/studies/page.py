@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..drawing import plain, save
+from ..texts import fenced, markdown
 from .study import Results, Study
 
 PAGE, PICTURE = "README.md", "picture.png"
@@ -46,7 +47,7 @@ def page(study: Study, results: Results) -> str:
         "where the 95 % interval (Student's, over differences within a seed) says so; else it is *not told apart*.",
         markdown_table(findings),
         "## How it was measured",
-        f"```bash\n{_lines(results, 'command')}\n```",
+        fenced(_lines(results, "command"), "bash"),
         "\n".join(f"- {line}" for line in how(results)),
         "Every run is a line of `results.jsonl`; the picture and this page are made from it: the same command draws "
         "them again, and with more `--seeds` adds runs.",
@@ -72,7 +73,7 @@ def how(results: Results) -> list[str]:
     lines = [
         f"{len(rows)} runs of {len({row['seed'] for row in rows})} seeds, {seconds / 3600:.1f} hours of training one "
         "behind the other",
-        f"{_range(row['train_images'] for row in measured)} training images of {_data_of(results)}, and "
+        f"{_range(row['train_images'] for row in measured)} training images of {markdown(_data_of(results))}, and "
         f"{_range(row['test_images'] for row in measured)} to test",
         f"{_range(row['parameters'] for row in measured)} parameters",
         ", ".join(f"{SIZE[name]}: {value}" for name, value in shared.items()),
@@ -85,7 +86,7 @@ def how(results: Results) -> list[str]:
 
 def markdown_table(rows: list[list[str]]) -> str:
     """Return rows, the heading first, as a table in Markdown."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

@@ -240,7 +240,7 @@ def predict(
                     lines.write(json.dumps({**row, "error": prediction.error}) + "\n")
                 elif not as_json:
                     said = ", ".join(f"{label} {score:.1%}" for label, score in answers.items())
-                    typer.echo(one_line(f"{name}  {said or prediction.error}"))
+                    typer.echo(one_line(prediction.error or f"{name}  {said}"))
             pace = len(files) / (time.perf_counter() - began)
         if as_json:
             echo(json.dumps({"images": len(files), "images_per_second": pace, "broken": broken}))

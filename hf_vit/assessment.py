@@ -21,14 +21,14 @@ from .evaluation import Predictions, classify, extract, in_turn
 from .hub import machine, versions
 from .inference import (
     BATCH_OF_CPU,
-    BATCH_OF_GPU,
     DTYPES,
+    default_batch_size,
     inference_precision,
     load,
     on_every_core,
     optimize_for_inference,
 )
-from .loading import EvaluationImages, evaluation_loader, normalize
+from .loading import EvaluationImages, evaluation_loader, naming_dead_workers, normalize
 from .recipe import RECIPE
 from .token_merging import merge_tokens
 
@@ -40,6 +40,7 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 LONG, WORST = 20, 10  # with more classes than the one, only so many of the worst are printed
 
 
+@naming_dead_workers()
 def assess(
     source: str,
     data_source: str,
@@ -76,13 +77,14 @@ def assess(
     Raises:
         ValueError: If the model's classes and the data's are not the same and there is no probe to run; if there is
             nothing to learn from or to measure; if tokens are to be merged that cannot be.
+        ChildProcessError: If a process that loads images was killed.
     """
     if unknown := set(probes) - set(PROBES):
         raise ValueError(f"There is no probe {', '.join(sorted(unknown))}: choose of {', '.join(PROBES)}.")
     precision = inference_precision(precision)
     accelerator = Accelerator()  # the model is brought to its precision as a whole
     is_cpu = accelerator.device.type == "cpu"
-    batch_size = batch_size or (BATCH_OF_CPU if is_cpu else BATCH_OF_GPU)
+    batch_size = batch_size or default_batch_size(accelerator.device.type)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
     of_model = _classes_of(checkpoint)
     recipe = _recipe_of(source)  # a part of the data that it held out is held out here
@@ -93,7 +95,7 @@ def assess(
             image_column=image_column,
             label_column=label_column,
             needs_train=bool(probes),
-            **{name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe},
+            **_held_out_by(recipe),
         )
     classes, sentence = match_labels(of_model, data.label_names)
     if data.eval_split == "held out" and recipe.get("streaming"):
@@ -178,6 +180,49 @@ def assess(
     }
 
 
+def compare(
+    source: str, checkpoint: Checkpoint, data_source: str, processor: Any, models: dict[str, Any], turns: int = 9
+) -> list[str]:
+    """Measure forms of one classifier on the same labelled images on the CPU, and return a table as lines.
+
+    Args:
+        source, checkpoint, processor: Of the model that all are forms of.
+        data_source: As for `load_data`; of a folder that a run left, what it held out is measured on.
+        models: By what each is called; each takes `pixel_values`, and gives `logits`.
+        turns: In which they are timed, one behind the other, since other load comes and goes.
+
+    Raises:
+        ValueError: If the model's classes are not those of the data.
+    """
+    accelerator = Accelerator(cpu=True)
+    data = load_data(data_source, needs_train=False, **_held_out_by(_recipe_of(source)))
+    classes, sentence = match_labels(_classes_of(checkpoint), data.label_names)
+    if classes is None:
+        raise ValueError(sentence)
+    images = EvaluationImages(data.evaluation, data.columns, processor)
+    images.labels = [classes[label] for label in images.labels]
+    loader = evaluation_loader(images, BATCH_OF_CPU, 0)
+    to_model = partial(normalize, processor=processor)
+    found = {name: classify(model, loader, accelerator, to_model) for name, model in models.items()}
+    pixel_values = torch.zeros(BATCH_OF_CPU, checkpoint.config.num_channels, *checkpoint.config.image_shape)
+    paces: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(turns):
+        for name, model in models.items():
+            paces[name].append(_pace(model, pixel_values, accelerator, at_least=0.1))
+    first = next(iter(found.values()))
+    threads = torch.get_num_threads()
+    lines = [
+        f"{len(first.labels):,} images of {data.name}, {data.eval_split}; pace in batches of {BATCH_OF_CPU} on "
+        f"{threads} thread{'s' * (threads > 1)}, median of {turns} turns (least to most).",
+        f"{'':28}{'accuracy':>9}  {'same answer':>11}  images/s",
+    ]
+    for name, answers in found.items():
+        same = (answers.predicted == first.predicted).double().mean().item()
+        pace = f"{median(paces[name]):,.1f} ({min(paces[name]):,.1f} to {max(paces[name]):,.1f})"
+        lines.append(f"{name:28}{answers.figures()['accuracy']:9.2%}  {same:11.2%}  {pace}")
+    return lines
+
+
 def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[int] | None, str]:
     """Return the model's class for each class of the data, and a sentence where that is not plain.
 
@@ -234,6 +279,11 @@ def _recipe_of(source: str) -> dict[str, Any]:
     """Return the fields of the run that left a model in a folder, if they are there."""
     path = Path(source) / RECIPE
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _held_out_by(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that say which part of the data a run held out."""
+    return {name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe}
 
 
 def by_cores(model: Any, loader: Any, to_input: Callable[[Any], Tensor]) -> Iterator[tuple[Any, Any]]:

@@ -78,10 +78,10 @@ class CheckpointFolder:
                 manifest = {str(path.relative_to(unfinished)): _describe(path) for path in files}
                 (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
                 for path in [*files, unfinished / MANIFEST, unfinished]:
-                    _sync(path)
+                    sync(path)
                 shutil.rmtree(final, ignore_errors=True)  # there is one only if it was found damaged
                 unfinished.rename(final)
-                _sync(self.folder)
+                sync(self.folder)
         except Exception:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -159,7 +159,7 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,11 +1,14 @@
 """The command `hf-vit`: parse, call one function, print. What is heavy is imported inside the commands."""
 
+import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,19 +20,47 @@ from .recipe import TrainConfig, recipe_header, shipped_recipes
 from .texts import one_line, visible, without_tokens
 
 if TYPE_CHECKING:
+    from .answering import Settings
     from .checkpoints import Checkpoint, Options
+    from .predicting import Summary
+    from .sources import Sources
 
 app = typer.Typer(
-    help="The Vision Transformer for Hugging Face: train, look at, and publish it.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
+    epilog="Commands end with 0; with 2 and one line that says what to do, where something outside is at fault; with "
+    "129, 130 or 143 where a signal stopped a run, which is saved and goes on by the same command.",
 )
+
+
+# Options by which a command would begin anew instead of going on.
+WITHOUT_RESUMING = r" (--resume[ =]never\b|--restart\b)"
 
 
 def echo(text: str, err: bool = False, nl: bool = True) -> None:
     """Print a text; names of files and labels in it cannot steer the terminal, and no token is shown."""
     typer.echo(visible(without_tokens(text)), err=err, nl=nl)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        import hf_vit
+
+        echo(f"hf-vit {hf_vit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version, and end.")
+    ] = False,
+) -> None:
+    """The Vision Transformer for Hugging Face: train, look at, and publish it.
+
+    For example: hf-vit quickstart
+    """
 
 
 OutputDir = Annotated[
@@ -54,9 +85,11 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Of all that is random; the held-out digits stay the same.")] = 0,
     resume: Resume = "auto",
 ) -> None:
-    """Train a small ViT on handwritten digits, save it, and load it back as a user would.
+    """Train a small ViT on handwritten digits, save it, load it.
 
     Needs no download and no GPU; under two minutes on two CPU cores. Stop it with Ctrl-C and run it again: it goes on.
+
+    For example: hf-vit quickstart --output-dir digits --seed 1
     """
     from .quickstart import quickstart
 
@@ -68,7 +101,10 @@ def quickstart(
 def train(
     context: typer.Context,
     recipe: Annotated[
-        str, typer.Option(help="A recipe of the package (hf-vit recipes lists them), or a YAML file.")
+        str,
+        typer.Option(
+            help="A recipe of the package (hf-vit recipes lists them), or a YAML file.", autocompletion=shipped_recipes
+        ),
     ] = "flowers",
     data: Annotated[
         str | None,
@@ -90,9 +126,11 @@ def train(
         float | None, typer.Option(min=0, help="Of all machines together, for --dry-run.")
     ] = None,
 ) -> None:
-    """Train by a recipe: from scratch, from a checkpoint, or on masked patches. The same command resumes it, exactly.
+    """Train by a recipe. The same command resumes it, exactly.
 
-    Every field of a recipe is an option, the architecture's behind model-config; hf-vit recipes NAME explains them.
+    From scratch, from a checkpoint, or on masked patches. Every field of a recipe is an option, the architecture's
+    behind model-config; hf-vit recipes NAME explains them.
+
     For example: hf-vit train --data photos/ --image-size 128 --batch-size 64 --model-config.hidden-size 192
 
     Parameters, FLOPs, memory, time and money before it starts: hf-vit train ... --dry-run --price-per-hour 2.5
@@ -123,10 +161,10 @@ def train(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="One of them, or a YAML file; all are listed if not given.")
+        str | None, typer.Argument(metavar="NAME", help="One of them, or a YAML file; all are listed if not given.")
     ] = None,
 ) -> None:
-    """List the recipes, or show all fields of one with what they mean.
+    """List the recipes, or show all fields of one.
 
     For example: hf-vit recipes digits > mine.yaml && hf-vit train --recipe mine.yaml
     """
@@ -140,7 +178,9 @@ def recipes(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file, a folder, or a name on the Hub, in any layout.")
+    ],
     data: Annotated[str, typer.Argument(help="Folder of images, parquet file or folder, or a name on the Hub.")],
     split: Annotated[str | None, typer.Option(help="To measure on; the held-out one if not given.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of images, where it is not plain.")] = None,
@@ -158,15 +198,15 @@ def evaluate(
     ] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for all that was measured.")] = None,
 ) -> None:
-    """Measure a model on labelled images: accuracy, loss, calibration, speed, every class; or its features by probes.
+    """Measure a model, or its features, on labelled images.
+
+    Accuracy, loss, calibration, speed and every class; by --probe what its features are worth.
 
     For example: hf-vit evaluate ViT-B_16.npz photos/ --probe linear --probe knn
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
     with _clear_endings():
-        import json
-
         from .assessment import assess, describe
 
         if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -192,69 +232,124 @@ def evaluate(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="A classifier: a file, a folder, or a name on the Hub, in any layout.")],
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Image files, and folders of them.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file, a folder, or a name on the Hub, in any layout.")
+    ],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="Image files, folders or globs; parquet; saved data sets, or on the Hub."
+        ),
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File for the answers, a line of JSON an image.")
+        Path | None, typer.Option("--output", "-o", help="A .parquet or .jsonl file; else answers are printed.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels an image.")] = 5,
+    features: Annotated[
+        bool, typer.Option("--features", help="Also the pooled features that the classifier reads.")
+    ] = False,
+    split: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images, where it is not plain.")] = None,
     batch_size: BatchSize = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all if not given.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cores, or actors of Ray; all if not given.")] = None,
     image_size: OtherSize = None,
     precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model: for many images on a GPU.")] = False,
+    engine: Annotated[
+        Literal["processes", "ray"],
+        typer.Option(help="This process and those that a launcher started, or Ray's actors."),
+    ] = "processes",
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; what is finished is removed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON: images, pace, broken.")] = False,
 ) -> None:
-    """Label images, on all cores or on the GPU. One that cannot be read is named, and stops nothing.
+    """Label images, on all cores or on the GPU.
 
-    For example: hf-vit predict my-vit photos/ --top-k 1 -o labels.jsonl
+    One that cannot be read has its reason in the table, and stops nothing. The same command goes on with one that was
+    stopped: what is finished lies in OUTPUT.parts meanwhile.
+
+    For example: hf-vit predict my-vit photos/ --top-k 1 -o labels.parquet
+
+    On several GPUs or machines: accelerate launch -m hf_vit.cli predict ..., or --engine ray
+    """
+    with _clear_endings(), _resumable():
+        from .answering import Settings
+        from .sources import Sources
+
+        if output is None:
+            needing = {"--features": features, "--engine ray": engine == "ray", "--restart": restart}
+            needing["more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            if given := [name for name, is_given in needing.items() if is_given]:
+                raise ValueError(f"There is no file for {given[0]} to write to: add --output FILE.parquet.")
+        sources = Sources(words, split, image_column)
+        size = _size("--image-size", image_size)
+        settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
+        if output is not None:
+            from .predicting import predict_into
+
+            summary = predict_into(output, sources, settings, engine, restart)
+        else:
+            summary = _print_answers(sources, settings, say=(lambda line: None) if as_json else typer.echo)
+        if summary is None:  # of a process that is not the first
+            return
+        if as_json:
+            echo(json.dumps(asdict(summary)))
+        else:
+            number, pace, broken = summary.images, summary.images_per_second, len(summary.broken)
+            echo(f"{number:,} images, {pace:,.1f} a second, {broken:,} broken", err=True)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A classifier: a file, a folder, or a name on the Hub, in any layout."),
+    ],
+    compare: Annotated[str | None, typer.Option(metavar="MODEL2", help="Another one, to be shown beside it.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines see the page, too.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 if not given.")
+    ] = None,
+    space: Annotated[
+        Path | None,
+        typer.Option("--export-space", metavar="DIR", help="Write the page as a Space of the Hub, and end."),
+    ] = None,
+) -> None:
+    """Show a model on a page in the browser.
+
+    Drop an image, and see labels, attention, and what other sizes do; or many, and take home a table. Nothing leaves
+    this machine; Ctrl-C ends it. Needs the extra demo: pip install "hf-vit[demo]".
+
+    For example: hf-vit demo my-vit --compare google/vit-base-patch16-224
     """
     with _clear_endings():
-        import json
-        import time
+        from .demo import export_space, serve
 
-        from .prediction import Predictor, files_of
-
-        files = list(files_of(sources))
-        if not files:
-            raise ValueError(f"There are no images in {', '.join(sources)}.")
-        predictor = Predictor.from_pretrained(
-            model,
-            precision,
-            _size("--image-size", image_size),
-            compile=compile,
-            batch_size=batch_size,
-            workers=workers,
-            top_k=top_k,
-        )
-        broken = []
-        with open(output, "w", encoding="utf-8") if output else nullcontext() as lines:
-            began = time.perf_counter()
-            for prediction in predictor(files):
-                name = str(prediction.source)
-                if prediction.error is not None:
-                    broken.append(name)
-                answers = dict(zip(prediction.labels, prediction.scores, strict=True))
-                if lines is not None:
-                    row = {"image": name, "labels": prediction.labels, "scores": prediction.scores}
-                    lines.write(json.dumps({**row, "error": prediction.error}) + "\n")
-                elif not as_json:
-                    said = ", ".join(f"{label} {score:.1%}" for label, score in answers.items())
-                    typer.echo(one_line(prediction.error or f"{name}  {said}"))
-            pace = len(files) / (time.perf_counter() - began)
-        if as_json:
-            echo(json.dumps({"images": len(files), "images_per_second": pace, "broken": broken}))
-        else:
-            echo(f"{len(files):,} images, {pace:,.1f} a second, {len(broken)} broken", err=True)
+        if space is None:
+            serve(model, compare, host, port, echo)
+            return
+        export_space(space, model, compare)
+        echo(f"Written to {space}. Run it:      python {space / 'app.py'}")
+        echo(f"Publish it:  hf upload YOUR_NAME/{space.resolve().name} {space} --repo-type space")
 
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A model's folder, as training or save_pretrained wrote it.")],
-    repo_id: Annotated[str, typer.Argument(help="Where to: USER/NAME on the Hub; made if need be.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A model's folder, as training or save_pretrained wrote it.")
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="USER/NAME", help="Where to: USER/NAME on the Hub; made if need be.")
+    ],
     private: Annotated[bool, typer.Option(help="Whether a new repository is private.")] = False,
 ) -> None:
-    """Publish a model's folder on the Hub: weights, config, processors, code, card and pictures."""
+    """Publish a model's folder on the Hub.
+
+    Weights, config, processors, code, card and pictures, in one commit; nothing else of the folder.
+
+    For example: hf-vit push my-vit YOUR_NAME/my-vit --private
+    """
     from .hub import push
 
     with _clear_endings():
@@ -281,8 +376,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what lies there.")
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
-    out_dir: Annotated[Path, typer.Argument(help="Folder to write.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A file, a folder, or a name on the Hub, in any layout.")
+    ],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     image_size: ImageSize = None,
     patch_size: PatchSize = None,
     num_labels: NumLabels = None,
@@ -293,10 +390,12 @@ def convert(
     mlp_gate: MlpGate = None,
     force: Force = False,
 ) -> None:
-    """Read a ViT checkpoint of another library, and write it as a folder of this package with equal outputs.
+    """Make a folder with equal outputs of another library's model.
 
     Google's and big_vision's npz, timm, transformers (ViT, DeiT, DINO, MAE, MSN, SigLIP, CLIP) and vit-pytorch: the
-    layout is found by the tensors. For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
+    layout is found by the tensors.
+
+    For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
     """
     with _clear_endings():
         from .checkpoints import write_checkpoint
@@ -318,7 +417,9 @@ def convert(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file, a folder, or a name on the Hub, in any layout.")
+    ],
     images: Annotated[
         list[str] | None,
         typer.Argument(metavar="IMAGE...", help="Image files, and folders of them, to draw what it makes of."),
@@ -337,11 +438,14 @@ def inspect(
     layer: Annotated[int, typer.Option(help="Of maps; from 1, or negative from the end.")] = -1,
     form: Annotated[Literal["png", "svg"], typer.Option("--format", help="Of the pictures.")] = "png",
     html: Annotated[bool, typer.Option("--html", help="Also one page that holds all pictures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Say what it is as one line of JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is: family, variant, sizes, heads, pooling, parameters. And draw what it learned.
+    """Say what a checkpoint is, and draw what it learned.
 
-    Nothing is written unless images, a folder or a page is asked for. Then filters and positions are drawn, and of
-    images the attention distance of all, and for the first eight attention, rollout, features and norms.
+    Family, variant, sizes, heads, pooling, parameters. Nothing is written unless images, a folder or a page is asked
+    for. Then filters and positions are drawn, and of images the attention distance of all, and for the first eight
+    attention, rollout, features and norms.
+
     For example: hf-vit inspect ViT-B_16.npz photos/ --html
     """
     with _clear_endings():
@@ -355,7 +459,7 @@ def inspect(
             layer_norm_eps=layer_norm_eps,
             mlp_gate=mlp_gate,
         )
-        _open_and_describe(model, options)
+        _open_and_describe(model, options, as_json)
         if not (images or output_dir or html):
             return
 
@@ -368,20 +472,48 @@ def inspect(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A file, a folder, or a name on the Hub, in any layout.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; for npz the file.")],
-    to: Annotated[str, typer.Option(help="transformers (its own ViT), timm, or npz (the paper's code, big_vision).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file, a folder, or a name on the Hub, in any layout.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or a file: .npz, .onnx, .pt2.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="onnx; torch-export; transformers (its own ViT); timm; or npz (the paper's code, big_vision)."
+        ),
+    ],
+    int8: Annotated[
+        Literal["weights", "dynamic"] | None,
+        typer.Option(help="For onnx: weights in 8 bits, or also the products by them."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="For graphs: labelled images to measure accuracy and speed on, beside torch."),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write a model in another library's layout, or list the features that have no place there.
+    """Write a model as a graph, or in another library's layout.
 
+    A graph (onnx, torch-export) takes any batch and size; it is left only if it answers as the model does in torch, on
+    random and real images. A layout (transformers, timm, npz) that has no place for a feature is refused, and says it.
     A source that leaves something open goes through hf-vit convert first, which has options for it.
-    For example: hf-vit export hf-vit-digits digits-timm --to timm
+
+    For example: hf-vit export hf-vit-digits digits.onnx --to onnx --int8 dynamic --data digits
     """
     with _clear_endings():
-        from .export import export as write_export
+        from .export import TARGETS
+        from .export import export as write_layout
+        from .graphs import KINDS, export_graph
 
-        for sentence in write_export(model, out, to, force):
+        if to in KINDS:
+            echo("\n".join(export_graph(model, out, to, int8, data, force)))
+            echo(f"Written to {out} and compared with torch.")
+            return
+        if to not in TARGETS:
+            raise ValueError(f"There is no --to {to!r}: choose one of {', '.join([*KINDS, *TARGETS])}.")
+        if int8 is not None or data is not None:
+            raise ValueError(f"--int8 and --data belong to {' and '.join(KINDS)}: leave them out for {to}.")
+        for sentence in write_layout(model, out, to, force):
             echo(f"Note: {sentence}")
         echo(f"Written to {out} and read back, bit for bit.")
 
@@ -412,9 +544,11 @@ def benchmark(
     output_dir: Annotated[Path | None, typer.Option(help="Folder for a file of this machine and day.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case a suite: to see whether all works.")] = False,
 ) -> None:
-    """Compare speed and memory with timm, transformers, vit-pytorch and others, with the same weights and inputs.
+    """Compare speed and memory with other libraries.
 
-    Every variant has a process of its own; they take turns, and a ratio is stated only where it is beyond the noise.
+    timm, transformers, vit-pytorch and others, with the same weights and inputs. Every variant has a process of its
+    own; they take turns, and a ratio is stated only where it is beyond the noise.
+
     For example: hf-vit benchmark inference --models B/16 --batch-size 16
     """
     with _clear_endings():
@@ -447,7 +581,9 @@ def benchmark(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def study(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Of the study; all are listed if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Of the study; all are listed if not given.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Images with labels, as for training. CIFAR-10 if not given.")
     ] = None,
@@ -459,10 +595,12 @@ def study(
     recipe: Annotated[str | None, typer.Option(help="What is varied, instead of the study's own recipe.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as pay if not given.")] = None,
 ) -> None:
-    """Run one of the paper's experiments over seeds, and draw what was measured. The same command goes on with it.
+    """Run one of the paper's experiments over seeds.
 
-    Fields of the recipe are options, as for training. For example:
-    hf-vit study positions --quick --data CIFAR10 --epochs 2
+    Results, a picture and a page with findings are written. The same command goes on with it. Fields of the recipe
+    are options, as for training.
+
+    For example: hf-vit study positions --quick --data CIFAR10 --epochs 2
     """
     with _clear_endings(), _resumable():
         from .studies import SIZES, STUDIES, run_study, write_page
@@ -483,6 +621,22 @@ def study(
         echo("\n".join(["", *summary(STUDIES[name], results), "", f"The page is {page}."]))
 
 
+def _print_answers(sources: "Sources", settings: "Settings", say: Callable[[str], None]) -> "Summary":
+    """Say what a model makes of images, line by line."""
+    from .predicting import Summary, predict_each
+
+    answers = predict_each(sources, settings)
+    broken, images, began = [], 0, time.perf_counter()
+    for name, prediction in answers:
+        images += 1
+        best = zip(prediction.labels, prediction.scores, strict=True)
+        said = prediction.error or ", ".join(f"{label} {score:.1%}" for label, score in best)
+        if prediction.error is not None:
+            broken.append(name)
+        say(one_line(said if said.startswith(name) else f"{name}  {said}"))  # what is wrong with a file begins so
+    return Summary(images, broken, images / (time.perf_counter() - began))
+
+
 def _size(option: str, text: str | None) -> tuple[int, int] | None:
     """Read H or HxW."""
     if text is None:
@@ -501,11 +655,15 @@ def _options(image_size: str | None, patch_size: str | None, **others: Any) -> "
     return Options(image_size=image, patch_size=patch, **others)
 
 
-def _open_and_describe(source: str, options: "Options") -> "Checkpoint":
+def _open_and_describe(source: str, options: "Options", as_json: bool = False) -> "Checkpoint":
     """Open a checkpoint with what the user says of it, and print what it is."""
     from .checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(source, options)
+    if as_json:
+        facts = {"assumed": checkpoint.assumed, "left_out": checkpoint.left_out, "config": checkpoint.config.to_dict()}
+        echo(json.dumps({**checkpoint.describe(), **facts}))
+        return checkpoint
     for name, fact in checkpoint.describe().items():
         echo(f"{name:>21}  {fact}")
     for sentence in checkpoint.assumed:
@@ -541,7 +699,7 @@ def _command() -> str:
 
 def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
     from .cost import describe, rehearse
-    from .training import Interrupted
+    from .stopping import Interrupted
 
     try:
         cost = rehearse(config)
@@ -556,14 +714,15 @@ def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
 @contextmanager
 def _resumable() -> Iterator[None]:
     """Say how an interrupted run goes on."""
-    from .training import Interrupted
+    from .stopping import Interrupted
 
     try:
         yield
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
-            again = re.sub(r" --resume[ =]never\b", "", _command())  # which would remove what was saved
-            which = "The same command" if again == _command() else "This command, without --resume never,"
+            again = re.sub(WITHOUT_RESUMING, "", _command())  # which would remove what was saved
+            removed = re.search(WITHOUT_RESUMING, _command())
+            which = "The same command" if removed is None else f"This command, without {removed[1].replace('=', ' ')},"
             echo(f"{stop}\n{which} goes on from there:  {again}", err=True)
         raise typer.Exit(stop.exit_code) from None
 

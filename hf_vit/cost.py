@@ -32,7 +32,8 @@ from .hub import machine
 from .loading import READ_AHEAD, steps_of
 from .parallel import build_accelerator, precision_name
 from .recipe import TrainConfig
-from .training import CHECKPOINTS, Interrupted, Running, length_of, refuse_to_overwrite, train
+from .stopping import Interrupted
+from .training import CHECKPOINTS, Running, length_of, refuse_to_overwrite, train
 
 WARM_UP, MEASURED = 3, 10  # steps
 AHEAD = 2  # batches that a worker loads ahead, as DataLoader has it
@@ -362,7 +363,7 @@ def rehearse(config: TrainConfig) -> Cost | None:
         The whole run's cost; `None` on every process but the first.
 
     Raises:
-        Interrupted: If SIGINT or SIGTERM came.
+        Interrupted: If SIGINT, SIGTERM or SIGHUP came.
         ValueError, FloatingPointError: As for `train`.
     """
     refuse_to_overwrite(config)

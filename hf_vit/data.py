@@ -109,24 +109,24 @@ def load_data(
     Raises:
         ValueError: If the source is nothing of these, or splits or columns cannot be told.
     """
-    splits = _open(source, streaming)
+    splits = open_splits(source, streaming)
     usual = [name for name in EVAL_SPLITS if name in splits]
     if eval_split is not None and eval_split not in splits:
         raise ValueError(f"There is no split {eval_split!r} in {source}: it has {', '.join(splits)}.")
     if not needs_train and (eval_split or usual):
         train_name = eval_split = eval_split or usual[0]
     else:
-        train_name = _choose("train_split", splits, train_split, TRAIN_SPLITS)
+        train_name = choose("train_split", splits, train_split, TRAIN_SPLITS)
         eval_split = eval_split or next((name for name in usual if name != train_name), None)
     used = [splits[name] for name in (train_name, eval_split) if name is not None]
-    features = _known(used[0]).features
-    image_column = _choose("image_column", _images_in(features), image_column, IMAGE_COLUMNS)
+    features = known(used[0]).features
+    image_column = choose("image_column", images_in(features), image_column, IMAGE_COLUMNS)
     if needs_labels or label_column is not None:
-        label_column = _choose(
+        label_column = choose(
             "label_column", _classes_in(features) or _label_like(features), label_column, LABEL_COLUMNS
         )
     columns = (image_column, label_column)
-    used = [_known(split).select_columns([name for name in columns if name]) for split in used]
+    used = [known(split).select_columns([name for name in columns if name]) for split in used]
     used = [split.cast_column(image_column, Image(decode=not streaming)) for split in used]
     kind = _Streams if streaming else _Tables
     found = kind(used, columns, eval_fraction, split_seed).data(_name_of(source), eval_split, train_images)
@@ -227,10 +227,15 @@ class _Streams(_Tables):
             return train_images
         # Of the whole, whether it is stated or counted: the length of a run must not depend on what a cache holds.
         whole = self.splits[0]
-        stated = (whole.info.splits or {}).get(str(whole.split))
         # A column of labels is faster to read than one of images.
         smallest = whole if self.columns[1] is None else whole.select_columns(self.columns[1])
-        return round(share * (stated.num_examples if stated and stated.num_examples else sum(1 for _ in smallest)))
+        return round(share * (stated_length(whole) or sum(1 for _ in smallest)))
+
+
+def stated_length(split: Any) -> int | None:
+    """Return the number of images that a source says a stream to have, if it says so."""
+    stated = (split.info.splits or {}).get(str(split.split))
+    return stated.num_examples or None if stated else None
 
 
 def split_evenly(
@@ -275,7 +280,7 @@ def _name_classes(values: set[Any], column: str) -> tuple[list[str], dict[Any, i
 # -------------------------------------------------------------------------------------------------- the source
 
 
-def _open(source: str | Path, streaming: bool) -> dict[str, Any]:
+def open_splits(source: str | Path, streaming: bool) -> dict[str, Any]:
     """Return the splits of a source by name."""
     path = Path(source).expanduser()
     if str(source) == "digits":
@@ -305,17 +310,29 @@ def _load(builder: str, streaming: bool, **files: Any) -> Any:
 
 
 def _open_folder(path: Path, streaming: bool) -> Any:
-    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+    if is_saved(path):
         saved: Any = load_from_disk(str(path))
         splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
-    for suffix, builder in BUILDERS.items():
-        found = sorted([*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")])
-        if files := [file for file in found if file.stem != "metadata"]:  # which belongs to a folder of images
-            return _load(builder, streaming, data_files=_by_split(path, files))
+    if shards := shards_in(path):
+        return _load(BUILDERS[shards[0]], streaming, data_files=shards[1])
     if not any(file.suffix.lower() in IMAGE_FILES for file in path.rglob("*")):
         raise ValueError(f"{path} holds no images ({', '.join(IMAGE_FILES)}), parquet files or webdataset shards.")
     return _load("imagefolder", streaming, data_dir=str(path))
+
+
+def is_saved(path: Path) -> bool:
+    """Say whether a folder is what `save_to_disk` wrote."""
+    return (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+
+
+def shards_in(path: Path) -> tuple[str, dict[str, list[str]]] | None:
+    """Return the parquet files, or the webdataset shards, of a folder: their suffix, and them by split; or `None`."""
+    for suffix in BUILDERS:
+        found = sorted([*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")])
+        if files := [file for file in found if file.stem != "metadata"]:  # which belongs to a folder of images
+            return suffix, _by_split(path, files)
+    return None
 
 
 def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
@@ -346,7 +363,7 @@ def _digits() -> Dataset:
 # ----------------------------------------------------------------------------------------------------- columns
 
 
-def _choose(what: str, found: Any, given: str | None, usual: tuple[str, ...]) -> str:
+def choose(what: str, found: Any, given: str | None, usual: tuple[str, ...]) -> str:
     """Return the given name if it is there, else the usual or only one."""
     names = list(found)
     if given is not None:
@@ -359,12 +376,12 @@ def _choose(what: str, found: Any, given: str | None, usual: tuple[str, ...]) ->
     raise ValueError(f"Which {what}? Name one of: {', '.join(names) or 'none was found'}.")
 
 
-def _known(split: Any) -> Any:
+def known(split: Any) -> Any:
     """Return a split that knows its columns; a stream that does not state them shows them in its first row."""
     return split if split.features is not None else split._resolve_features()
 
 
-def _images_in(features: Features) -> list[str]:
+def images_in(features: Features) -> list[str]:
     # Parquet without the features of `datasets` holds images as {bytes, path}.
     return [name for name, feature in features.items() if isinstance(feature, Image) or _is_struct(feature)]
 

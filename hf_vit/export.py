@@ -1,13 +1,13 @@
 """Write a model in the layout of another library: stock transformers, timm, or the npz of the paper's code.
 
+What runs without any library's code, ONNX and torch.export, is in `graphs`.
+
 A target is a table: what fields of the config must be where it has no word for them. Whatever does not fit is an error
 that lists it, before anything is written; what a layout cannot carry beside the architecture is said.
 """
 
 import json
 import math
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import ViTConfig
 
 from .checkpoints import Checkpoint, Options, google, open_checkpoint, timm, transformers
 from .checkpoints.checkpoint import CLASSIFIER, ENCODER, MASKED
-from .checkpoints.conversion import checksum, new_folder, write_safetensors
+from .checkpoints.conversion import checksum, new_file, new_folder, write_safetensors
 from .checkpoints.layouts import Row, Rule, rules_of
 from .model.configuration_hf_vit import HFViTConfig
 from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil, Image
@@ -542,18 +542,13 @@ def _npz_table(checkpoint: Checkpoint) -> list[Row]:
 
 
 def _write_npz(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> None:
-    if out.exists() and not (force and out.is_file()):
-        raise ValueError(f"{out} exists: choose another file, or pass --force to replace a file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     sums: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        unfinished = Path(temporary) / out.name
+    with new_file(out, force) as unfinished:
         with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
             for name, tensor in translated(checkpoint, rules, sums):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, _array(tensor))
         verify(unfinished, Options(image_size=checkpoint.config.image_shape), checkpoint, sums)
-        os.replace(unfinished, out)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

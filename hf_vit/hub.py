@@ -63,7 +63,7 @@ TRAVELS = (
     "images/*.jpg",
 )
 # Folders beside a model that are left where they are: the run that it came from, and the client's own notes.
-STAYS = ("checkpoints", "checkpoint-*", "runs", ".git", ".cache")
+STAYS = ("adapter", "checkpoints", "checkpoint-*", "runs", ".git", ".cache")
 # Left over in a repository from an earlier push, these would be loaded or run in place of the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
 # Names of files that hold secrets; they are refused by a sentence of their own.

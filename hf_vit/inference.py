@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -127,6 +128,13 @@ class InferenceLayer(nn.Module):
 # ------------------------------------------------------------------------------------------------- the model
 
 
+@dataclass
+class InferenceOutput(ImageClassifierOutput):
+    """The `logits` of a classifier `[B, num_labels]`, and what it read: `pooler_output` `[B, pooled_width]`."""
+
+    pooler_output: torch.FloatTensor | None = None
+
+
 class InferenceModel(nn.Module):
     """An encoder, or a classifier, that only answers; made by `optimize_for_inference`.
 
@@ -153,8 +161,8 @@ class InferenceModel(nn.Module):
         """Where the `pooler` is, as in the models of transformers."""
         return self
 
-    def forward(self, pixel_values: Tensor) -> ImageClassifierOutput | BaseModelOutputWithPooling:
-        """Return the `logits` of a classifier, or an encoder's `last_hidden_state` and `pooler_output`.
+    def forward(self, pixel_values: Tensor) -> InferenceOutput | BaseModelOutputWithPooling:
+        """Return a classifier's `logits` and `pooler_output`, or an encoder's `last_hidden_state` and `pooler_output`.
 
         Args:
             pixel_values: `[B, C, H, W]`, as for the model that it was made from.
@@ -168,7 +176,7 @@ class InferenceModel(nn.Module):
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         if self.classifier is None:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-        return ImageClassifierOutput(logits=self.classifier(pooled))
+        return InferenceOutput(logits=self.classifier(pooled), pooler_output=pooled)
 
 
 def inference_precision(precision: str) -> str:
@@ -193,6 +201,12 @@ def optimize_for_inference(
 
     Raises:
         ValueError: If the hardware has no such precision.
+
+    Example:
+        >>> from hf_vit.variants import config_of
+        >>> model = HFViTForImageClassification(config_of("ViT-Ti/16", num_labels=10, num_hidden_layers=2))
+        >>> optimize_for_inference(model, "fp32")(torch.rand(1, 3, 224, 224)).logits.shape
+        torch.Size([1, 10])
     """
     precision = inference_precision(precision)
     optimized = InferenceModel(deepcopy(model).eval().requires_grad_(False).to(DTYPES[precision]))
@@ -221,6 +235,11 @@ def multiply_in_8_bits(model: InferenceModel) -> None:
 # Images that a core of the CPU, and a GPU, answers for at a time.
 BATCH_OF_CPU, BATCH_OF_GPU = 8, 256
 AHEAD = 2  # batches that each core may be ahead of who reads the answers
+
+
+def default_batch_size(device_type: str) -> int:
+    """Return how many images a core, or a GPU, answers for at a time."""
+    return BATCH_OF_CPU if device_type == "cpu" else BATCH_OF_GPU
 
 
 def on_every_core(

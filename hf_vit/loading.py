@@ -70,6 +70,15 @@ def as_seen(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
     return outputs["pixel_values"][0]
 
 
+def content_of(stored: dict[str, Any]) -> str | bytes:
+    """Return what `read_image` takes of an image that is stored as `{"bytes", "path"}`; networks raise anything."""
+    source = stored["path"] if stored["bytes"] is None else stored["bytes"]
+    if isinstance(source, str) and "://" in source:  # in a dataset that is streamed
+        with fsspec.open(source, "rb") as file:
+            return file.read()
+    return source
+
+
 class Images(torch.utils.data.Dataset):
     """Read the images of a split as uint8 `[C, H, W]`, by `Visit`.
 
@@ -150,11 +159,7 @@ class Images(torch.utils.data.Dataset):
 
     def _read(self, stored: dict[str, Any]) -> Tensor | None:
         try:
-            source = stored["path"] if stored["bytes"] is None else stored["bytes"]
-            if isinstance(source, str) and "://" in source:  # in a dataset that is streamed
-                with fsspec.open(source, "rb") as file:
-                    source = file.read()
-            image = read_image(source, self.least_size)
+            image = read_image(content_of(stored), self.least_size)
         except Exception:  # networks raise almost anything; the image is named, counted, and too many end the run
             return None
         return self.prepare(image)
@@ -450,10 +455,12 @@ def _loader(images: Images, order: Sampler[list[Visit]], num_workers: int) -> Da
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C, and what ends a job, reach the whole process group: the parent finishes its step, saves, and ends its
-    # workers, by a SIGTERM if nothing else helps. So only one from there counts, where the system tells the sender.
+    # Ctrl-C, a closed terminal and what ends a job reach the whole process group: the parent finishes its step, saves,
+    # and ends its workers, by a SIGTERM if nothing else helps. So only one from there counts, where the system tells
+    # the sender.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
     else:
@@ -476,7 +483,7 @@ def naming_dead_workers() -> Iterator[None]:
             raise
         raise ChildProcessError(
             f"A process that loads images was ended from outside ({str(error).splitlines()[0].strip()}), often for "
-            "want of memory: what was saved is intact. Go on from there, if need be with fewer num_workers."
+            "want of memory. What was saved is intact: give the command again, if need be with fewer num_workers."
         ) from error
 
 

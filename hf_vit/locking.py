@@ -53,7 +53,7 @@ class FolderLock:
             except (BlockingIOError, PermissionError):
                 raise ValueError(
                     f"{self.folder} is in use by {self._holder()}: wait until that has ended, stop it, or choose "
-                    "another --output-dir."
+                    "another output."
                 ) from None
             except OSError:
                 return False
@@ -96,7 +96,7 @@ class FolderLock:
             yield
         except OSError as error:
             reason = f"{error.strerror}: {self.folder} must be a folder that can be written to; mend that, or choose"
-            raise OSError(error.errno, f"{reason} another --output-dir") from error
+            raise OSError(error.errno, f"{reason} another output") from error
 
     def _holder(self) -> str:
         try:

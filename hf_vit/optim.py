@@ -124,6 +124,11 @@ class Schedule:
         total_steps: Length of the run.
         warmup_steps: Steps in which the factor rises linearly to 1.
         cooldown_steps: Steps at the end in which it falls linearly to 0, from where the kind had brought it.
+
+    Example:
+        >>> schedule = Schedule("cosine", total_steps=110, warmup_steps=10)
+        >>> [round(schedule(step), 2) for step in (0, 9, 10, 60, 110)]
+        [0.09, 0.91, 1.0, 0.5, 0.0]
     """
 
     def __init__(self, kind: str, total_steps: int, warmup_steps: int = 0, cooldown_steps: int = 0) -> None:

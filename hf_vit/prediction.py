@@ -1,4 +1,4 @@
-"""From files to labels, as fast as the machine reads and computes: what `hf-vit predict` does.
+"""From images to labels and features, as fast as the machine reads and computes: what `hf-vit predict` does with each.
 
 On a CPU every core works alone, from the file to the answer, on a few images at a time with one thread: cores that
 share an operation wait for each other at its end, and what a few images need stays in the core's cache. On a GPU the
@@ -9,48 +9,53 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .inference import BATCH_OF_CPU, BATCH_OF_GPU, load, on_every_core, optimize_for_inference
-from .loading import as_seen, normalize
+from .inference import default_batch_size, load, on_every_core, optimize_for_inference
+from .loading import as_seen, content_of, normalize
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.image_reading_hf_vit import read_image
+from .texts import without_tokens
 
-Source = str | os.PathLike | bytes | Image.Image
+Source = str | os.PathLike | bytes | Image.Image | dict[str, Any]
+Tag = TypeVar("Tag")
 
 
 @dataclass
 class Prediction:
-    """What a classifier says of one image.
+    """What a model says of one image.
 
     Attributes:
-        source: What was given: a path, bytes or an image.
+        source: What was given: a path, bytes, an image, or one as `datasets` stores it.
         labels: Names of the likeliest classes, the likeliest first; none if the image is broken.
         scores: Their probabilities.
         error: Why the image could not be read, or `None`.
+        features: What the classifier reads, float32 `[pooled_width]`, where it is asked for and the image is whole.
     """
 
     source: Any
     labels: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     error: str | None = None
+    features: np.ndarray | None = None
 
 
 class Predictor:
-    """Classify images, in their order, while they come.
+    """Classify images, or give their features, in their order, while they come.
 
     Args:
         model: Answers for `pixel_values`, as `optimize_for_inference` made it.
         processor: Of its images.
-        labels: Names of its classes.
+        labels: Names of its classes; none of a model without classifier.
         batch_size: Images at a time, for each worker of a CPU; chosen by the hardware if not given.
         workers: Threads; one for each core if not given.
         top_k: How many labels to give.
+        has_features: Whether predictions have the pooled features that the classifier reads.
         is_compiled: Whether `model` is compiled for one size of batches, so that all must have it.
     """
 
@@ -63,13 +68,15 @@ class Predictor:
         batch_size: int | None = None,
         workers: int | None = None,
         top_k: int = 5,
+        has_features: bool = False,
         is_compiled: bool = False,
     ) -> None:
         self.model, self.processor, self.labels, self.device = model, processor, labels, device
-        self.batch_size = batch_size or (BATCH_OF_CPU if device.type == "cpu" else BATCH_OF_GPU)
+        self.batch_size = batch_size or default_batch_size(device.type)
         self.workers = workers
         self.top_k = min(top_k, len(labels))
         self.is_compiled = is_compiled
+        self.readings = [self._label] * bool(labels) + [self._keep_features] * has_features
 
     @classmethod
     def from_pretrained(
@@ -81,38 +88,75 @@ class Predictor:
         compile: bool = False,
         **options: Any,
     ) -> Self:
-        """Load a classifier from a file, a folder or a name on the Hub, in any layout.
+        """Load a model from a file, a folder or a name on the Hub, in any layout.
 
         Args:
-            precision, compile: As for `optimize_for_inference`.
             image_size: (height, width) in pixels, where it is not the model's own.
+            precision, device, compile, options: As for `from_model`.
+
+        Raises:
+            ValueError: If the model is no classifier and `has_features` is not set, among others.
+        """
+        model, processor = load(str(source), image_size)
+        return cls.from_model(model, processor, precision, device, compile, name=str(source), **options)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        processor: HFViTImageProcessor,
+        precision: str = "auto",
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        name: str = "The model",
+        **options: Any,
+    ) -> Self:
+        """Make a model that is loaded ready to answer.
+
+        Args:
+            model, processor: As `hf_vit.inference.load` gives them.
+            precision, compile: As for `optimize_for_inference`.
             device: Where it answers; an accelerator if there is one.
+            name: What errors call the model.
             options: Those of the class.
 
         Raises:
-            ValueError: If the model is no classifier.
+            ValueError: If the model is no classifier and `has_features` is not set.
         """
-        model, processor = load(str(source), image_size)
-        config = model.config
-        if getattr(model, "classifier", None) is None or not config.num_labels:
-            raise ValueError(f"{source} has no classifier: train one on it, or take its features from AutoModel.")
+        is_classifier = getattr(model, "classifier", None) is not None and bool(model.config.num_labels)
+        if not is_classifier and not options.get("has_features"):
+            raise ValueError(
+                f"{name} has no classifier: train one on it, or take its features, by --features or AutoModel."
+            )
         chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
         optimized = optimize_for_inference(model.to(chosen), precision, compile)
-        return cls(optimized, processor, config.id2label, chosen, is_compiled=compile, **options)
+        labels = model.config.id2label if is_classifier else {}
+        return cls(optimized, processor, labels, chosen, is_compiled=compile, **options)
 
     def __call__(self, images: Iterable[Source]) -> Iterator[Prediction]:
         """Yield a prediction for every image, in their order; a broken one has an `error` and stops nothing.
 
-        `images` are paths, bytes of files, or PIL images; they are read no further ahead than the workers need.
+        `images` are paths, bytes of files, PIL images, or images as `datasets` stores them, `{"bytes", "path"}`; they
+        are read no further ahead than the workers need.
         """
         rest = iter(images)
         batches = iter(lambda: list(islice(rest, self.batch_size)), [])
-        if self.device.type == "cpu":
-            answers = on_every_core(lambda batch: self._answer(*self._read(batch)), batches, self.workers)
-        else:  # asked by one thread: CUDA graphs belong to the thread that made them
-            answers = (self._answer(*read) for read in on_every_core(self._read, batches, self.workers))
-        for of_batch in answers:
+        for _, of_batch in self.in_batches((None, batch) for batch in batches):
             yield from of_batch
+
+    def in_batches(self, batches: Iterable[tuple[Tag, list[Source]]]) -> Iterator[tuple[Tag, list[Prediction]]]:
+        """Yield the predictions of whole batches, in their order, each with the tag that it came with.
+
+        The last bits of an answer depend on its batch alone: not on the batches beside it, nor on who works on them.
+
+        Args:
+            batches: Of up to `batch_size` images.
+        """
+        if self.device.type == "cpu":
+            yield from on_every_core(lambda item: (item[0], self._answer(*self._read(item[1]))), batches, self.workers)
+        else:  # asked by one thread: CUDA graphs belong to the thread that made them
+            for tag, read in on_every_core(lambda item: (item[0], self._read(item[1])), batches, self.workers):
+                yield tag, self._answer(*read)
 
     def _read(self, sources: list[Source]) -> tuple[list[Prediction], dict[int, Tensor]]:
         """Return blank predictions, and by their numbers the pixels of those that could be read, uint8 `[C, H, W]`."""
@@ -126,6 +170,8 @@ class Predictor:
         return predictions, pixels
 
     def _pixels(self, source: Source) -> Tensor:
+        if isinstance(source, dict):
+            source = _content_of(source)
         image = source if isinstance(source, Image.Image) else read_image(source, self.processor.least_size)
         return as_seen(image, self.processor)
 
@@ -138,26 +184,33 @@ class Predictor:
             batch = torch.stack([pixels[number] for number in numbers])
             if self.is_compiled:  # for one size of batches
                 batch = torch.cat([batch, batch[:1].expand(self.batch_size - len(batch), -1, -1, -1)])
-            logits = self.model(normalize(batch.to(self.device), self.processor)).logits[: len(numbers)]
-            scores, classes = logits.float().softmax(dim=-1).topk(self.top_k)
-            for number, best, which in zip(numbers, scores.tolist(), classes.tolist(), strict=True):
-                predictions[number].labels = [self.labels[index] for index in which]
-                predictions[number].scores = best
+            outputs = self.model(normalize(batch.to(self.device), self.processor))
+            for read in self.readings:
+                read(outputs, [predictions[number] for number in numbers])
         return predictions
 
+    def _label(self, outputs: Any, predictions: list[Prediction]) -> None:
+        scores, classes = outputs.logits[: len(predictions)].float().softmax(dim=-1).topk(self.top_k)
+        for prediction, best, which in zip(predictions, scores.tolist(), classes.tolist(), strict=True):
+            prediction.labels = [self.labels[index] for index in which]
+            prediction.scores = best
 
-def files_of(sources: Iterable[str]) -> Iterator[Path]:
-    """Yield the files that paths and folders name; of folders all files whose name is that of an image.
+    def _keep_features(self, outputs: Any, predictions: list[Prediction]) -> None:
+        # Contiguous: what is kept must not be a view of all tokens.
+        features = outputs.pooler_output[: len(predictions)].float().cpu().contiguous().numpy()
+        for prediction, of_image in zip(predictions, features, strict=True):
+            prediction.features = of_image
+
+
+def _content_of(stored: dict[str, Any]) -> str | bytes:
+    """Return what `read_image` takes of a stored image.
 
     Raises:
-        ValueError: If there is no such file or folder.
+        ValueError: If there is none, or it cannot be fetched.
     """
-    extensions = set(Image.registered_extensions())
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
-        elif path.is_file():
-            yield path
-        else:
-            raise ValueError(f"There is no file or folder {source}.")
+    if stored["bytes"] is None and stored["path"] is None:
+        raise ValueError("The table has no image here.")
+    try:
+        return content_of(stored)
+    except Exception as error:  # networks raise almost anything
+        raise ValueError(without_tokens(f"{stored['path']} could not be fetched: {error}")) from error

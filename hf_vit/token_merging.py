@@ -232,6 +232,13 @@ def merge_tokens(model: Any, per_layer: int) -> Any:
 
     Raises:
         ValueError: If it is no such model, its output is of every patch, or its layers need the place of patches.
+
+    Example:
+        >>> from hf_vit import HFViTModel
+        >>> from hf_vit.variants import config_of
+        >>> model = merge_tokens(HFViTModel(config_of("ViT-Ti/16", num_hidden_layers=2)).eval(), 8)
+        >>> model(torch.rand(1, 3, 224, 224)).last_hidden_state.shape  # of 197 tokens 2 * 8 are merged
+        torch.Size([1, 181, 192])
     """
     if not isinstance(model, HFViTPreTrainedModel):
         raise ValueError(

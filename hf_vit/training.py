@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -59,6 +58,7 @@ from .parallel import (
     whole_weights,
 )
 from .recipe import FREE_TO_CHANGE, RECIPE, TrainConfig
+from .stopping import EvaluationStopped, Interrupted, StopSignals
 from .tasks import TASKS, build_model
 
 METRICS, TIMING, LOG, CHECKPOINTS = "metrics.json", "timing.json", "log.jsonl", "checkpoints"
@@ -67,62 +67,6 @@ Publish = Callable[[int, Callable[[Path], None]], None]
 
 
 # --------------------------------------------------------------------------------------------------- the parts
-
-
-class Interrupted(BaseException):
-    """A run was asked to stop, has saved where it stands, and can go on from there.
-
-    No `Exception`: libraries turn these into errors of their own.
-    """
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
-class EvaluationStopped(Exception):
-    """A signal came while a run was evaluating."""
-
-
-class StopSignals:
-    """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
-
-    Until `has_begun` is set there is nothing to save, and the first one interrupts at once, too.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    STEPS_BETWEEN_AGREEMENTS = 10
-
-    def __enter__(self) -> Self:
-        self.received, self.has_begun = 0, False
-        self.before = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
-        if not self.has_begun:
-            raise Interrupted(signum, f"Stopped by {signal.Signals(signum).name} before the first step.")
-
-    def agreed(self, accelerator: Accelerator, step: int) -> int:
-        """Return the signal that any process got, the same on all of them; asked for by all at the same steps."""
-        if accelerator.num_processes == 1:
-            return self.received
-        if step % self.STEPS_BETWEEN_AGREEMENTS:
-            return 0
-        received = torch.tensor([self.received], device=accelerator.device)
-        return int(accelerator.gather(received).max())
-
-    def heeded(self, batches: Iterable[Any], accelerator: Accelerator) -> Iterator[Any]:
-        """Yield batches of an evaluation until a signal comes; then raise `EvaluationStopped` with its number."""
-        for number, batch in enumerate(batches):
-            if signum := self.agreed(accelerator, number):
-                raise EvaluationStopped(signum)
-            yield batch
 
 
 class AveragedWeights:
@@ -320,7 +264,7 @@ def train(
             `build_model` compares other architectures under the same conditions.
 
     Raises:
-        Interrupted: If SIGINT or SIGTERM came: behind a checkpoint, or before the first step.
+        Interrupted: If SIGINT, SIGTERM or SIGHUP came: behind a checkpoint, or before the first step.
         ValueError: If the recipe does not fit the data, the machine, or the run that `output_dir` holds; or if
             another process is at work there.
         OSError: If something cannot be written, or another process of this run, or one that loads images, has ended.

@@ -59,6 +59,10 @@ def config_of(name: str, **fields: Any) -> HFViTConfig:
 
     Raises:
         ValueError: For a name that is not there; the message lists those that are.
+
+    Example:
+        >>> config_of("ViT-S/16", num_labels=10, image_size=384).hidden_size
+        384
     """
     if name not in VARIANTS:
         raise ValueError(f"Unknown variant {name!r}: choose one of {', '.join(VARIANTS)}.")

@@ -5,6 +5,14 @@
 
 All options of `TrainingArguments` are options here. The model, its card and the checkpoints end up in `--output_dir`;
 the same command with `--resume` goes on with a run that was stopped, exactly.
+
+With `--lora_rank 8` only the head and small matrices beside the others are learned (LoRA, by peft). `adapter/` in the
+output folder holds them, and the model there has them merged in. Onto the checkpoint they are loaded by
+
+    base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=N, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(base, "my-vit/adapter")
+
+or, from transformers 5.23 on, by `base.load_adapter("my-vit/adapter")`.
 """
 
 import json
@@ -20,7 +28,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.augmentation import BatchMixer, build_augmentation
 from hf_vit.data import load_data
-from hf_vit.finetuning import fields_of_labels, load_classifier
+from hf_vit.finetuning import add_lora, fields_of_labels, load_classifier
 from hf_vit.hub import machine, push, write_card
 from hf_vit.loading import EvaluationImages
 from hf_vit.trainer import Collator, EpochImages, ViTTrainer, accuracy, last_complete_checkpoint
@@ -49,6 +57,7 @@ class Options:
     augmentation: str = option("crop_flip", "A key of hf_vit.augmentation.AUGMENTATIONS.")
     smallest_crop: float = option(0.35, "Least share of an image that a crop keeps.")
     mixup: float = option(0.0, "Alpha of mixup; 0 is off.")
+    lora_rank: int = option(0, "Learn by LoRA, with matrices of this rank; 0 is off.")
     resume: bool = option(False, "Go on from the last complete checkpoint; start where there is none.")
     license: str = option("apache-2.0", "Of the weights; the Hub's identifier.")
 
@@ -75,8 +84,9 @@ def main(arguments: list[str]) -> None:
         model = HFViTForImageClassification(config_of(options.variant, **fields_of_labels(labels), **size))
         processor = HFViTImageProcessor.from_preset("original", model.config.image_shape)
     augmentation = build_augmentation(options.augmentation, model.config.image_shape, options.smallest_crop)
+    learner = add_lora(model, options.lora_rank) if options.lora_rank else model
     trainer = ViTTrainer(
-        model=model,
+        model=learner,
         args=training,
         train_dataset=EpochImages(data.train, data.columns, processor, augmentation, training.seed),
         eval_dataset=EvaluationImages(data.evaluation, data.columns, processor),
@@ -86,6 +96,9 @@ def main(arguments: list[str]) -> None:
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     metrics = trainer.evaluate()
+    if options.lora_rank:
+        learner.save_pretrained(folder / "adapter", is_main_process=trainer.is_world_process_zero())
+        trainer.model = learner.merge_and_unload()
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return

@@ -1,5 +1,6 @@
 """What all tests share: a tiny architecture, a seed before every test, and outside data where it is there."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True, database=None, phases=PHASES)
 settings.register_profile("long", settings.get_profile("quick"), max_examples=2_000, derandomize=False)
 settings.load_profile("quick")
+
+# A shell ignores it in what runs behind; every process that a test starts would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "hidden_size": 32,

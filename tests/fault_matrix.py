@@ -251,13 +251,13 @@ def slow_disk() -> None:
     """Take 30 ms more to sync each file."""
     from hf_vit import checkpointing
 
-    sync = checkpointing._sync
+    sync = checkpointing.sync
 
     def slowly(path: Path) -> None:
         time.sleep(0.03)
         sync(path)
 
-    checkpointing._sync = slowly
+    checkpointing.sync = slowly
 
 
 def stopped(signum: int, bench: Bench, times: int) -> str:
@@ -561,6 +561,9 @@ ROWS = {
     "killed_while_saving": Row("SIGKILL while saving", "behind a file of a checkpoint", killed_while_saving, 15),
     "sigterm": Row("SIGTERM", "at any step, to the process or its group", partial(stopped, signal.SIGTERM)),
     "sigint": Row("SIGINT (Ctrl-C)", "at any step, to the process or its group", partial(stopped, signal.SIGINT)),
+    "sighup": Row(
+        "SIGHUP (closed terminal)", "at any step, to the process or its group", partial(stopped, signal.SIGHUP)
+    ),
     "full_disk": Row("disk full", "a file system of 4 MiB that something else fills up", full_disk),
     "large_file": Row("file too large", "RLIMIT_FSIZE, between 100 bytes and 60 kB", large_file),
     "read_only": Row("read-only output folder", "modes of folders, from the start and later", read_only),

@@ -6,7 +6,9 @@ They end as the command does: with a sentence and an exit code, or with a traceb
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from multiprocessing import get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,15 +17,22 @@ from typing import Any
 from hf_vit.recipe import TrainConfig
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["process_of_a_run", "hf_vit.cli", "hf_vit.training", "timm.optim", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(
+    ["process_of_a_run", "hf_vit.cli", "hf_vit.training", "hf_vit.predicting", "timm.optim", "torch._dynamo"]
+)
 
 
-def _train(config: TrainConfig, environment: dict[str, str], output: Path, prepare: Any) -> None:
+def _train(config: TrainConfig) -> None:
+    from hf_vit.training import train
+
+    train(config)
+
+
+def _run(work: Callable[[], object], environment: dict[str, str], output: Path, prepare: Any) -> None:
     import datasets
     from typer import Exit
 
     from hf_vit.cli import _clear_endings, _resumable
-    from hf_vit.training import train
 
     set_start_method("fork", force=True)  # of workers: what a process has that no forkserver started
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0  # as in conftest.py
@@ -34,7 +43,7 @@ def _train(config: TrainConfig, environment: dict[str, str], output: Path, prepa
             if prepare is not None:
                 prepare()
             with _clear_endings(), _resumable():
-                train(config)
+                work()
         except Exit as ending:
             file.flush()
             os._exit(ending.exit_code)
@@ -52,15 +61,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(config: TrainConfig, output: Path, prepare: Any = None, **environment: str) -> BaseProcess:
-    """Start a run in one process; what it prints goes to the file `output`."""
-    process = CONTEXT.Process(target=_train, args=(config, environment, output, prepare))
+def start(
+    config: TrainConfig | Callable[[], object], output: Path, prepare: Any = None, **environment: str
+) -> BaseProcess:
+    """Start a run, or what else is to be done, in one process; what it prints goes to the file `output`."""
+    work = partial(_train, config) if isinstance(config, TrainConfig) else config
+    process = CONTEXT.Process(target=_run, args=(work, environment, output, prepare))
     process.start()
     return process
 
 
 def start_all(
-    config: TrainConfig, output: Path, number: int = 2, prepare: Any = None, **environment: str
+    config: TrainConfig | Callable[[], object], output: Path, number: int = 2, prepare: Any = None, **environment: str
 ) -> list[BaseProcess]:
     """Start a run in some processes that are one by gloo, as a launcher would."""
     common = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}

@@ -1,6 +1,8 @@
 """A checkpoint is whole or not there."""
 
 import errno
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from hf_vit import checkpointing
-from hf_vit.checkpointing import MANIFEST, STATE, CheckpointFolder, find_damage, load_state, writing
+from hf_vit.checkpointing import MANIFEST, STATE, UNFINISHED, CheckpointFolder, find_damage, load_state, writing
 
 SILENT: Callable[[str], None] = lambda message: None  # noqa: E731
 
@@ -52,6 +54,8 @@ def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
         (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda c: (c / MANIFEST).unlink(), f"it has no {MANIFEST}"),
         (lambda c: (c / MANIFEST).write_text("{"), f"its {MANIFEST} cannot be read"),
+        (lambda c: (c / MANIFEST).write_text("[]"), f"its {MANIFEST} is not what was written"),
+        (lambda c: (c / "more.safetensors").write_bytes(b"more"), f"its {MANIFEST} does not name more.safetensors"),
     ],
 )
 def test_a_damaged_one_is_passed_over(
@@ -129,6 +133,36 @@ def test_a_folder_that_is_removed_under_the_run_is_made_again(tmp_path: Path) ->
 
     newest = folder.save(1, {"step": 1}, removing)
     assert len(calls) == 2 and find_damage(newest) is None and folder.newest(SILENT) == newest
+    assert load_state(newest) == {"step": 1}
+
+
+def test_a_folder_that_is_removed_again_is_named(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+
+    def removing(unfinished: Path) -> None:
+        shutil.rmtree(unfinished)
+
+    sentence = f"cannot write a checkpoint of step 7; earlier ones are intact: '{folder.folder}/step-00000007'"
+    with pytest.raises(OSError, match=re.escape(sentence)):
+        folder.save(7, {}, removing)
+
+
+def test_an_error_is_not_hidden_by_a_folder_that_is_gone(tmp_path: Path) -> None:
+    def failing(unfinished: Path) -> None:
+        shutil.rmtree(unfinished)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        CheckpointFolder(tmp_path).save(1, {}, failing)
+
+
+def test_what_cannot_be_removed_stays(checkpoints: CheckpointFolder, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("step-00000001", f"{UNFINISHED}step-00000009"):  # a link is not removed with what is behind it
+        (checkpoints.folder / name).symlink_to(tmp_path / "elsewhere")
+    checkpoints.save(4, {"step": 4}, write_model)
+    assert checkpoints.newest(SILENT) == checkpoints.folder / "step-00000004"
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_what_a_user_puts_beside_checkpoints_is_left_alone(checkpoints: CheckpointFolder) -> None:
@@ -140,14 +174,29 @@ def test_what_a_user_puts_beside_checkpoints_is_left_alone(checkpoints: Checkpoi
     assert checkpoints.newest(SILENT) == checkpoints.folder / "step-00000004"
 
 
-def test_code_in_a_state_is_not_run(checkpoints: CheckpointFolder) -> None:
+def test_code_in_a_state_is_not_run(checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = checkpoints.newest(SILENT)
     assert newest is not None
     torch.save({"step": Path("anything but plain")}, newest / STATE)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # which is for those who do not ask for it
     with pytest.raises(Exception, match="Weights only load failed"):
         load_state(newest)
+
+
+def test_a_manifest_has_size_and_hash(checkpoints: CheckpointFolder) -> None:
+    newest = checkpoints.newest(SILENT)
+    assert newest is not None
+    weights = b"weights" * 100
+    expected = {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    assert json.loads((newest / MANIFEST).read_text())["model.safetensors"] == expected
 
 
 def test_at_least_one_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep_checkpoints must be at least 1, got 0"):
         CheckpointFolder(tmp_path, keep=0)
+    one, two = CheckpointFolder(tmp_path / "one", keep=1), CheckpointFolder(tmp_path / "two")
+    for step in (1, 2, 3):
+        one.save(step, {}, write_model)
+        two.save(step, {}, write_model)
+    assert [path.name for path in one.folder.iterdir()] == ["step-00000003"]
+    assert len(list(two.folder.iterdir())) == 2  # unless told

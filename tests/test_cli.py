@@ -33,6 +33,7 @@ COMMANDS = [
     "recipes",
     "evaluate",
     "predict",
+    "demo",
     "push",
     "convert",
     "inspect",

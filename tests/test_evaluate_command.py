@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.assessment import match_labels
 from hf_vit.cli import app
+from hf_vit.loading import EvaluationImages
 from hf_vit.recipe import RECIPE, TrainConfig
 
 runner = CliRunner()
@@ -233,6 +235,18 @@ def test_of_many_classes_the_worst_are_printed(tmp_path: Path) -> None:
     output = evaluate(save_model(tmp_path / "model", names), tmp_path / "kinds", "--split", "train")
     assert "top-5" in output and "the 10 worst of 30 classes; --json writes all." in output
     assert output.count("kind ") == 10
+
+
+def test_a_killed_process_that_loads_is_named(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(images: EvaluationImages, image: Any) -> torch.Tensor:
+        assert os.getpid() != this
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+    this = os.getpid()
+    monkeypatch.setattr(EvaluationImages, "prepare", end)
+    output = evaluate(model, photos, "--num-workers", 1, exit_code=2)
+    assert "Error: A process that loads images was ended from outside (DataLoader worker (pid" in output
 
 
 @pytest.mark.slow

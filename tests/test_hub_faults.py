@@ -254,6 +254,7 @@ def test_a_hub_out_of_reach_ends_with_a_sentence(
 # What asks the Hub for a model or for data.
 LOADS: dict[str, list[Any]] = {
     "predict": ["predict", NAME, "PHOTO"],
+    "predict of": ["predict", "FOLDER", NAME],
     "evaluate": ["evaluate", NAME, "digits"],
     "evaluate on": ["evaluate", "FOLDER", NAME],
     "convert": ["convert", NAME, "OUT"],

@@ -1,5 +1,6 @@
 """`hf-vit inspect MODEL IMAGE...`: pictures, arrays and a page, of every family, that stay in their folder."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -53,6 +54,14 @@ def names_in(folder: Path) -> set[str]:
 
 
 # --------------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_program_reads_what_a_checkpoint_is(saved: Any) -> None:
+    result = inspect(saved(), "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["family"] == "hf_vit" and facts["config"]["model_type"] == "hf_vit"
+    assert facts["assumed"] == facts["left_out"] == []
 
 
 def test_nothing_is_written_unless_asked_for(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hf_vit.evaluation import Predictions
 from hf_vit.inspection import (
     attention_weights,
     feature_components,
+    lit,
     outlier_norm,
     patch_filters,
     plot_attention_distance,
@@ -32,6 +33,7 @@ from hf_vit.inspection import (
     stem_filters,
     token_norms,
 )
+from hf_vit.inspection.maps import DIM
 
 
 @pytest.mark.parametrize("kind", ["learned", "learned_2d", "sincos_2d"])
@@ -271,6 +273,17 @@ def test_maps_of_every_shape_are_drawn(
         draw(figure, tmp_path / f"{name}.png")
     draw(plot_attention_maps(images, 0 * maps[:, 0]), tmp_path / "dark.png")
     draw(plot_token_norms(np.ones((1, 1, 1, 1)), np.ones((1, 1, 0))), tmp_path / "one.png")
+
+
+def test_light_falls_where_the_map_is_large() -> None:
+    image, values = np.full((1, 40, 60), 200, np.uint8), np.zeros((2, 3), np.float32)
+    values[1, 2] = 0.04
+    picture, (low, high) = lit(image, values)
+    assert picture.shape == (40, 60, 3) and picture.dtype == np.uint8
+    assert low == 0 and high == pytest.approx(np.quantile(values, 0.995))
+    assert picture[:20, :20].max() == round(DIM * 200) and (picture[-5:, -5:] == 200).all()
+    even, (low, high) = lit(image, np.full((2, 3), 0.25, np.float32))
+    assert (even == 200).all() and low == high == 0.25
 
 
 # ---------------------------------------------------------------------------------------------------------- runs

@@ -291,6 +291,24 @@ def test_rollout_sees_what_attention_pooling_reads(kind: str, tiny_config: Any, 
     np.testing.assert_allclose(attention_rollout(model, pixel_values), expected.numpy(), atol=1e-6)
 
 
+def test_rollout_ends_at_any_layer_and_its_heads_make_up_the_whole(
+    tiny_config: Any, pixel_values: torch.Tensor
+) -> None:
+    config = tiny_config(initializer_range=0.3, pooling="mean")
+    model = HFViTModel(config)
+    shallow = HFViTModel(tiny_config(initializer_range=0.3, pooling="mean", num_hidden_layers=2))
+    shallow.load_state_dict({name: model.state_dict()[name] for name in shallow.state_dict()})
+    whole = attention_rollout(model, pixel_values, 2)
+    np.testing.assert_allclose(whole, attention_rollout(shallow, pixel_values), atol=1e-7)
+    np.testing.assert_array_equal(attention_rollout(model, pixel_values, -1), attention_rollout(model, pixel_values))
+    heads = np.stack([attention_rollout(model, pixel_values, 2, head) for head in (1, 2, 3, 4)])
+    np.testing.assert_allclose(heads.mean(axis=0), whole, atol=1e-7)
+    assert np.abs(heads - whole).max() > 1e-4
+    for layer, head in ((4, None), (0, None), (1, 0), (1, 5)):
+        with pytest.raises(ValueError, match=r"There are (layers|heads) 1 to"):
+            attention_rollout(model, pixel_values, layer, head)
+
+
 # ---------------------------------------------------------------------------------------------------------- maps
 
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import hf_vit
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
@@ -115,6 +115,35 @@ def test_resampling_keeps_a_constant_and_turns_with_the_grid(interpolation):
     turned = table.transpose(1, 2).flatten(1, 2)
     tall = modeling.resample_position_embeddings(turned, (6, 4), (9, 5), interpolation)
     torch.testing.assert_close(tall.unflatten(1, (9, 5)).transpose(1, 2), wide.unflatten(1, (5, 9)))
+
+
+def weights_along_an_axis(kind: str, old: int, new: int) -> Tensor:
+    """Return what every old cell gives to every new one, `[new, old]`, by the definitions of the kernels."""
+    scale = (old - 1) / (new - 1) if kind.endswith("corners") else old / new
+    centres = torch.arange(new) * scale if kind.endswith("corners") else (torch.arange(new) + 0.5) * scale - 0.5
+    reach = max(scale, 1) if kind.endswith("antialias") else 1
+    cells = torch.arange(-8, old + 8)
+    x = (centres[:, None] - cells).abs() / reach
+    if kind.startswith("bilinear"):
+        weights = (1 - x).clamp(min=0)
+    else:  # Keys' cubic convolution, with Pillow's constant where it is Pillow's way to resample
+        a = -0.5 if kind.endswith("antialias") else -0.75
+        near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+        weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0))
+    if kind.endswith("antialias"):  # cells beyond the edge do not count
+        weights = weights[:, 8:-8]
+        return weights / weights.sum(dim=1, keepdim=True)
+    return torch.zeros(new, old).index_add(1, cells.clamp(0, old - 1), weights)  # the edge goes on
+
+
+@pytest.mark.parametrize("grid", [(7, 3), (2, 11), (3, 4)])
+@pytest.mark.parametrize("interpolation", POSITION_INTERPOLATIONS)
+def test_resampling_is_by_its_kernel(interpolation, grid):
+    table = torch.randn(2, 4, 6, 8)
+    rows, columns = (weights_along_an_axis(interpolation, old, new) for old, new in zip((4, 6), grid, strict=True))
+    expected = torch.einsum("ry, cx, kyxd -> krcd", rows, columns, table).flatten(1, 2)
+    actual = modeling.resample_position_embeddings(table.flatten(1, 2), (4, 6), grid, interpolation)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_the_same_number_of_patches_in_another_aspect_is_resampled():

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel, optim
 from hf_vit.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, parameter_groups
 
 # Configs that together have every kind of parameter.
@@ -54,6 +55,7 @@ def test_layers_far_from_the_head_learn_slower(tiny_config: Any) -> None:
     assert scales["classifier.bias"][1] == scales["vit.layernorm.weight"][1] == 1
     assert [scales[f"vit.layers.{index}.mlp.fc1.bias"][1] for index in range(3)] == [0.125, 0.25, 0.5]
     assert scales["vit.embeddings.cls_token"][1] == 0.0625
+    assert {scale for name, (_, scale) in scales.items() if "position_embeddings" in name} == {0.0625}
 
 
 def test_positions_can_learn_faster(tiny_config: Any) -> None:
@@ -94,6 +96,48 @@ def test_relative_positions_learn_as_the_head(tiny_config: Any) -> None:
     assert scales["vit.embeddings.cls_token"][1] == 0.0625
 
 
+@pytest.mark.parametrize("placement", ["every_layer", "every_layer_shared"])
+def test_positions_of_every_layer_learn_as_the_head(tiny_config: Any, placement: str) -> None:
+    scales = settings(HFViTForImageClassification(tiny_config(position_placement=placement)), layer_decay=0.5)
+    assert {scale for name, (_, scale) in scales.items() if "position_embeddings" in name} == {1}
+
+
+def test_all_learn_at_one_rate_unless_told(tiny_config: Any) -> None:
+    settled = settings(HFViTForImageClassification(tiny_config()))
+    assert set(settled.values()) == {(0.0, 1.0)}
+
+
+def test_another_architecture_learns_at_one_rate() -> None:
+    small = {"hidden_sizes": [4], "depths": [1], "embedding_size": 4, "layer_type": "basic", "num_labels": 2}
+    model = ResNetForImageClassification(ResNetConfig(**small))
+    decays = settings(model, weight_decay=0.1)
+    assert {scale for _, scale in decays.values()} == {1.0}
+    assert {name for name, (decay, _) in decays.items() if decay} >= {"classifier.1.weight"}
+    for options in ({"layer_decay": 0.5}, {"position_lr_scale": 2.0}):
+        with pytest.raises(ValueError, match=r"^ResNetForImageClassification has no layers and positions that could "):
+            parameter_groups(model, **options)
+
+
+def test_what_is_behind_a_frozen_parameter_learns(tiny_config: Any) -> None:
+    model = HFViTForImageClassification(tiny_config())
+    model.requires_grad_(False)
+    model.classifier.bias.requires_grad_(True)
+    [group] = parameter_groups(model)
+    assert group["params"] == [model.classifier.bias]
+
+
+def test_divided_parameters_are_in_groups_of_their_own(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Divided(nn.Parameter):
+        """Stands for what FSDP divides among processes."""
+
+    monkeypatch.setattr(optim, "DTensor", Divided)
+    model = HFViTForImageClassification(tiny_config())
+    model.classifier.bias = Divided(torch.zeros(4))
+    groups = parameter_groups(model)
+    assert [{type(parameter) for parameter in group["params"]} == {Divided} for group in groups].count(True) == 1
+    assert all(len({type(parameter) for parameter in group["params"]}) == 1 for group in groups)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_frozen_encoder_stays_as_it_is(name: str, tiny_config: Any, pixel_values: torch.Tensor) -> None:
     model = HFViTForImageClassification(tiny_config())
@@ -127,6 +171,8 @@ def test_schedules_at_known_points() -> None:
     assert Schedule("constant", 110, 10)(109) == 1
     assert Schedule("constant", 100, cooldown_steps=10)(95) == pytest.approx(0.5)
     assert Schedule("cosine", 1)(0) == 1
+    assert Schedule("constant", 10)(10) == 1
+    assert [Schedule("linear", 5, 4)(step) for step in (4, 5)] == [1, 0]
 
 
 def test_a_schedule_sets_every_group(tiny_config: Any) -> None:
@@ -259,7 +305,7 @@ def test_timm_is_asked_for_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -
     groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "weight_decay": 0.0, "lr_scale": 1.0}]
     build_optimizer("adamw", groups, 0.1)
     for name in ("lion", "lamb", "muon"):
-        with pytest.raises(ValueError, match="pip install timm"):
+        with pytest.raises(ValueError, match=r"^Lion, LAMB and Muon are timm's, .*: pip install timm.$"):
             build_optimizer(name, groups, 0.1)
 
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor, HFViTModel
 from hf_vit.cli import app
-from hf_vit.prediction import Predictor, files_of
+from hf_vit.prediction import Predictor
+from hf_vit.sources import files_of
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +91,59 @@ def test_bytes_are_images_too(folder, classifier):
     assert first.scores == second.scores
 
 
-def test_an_encoder_has_no_answers(tmp_path, tiny_config):
-    HFViTModel(tiny_config()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no classifier"):
+def test_an_encoder_has_features_but_no_answers(folder, tmp_path, tiny_config):
+    encoder = HFViTModel(tiny_config(initializer_range=0.5)).eval()
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no classifier: train one on it, or take its features, by --features"):
         Predictor.from_pretrained(tmp_path)
+    path = folder / "00.jpg"
+    [prediction] = Predictor.from_pretrained(tmp_path, "fp32", has_features=True)([path])
+    with torch.no_grad():
+        pixel_values = HFViTImageProcessor.from_pretrained(tmp_path)(path, return_tensors="pt")["pixel_values"]
+        expected = encoder(pixel_values).pooler_output[0]
+    np.testing.assert_allclose(prediction.features, expected.numpy(), atol=1e-5)
+    assert prediction.labels == [] and prediction.scores == []
+
+
+def test_features_are_what_the_classifier_reads(folder, classifier):
+    predictor = Predictor.from_pretrained(classifier, "fp32", has_features=True, top_k=5)
+    head = HFViTForImageClassification.from_pretrained(classifier).classifier
+    for prediction in predictor(files_of([str(folder)])):
+        if prediction.error is not None:
+            assert prediction.features is None
+            continue
+        assert prediction.features.dtype == np.float32 and prediction.features.base.size < 32 * 9  # no view of tokens
+        with torch.no_grad():
+            scores, classes = head(torch.from_numpy(prediction.features)).softmax(-1).topk(5)
+        assert prediction.labels == [f"kind {index}" for index in classes.tolist()]
+        assert prediction.scores == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_images_of_datasets_may_be_stored_anyhow(folder, classifier):
+    predictor, path = Predictor.from_pretrained(classifier, "fp32", batch_size=1), folder / "00.jpg"
+    by_path, by_bytes, by_address, missing, gone = predictor(
+        [
+            {"bytes": None, "path": str(path)},
+            {"bytes": path.read_bytes(), "path": "of another name"},
+            {"bytes": None, "path": f"file://{path}"},
+            {"bytes": None, "path": None},
+            {"bytes": None, "path": f"file://{path}.gone"},
+        ]
+    )
+    assert by_path.scores == by_bytes.scores == by_address.scores
+    assert missing.error == "The table has no image here."
+    assert "00.jpg.gone could not be fetched" in gone.error
+
+
+def test_batches_keep_their_tags_and_their_last_bits(folder, classifier):
+    files = list(files_of([str(folder)]))
+    chosen = [("a", files[:3]), ("b", []), ("c", files[3:8])]
+    alone, together = (
+        Predictor.from_pretrained(classifier, "fp32", batch_size=5, workers=workers) for workers in (1, 3)
+    )
+    answers = dict(together.in_batches(chosen))
+    assert list(answers) == ["a", "b", "c"] and answers["b"] == []
+    assert answers["c"] == dict(alone.in_batches(chosen[2:]))["c"]
 
 
 def test_the_command(folder, classifier, tmp_path):
@@ -105,12 +155,14 @@ def test_the_command(folder, classifier, tmp_path):
     assert said["images"] == 13 and said["images_per_second"] > 0
     assert [name.rsplit("/")[-1] for name in said["broken"]] == ["05a.jpg", "07a.JPG"]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [list(row) for row in rows] == [["image", "labels", "scores", "error"]] * 13
+    assert [row["image"] for row in rows] == [str(file) for file in files_of([str(folder)])]
     assert [len(row["labels"]) for row in rows].count(1) == 11
     assert sum(row["error"] is not None for row in rows) == 2
 
 
 def test_the_command_says_what_is_missing(classifier, tmp_path):
-    for sources, message in ((["nowhere"], "no file or folder nowhere"), ([str(tmp_path)], "There are no images in")):
+    for sources, message in ((["./nowhere"], "no file or folder ./nowhere"), ([str(tmp_path)], "no images in")):
         done = CliRunner().invoke(app, ["predict", str(classifier), *sources])
         assert done.exit_code == 2
         assert message in done.stderr

@@ -96,7 +96,7 @@ def test_processes_killed_go_on_exactly(
 
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends(photos: Path, tmp_path: Path, signum: int, code: int, send: Any) -> None:
     config = tiny_recipe(photos, tmp_path / "run", epochs=500, save_every=1000, eval_every=100, num_workers=1)
     process = start(config, tmp_path / "run.txt")

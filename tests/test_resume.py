@@ -116,7 +116,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "writing a line of the log": (RunLog, "add", 6),
     "saving the model of a checkpoint": (training_module, "_save_model", 2),
     "saving the state of a checkpoint": (checkpointing.torch, "save", 2),
-    "syncing a checkpoint": (checkpointing, "_sync", 11),
+    "syncing a checkpoint": (checkpointing, "sync", 11),
     "renaming a checkpoint": (Path, "rename", 2),
     "removing an old checkpoint": (checkpointing.shutil, "rmtree", 4),
     "saving the final model": (training_module, "_save_model", 5),

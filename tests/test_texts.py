@@ -287,6 +287,8 @@ def test_a_recipe_with_a_token_is_refused(fields: dict[str, Any], tmp_path: Path
     "arguments",
     [
         ["predict", "ADDRESS", "x.png"],
+        ["predict", "MODEL", "ADDRESS"],
+        ["predict", "MODEL", "ADDRESS", "-o", "out.parquet"],
         ["evaluate", "ADDRESS", "digits"],
         ["evaluate", "MODEL", "ADDRESS"],
         ["convert", "ADDRESS", "out"],

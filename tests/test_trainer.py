@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from isolated import environment, save_tiny_classifier
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import hf_vit
 from hf_vit.augmentation import BatchMixer
+from hf_vit.finetuning import load_classifier
 from hf_vit.hub import check_folder
 from hf_vit.trainer import Collator, ViTTrainer, last_complete_checkpoint
 
@@ -85,6 +88,30 @@ def test_script_leaves_a_model_that_may_travel(
 
     with pytest.raises(ValueError, match="--resume"):
         script.main(arguments)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_script_learns_by_lora(script: ModuleType, photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "colours"
+    arguments = ["--data", str(photos), "--model", str(checkpoint), "--output_dir", str(folder), *QUIET]
+    arguments += ["--lora_rank", "4", "--max_steps", "20", "--learning_rate", "1e-2", "--eval_strategy", "no"]
+    script.main([*arguments, "--save_steps", "10", "--save_strategy", "steps"])
+    assert json.loads((folder / "metrics.json").read_text())["eval_accuracy"] > 0.8
+    assert "model.safetensors" in (names := check_folder(folder)) and not [name for name in names if "adapter" in name]
+
+    merged = hf_vit.HFViTForImageClassification.from_pretrained(folder).eval()
+    base, _ = load_classifier(checkpoint, list(CLASSES))
+    adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    pixel_values = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(pixel_values=pixel_values).logits, merged(pixel_values).logits)
+
+    expected = load_file(folder / "model.safetensors")
+    for path in (folder / "checkpoint-20", folder / "adapter"):
+        shutil.rmtree(path)
+    script.main([*arguments, "--save_steps", "10", "--save_strategy", "steps", "--resume"])
+    resumed = load_file(folder / "model.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], resumed[name])] == []
 
 
 def test_script_trains_from_scratch(script: ModuleType, photos: Path, tmp_path: Path) -> None:

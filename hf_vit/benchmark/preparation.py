@@ -24,6 +24,7 @@ from ..checkpoints.vit_pytorch import ERAS, table
 from ..cost import count_flops
 from ..data import seed_of
 from ..export import export
+from ..graphs import write_onnx
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.modeling_hf_vit import HFViTForImageClassification
@@ -70,7 +71,7 @@ def prepare(
         write_photos(own_folder / "photos", case, photos)
     references = REFERENCES[case.suite](case, own_folder, device, libraries)
     if case.suite == "inference" and {"onnxruntime", "openvino"}.intersection(libraries):
-        why = _failure_of(lambda: write_onnx(case, own_folder))
+        why = _failure_of(lambda: write_onnx(random_model(str(case.model)), own_folder / "model.onnx"))
         failures |= {name: f"export to ONNX: {why}" for name in ("onnxruntime", "openvino") if why}
     operations = None
     if case.suite in ("training", "inference"):
@@ -153,21 +154,6 @@ def write_vit_pytorch(name: str, folder: Path) -> None:
     folder.mkdir()
     (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
     save_file({part: tensor.contiguous() for part, tensor in theirs.items()}, folder / "model.safetensors")
-
-
-def write_onnx(case: Case, folder: Path) -> None:
-    """Write our model as a graph for the batch of a case."""
-
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = random_model(str(case.model))
-
-        def forward(self, pixel_values: Tensor) -> Tensor:
-            return self.model(pixel_values).logits
-
-    example = torch.from_numpy(np.load(folder / "pixel_values.npy"))
-    torch.onnx.export(Logits().eval(), (example,), folder / "model.onnx", dynamo=True, verbose=False)
 
 
 def count_operations(name: str) -> int:

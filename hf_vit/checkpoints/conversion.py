@@ -71,6 +71,24 @@ def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(file: str | Path, force: bool = False) -> Iterator[Path]:
+    """Give a temporary path for what takes the place of `file`, with what is written beside it, when all went well.
+
+    Raises:
+        ValueError: If something lies there already and is not to be replaced, or is no file.
+    """
+    file = Path(file)
+    if file.exists() and not (force and file.is_file()):
+        raise ValueError(f"{file} exists: choose another file, or pass --force to replace a file.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as temporary:
+        unfinished = Path(temporary) / file.name
+        yield unfinished
+        for path in sorted(Path(temporary).iterdir(), reverse=True):  # the file comes last: it needs the others
+            path.replace(file.parent / path.name)
+
+
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, torch.Size],

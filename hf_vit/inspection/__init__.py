@@ -14,7 +14,7 @@ from .attention import (
 )
 from .features import feature_components, outlier_norm, plot_token_norms, token_norms
 from .filters import patch_filters, plot_filters, stem_filters
-from .maps import plot_attention_maps, plot_feature_components, plot_heads, plot_norm_maps
+from .maps import lit, plot_attention_maps, plot_feature_components, plot_heads, plot_norm_maps
 from .positions import plot_position_bias, plot_position_similarity, position_bias, position_similarity
 from .runs import plot_confusion, plot_predictions, plot_training, shown_predictions
 
@@ -24,6 +24,7 @@ __all__ = [
     "attention_rollout",
     "attention_weights",
     "feature_components",
+    "lit",
     "outlier_norm",
     "patch_filters",
     "plot_attention_distance",

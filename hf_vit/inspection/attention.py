@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..drawing import BLUE, INK, ORANGE, bare, new_figure, plain, whole_numbers
 from ..model.modeling_hf_vit import POOLINGS, HFViTAttentionPooling, HFViTMeanPooling, HFViTPatchAttentionPooling
-from .layers import Scores, at_layer, grid_of, layer_numbers, plain_encoder, walk
+from .layers import ALL, Scores, at_layer, grid_of, head_number, layer_number, layer_numbers, plain_encoder, walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,7 +146,7 @@ def _with_residual(average: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_rollout(model: Any, pixel_values: Tensor) -> np.ndarray:
+def attention_rollout(model: Any, pixel_values: Tensor, layer: int = -1, head: int | None = None) -> np.ndarray:
     """Return how much of each patch reaches what the head reads, `[B, h, w]`: figures 6 and 14 of the paper.
 
     The view is from what the pooling reads, see `READ_BY`: from the class token, where there is one to read. Without a
@@ -156,14 +156,29 @@ def attention_rollout(model: Any, pixel_values: Tensor) -> np.ndarray:
     Args:
         model: Any model class of this package.
         pixel_values: `[B, C, H, W]`, of any size that the patch divides.
+        layer: The last one to go through, as if it were the model's; number from 1, or negative from the end.
+        head: The one of that layer to follow, number from 1; the layers below are averaged over heads in any case, and
+            the mean over all heads of what this gives is what it gives without.
+
+    Raises:
+        ValueError: If there is no such layer or head.
+
+    Example:
+        >>> from hf_vit import HFViTModel
+        >>> from hf_vit.variants import config_of
+        >>> model = HFViTModel(config_of("ViT-Ti/16", num_hidden_layers=2)).eval()
+        >>> attention_rollout(model, torch.rand(1, 3, 96, 128)).shape
+        (1, 6, 8)
     """
+    number = layer_number(model, layer)
+    heads = ALL if head is None else slice(head_number(model, head) - 1, head)
     tokens = torch.empty(0)
 
     def averages() -> Iterator[Tensor]:
         nonlocal tokens
-        for step in walk(model, pixel_values):
+        for step in walk(model, pixel_values, number):
             tokens = step.tokens
-            yield step.scores.average()
+            yield step.scores.average(heads if step.number == number else ALL)
 
     product = rollout(averages())
     seen = (_tokens_read(model.base_model, tokens).unsqueeze(1) @ product).squeeze(1)  # [B, T]

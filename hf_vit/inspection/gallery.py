@@ -23,7 +23,7 @@ from ..loading import as_seen, normalize
 from ..model import modeling_hf_vit
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
-from ..prediction import files_of
+from ..sources import files_of
 from ..texts import one_line
 from .attention import (
     READ_BY,
@@ -88,6 +88,15 @@ class Picture:
     caption: str
     reading: str
     figure: "Figure"
+
+    def save(self, folder: Path, form: str) -> Path:
+        """Write it with its caption, and return its file."""
+        path = folder / f"{self.name}.{form}"
+        caption(self.figure, self.caption)
+        with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
+            warnings.filterwarnings("ignore", message="Glyph")
+            save(self.figure, path)
+        return path
 
 
 @dataclass
@@ -166,7 +175,7 @@ def draw(
     checkpoint = _at_its_own_size(source, options)
     model = _model_of(checkpoint)
     subject = Subject(
-        model, _name_of(source), options.image_size or model.config.image_shape, layer_number(model, layer)
+        model, name_of(source), options.image_size or model.config.image_shape, layer_number(model, layer)
     )
     assert model.config.grid_of(*subject.size)  # raises if the patch does not divide it
     photos = _read(subject, _processor_of(checkpoint, subject.size), images) if images else None
@@ -174,12 +183,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for picture in chain(_of_weights(subject), () if photos is None else _of_images(subject, photos)):
-        path = folder / f"{picture.name}.{form}"
-        caption(picture.figure, picture.caption)
-        with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
-            warnings.filterwarnings("ignore", message="Glyph")
-            save(picture.figure, path)
-        entries.append(Entry(path, picture.heading, picture.reading, picture.caption))
+        entries.append(Entry(picture.save(folder, form), picture.heading, picture.reading, picture.caption))
     for note in subject.notes:
         say(note)
     np.savez_compressed(folder / ARRAYS, **subject.arrays)  # type: ignore[arg-type] # mypy: its flag is no array
@@ -190,9 +194,15 @@ def draw(
     return written
 
 
+def name_of(source: str) -> str:
+    """Return what a model is called in pictures: the end of its path, or of its name on the Hub."""
+    path = Path(source)
+    return _text(path.stem if path.is_file() else path.resolve().name)
+
+
 def folder_for(source: str) -> str:
     """Return the name of a folder for pictures of a model."""
-    return f"{_safe(_name_of(source))}-pictures"
+    return f"{_safe(name_of(source))}-pictures"
 
 
 # ------------------------------------------------------------------------------------------------ model and images
@@ -262,11 +272,6 @@ def _folder_of(source: str) -> str:
     return _text(path.name if path.is_dir() else path.parent.name)
 
 
-def _name_of(source: str) -> str:
-    path = Path(source)
-    return _text(path.stem if path.is_file() else path.resolve().name)
-
-
 def _text(name: str | Path) -> str:
     """Return a name as text of one line: of bytes that are none, as file systems allow them, a question mark each."""
     return one_line(str(name).encode("utf-8", "replace").decode("utf-8"))
@@ -290,6 +295,11 @@ def _by(size: Sequence[int]) -> str:
 
 def _of_weights(subject: Subject) -> Iterator[Picture]:
     yield _filters(subject)
+    yield from pictures_of_positions(subject)
+
+
+def pictures_of_positions(subject: Subject) -> Iterator[Picture]:
+    """Yield what positions learned, and as they are for `subject.size`; where nothing is drawn, a note says why."""
     kind = subject.model.config.position_embedding_type
     if kind in NOT_DRAWN:
         subject.notes.append(NOT_DRAWN[kind])

@@ -35,17 +35,17 @@ class Scores:
             scores = scores + self.bias[:, heads, queries, keys]
         return scores.softmax(dim=-1)
 
-    def of_heads(self, queries: slice = ALL, keys: slice = ALL) -> Iterator[Tensor]:
+    def of_heads(self, queries: slice = ALL, keys: slice = ALL, heads: slice = ALL) -> Iterator[Tensor]:
         """Yield the weights of one head after the other, `[B, queries, keys]`."""
-        for head in range(self.key.shape[1]):
+        for head in range(self.key.shape[1])[heads]:
             yield self.weights(queries, keys, slice(head, head + 1)).squeeze(1)
 
-    def average(self) -> Tensor:
+    def average(self, heads: slice = ALL) -> Tensor:
         """Return the weights averaged over heads, `[B, T, T]`, of which one at a time is in memory."""
-        total = torch.zeros(())
-        for weights in self.of_heads():
-            total = total.to(weights.device) + weights
-        return total / self.key.shape[1]
+        total, number = torch.zeros(()), 0
+        for weights in self.of_heads(heads=heads):
+            total, number = total.to(weights.device) + weights, number + 1
+        return total / number
 
 
 class Step(NamedTuple):
@@ -146,6 +146,18 @@ def layer_number(model: Any, layer: int) -> int:
     if not 1 <= abs(layer) <= layers:
         raise ValueError(f"There are layers 1 to {layers}, or -1 to -{layers} from the end; got {layer}.")
     return layer if layer > 0 else layers + 1 + layer
+
+
+def head_number(model: Any, head: int) -> int:
+    """Return the number of a head, from 1.
+
+    Raises:
+        ValueError: If there is no such head.
+    """
+    heads = model.config.num_attention_heads
+    if not 1 <= head <= heads:
+        raise ValueError(f"There are heads 1 to {heads}; got {head}.")
+    return head
 
 
 def layer_numbers(model: Any, layers: Iterable[int] | None) -> list[int]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 8
+DIM = 0.2  # light where a map has its least value: what lies there can still be made out
 
 
 def plot_attention_maps(
@@ -64,6 +65,22 @@ def plot_norm_maps(
         for image, values, name in zip(images, norms, _names(images, names), strict=True)
     ]
     return _plot(groups, title, images, "norm of the patch's token")
+
+
+def lit(image: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """Return one image in the light of its map, uint8 `[H, W, 3]`, and the values where it is darkest and brightest.
+
+    The light spreads over the values that are there, however near they lie, but for the largest of 200; it grows with
+    their root, so that small ones differ visibly.
+
+    Args:
+        image: uint8 `[C, H, W]`, of any size; the map is brought to it, smooth between patches.
+        values: `[h, w]`.
+    """
+    low, high = float(values.min()), float(np.quantile(values, 0.995))
+    light = ((values - low) / (high - low)).clip(0, 1) if high > low else np.ones_like(values)
+    picture = _lit(image, DIM + (1 - DIM) * np.sqrt(light))
+    return (255 * picture).round().astype(np.uint8), (low, high)
 
 
 def _plot(

@@ -189,6 +189,11 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         reshape_hidden_states: Whether a backbone's feature maps are `[B, D, h, w]` instead of tokens.
         out_features, out_indices: Stages that a backbone returns: `"stem"`, `"stage1"`, ...
 
+    Example:
+        >>> config = HFViTConfig(image_size=(128, 256), patch_size=16, pooling="mean", num_labels=10)
+        >>> config.image_shape, config.patch_shape
+        ((128, 256), (16, 16))
+
     Raises:
         ValueError: For values that cannot work together, and for a keyword that nearly matches a field.
     """

@@ -395,6 +395,11 @@ class HFViTImageProcessing(BaseImageProcessor):
 
         `size` is what the model gets, (height, width) or one number for both. `num_channels` is the model's: 1 takes
         the luma of any image, 3 its RGB, others expect images of that many channels. `kwargs` go over the preset.
+
+        Example:
+            >>> processor = HFViTImageProcessorPil.from_preset("original", (32, 64))
+            >>> processor(Image.new("CMYK", (300, 200)), return_tensors="np").pixel_values.shape
+            (1, 3, 32, 64)
         """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")

@@ -162,6 +162,10 @@ def resample_position_embeddings(
 
     Returns:
         `[K, rows*columns, D]` on `new_grid`.
+
+    Example:
+        >>> resample_position_embeddings(torch.randn(1, 14 * 14, 192), (14, 14), (24, 16)).shape
+        torch.Size([1, 384, 192])
     """
     if new_grid == old_grid:
         return table
@@ -321,6 +325,7 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
     """
 
     TEMPERATURE = 10_000
+    ANGLES = torch.float64
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
@@ -334,8 +339,8 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
         quarter = self.width // 4
         # In float64, as numpy computes it at the source: float32 powers are off in the last digits.
         exponents = torch.arange(quarter, device=device, dtype=torch.float64) / max(quarter - 1, 1)
-        frequencies = self.TEMPERATURE**-exponents
-        rows, columns = (torch.arange(size, device=device, dtype=torch.float64) for size in grid)
+        frequencies = (self.TEMPERATURE**-exponents).to(self.ANGLES)
+        rows, columns = (torch.arange(size, device=device, dtype=self.ANGLES) for size in grid)
         row_angles = torch.outer(rows, frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # [h, w, D/4]
         column_angles = torch.outer(columns, frequencies).unsqueeze(0).expand(grid[0], -1, -1)
         parts = [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()]
@@ -365,8 +370,8 @@ class HFViTRelativePositions(HFViTNoPositions):
             )
         rows, columns = grid
         table = self.offsets((2 * rows - 1, 2 * columns - 1))  # [layers, 2h-1, 2w-1, A]
-        row = torch.arange(rows, device=table.device).repeat_interleave(columns)  # [N]
-        column = torch.arange(columns, device=table.device).repeat(rows)
+        row = torch.arange(rows, device=table.device).unsqueeze(1).expand(-1, columns).flatten()  # [N]
+        column = torch.arange(columns, device=table.device).unsqueeze(0).expand(rows, -1).flatten()
         row_offset = row.unsqueeze(1) - row.unsqueeze(0) + rows - 1  # [N, N]
         column_offset = column.unsqueeze(1) - column.unsqueeze(0) + columns - 1
         return table[:, row_offset, column_offset].permute(0, 3, 1, 2)
@@ -400,7 +405,7 @@ class HFViTRotaryPositions(HFViTNoPositions):
     def rotation(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, 1, 4 / self.head_dim, device=device)
         frequencies = 2 * torch.pi / self.theta**exponents  # [d/4]
-        rows, columns = (2 * torch.arange(0.5, size, device=device) / size - 1 for size in grid)
+        rows, columns = ((2 * torch.arange(size, device=device) + 1) / size - 1 for size in grid)
         row_angles = torch.outer(rows, frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # [h, w, d/4]
         column_angles = torch.outer(columns, frequencies).unsqueeze(0).expand(grid[0], -1, -1)
         angles = torch.cat([row_angles, column_angles] * 2, dim=-1).flatten(0, 1)  # [N, d]
@@ -469,7 +474,7 @@ class HFViTEmbeddings(nn.Module):
         patches, kept = self.patch_dropout(patches)
         prefix = self._prefix_tokens()
         tokens = (
-            torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1)
+            torch.cat([prefix.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
             if prefix is not None
             else patches
         )
@@ -841,7 +846,7 @@ class HFViTAttentionPooling(nn.Module):
         self.mlp = HFViTMLP(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        query = self.query(self.probe).expand(len(hidden_states), -1, -1).unflatten(-1, (-1, self.head_dim))
+        query = self.query(self.probe).expand(hidden_states.shape[0], -1, -1).unflatten(-1, (-1, self.head_dim))
         key, value = self.key_value(hidden_states).unflatten(-1, (-1, 2, self.head_dim)).transpose(1, 2).unbind(3)
         attended = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)  # [B, A, 1, d]
         pooled = self.o_proj(attended.transpose(1, 2).flatten(2))
@@ -1038,6 +1043,7 @@ class HFViTModel(HFViTPreTrainedModel):
             attention_mask: `[B, T]`, 1 for tokens that are attended to, prefix tokens first.
             patch_grids: Integers `[B, 2]`, with a pack: the (rows, columns) of each image, as the image processor
                 returns them with `packing`. Tokens are then `[1, T, D]`, all images one behind the other.
+            kwargs: As transformers has them: `output_attentions` and `output_hidden_states` give those of all layers.
 
         Returns:
             `last_hidden_state` `[B, T, D]` behind the final LayerNorm of tokens, ordered class token, distillation
@@ -1149,7 +1155,16 @@ class HFViTDistilledClassifier(nn.Module):
 
 
 class HFViTForImageClassification(HFViTPreTrainedModel):
-    """The encoder with a linear classifier on what the pooling gives."""
+    """The encoder with a linear classifier on what the pooling gives.
+
+    Example:
+        >>> small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+        >>> model = HFViTForImageClassification(HFViTConfig(**small, image_size=32, patch_size=8)).eval()
+        >>> model(torch.rand(2, 3, 32, 32)).logits.shape
+        torch.Size([2, 2])
+        >>> model(torch.rand(2, 3, 40, 24)).logits.shape  # positions are resampled to the grid of 5x3
+        torch.Size([2, 2])
+    """
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
@@ -1182,6 +1197,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
         Args:
             pixel_values: `[B, C, H, W]`, or a pack with its `patch_grids`, as for `HFViTModel`.
             labels: See `classification_loss`; with labels there is a loss.
+            kwargs: As for `HFViTModel`, `patch_grids` among them.
 
         Returns:
             `logits` `[B, num_labels]` and, with labels, `loss`.
@@ -1297,6 +1313,7 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
         Args:
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
             bool_masked_pos: `[B, N]`, true where a patch is masked; with it there is a loss, over masked patches.
+            kwargs: As for `HFViTModel`.
         """
         refuse_packs(self, kwargs.get("patch_grids"))
         outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)

@@ -32,7 +32,8 @@ from ..hub import machine, versions
 from ..locking import alone_in
 from ..parallel import cores
 from ..recipe import FREE_TO_CHANGE, TrainConfig
-from ..training import METRICS, Interrupted, StopSignals, train
+from ..stopping import Interrupted, StopSignals
+from ..training import METRICS, train
 from .study import Cell, Factors, Results, Study
 
 RESULTS, RUNS = "results.jsonl", "runs"
@@ -266,7 +267,7 @@ def _end_with_parent() -> None:
 
 
 class StudySignals(StopSignals):
-    """Turn SIGINT and SIGTERM into `Interrupted` at once: what saves is the runs, in processes of their own."""
+    """Turn a signal into `Interrupted` at once: what saves is the runs, in processes of their own."""
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         name = signal.Signals(signum).name
@@ -294,7 +295,7 @@ def run_study(
         say: Prints a line.
 
     Raises:
-        Interrupted: If SIGINT or SIGTERM came; every run has saved where it stands.
+        Interrupted: If SIGINT, SIGTERM or SIGHUP came; every run has saved where it stands.
         ValueError: If the folder holds other results or another process is at work there, or a run cannot be done;
             the others are done by then.
     """

@@ -1,0 +1,114 @@
+"""The page of a model as a Space of the Hub: a folder with the program, what it needs, its card, and local models."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from huggingface_hub import SpaceCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..checkpoints import open_checkpoint, write_checkpoint
+from ..checkpoints.checkpoint import CLASSIFIER
+from ..checkpoints.conversion import new_folder
+from ..inspection.gallery import name_of
+from ..texts import markdown
+from .exhibit import NO_CLASSIFIER
+from .serving import MISSING
+
+PROGRAM = '''\
+"""The page of a Vision Transformer: `pip install -r requirements.txt && python app.py`."""
+
+from pathlib import Path
+
+from hf_vit.demo import serve
+
+HERE = Path(__file__).parent
+
+if __name__ == "__main__":
+    serve({arguments})
+'''
+CARD = """\
+# {title}
+
+Drop an image, and see how it is labelled, what the model looks at, and what another resolution does; or drop many, and
+take a table home. What was uploaded goes nowhere else, and is removed afterwards.
+
+It runs anywhere: `pip install -r requirements.txt && python app.py`. Written by `hf-vit demo --export-space`.
+"""
+LONGEST_TITLE = 80
+
+
+def export_space(folder: str | Path, model: str, compare: str | None = None) -> None:
+    """Write a Space that shows a model: `app.py`, `requirements.txt`, `README.md`, and models that are no names.
+
+    Args:
+        folder: Absent or empty; nothing is left there if anything fails.
+        model: A file or a folder, which is brought to this package's layout and into `folder`, or a name on the Hub,
+            which stays one.
+        compare: Another one, to be shown beside it.
+
+    Raises:
+        ValueError: If the folder is not empty, Gradio is missing, or a model is neither here nor a name on the Hub, or
+            no classifier.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another folder for the Space.")
+    gradio = _installed("gradio")
+    if gradio is None:
+        raise ValueError(MISSING)
+    own = _installed("hf-vit")
+    models = {"model": model} if compare is None else {"model": model, "compare": compare}
+    title = " and ".join(map(name_of, models.values()))[:LONGEST_TITLE]
+    with new_folder(folder) as unfinished:
+        arguments, names = [], []
+        for place, source in models.items():
+            if Path(source).exists():
+                arguments.append(f"str(HERE / {place!r} / {_copy(source, unfinished / place)!r})")
+            else:
+                arguments.append(repr(_name_on_the_hub(source)))
+                names.append(source)
+        data = SpaceCardData(
+            title=title,
+            sdk="gradio",
+            sdk_version=gradio,
+            python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+            app_file="app.py",
+            colorFrom="blue",
+            colorTo="gray",
+            models=names or None,
+            pinned=False,
+        )
+        card = f"---\n{data.to_yaml()}\n---\n\n{CARD.format(title=markdown(title))}"
+        files = {
+            "app.py": PROGRAM.format(arguments=", ".join(arguments)),
+            "requirements.txt": "hf-vit[demo]" + f">={own}\n" * (own is not None),
+            "README.md": card,
+        }
+        for name, text in files.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+
+
+def _copy(source: str, folder: Path) -> str:
+    """Write a model into a folder, below its own name, which is returned."""
+    checkpoint = open_checkpoint(source)
+    if checkpoint.architecture != CLASSIFIER:
+        raise ValueError(NO_CLASSIFIER.format(source))
+    write_checkpoint(checkpoint, folder / name_of(source))
+    return name_of(source)
+
+
+def _name_on_the_hub(source: str) -> str:
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise ValueError(f"There is no file or folder {source}, and it is no name on the Hub.") from None
+    return source
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,173 @@
+"""What README and docstrings show works as it stands there."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import typer
+import yaml
+from hub_server import Hub
+from PIL import Image
+from tiny_run import colored_images
+from typer.testing import CliRunner
+
+import hf_vit
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
+from hf_vit.cli import app
+from hf_vit.export import export
+from hf_vit.recipe import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "hf_vit").glob("*/README.md"))]
+MODULES = [module.name for module in pkgutil.walk_packages(hf_vit.__path__, "hf_vit.")]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands_of(page: Path) -> list[str]:
+    """Return every command of a page, a line each, without what begins it and without comments."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    return [
+        command.strip() for line in text.splitlines() for command in line.split("#")[0].split("&&") if command.strip()
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder that has what the pages speak of: pictures, and tiny models under the names of large ones."""
+    folder = tmp_path_factory.mktemp("documents")
+    images, labels = colored_images(12, 0)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / "my_pictures" / f"kind {label}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    for name in ("a.png", "b.png", "photos/1.png", "photos/2.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(folder / name)
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for name, image_size, patch_size in (("hf-vit-digits", 16, 2), ("my-vit", 32, 8), ("vit-b16", 224, 16)):
+        labels_of = (
+            {"id2label": {index: f"kind {index}" for index in range(3)}} if name == "my-vit" else {"num_labels": 10}
+        )
+        config = HFViTConfig(
+            **size, hidden_act="gelu_pytorch_tanh", image_size=image_size, patch_size=patch_size, **labels_of
+        )
+        HFViTForImageClassification(config).save_pretrained(folder / name)
+        HFViTImageProcessor.from_preset("original", image_size).save_pretrained(folder / name)
+    export(str(folder / "vit-b16"), folder / "ViT-B_16.npz", "npz")
+    stock: dict[str, Any] = {
+        "google/vit-base-patch16-224": (transformers.ViTConfig, transformers.ViTForImageClassification),
+        "facebook/deit-base-distilled-patch16-224": (
+            transformers.DeiTConfig,
+            transformers.DeiTForImageClassificationWithTeacher,
+        ),
+    }
+    for name, (config_class, model_class) in stock.items():
+        model_class(config_class(**size)).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_of_a_page_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    names: dict[str, Any] = {}
+    for block in blocks(page, "python"):  # each goes on from those above
+        exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+# What makes a run of a page one of a second, behind its own options.
+SMALL = shlex.split(
+    "--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data my_pictures/"
+)
+# Those that are only read, and options of others: other tests run them.
+READ_ONLY = ("quickstart", "benchmark", "demo")
+ELSEWHERE = (" --quick ", " --engine ray ")
+
+
+def parse(command: str) -> tuple[str, list[str]]:
+    """Read a command as `hf-vit` does; an option that is not there, or a value that is none, is an error."""
+    name, *arguments = shlex.split(command)[1:]
+    with COMMANDS[name].make_context(name, list(arguments)):
+        return name, arguments
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_work(
+    page: Path, place: Path, client: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(place)
+    for command in commands_of(page):
+        if not command.startswith("hf-vit "):
+            continue
+        command, _, file = command.replace("YOUR_NAME", "tester").partition(" > ")
+        name, arguments = parse(command)
+        if name in READ_ONLY or any(option in command for option in ELSEWHERE):
+            continue
+        if name == "train":
+            arguments += [*SMALL, "--output-dir", str(tmp_path / "trained")]
+        ended = CliRunner().invoke(app, [name, *arguments])
+        assert ended.exit_code == 0, f"{command}\n{ended.output}"
+        if file:
+            Path(file).write_text(ended.stdout)
+
+
+def test_a_launched_run_of_a_page_is_one_of_the_recipes() -> None:
+    launched = [
+        line.split("scripts/train.py")[1] for page in PAGES for line in commands_of(page) if "train.py" in line
+    ]
+    assert launched
+    for options in launched:
+        _, words = parse(f"hf-vit train {options}")
+        TrainConfig.from_recipe(words[words.index("--recipe") + 1])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_reads_well_in_80_columns(name: str) -> None:
+    said = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
+    assert max(map(len, said.splitlines())) <= 80
+    example = re.search(r"For example: (hf-vit .*?)\n\n", re.sub(r"(?<=\S)\n  (?=\S)", " ", said), re.DOTALL)
+    assert example, "every command shows an example"
+    for command in example.group(1).split(" && "):
+        parse(command.split(" > ")[0])
+    listed = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    assert re.search(rf"^  {name} +\S.*[^.]\.$", listed, re.MULTILINE)  # a whole sentence
+
+
+def test_completion_knows_commands_and_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def complete(words: str) -> list[str]:
+        typed = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_HF_VIT_COMPLETE": "complete_bash"}
+        return CliRunner().invoke(app, [], env=typed, prog_name="hf-vit").output.split()
+
+    assert complete("hf-vit tra") == ["train"]
+    assert complete("hf-vit train --recipe dig") == ["digits"]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "references"} <= citation.keys()
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{citation["version"]}"' in project
+
+
+def test_links_of_a_page_lead_somewhere() -> None:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", *ROOT.glob("model_cards/**/README.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"

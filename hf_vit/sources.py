@@ -99,7 +99,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in PILImage.registered_extensions()
+    ending = os.path.splitext(name)[1].lower()
+    return ending != "" and ending in PILImage.registered_extensions()  # to which Pillow 12.0 may add none
 
 
 class ImageFiles:

@@ -47,7 +47,7 @@ def pair(stock_fields, tiny_config):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)])
 def test_outputs_and_gradients_are_stock_vit_s(pair, attention, dtype, tolerance):
     stock, ours = (model.to(dtype) for model in pair(attention))
     pixel_values, labels = torch.randn(3, 3, 32, 32, dtype=dtype), torch.tensor([0, 3, 1])

@@ -63,6 +63,15 @@ def test_files_come_folder_by_folder_by_name(folder: Path) -> None:
     assert names(["photos/a/notes.txt"]) == ["photos/a/notes.txt"]  # by its own name, whatever that is
 
 
+def test_a_name_without_an_ending_is_no_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving a SPIDER image into memory makes Pillow 12.0 take no ending for one of images."""
+    below = names(["photos"])
+    monkeypatch.setitem(PILImage.registered_extensions(), "", "SPIDER")
+    Path("photos", ".lock").touch()
+    Path("photos", "notes").touch()
+    assert names(["photos"]) == below
+
+
 @pytest.mark.parametrize(
     ("pattern", "fitting"),
     [

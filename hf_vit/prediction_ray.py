@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from .answering import Settings, Share, Task, answer, identity_of
 from .answers import Answers
+from .extras import need
 from .inference import load
 from .prediction import Predictor
 
@@ -50,11 +51,10 @@ class RayActors:
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
         if accelerator.num_processes > 1:
             raise ValueError("--engine ray starts its workers itself: leave out the launcher, or the engine.")
-        try:
-            import ray
-            import ray.data
-        except ImportError:
-            raise ValueError('--engine ray needs a package that is not there: pip install "hf-vit[ray]"') from None
+        need("ray", "ray")
+        import ray
+        import ray.data
+
         if not ray.is_initialized():
             heeded = signal.getsignal(signal.SIGTERM)
             ray.init(**_local(settings.workers), log_to_driver=False, logging_level=logging.WARNING)

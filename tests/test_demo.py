@@ -246,10 +246,9 @@ def test_without_gradio_there_is_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr("hf_vit.demo.space._installed", lambda distribution: None)
     done = CliRunner().invoke(app, ["demo", str(folder / "first"), *arguments])
     assert done.exit_code == 2 and not list(tmp_path.iterdir())
-    assert done.stderr == 'Error: The page needs Gradio, which is not installed: pip install "hf-vit[demo]".\n'
+    assert done.stderr == 'Error: This needs what is not installed (gradio): pip install "hf-vit[demo]"\n'
 
 
 @pytest.mark.usefixtures("components")

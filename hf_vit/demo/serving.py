@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ..extras import need
 from ..stopping import StopSignals
 from .exhibit import Exhibit
 from .markup import STYLE
@@ -14,7 +15,6 @@ from .markup import STYLE
 LARGEST_FILE = 20 * 2**20  # bytes that an uploaded file may have
 MOST_WAITING = 32  # requests that wait for the model; one at a time has it
 KEPT = 3600  # seconds that an uploaded file stays, at least
-MISSING = 'The page needs Gradio, which is not installed: pip install "hf-vit[demo]".'
 TAKEN = "No page can be served at {}, port {}: it is taken, or the address is another machine's. Choose another."
 
 
@@ -44,14 +44,13 @@ def serve(
     Raises:
         ValueError: If Gradio is missing, a model is no classifier, or the port is taken.
     """
+    need("demo", "gradio")
     with tempfile.TemporaryDirectory(prefix="hf-vit-demo-") as folder:
         # Gradio reads these. What is made for download lies elsewhere, so that it makes a copy for
         # everybody who asked for it.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(Path(folder) / "uploads")}
-        try:
-            import gradio
-        except ImportError:
-            raise ValueError(MISSING) from None
+        import gradio
+
         from .page import build
 
         exhibits = [Exhibit(source) for source in (model, compare) if source is not None]

@@ -11,10 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 from ..checkpoints import open_checkpoint, write_checkpoint
 from ..checkpoints.checkpoint import CLASSIFIER
 from ..checkpoints.conversion import new_folder
+from ..extras import need
 from ..inspection.gallery import name_of
 from ..texts import markdown
 from .exhibit import NO_CLASSIFIER
-from .serving import MISSING
 
 PROGRAM = '''\
 """The page of a Vision Transformer: `pip install -r requirements.txt && python app.py`."""
@@ -55,9 +55,7 @@ def export_space(folder: str | Path, model: str, compare: str | None = None) -> 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder for the Space.")
-    gradio = _installed("gradio")
-    if gradio is None:
-        raise ValueError(MISSING)
+    need("demo", "gradio")
     own = _installed("hf-vit")
     models = {"model": model} if compare is None else {"model": model, "compare": compare}
     title = " and ".join(map(name_of, models.values()))[:LONGEST_TITLE]
@@ -72,7 +70,7 @@ def export_space(folder: str | Path, model: str, compare: str | None = None) -> 
         data = SpaceCardData(
             title=title,
             sdk="gradio",
-            sdk_version=gradio,
+            sdk_version=version("gradio"),
             python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
             app_file="app.py",
             colorFrom="blue",

@@ -146,6 +146,7 @@ def test_a_stored_key_of_a_newer_version_is_kept_and_named(tmp_path, tiny_config
     said = []
     monkeypatch.setattr(configuration_hf_vit.logger, "warning_once", said.append)
     config = tiny_config()
+    config.use_cache = False  # as Trainer has it
     config.save_pretrained(tmp_path)
     assert HFViTConfig.from_pretrained(tmp_path).to_dict() and not said
     config.number_of_experts = 8

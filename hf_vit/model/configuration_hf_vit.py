@@ -459,7 +459,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def _is_known(cls, name: str) -> bool:
         """Say whether a stored key is a field, or one of those that transformers writes beside them."""
-        beside = ("auto_map", "stage_names", "attn_implementation", "quantization_config")
+        beside = ("auto_map", "stage_names", "attn_implementation", "quantization_config", "use_cache")
         names = {*cls.__dataclass_fields__, *Inherited.__annotations__, *beside}
         return name in names or name.startswith("_") or hasattr(cls, name)
 

@@ -57,7 +57,7 @@ class RayActors:
 
         if not ray.is_initialized():
             heeded = signal.getsignal(signal.SIGTERM)
-            ray.init(**_local(settings.workers), log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(**_local(settings.workers), log_to_driver=False, logging_level=logging.ERROR)
             signal.signal(signal.SIGTERM, heeded)  # Ray would end with its own code
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -81,7 +81,7 @@ class RayActors:
             Actor,
             fn_constructor_args=(self.settings, answers, shard_size, self.device, os.getcwd()),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=self.number),
+            compute=ray.data.ActorPoolStrategy(size=min(self.number, len(work))),
             num_gpus=int(self.device == "cuda"),
         )
         for row in counted.iter_rows():

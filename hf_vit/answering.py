@@ -17,9 +17,9 @@ from accelerate import Accelerator
 
 from .answers import Answers, Shard
 from .inference import load
-from .parallel import cores
 from .prediction import Prediction, Predictor
 from .sources import Part, Stored
+from .system.machine import cores
 
 
 @dataclass(frozen=True)

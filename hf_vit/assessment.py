@@ -18,7 +18,7 @@ from .checkpoints import Checkpoint, Options, open_checkpoint
 from .checkpoints.checkpoint import CLASSIFIER
 from .data import ImageData, load_data
 from .evaluation import Predictions, classify, extract, in_turn
-from .hub import machine, versions
+from .hub import versions
 from .inference import (
     BATCH_OF_CPU,
     DTYPES,
@@ -30,6 +30,7 @@ from .inference import (
 )
 from .loading import EvaluationImages, evaluation_loader, naming_dead_workers, normalize
 from .recipe import RECIPE
+from .system.machine import machine
 from .token_merging import merge_tokens
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -6,24 +6,20 @@ comes last; everything is synced before the folder gets its name; only then do o
 or a bad disk leaves behind is never mistaken for a checkpoint.
 """
 
-import errno
 import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .system.disk import UNFINISHED, sync, writing
+
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished-"
 STEP = "step-" + 8 * "[0-9]"  # nothing that a user has put beside them
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointFolder:
@@ -130,39 +126,6 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-@contextmanager
-def writing(what: str, path: Path) -> Iterator[None]:
-    """Turn what writers raise when the system refuses, each something else, into an `OSError` that names `what`."""
-    try:
-        yield
-    except Exception as error:
-        number = _number_of(error)
-        if number is None:
-            raise
-        reason = "No space left for" if number in FULL else f"{os.strerror(number)}: cannot write"
-        raise OSError(number, f"{reason} {what}", str(path)) from error
-
-
-def _number_of(error: BaseException | None) -> int | None:
-    """Return the number of the system's error behind an exception, if there is one."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
-        if said := re.search(r"os error (\d+)", str(error)):  # safetensors says it in words
-            return int(said.group(1))
-        error = error.__cause__ or error.__context__  # torch fails behind the error that says it
-    return None
-
-
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

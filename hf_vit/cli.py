@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from .recipe import TrainConfig, recipe_header, shipped_recipes
-from .texts import one_line, visible, without_tokens
+from .system.texts import one_line, visible, without_tokens
 
 if TYPE_CHECKING:
     from .answering import Settings
@@ -553,7 +553,8 @@ def benchmark(
     """
     with _clear_endings():
         from .benchmark.compare import benchmark as measure
-        from .benchmark.table import LEGEND, Report, describe, hardware, table, versions
+        from .benchmark.table import LEGEND, Report, describe, table
+        from .system.machine import hardware, versions
 
         machine, installed = hardware(), versions()
         echo("\n".join([*describe(machine, installed), ""]))
@@ -699,7 +700,7 @@ def _command() -> str:
 
 def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
     from .cost import describe, rehearse
-    from .stopping import Interrupted
+    from .system.stopping import Interrupted
 
     try:
         cost = rehearse(config)
@@ -714,7 +715,7 @@ def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
 @contextmanager
 def _resumable() -> Iterator[None]:
     """Say how an interrupted run goes on."""
-    from .stopping import Interrupted
+    from .system.stopping import Interrupted
 
     try:
         yield
@@ -735,7 +736,7 @@ def _clear_endings() -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:
-        from .network import sentence_of
+        from .system.network import sentence_of
 
         said = sentence_of(error)
         if isinstance(error, StrictDataclassError):  # a field of a config that has another type; two lines

@@ -9,7 +9,6 @@ FLOPs are those of the model's matrix products and convolutions, a multiply-add 
 """
 
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -28,11 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpointing import CheckpointFolder
 from .data import ImageData
-from .hub import machine
 from .loading import READ_AHEAD, steps_of
-from .parallel import build_accelerator, precision_name
+from .parallel import build_accelerator
 from .recipe import TrainConfig
-from .stopping import Interrupted
+from .system.machine import machine, peak_memory, precision_name
+from .system.stopping import Interrupted
 from .training import CHECKPOINTS, Running, length_of, refuse_to_overwrite, train
 
 WARM_UP, MEASURED = 3, 10  # steps
@@ -174,18 +173,6 @@ def count_memory(run: Running) -> Memory:
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
     local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that torch has taken of a GPU, or that were resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def evaluation_length(data: ImageData, eval_fraction: float) -> int | None:

@@ -24,7 +24,7 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
-from .texts import without_tokens
+from .system.texts import without_tokens
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "valid", "val", "test", "testing", "eval")

@@ -20,10 +20,11 @@ from transformers import ViTConfig
 
 from .checkpoints import Checkpoint, Options, google, open_checkpoint, timm, transformers
 from .checkpoints.checkpoint import CLASSIFIER, ENCODER, MASKED
-from .checkpoints.conversion import checksum, new_file, new_folder, write_safetensors
+from .checkpoints.conversion import checksum, write_safetensors
 from .checkpoints.layouts import Row, Rule, rules_of
 from .model.configuration_hf_vit import HFViTConfig
 from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil, Image
+from .system.disk import new_file, new_folder
 
 # What a plain ViT has. A layout that can say more leaves the field out.
 PLAIN: dict[str, tuple[Any, ...]] = {

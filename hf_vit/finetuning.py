@@ -10,9 +10,9 @@ from transformers.utils import logging
 
 from .checkpoints import open_checkpoint
 from .checkpoints.checkpoint import refuse_not_finite
-from .extras import need
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
+from .system.extras import need
 
 logger = logging.get_logger(__name__)
 

@@ -24,17 +24,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .assessment import compare
 from .checkpoints import open_checkpoint
-from .checkpoints.conversion import new_file, new_folder
-from .extras import need
 from .inference import load, optimize_for_inference
 from .model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.modeling_hf_vit import (
-    HFViTForImageClassification,
-    HFViTModel,
-    HFViTPositionTable,
-    HFViTSinCos2DPositions,
-)
+from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel, HFViTPositionTable, HFViTSinCos2DPositions
+from .system.disk import new_file, new_folder
+from .system.extras import need
 
 Model = HFViTForImageClassification | HFViTModel
 Answer = Callable[[np.ndarray], np.ndarray]  # from pixel values, float32 [B, C, H, W], to logits or features

@@ -5,7 +5,6 @@ The folder itself is what `save_pretrained` of any model of this package writes:
 
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -14,13 +13,11 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import cast
 from urllib.parse import quote
 
-import torch
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -37,8 +34,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .model.configuration_hf_vit import CLASSES, HFViTConfig
-from .network import is_final, pause_after, sentence_of
-from .texts import has_token, markdown, one_line, shell_word, visible, without_tokens
+from .system.machine import _version
+from .system.network import is_final, pause_after, sentence_of
+from .system.texts import has_token, markdown, one_line, shell_word, visible, without_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -182,24 +180,10 @@ def write_card(
     return path
 
 
-def machine() -> str:
-    """Return the hardware at hand, in words for a card."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
 def versions() -> str:
     """Return the versions of what computed the figures."""
     names = ("hf-vit", "torch", "transformers", "accelerate")
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in names)])
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "(source tree)"
 
 
 def _check_results(results: Mapping[str, float], measured: Mapping[str, str], dataset: str | None) -> None:

@@ -31,7 +31,7 @@ from .model.modeling_hf_vit import (
     HFViTModel,
     rotate,
 )
-from .parallel import cores, precision_name, resolve_precision
+from .system.machine import cores, precision_name, resolve_precision
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

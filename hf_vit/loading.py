@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as tvF
 
 from .data import MISSING, ImageData, as_stored, identity_of, seed_of, stored_rows
 from .model.image_reading_hf_vit import read_image
-from .texts import one_line
+from .system.texts import one_line
 
 # Rows of a stream that are read ahead of the workers.
 READ_AHEAD = 256

@@ -5,18 +5,12 @@ that it would set. One copy of the model a process (DDP), shards (FSDP2) and ten
 """
 
 import os
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -25,7 +19,6 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
-    gather_object,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,31 +30,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .locking import FolderLock, without_locks
-from .recipe import PRECISIONS, TrainConfig
+from .recipe import TrainConfig
+from .system.machine import resolve_precision
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# Of a process whose neighbour has ended: how often it looks, how long an error of its own may take to come, and how
-# long the lock of a process may outlive its connections.
-SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_SEE = 2.0, 10.0, 5.0
-
-
-def resolve_precision(precision: str) -> str:
-    """Return what Accelerate calls a precision; `"auto"` is bf16 on hardware with matrix units for it."""
-    if precision != "auto":
-        return PRECISIONS[precision]
-    is_fast = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()
-    return "bf16" if is_fast else "no"
-
-
-def precision_name(mixed_precision: str) -> str:
-    """Return what a recipe calls the precision that Accelerate calls `mixed_precision`."""
-    return next(name for name, theirs in PRECISIONS.items() if theirs == mixed_precision)
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -90,75 +62,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     return accelerator
-
-
-@contextmanager
-def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Have a folder for the processes of one run, which end together.
-
-    Raises:
-        ValueError: If another run is at work there.
-        OSError: If nothing can be written there; `ConnectionError`, which names the rank, if a process has ended.
-    """
-    lock, has_lock = FolderLock(folder, accelerator.process_index), False
-    refusal: Exception | None = None
-    try:
-        has_lock = lock.take()
-    except (ValueError, OSError) as error:
-        refusal = error
-    try:
-        states = gather_object([(has_lock, refusal)])
-        if states[0][1] is not None:  # the others write nothing
-            raise states[0][1]
-        if not states[0][0]:
-            accelerator.print(without_locks(folder))
-        # Machines that share no disk do not see each other's.
-        seen = [rank for rank, (holds, _) in enumerate(states) if has_lock and holds and rank != lock.process]
-        with _watching(lock, [rank for rank in seen if lock.is_held_by(rank)]):
-            yield
-        accelerator.end_training()
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
-    """End with a sentence when another process of the run has ended."""
-    is_over = threading.Event()
-    watcher = threading.Thread(target=_end_with_others, args=(lock, others, is_over), daemon=True)
-    if others:
-        watcher.start()
-    try:
-        yield
-    except RuntimeError as error:  # of whatever backend, in whatever collective
-        if ended := _ended(lock, others, SECONDS_TO_SEE):
-            raise ConnectionError(ended) from error
-        raise
-    finally:
-        is_over.set()
-        if others:
-            watcher.join()
-
-
-def _end_with_others(lock: FolderLock, others: list[int], is_over: threading.Event) -> None:
-    """End this process when another has ended and no error comes of it: on a GPU a collective may wait for ever."""
-    while not is_over.wait(SECONDS_BETWEEN_LOOKS):
-        if (ended := _ended(lock, others)) and not is_over.wait(SECONDS_TO_END):
-            print(f"Error: {ended}", file=sys.stderr, flush=True)
-            os._exit(2)
-
-
-def _ended(lock: FolderLock, others: list[int], seconds: float = 0.0) -> str:
-    """Say which processes of a run are no longer there, if that shows within some seconds."""
-    end = time.monotonic() + seconds
-    while not (gone := [str(rank) for rank in others if not lock.is_held_by(rank)]):
-        if not others or time.monotonic() >= end:
-            return ""
-        time.sleep(0.1)
-    return (
-        f"The process of rank {', '.join(gone)} has ended before the run, which cannot go on without it: what was "
-        "saved is intact. Start all of them again to go on from there."
-    )
 
 
 def start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:

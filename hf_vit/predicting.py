@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from .answering import Processes, Settings, tasks_of
 from .answers import Answers
 from .inference import default_batch_size, inference_precision
-from .parallel import alone_as_one
 from .prediction import Prediction, Predictor
 from .prediction_ray import RayActors
 from .sources import Part, Sources
-from .stopping import StopSignals
+from .system.locking import alone_as_one
+from .system.stopping import StopSignals
 
 BATCHES_OF_A_SHARD = 16  # seconds of work are lost at most, and processes end at about the same time
 LONGEST_WAIT = timedelta(days=30)  # of one process for the others

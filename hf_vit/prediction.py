@@ -20,7 +20,7 @@ from .inference import default_batch_size, load, on_every_core, optimize_for_inf
 from .loading import as_seen, content_of, normalize
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.image_reading_hf_vit import read_image
-from .texts import without_tokens
+from .system.texts import without_tokens
 
 Source = str | os.PathLike | bytes | Image.Image | dict[str, Any]
 Tag = TypeVar("Tag")

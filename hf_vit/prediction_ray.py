@@ -15,9 +15,9 @@ from accelerate import Accelerator
 
 from .answering import Settings, Share, Task, answer, identity_of
 from .answers import Answers
-from .extras import need
 from .inference import load
 from .prediction import Predictor
+from .system.extras import need
 
 MOST_BLOCKS = 1000  # of Ray's, each of which goes to one actor
 

@@ -12,11 +12,10 @@ from typing import Any, Self, get_args
 
 import yaml
 
-from .texts import has_token, without_tokens
+from .system.machine import PRECISIONS
+from .system.texts import has_token, without_tokens
 
 RECIPE = "recipe.yaml"  # in the folder of a run
-# By what Accelerate calls them.
-PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("classification", "masked_patches"),
     "trained": ("all", "head"),

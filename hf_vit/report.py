@@ -13,10 +13,11 @@ from . import inspection
 from .data import ImageData
 from .drawing import save
 from .evaluation import Predictions
-from .hub import BackgroundPush, copy_of_ours, machine, write_card
+from .hub import BackgroundPush, copy_of_ours, write_card
 from .loading import EvaluationImages, Visit
 from .recipe import RECIPE, TrainConfig
-from .texts import code, fenced, markdown, shell_word
+from .system.machine import machine
+from .system.texts import code, fenced, markdown, shell_word
 from .training import Run, train
 from .variants import VARIANTS
 

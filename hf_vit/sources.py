@@ -33,7 +33,7 @@ from .data import (
     stated_length,
     stored_rows,
 )
-from .texts import without_tokens
+from .system.texts import without_tokens
 
 Stored = dict[str, Any]  # an image as `datasets` stores it: {"bytes", "path"}
 ROWS_AT_A_TIME = 16  # of parquet: few images are held, and Arrow's cost for each batch is small beside them

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .augmentation import AUGREG_MIXUP, build_augmentation
-from .checkpointing import CheckpointFolder, load_state, writing
+from .checkpointing import CheckpointFolder, load_state
 from .data import ImageData, load_data, seed_of
 from .evaluation import Predictions
 from .loading import (
@@ -46,7 +46,6 @@ from .loading import (
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .optim import Schedule, build_optimizer, parameter_groups
 from .parallel import (
-    alone_as_one,
     build_accelerator,
     data_parts,
     divide_matrices,
@@ -58,7 +57,9 @@ from .parallel import (
     whole_weights,
 )
 from .recipe import FREE_TO_CHANGE, RECIPE, TrainConfig
-from .stopping import EvaluationStopped, Interrupted, StopSignals
+from .system.disk import writing
+from .system.locking import alone_as_one
+from .system.stopping import EvaluationStopped, Interrupted, StopSignals
 from .tasks import TASKS, build_model
 
 METRICS, TIMING, LOG, CHECKPOINTS = "metrics.json", "timing.json", "log.jsonl", "checkpoints"

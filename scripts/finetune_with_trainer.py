@@ -29,8 +29,9 @@ from hf_vit import HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.augmentation import BatchMixer, build_augmentation
 from hf_vit.data import load_data
 from hf_vit.finetuning import add_lora, fields_of_labels, load_classifier
-from hf_vit.hub import machine, push, write_card
+from hf_vit.hub import push, write_card
 from hf_vit.loading import EvaluationImages
+from hf_vit.system.machine import machine
 from hf_vit.trainer import Collator, EpochImages, ViTTrainer, accuracy, last_complete_checkpoint
 from hf_vit.variants import config_of
 

@@ -35,8 +35,9 @@ import pytest
 from process_of_a_run import CONTEXT, start, start_all
 from tiny_run import at_step, colored_dataset, colored_images, log_of, save_photos, spoil_loss, tiny_recipe
 
-from hf_vit.checkpointing import UNFINISHED, find_damage
+from hf_vit.checkpointing import find_damage
 from hf_vit.recipe import TrainConfig
+from hf_vit.system.disk import UNFINISHED
 from hf_vit.training import CHECKPOINTS, LOG, METRICS, TIMING
 
 FIELDS: dict[str, Any] = {

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from hf_vit import checkpointing
-from hf_vit.checkpointing import MANIFEST, STATE, UNFINISHED, CheckpointFolder, find_damage, load_state, writing
+from hf_vit.checkpointing import MANIFEST, STATE, CheckpointFolder, find_damage, load_state
+from hf_vit.system.disk import UNFINISHED, writing
 
 SILENT: Callable[[str], None] = lambda message: None  # noqa: E731
 

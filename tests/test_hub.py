@@ -18,7 +18,8 @@ from isolated import TESTS, python, save_tiny_classifier
 from safetensors.torch import load_file
 
 import hf_vit
-from hf_vit.hub import BackgroundPush, check_folder, machine, push, versions, without_tokens, write_card
+from hf_vit.hub import BackgroundPush, check_folder, push, versions, without_tokens, write_card
+from hf_vit.system.machine import machine
 
 # The client's own way of uploading, which its network library finds old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

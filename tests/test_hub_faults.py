@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 import hf_vit
 from hf_vit.cli import app
 from hf_vit.hub import BackgroundPush, push, write_card
-from hf_vit.network import is_final, pause_after, sentence_of
+from hf_vit.system.network import is_final, pause_after, sentence_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from hf_vit import locking
-from hf_vit.locking import LOCK, FolderLock, alone_in, without_locks
+from hf_vit.system import locking
+from hf_vit.system.locking import LOCK, FolderLock, alone_in, without_locks
 
 # Takes a lock, has a child of its own as a run has data workers, and gives it back when its input ends.
 HOLDER = """

@@ -27,7 +27,7 @@ from hf_vit.inspection.gallery import folder_for
 from hf_vit.recipe import TrainConfig
 from hf_vit.report import train_and_report
 from hf_vit.studies.page import markdown_table
-from hf_vit.texts import code, fenced, has_token, markdown, one_line, shell_word, visible, without_tokens
+from hf_vit.system.texts import code, fenced, has_token, markdown, one_line, shell_word, visible, without_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

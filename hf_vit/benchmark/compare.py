@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from ..parallel import precision_name, resolve_precision
+from ..system.machine import precision_name, resolve_precision
 from . import measure
 from .preparation import Prepared, prepare, upright_jpegs
 from .suites import BOUNDS, CEILING, SUITES, Case, Job, cases_of, libraries, variants_of

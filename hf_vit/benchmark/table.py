@@ -1,74 +1,15 @@
 """What was measured, in words: the machine, the versions, a table a case, and the files that keep it."""
 
 import json
-import os
-import platform
-import re
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..parallel import cores
+from ..system.machine import slug
 from .suites import CEILING
 
 # ---------------------------------------------------------------------------------------------------- the machine
-
-# What decides how fast matrices are multiplied.
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve", "i8mm")
-DISTRIBUTIONS = (
-    *("hf-vit", "torch", "torchvision", "transformers", "timm", "vit-pytorch", "onnxruntime", "openvino", "pillow"),
-    "datasets",
-)
-
-
-def processor() -> dict[str, str]:
-    """Return what the system says of its first processor, by its own names."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {"model name": platform.processor() or platform.machine()}
-    first = path.read_text(encoding="utf-8").split("\n\n")[0]
-    return {name.strip(): fact.strip() for name, _, fact in (line.partition(":") for line in first.splitlines())}
-
-
-def hardware() -> dict[str, Any]:
-    """Return the machine: processor, cores that may be used, what it can do, memory, accelerator, other work on it."""
-    about = processor()
-    flags = (about.get("flags") or about.get("Features") or "").split()
-    machine: dict[str, Any] = {
-        "processor": about.get("model name", platform.machine()),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "flags": [flag for flag in FLAGS if flag in flags],
-    }
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        machine["memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if torch.cuda.is_available():
-        machine["accelerator"] = torch.cuda.get_device_name()
-        machine["accelerator_memory"] = torch.cuda.get_device_properties(0).total_memory
-    if hasattr(os, "getloadavg"):
-        machine["load"] = round(os.getloadavg()[0], 2)
-    return machine
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of all that is measured, as far as it is installed."""
-    found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def slug(machine: dict[str, Any]) -> str:
-    """Return a name of the machine for files."""
-    name = machine.get("accelerator") or f"{machine['processor']} {machine['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
 def describe(machine: dict[str, Any], installed: dict[str, str]) -> list[str]:

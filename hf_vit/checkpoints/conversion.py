@@ -1,10 +1,8 @@
 """Write a checkpoint that was understood as a folder of this package, one tensor in memory at a time."""
 
 import json
-import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from ..model import modeling_hf_vit
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.repository_hf_vit import complete_repository
+from ..system.disk import new_folder
 from .checkpoint import ENCODER, Checkpoint, parameters_of
 from .files import SAFETENSORS_DTYPES, read_safetensor
 
@@ -39,54 +38,6 @@ def write_checkpoint(checkpoint: Checkpoint, folder: str | Path, force: bool = F
         checkpoint.processor().save_pretrained(unfinished)
         complete_repository(unfinished, checkpoint.config, modeling_hf_vit.__file__)
         verify(unfinished, sums)
-
-
-@contextmanager
-def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that takes the name of `folder` when all went well, and vanishes when not.
-
-    Raises:
-        ValueError: If something other than an empty folder lies there and is not to be replaced, or is no model.
-    """
-    folder = Path(folder).resolve()
-    is_there = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if is_there and not force:
-        raise ValueError(f"{folder} exists: choose another folder, or pass --force to replace it.")
-    if is_there and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it is no model's folder, and is not replaced.")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            unfinished, old = Path(temporary) / folder.name, Path(temporary) / ".old"
-            unfinished.mkdir()
-            yield unfinished
-            if folder.exists():
-                folder.rename(old)
-            unfinished.rename(folder)
-    except BaseException:
-        with suppress(OSError):  # somebody put something there
-            for parent in made:
-                parent.rmdir()
-        raise
-
-
-@contextmanager
-def new_file(file: str | Path, force: bool = False) -> Iterator[Path]:
-    """Give a temporary path for what takes the place of `file`, with what is written beside it, when all went well.
-
-    Raises:
-        ValueError: If something lies there already and is not to be replaced, or is no file.
-    """
-    file = Path(file)
-    if file.exists() and not (force and file.is_file()):
-        raise ValueError(f"{file} exists: choose another file, or pass --force to replace a file.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as temporary:
-        unfinished = Path(temporary) / file.name
-        yield unfinished
-        for path in sorted(Path(temporary).iterdir(), reverse=True):  # the file comes last: it needs the others
-            path.replace(file.parent / path.name)
 
 
 def write_safetensors(

@@ -26,8 +26,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..network import sentence_of
-from ..texts import one_line
+from ..system.network import sentence_of
+from ..system.texts import one_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

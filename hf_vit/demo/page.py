@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from ..inspection.attention import READ_BY
 from ..prediction import Prediction
-from ..texts import one_line
+from ..system.texts import one_line
 from .exhibit import Exhibit, File
 from .markup import by, cards, heading, note, refusal
 

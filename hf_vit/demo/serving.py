@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..extras import need
-from ..stopping import StopSignals
+from ..system.extras import need
+from ..system.stopping import StopSignals
 from .exhibit import Exhibit
 from .markup import STYLE
 

@@ -10,10 +10,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import open_checkpoint, write_checkpoint
 from ..checkpoints.checkpoint import CLASSIFIER
-from ..checkpoints.conversion import new_folder
-from ..extras import need
 from ..inspection.gallery import name_of
-from ..texts import markdown
+from ..system.disk import new_folder
+from ..system.extras import need
+from ..system.texts import markdown
 from .exhibit import NO_CLASSIFIER
 
 PROGRAM = '''\

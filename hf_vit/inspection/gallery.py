@@ -24,7 +24,7 @@ from ..model import modeling_hf_vit
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
 from ..sources import files_of
-from ..texts import one_line
+from ..system.texts import one_line
 from .attention import (
     READ_BY,
     attention_distance,

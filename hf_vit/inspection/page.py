@@ -6,7 +6,7 @@ from html import escape as escape_markup
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..texts import visible
+from ..system.texts import visible
 
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..drawing import plain, save
-from ..texts import fenced, markdown
+from ..system.texts import fenced, markdown
 from .study import Results, Study
 
 PAGE, PICTURE = "README.md", "picture.png"

@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 
-from ..benchmark.table import processor
 from ..cost import count_flops
-from ..hub import machine, versions
-from ..locking import alone_in
-from ..parallel import cores
+from ..hub import versions
 from ..recipe import FREE_TO_CHANGE, TrainConfig
-from ..stopping import Interrupted, StopSignals
+from ..system.locking import alone_in
+from ..system.machine import cores, machine, processor
+from ..system.stopping import Interrupted, StopSignals
 from ..training import METRICS, train
 from .study import Cell, Factors, Results, Study
 

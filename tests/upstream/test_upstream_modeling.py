@@ -14,13 +14,7 @@ from transformers_tests.test_pipeline_mixin import PipelineTesterMixin, pipeline
 from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from hf_vit import (
-    HFViTBackbone,
-    HFViTConfig,
-    HFViTForImageClassification,
-    HFViTForMaskedImageModeling,
-    HFViTModel,
-)
+from hf_vit import HFViTBackbone, HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
 
 pytestmark = pytest.mark.upstream
 

@@ -8,10 +8,16 @@ the file anywhere, so nobody else opens it.
 import json
 import os
 import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 try:
     import fcntl
@@ -121,3 +127,77 @@ def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[FolderLock]:
 def without_locks(folder: Path) -> str:
     """Return what is to be said where a system has no locks."""
     return f"{folder} is where files cannot be locked: see to it that nothing else writes there meanwhile."
+
+
+# Of a process whose neighbour has ended: how often it looks, how long an error of its own may take to come, and how
+# long the lock of a process may outlive its connections.
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_SEE = 2.0, 10.0, 5.0
+
+
+@contextmanager
+def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Have a folder for the processes of one run, which end together.
+
+    Raises:
+        ValueError: If another run is at work there.
+        OSError: If nothing can be written there; `ConnectionError`, which names the rank, if a process has ended.
+    """
+    lock, has_lock = FolderLock(folder, accelerator.process_index), False
+    refusal: Exception | None = None
+    try:
+        has_lock = lock.take()
+    except (ValueError, OSError) as error:
+        refusal = error
+    try:
+        states = gather_object([(has_lock, refusal)])
+        if states[0][1] is not None:  # the others write nothing
+            raise states[0][1]
+        if not states[0][0]:
+            accelerator.print(without_locks(folder))
+        # Machines that share no disk do not see each other's.
+        seen = [rank for rank, (holds, _) in enumerate(states) if has_lock and holds and rank != lock.process]
+        with _watching(lock, [rank for rank in seen if lock.is_held_by(rank)]):
+            yield
+        accelerator.end_training()
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
+    """End with a sentence when another process of the run has ended."""
+    is_over = threading.Event()
+    watcher = threading.Thread(target=_end_with_others, args=(lock, others, is_over), daemon=True)
+    if others:
+        watcher.start()
+    try:
+        yield
+    except RuntimeError as error:  # of whatever backend, in whatever collective
+        if ended := _ended(lock, others, SECONDS_TO_SEE):
+            raise ConnectionError(ended) from error
+        raise
+    finally:
+        is_over.set()
+        if others:
+            watcher.join()
+
+
+def _end_with_others(lock: FolderLock, others: list[int], is_over: threading.Event) -> None:
+    """End this process when another has ended and no error comes of it: on a GPU a collective may wait for ever."""
+    while not is_over.wait(SECONDS_BETWEEN_LOOKS):
+        if (ended := _ended(lock, others)) and not is_over.wait(SECONDS_TO_END):
+            print(f"Error: {ended}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+
+def _ended(lock: FolderLock, others: list[int], seconds: float = 0.0) -> str:
+    """Say which processes of a run are no longer there, if that shows within some seconds."""
+    end = time.monotonic() + seconds
+    while not (gone := [str(rank) for rank in others if not lock.is_held_by(rank)]):
+        if not others or time.monotonic() >= end:
+            return ""
+        time.sleep(0.1)
+    return (
+        f"The process of rank {', '.join(gone)} has ended before the run, which cannot go on without it: what was "
+        "saved is intact. Start all of them again to go on from there."
+    )

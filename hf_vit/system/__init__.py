@@ -1,0 +1,1 @@
+"""Disk, network, signals, hardware: what the other packages stand on."""

@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 
 from .answers import Answers, Shard
+from .data.sources import Part, Stored
 from .inference import load
 from .prediction import Prediction, Predictor
-from .sources import Part, Stored
 from .system.machine import cores
 
 

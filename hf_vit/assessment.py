@@ -9,14 +9,15 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
 from . import probing
 from .checkpoints import Checkpoint, Options, open_checkpoint
 from .checkpoints.checkpoint import CLASSIFIER
-from .data import ImageData, load_data
+from .data.images import EvaluationImages, normalize
+from .data.labelled import ImageData, _held_out_by, _recipe_of, load_data
+from .data.loaders import evaluation_loader, naming_dead_workers
 from .evaluation import Predictions, classify, extract, in_turn
 from .hub import versions
 from .inference import (
@@ -28,8 +29,6 @@ from .inference import (
     on_every_core,
     optimize_for_inference,
 )
-from .loading import EvaluationImages, evaluation_loader, naming_dead_workers, normalize
-from .recipe import RECIPE
 from .system.machine import machine
 from .token_merging import merge_tokens
 
@@ -274,17 +273,6 @@ def _classes_of(checkpoint: Checkpoint) -> list[str] | None:
     if checkpoint.architecture != CLASSIFIER or not config.num_labels:
         return None
     return [config.id2label[index] for index in range(config.num_labels)]
-
-
-def _recipe_of(source: str) -> dict[str, Any]:
-    """Return the fields of the run that left a model in a folder, if they are there."""
-    path = Path(source) / RECIPE
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _held_out_by(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that say which part of the data a run held out."""
-    return {name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe}
 
 
 def by_cores(model: Any, loader: Any, to_input: Callable[[Any], Tensor]) -> Iterator[tuple[Any, Any]]:

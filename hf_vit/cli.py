@@ -22,8 +22,8 @@ from .system.texts import one_line, visible, without_tokens
 if TYPE_CHECKING:
     from .answering import Settings
     from .checkpoints import Checkpoint, Options
+    from .data.sources import Sources
     from .predicting import Summary
-    from .sources import Sources
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -273,7 +273,7 @@ def predict(
     """
     with _clear_endings(), _resumable():
         from .answering import Settings
-        from .sources import Sources
+        from .data.sources import Sources
 
         if output is None:
             needing = {"--features": features, "--engine ray": engine == "ray", "--restart": restart}

@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpointing import CheckpointFolder
-from .data import ImageData
-from .loading import READ_AHEAD, steps_of
+from .data.labelled import ImageData
+from .data.orders import READ_AHEAD, steps_of
 from .parallel import build_accelerator
 from .recipe import TrainConfig
 from .system.machine import machine, peak_memory, precision_name

@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 
 from .answering import Processes, Settings, tasks_of
 from .answers import Answers
+from .data.sources import Part, Sources
 from .inference import default_batch_size, inference_precision
 from .prediction import Prediction, Predictor
 from .prediction_ray import RayActors
-from .sources import Part, Sources
 from .system.locking import alone_as_one
 from .system.stopping import StopSignals
 

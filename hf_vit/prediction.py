@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .data.images import as_seen, content_of, normalize
 from .inference import default_batch_size, load, on_every_core, optimize_for_inference
-from .loading import as_seen, content_of, normalize
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.image_reading_hf_vit import read_image
 from .system.texts import without_tokens

@@ -15,7 +15,6 @@ import yaml
 from .system.machine import PRECISIONS
 from .system.texts import has_token, without_tokens
 
-RECIPE = "recipe.yaml"  # in the folder of a run
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("classification", "masked_patches"),
     "trained": ("all", "head"),

@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import inspection
-from .data import ImageData
+from .data.images import EvaluationImages, Visit
+from .data.labelled import RECIPE, ImageData
 from .drawing import save
 from .evaluation import Predictions
 from .hub import BackgroundPush, copy_of_ours, write_card
-from .loading import EvaluationImages, Visit
-from .recipe import RECIPE, TrainConfig
+from .recipe import TrainConfig
 from .system.machine import machine
 from .system.texts import code, fenced, markdown, shell_word
 from .training import Run, train

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from .augmentation import BatchMixer
-from .data import seed_of
-from .loading import TrainingImages, Visit, collate, normalize
+from .data.augmentation import BatchMixer
+from .data.images import TrainingImages, Visit, collate, normalize
+from .data.opening import seed_of
 from .optim import DECAYED
 
 

@@ -27,22 +27,14 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from .augmentation import AUGREG_MIXUP, build_augmentation
 from .checkpointing import CheckpointFolder, load_state
-from .data import ImageData, load_data, seed_of
+from .data.augmentation import AUGREG_MIXUP, build_augmentation
+from .data.images import EvaluationImages, TrainingImages, normalize
+from .data.labelled import RECIPE, ImageData, load_data
+from .data.loaders import evaluation_loader, naming_dead_workers, training_loader
+from .data.opening import seed_of
+from .data.orders import Parts, StreamOrder, steps_of, training_order
 from .evaluation import Predictions
-from .loading import (
-    EvaluationImages,
-    Parts,
-    StreamOrder,
-    TrainingImages,
-    evaluation_loader,
-    naming_dead_workers,
-    normalize,
-    steps_of,
-    training_loader,
-    training_order,
-)
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .optim import Schedule, build_optimizer, parameter_groups
 from .parallel import (
@@ -56,7 +48,7 @@ from .parallel import (
     start_tracker,
     whole_weights,
 )
-from .recipe import FREE_TO_CHANGE, RECIPE, TrainConfig
+from .recipe import FREE_TO_CHANGE, TrainConfig
 from .system.disk import writing
 from .system.locking import alone_as_one
 from .system.stopping import EvaluationStopped, Interrupted, StopSignals

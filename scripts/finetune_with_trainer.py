@@ -26,11 +26,11 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
-from hf_vit.augmentation import BatchMixer, build_augmentation
-from hf_vit.data import load_data
+from hf_vit.data.augmentation import BatchMixer, build_augmentation
+from hf_vit.data.images import EvaluationImages
+from hf_vit.data.labelled import load_data
 from hf_vit.finetuning import add_lora, fields_of_labels, load_classifier
 from hf_vit.hub import push, write_card
-from hf_vit.loading import EvaluationImages
 from hf_vit.system.machine import machine
 from hf_vit.trainer import Collator, EpochImages, ViTTrainer, accuracy, last_complete_checkpoint
 from hf_vit.variants import config_of
@@ -55,7 +55,7 @@ class Options:
     model: str | None = option(None, "Checkpoint to start from, a folder or a name on the Hub.")
     variant: str = option("ViT-Ti/16", "Architecture to train from scratch where there is no model.")
     image_size: int | None = option(None, "Pixels; those of the checkpoint, or 224, if not given.")
-    augmentation: str = option("crop_flip", "A key of hf_vit.augmentation.AUGMENTATIONS.")
+    augmentation: str = option("crop_flip", "A key of hf_vit.data.augmentation.AUGMENTATIONS.")
     smallest_crop: float = option(0.35, "Least share of an image that a crop keeps.")
     mixup: float = option(0.0, "Alpha of mixup; 0 is off.")
     lora_rank: int = option(0, "Learn by LoRA, with matrices of this rank; 0 is off.")

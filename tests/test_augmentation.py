@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_vit.augmentation import (
+from hf_vit.data.augmentation import (
     AUGMENTATIONS,
     AUGREG,
     AUGREG_MIXUP,

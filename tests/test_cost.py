@@ -30,7 +30,7 @@ from hf_vit.cost import (
     evaluation_length,
     rehearse,
 )
-from hf_vit.data import load_data
+from hf_vit.data.labelled import load_data
 from hf_vit.training import Interrupted, train
 from hf_vit.variants import VARIANTS, config_of
 

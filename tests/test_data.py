@@ -12,7 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from datasets.distributed import split_dataset_by_node
 from tiny_run import COLORS, colored_dataset, colored_images, save_photos
 
-from hf_vit.data import as_stored, identity_of, load_data, seed_of, split_evenly
+from hf_vit.data.labelled import load_data, split_evenly
+from hf_vit.data.opening import as_stored, identity_of, seed_of
 
 # ------------------------------------------------------------------------------------------------------ sources
 

@@ -27,11 +27,11 @@ from typer.testing import CliRunner
 
 from hf_vit import HFViTForImageClassification, HFViTModel
 from hf_vit.cli import app
+from hf_vit.data.images import as_seen, normalize
 from hf_vit.demo import Exhibit, export_space
 from hf_vit.demo.exhibit import File
 from hf_vit.demo.markup import by
 from hf_vit.inspection import attention_maps, attention_rollout
-from hf_vit.loading import as_seen, normalize
 from hf_vit.model.image_reading_hf_vit import read_image
 
 HOSTILE = "<img src=x onerror=alert(1)>"

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.assessment import match_labels
 from hf_vit.cli import app
-from hf_vit.loading import EvaluationImages
-from hf_vit.recipe import RECIPE, TrainConfig
+from hf_vit.data.images import EvaluationImages
+from hf_vit.data.labelled import RECIPE
+from hf_vit.recipe import TrainConfig
 
 runner = CliRunner()
 ROOT = Path(__file__).resolve().parents[1]

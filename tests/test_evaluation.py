@@ -17,8 +17,9 @@ from tiny_run import COLORS, colored_dataset
 from torch import Tensor, nn
 
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
+from hf_vit.data.images import EvaluationImages, normalize
+from hf_vit.data.loaders import evaluation_loader
 from hf_vit.evaluation import Predictions, classify, extract
-from hf_vit.loading import EvaluationImages, evaluation_loader, normalize
 
 
 def to_model(pixels: Tensor) -> Tensor:

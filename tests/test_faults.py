@@ -9,7 +9,7 @@ from test_locking import held
 from test_studies import tiny
 from tiny_run import save_photos, tiny_recipe
 
-from hf_vit.loading import naming_dead_workers
+from hf_vit.data.loaders import naming_dead_workers
 from hf_vit.studies import run_study
 from hf_vit.studies.positions import Positions
 from hf_vit.training import CHECKPOINTS, train

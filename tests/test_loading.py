@@ -19,23 +19,11 @@ from PIL import ImageOps
 from tiny_run import colored_dataset
 
 from hf_vit import HFViTImageProcessor, HFViTImageProcessorPil
-from hf_vit.augmentation import build_augmentation
-from hf_vit.data import load_data
-from hf_vit.loading import (
-    EvaluationImages,
-    EvaluationOrder,
-    Parts,
-    StreamOrder,
-    TableOrder,
-    TrainingImages,
-    Visit,
-    evaluation_loader,
-    normalize,
-    read_ahead,
-    steps_of,
-    training_loader,
-    training_order,
-)
+from hf_vit.data.augmentation import build_augmentation
+from hf_vit.data.images import EvaluationImages, TrainingImages, Visit, normalize
+from hf_vit.data.labelled import load_data
+from hf_vit.data.loaders import evaluation_loader, training_loader
+from hf_vit.data.orders import EvaluationOrder, Parts, StreamOrder, TableOrder, read_ahead, steps_of, training_order
 
 COLUMNS = ("image", "label")
 FEW_CORES = "ignore:This DataLoader will create:UserWarning"

@@ -29,7 +29,7 @@ from hf_vit import (
     HFViTImageProcessor,
     HFViTImageProcessorPil,
 )
-from hf_vit.loading import EvaluationImages, TrainingImages, Visit
+from hf_vit.data.images import EvaluationImages, TrainingImages, Visit
 from hf_vit.model.image_reading_hf_vit import LIMIT, read_image
 from hf_vit.prediction import Predictor
 

@@ -29,9 +29,9 @@ from hf_vit import HFViTForImageClassification, HFViTModel, answers, predicting
 from hf_vit.answering import Settings
 from hf_vit.answers import Answers
 from hf_vit.cli import app
+from hf_vit.data.sources import Sources
 from hf_vit.predicting import Summary, predict_into
 from hf_vit.prediction import Predictor
-from hf_vit.sources import Sources
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = 2  # batches of a shard, so that there are several

@@ -13,8 +13,8 @@ import yaml
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
-from hf_vit.augmentation import AUGMENTATIONS
-from hf_vit.data import ImageData
+from hf_vit.data.augmentation import AUGMENTATIONS
+from hf_vit.data.labelled import ImageData
 from hf_vit.optim import OPTIMIZERS, SCHEDULES
 from hf_vit.recipe import TrainConfig, recipe_path, shipped_recipes
 from hf_vit.tasks import Classification, build_model

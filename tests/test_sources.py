@@ -17,8 +17,8 @@ from datasets.splits import SplitDict, SplitInfo
 from PIL import Image as PILImage
 from tiny_run import colored_dataset, save_photos
 
-from hf_vit import sources as sources_module
-from hf_vit.sources import Part, Sources, files_of
+from hf_vit.data import sources as sources_module
+from hf_vit.data.sources import Part, Sources, files_of
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from tiny_run import COLORS, RECIPE, colored_dataset
 from torch import Tensor
 
 import hf_vit
-from hf_vit.data import ImageData, seed_of
-from hf_vit.loading import EvaluationImages, evaluation_loader, normalize
+from hf_vit.data.images import EvaluationImages, normalize
+from hf_vit.data.labelled import ImageData
+from hf_vit.data.loaders import evaluation_loader
+from hf_vit.data.opening import seed_of
 from hf_vit.model.modeling_hf_vit import resample_table
 from hf_vit.recipe import TrainConfig
 from hf_vit.tasks import LOSSES, TASKS, build_model

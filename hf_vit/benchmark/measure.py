@@ -341,8 +341,8 @@ def augmentation_by_ours(job: Job) -> Subject:
     from datasets import Dataset
 
     from hf_vit import HFViTImageProcessor
-    from hf_vit.augmentation import build_augmentation
-    from hf_vit.loading import TrainingImages, Visit, collate, normalize
+    from hf_vit.data.augmentation import build_augmentation
+    from hf_vit.data.images import TrainingImages, Visit, collate, normalize
 
     torch.set_num_threads(job.threads)
     processor = HFViTImageProcessor(**PROCESSING)

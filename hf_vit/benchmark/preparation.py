@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checkpoints.layouts import rules_of
 from ..checkpoints.vit_pytorch import ERAS, table
 from ..cost import count_flops
-from ..data import seed_of
+from ..data.opening import seed_of
 from ..export import export
 from ..graphs import write_onnx
 from ..model.configuration_hf_vit import HFViTConfig

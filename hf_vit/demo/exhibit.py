@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.images import as_seen, normalize
 from ..inference import load
 from ..inspection import attention_maps, attention_rollout, lit
 from ..inspection.gallery import Picture, Subject, name_of, pictures_of_positions
 from ..inspection.layers import head_number
-from ..loading import as_seen, normalize
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
 from ..prediction import Prediction, Predictor

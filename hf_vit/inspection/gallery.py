@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, Options, open_checkpoint
+from ..data.images import as_seen, normalize
+from ..data.sources import files_of
 from ..drawing import caption, save
 from ..inference import BATCH_OF_CPU
-from ..loading import as_seen, normalize
 from ..model import modeling_hf_vit
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
-from ..sources import files_of
 from ..system.texts import one_line
 from .attention import (
     READ_BY,

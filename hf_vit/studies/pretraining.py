@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
+from ..data.images import EvaluationImages, normalize
+from ..data.loaders import evaluation_loader
 from ..drawing import BLUE, GRAY, ORANGE, bare, new_figure
 from ..evaluation import extract
-from ..loading import EvaluationImages, evaluation_loader, normalize
 from ..model.modeling_hf_vit import HFViTModel
 from ..probing import few_shot
 from ..recipe import TrainConfig

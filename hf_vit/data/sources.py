@@ -20,7 +20,8 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
-from .data import (
+from ..system.texts import without_tokens
+from .opening import (
     BUILDERS,
     IMAGE_COLUMNS,
     as_stored,
@@ -33,7 +34,6 @@ from .data import (
     stated_length,
     stored_rows,
 )
-from .system.texts import without_tokens
 
 Stored = dict[str, Any]  # an image as `datasets` stores it: {"bytes", "path"}
 ROWS_AT_A_TIME = 16  # of parquet: few images are held, and Arrow's cost for each batch is small beside them

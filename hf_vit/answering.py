@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 
 from .answers import Answers, Shard
+from .checkpoints.models import load
 from .data.sources import Part, Stored
-from .inference import load
 from .prediction import Prediction, Predictor
 from .system.machine import cores
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import probing
 from .checkpoints import Checkpoint, Options, open_checkpoint
 from .checkpoints.checkpoint import CLASSIFIER
+from .checkpoints.models import load
 from .data.images import EvaluationImages, normalize
 from .data.labelled import ImageData, _held_out_by, _recipe_of, load_data
 from .data.loaders import evaluation_loader, naming_dead_workers
@@ -25,7 +26,6 @@ from .inference import (
     DTYPES,
     default_batch_size,
     inference_precision,
-    load,
     on_every_core,
     optimize_for_inference,
 )

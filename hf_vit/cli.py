@@ -501,8 +501,8 @@ def export(
     For example: hf-vit export hf-vit-digits digits.onnx --to onnx --int8 dynamic --data digits
     """
     with _clear_endings():
-        from .export import TARGETS
-        from .export import export as write_layout
+        from .checkpoints.export import TARGETS
+        from .checkpoints.export import export as write_layout
         from .graphs import KINDS, export_graph
 
         if to in KINDS:

@@ -24,7 +24,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .assessment import compare
 from .checkpoints import open_checkpoint
-from .inference import load, optimize_for_inference
+from .checkpoints.models import load
+from .inference import optimize_for_inference
 from .model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel, HFViTPositionTable, HFViTSinCos2DPositions

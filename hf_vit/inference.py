@@ -20,9 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .checkpoints import Checkpoint, Options, open_checkpoint
-from .checkpoints.checkpoint import CLASSIFIER, refuse_not_finite
-from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import (
     HFViTForImageClassification,
     HFViTGatedMLP,
@@ -272,32 +269,3 @@ def on_every_core(
 
 
 # -------------------------------------------------------------------------------------------------- from a name
-
-
-def load(
-    source: str, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
-) -> tuple[Any, HFViTImageProcessor]:
-    """Load a classifier, or the encoder of a checkpoint without one, and the processor of its images.
-
-    Args:
-        source: A file, a folder or a name on the Hub, in any layout.
-        image_size: (height, width) in pixels, where it is not the checkpoint's own.
-        checkpoint: What `open_checkpoint` gave for `source`, if it is open already.
-
-    Raises:
-        ValueError: If weights are missing, or are no numbers.
-    """
-    checkpoint = checkpoint or open_checkpoint(source, Options(image_size=image_size))
-    model_class: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
-    fields = {} if image_size is None else {"image_size": image_size}
-    model, report = model_class.from_pretrained(source, output_loading_info=True, **fields)
-    if missing := sorted(report["missing_keys"]):
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(
-            f"{source} lacks weights of {model_class.__name__}: {some}. What was only pre-trained may have no pooling "
-            "yet: train it first."
-        )
-    refuse_not_finite(source, model.state_dict())
-    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
-    processor.set_output_size(model.config.image_shape)
-    return model.eval(), processor

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from .answering import Settings, Share, Task, answer, identity_of
 from .answers import Answers
-from .inference import load
+from .checkpoints.models import load
 from .prediction import Predictor
 from .system.extras import need
 

@@ -49,7 +49,7 @@ def _register_models(modeling: ModuleType) -> None:
 
 
 def _read_foreign(*arguments: Any) -> Any:
-    from .checkpoints.loading import read_foreign
+    from .checkpoints.from_pretrained import read_foreign
 
     return read_foreign(*arguments)
 

@@ -27,9 +27,9 @@ from transformers import ViTForImageClassification as StockClassifier
 from typer.testing import CliRunner
 from vit_pytorch import vit
 
-import hf_vit.checkpoints.conversion
-import hf_vit.checkpoints.loading
-import hf_vit.export
+import hf_vit.checkpoints.export
+import hf_vit.checkpoints.folder
+import hf_vit.checkpoints.from_pretrained
 from hf_vit import (
     HFViTBackbone,
     HFViTConfig,
@@ -39,8 +39,8 @@ from hf_vit import (
     HFViTModel,
 )
 from hf_vit.checkpoints import Options, open_checkpoint
+from hf_vit.checkpoints.models import load_classifier
 from hf_vit.cli import app
-from hf_vit.finetuning import load_classifier
 
 runner = CliRunner()
 State = dict[str, Tensor]
@@ -756,7 +756,7 @@ def test_converting_needs_a_part_of_the_file_in_memory(kinds: dict[str, Kind], t
     large = timm.create_model("vit_base_patch16_224", img_size=32, depth=7, num_classes=5, act_layer="gelu_tanh")
     save_for_hf(filled(large), str(tmp_path), safe_serialization=True)
     torch.save(large.state_dict(), tmp_path / "large.pth")
-    hf_vit.export.export(tmp_path, tmp_path / "large.npz", "npz")
+    hf_vit.checkpoints.export.export(tmp_path, tmp_path / "large.npz", "npz")
     for name in ("large.npz", "model.safetensors", "large.pth"):
         file = tmp_path / name
         assert file.stat().st_size > 190e6

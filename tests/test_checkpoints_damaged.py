@@ -25,8 +25,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_vit import HFViTForImageClassification
 from hf_vit.checkpoints import open_checkpoint
-from hf_vit.finetuning import load_classifier
-from hf_vit.inference import load
+from hf_vit.checkpoints.models import load, load_classifier
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 Damage = Callable[[Path], Any]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint
-from hf_vit.checkpoints.flexible import resample_patch_projection
-from hf_vit.checkpoints.google import ROOTS
-from hf_vit.export import export
+from hf_vit.checkpoints.export import export
+from hf_vit.checkpoints.families.google import ROOTS
+from hf_vit.checkpoints.layouts import resample_patch_projection
 from hf_vit.model import modeling_hf_vit
 
 GOLDEN = Path(__file__).parent / "golden" / "google"

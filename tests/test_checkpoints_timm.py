@@ -17,9 +17,9 @@ from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 from hf_vit.checkpoints import Checkpoint, Options, Source, open_checkpoint
+from hf_vit.checkpoints.families.timm import table
 from hf_vit.checkpoints.files import Stored
 from hf_vit.checkpoints.layouts import rules_of
-from hf_vit.checkpoints.timm import table
 from hf_vit.model import modeling_hf_vit
 
 TINY: dict[str, Any] = {

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import hf_vit
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
+from hf_vit.checkpoints.export import export
 from hf_vit.cli import app
-from hf_vit.export import export
 from hf_vit.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

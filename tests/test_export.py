@@ -22,11 +22,11 @@ from transformers.utils import is_torchvision_greater_or_equal
 from typer.testing import CliRunner
 
 import hf_vit
-import hf_vit.export
+import hf_vit.checkpoints.export
 from hf_vit import HFViTConfig, HFViTImageProcessorPil
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint
+from hf_vit.checkpoints.export import export
 from hf_vit.cli import app
-from hf_vit.export import export
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
 TINY: dict[str, Any] = {
@@ -350,10 +350,10 @@ def test_timm_computes_the_same(tmp_path: Path, fields: dict[str, Any]) -> None:
         assert theirs.num_classes == 0 and distance(actual, expected.pooler_output) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", hf_vit.export.TIMM_ACTIVATIONS)
+@pytest.mark.parametrize("name", hf_vit.checkpoints.export.TIMM_ACTIVATIONS)
 def test_activations_are_timm_s(name: str) -> None:
     inputs = torch.linspace(-6, 6, 999)
-    theirs = timm.layers.get_act_layer(hf_vit.export.TIMM_ACTIVATIONS[name])()
+    theirs = timm.layers.get_act_layer(hf_vit.checkpoints.export.TIMM_ACTIVATIONS[name])()
     torch.testing.assert_close(theirs(inputs.clone()), transformers.activations.ACT2FN[name](inputs))
 
 
@@ -419,7 +419,9 @@ def test_timm_s_transforms_give_the_pixels(tmp_path: Path, picture: Image.Image,
 
 def test_every_crop_of_a_shorter_side_is_said() -> None:
     for edge in range(32, 999):
-        share, mode = hf_vit.export._timm_crop({"do_center_crop": True, "size": {"shortest_edge": edge}}, (32, 32))
+        share, mode = hf_vit.checkpoints.families.timm_out._timm_crop(
+            {"do_center_crop": True, "size": {"shortest_edge": edge}}, (32, 32)
+        )
         assert mode == "center" and np.floor(32 / share) == edge
 
 
@@ -879,7 +881,7 @@ def test_a_failure_leaves_nothing_behind(
     def fail(*arguments: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(hf_vit.export, "verify", fail)
+    monkeypatch.setattr(hf_vit.checkpoints.export, "verify", fail)
     failed = run(source, out, "--to", to, *(["--force"] * force))
     assert failed.exit_code == 2 and "No space left" in failed.output
     assert content(out) == before if force else not out.exists()
@@ -889,13 +891,13 @@ def test_a_failure_leaves_nothing_behind(
 @pytest.mark.parametrize("to", OUT)
 def test_a_wrong_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     source = save(tmp_path / "ours", **OF_A_TARGET[to])
-    translated = hf_vit.export.translated
+    translated = hf_vit.checkpoints.export.translated
 
     def wrong(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in translated(*arguments):
             yield name, tensor.flip(0) if "cls" in name or tensor.ndim == 1 else tensor
 
-    monkeypatch.setattr(hf_vit.export, "translated", wrong)
+    monkeypatch.setattr(hf_vit.checkpoints.export, "translated", wrong)
     with pytest.raises(AssertionError):
         export(source, tmp_path / OUT[to], to)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import hf_vit
+from hf_vit.checkpoints.models import load_classifier
 from hf_vit.data.augmentation import BatchMixer
-from hf_vit.finetuning import load_classifier
 from hf_vit.hub import check_folder
 from hf_vit.trainer import Collator, ViTTrainer, last_complete_checkpoint
 

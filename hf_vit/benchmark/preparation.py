@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checkpoints.export import export
+from ..checkpoints.families.vit_pytorch import ERAS, table
 from ..checkpoints.layouts import rules_of
-from ..checkpoints.vit_pytorch import ERAS, table
 from ..cost import count_flops
 from ..data.opening import seed_of
-from ..export import export
 from ..graphs import write_onnx
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil

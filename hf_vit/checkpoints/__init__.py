@@ -7,11 +7,11 @@ A family is a file: a table of names, and how its config is read from tensors an
 from pathlib import Path
 from typing import Any
 
-from . import google, own, timm, transformers, vit_pytorch
 from .checkpoint import Checkpoint, Family, Options
-from .conversion import write_checkpoint
 from .diagnosis import explain
+from .families import google, own, timm, transformers, vit_pytorch
 from .files import Source, open_source
+from .folder import write_checkpoint
 
 FAMILIES = (own.FAMILY, google.FAMILY, transformers.FAMILY, timm.FAMILY, vit_pytorch.FAMILY)
 

@@ -15,8 +15,7 @@ from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.modeling_hf_vit import HFViTPreTrainedModel, resample_table
 from ..variants import SIZES
 from .files import PROCESSOR_FILES, Source
-from .flexible import resample_patch_projection
-from .layouts import Row, Rule, rules_of
+from .layouts import Row, Rule, resample_patch_projection, rules_of
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoints.models import load
 from ..data.images import as_seen, normalize
-from ..inference import load
 from ..inspection import attention_maps, attention_rollout, lit
 from ..inspection.gallery import Picture, Subject, name_of, pictures_of_positions
 from ..inspection.layers import head_number

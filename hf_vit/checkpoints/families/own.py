@@ -1,9 +1,9 @@
 """This package's own folders: nothing to convert, but sizes and heads can be changed as for all others."""
 
-from ..model.configuration_hf_vit import CLASSES, HFViTConfig
-from .checkpoint import ENCODER, Family, Options, Reading, parameters_of, processor_beside, refuse_depth
-from .files import Source
-from .layouts import Row
+from ...model.configuration_hf_vit import CLASSES, HFViTConfig
+from ..checkpoint import ENCODER, Family, Options, Reading, parameters_of, processor_beside, refuse_depth
+from ..files import Source
+from ..layouts import Row
 
 ARCHITECTURES = [place.split(".")[1] for auto_class, place in CLASSES.items() if auto_class != "AutoConfig"]
 

@@ -12,10 +12,10 @@ Transformer/ to the top; until 2022 they had a row for the class token, since th
 from functools import partial
 from typing import Any
 
-from ..model.configuration_hf_vit import HFViTConfig
-from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
-from .files import Source, Stored
-from .layouts import Layout, Row, count, each, grid_of_table, heads_together, is_square, positions, reshaped
+from ...model.configuration_hf_vit import HFViTConfig
+from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
+from ..files import Source, Stored
+from ..layouts import Layout, Row, count, each, grid_of_table, heads_together, is_square, positions, reshaped
 
 PRE_LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
 LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model.configuration_hf_vit import HFViTConfig
-from ..model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
-from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
-from .files import Source
-from .layouts import Layout, Row, convolution, count, halves, heads_first, is_square, packed, positions
+from ...model.configuration_hf_vit import HFViTConfig
+from ...model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
+from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
+from ..files import Source
+from ..layouts import Layout, Row, convolution, count, halves, heads_first, is_square, packed, positions
 
 # ----------------------------------------------------------------------------------------------------- the names
 

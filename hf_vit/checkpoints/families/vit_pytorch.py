@@ -7,10 +7,10 @@ says, or the library's default, which `assumed` then names.
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-from ..model.configuration_hf_vit import HFViTConfig
-from .checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
-from .files import Source
-from .layouts import Layout, Row, count, each, grid_of_table, heads_first, positions, reshaped
+from ...model.configuration_hf_vit import HFViTConfig
+from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
+from ..files import Source
+from ..layouts import Layout, Row, count, each, grid_of_table, heads_first, positions, reshaped
 
 HEAD_DIM = 64  # the library's default `dim_head`
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from ..model.configuration_hf_vit import HFViTConfig
-from .checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading, processor_beside
-from .files import Source
-from .layouts import (
+from ...model.configuration_hf_vit import HFViTConfig
+from ..checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading, processor_beside
+from ..files import Source
+from ..layouts import (
     Layout,
     Row,
     convolution,

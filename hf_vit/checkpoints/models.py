@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .checkpoints import open_checkpoint
-from .checkpoints.checkpoint import refuse_not_finite
-from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
-from .system.extras import need
+from ..model.image_processing_hf_vit import HFViTImageProcessor
+from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from ..system.extras import need
+from . import Checkpoint, Options, open_checkpoint
+from .checkpoint import CLASSIFIER, refuse_not_finite
 
 logger = logging.get_logger(__name__)
 
@@ -120,3 +120,32 @@ def _processor(checkpoint: Any, model: Any) -> HFViTImageProcessor:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def load(
+    source: str, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
+) -> tuple[Any, HFViTImageProcessor]:
+    """Load a classifier, or the encoder of a checkpoint without one, and the processor of its images.
+
+    Args:
+        source: A file, a folder or a name on the Hub, in any layout.
+        image_size: (height, width) in pixels, where it is not the checkpoint's own.
+        checkpoint: What `open_checkpoint` gave for `source`, if it is open already.
+
+    Raises:
+        ValueError: If weights are missing, or are no numbers.
+    """
+    checkpoint = checkpoint or open_checkpoint(source, Options(image_size=image_size))
+    model_class: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
+    fields = {} if image_size is None else {"image_size": image_size}
+    model, report = model_class.from_pretrained(source, output_loading_info=True, **fields)
+    if missing := sorted(report["missing_keys"]):
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{source} lacks weights of {model_class.__name__}: {some}. What was only pre-trained may have no pooling "
+            "yet: train it first."
+        )
+    refuse_not_finite(source, model.state_dict())
+    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
+    processor.set_output_size(model.config.image_shape)
+    return model.eval(), processor

@@ -21,16 +21,10 @@ from .data.labelled import ImageData, _held_out_by, _recipe_of, load_data
 from .data.loaders import evaluation_loader, naming_dead_workers
 from .evaluation import Predictions, classify, extract, in_turn
 from .hub import versions
-from .inference import (
-    BATCH_OF_CPU,
-    DTYPES,
-    default_batch_size,
-    inference_precision,
-    on_every_core,
-    optimize_for_inference,
-)
+from .inference.optimize import DTYPES, inference_precision, optimize_for_inference
+from .inference.threads import BATCH_OF_CPU, default_batch_size, on_every_core
+from .inference.token_merging import merge_tokens
 from .system.machine import machine
-from .token_merging import merge_tokens
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
     "linear": probing.linear_probe,

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .assessment import compare
 from .checkpoints import open_checkpoint
 from .checkpoints.models import load
-from .inference import optimize_for_inference
+from .inference.optimize import optimize_for_inference
 from .model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel, HFViTPositionTable, HFViTSinCos2DPositions

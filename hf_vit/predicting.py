@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from .answering import Processes, Settings, tasks_of
 from .answers import Answers
 from .data.sources import Part, Sources
-from .inference import default_batch_size, inference_precision
+from .inference.optimize import inference_precision
+from .inference.threads import default_batch_size
 from .prediction import Prediction, Predictor
 from .prediction_ray import RayActors
 from .system.locking import alone_as_one

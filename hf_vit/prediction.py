@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .checkpoints.models import load
 from .data.images import as_seen, content_of, normalize
-from .inference import default_batch_size, on_every_core, optimize_for_inference
+from .inference.optimize import optimize_for_inference
+from .inference.threads import default_batch_size, on_every_core
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.image_reading_hf_vit import read_image
 from .system.texts import without_tokens

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hf_vit import HFViTForImageClassification, HFViTModel, inference
-from hf_vit.inference import PackedLinear, optimize_for_inference
+from hf_vit import HFViTForImageClassification, HFViTModel
+from hf_vit.inference import optimize as inference
+from hf_vit.inference.optimize import PackedLinear, optimize_for_inference
 
 ARCHITECTURES = {
     "plain": {},

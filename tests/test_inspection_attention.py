@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
-from hf_vit.inference import optimize_for_inference
+from hf_vit.inference.optimize import optimize_for_inference
+from hf_vit.inference.token_merging import merge_tokens
 from hf_vit.inspection import (
     attention_distance,
     attention_maps,
@@ -23,7 +24,6 @@ from hf_vit.inspection import (
 from hf_vit.inspection.attention import READ_BY
 from hf_vit.inspection.layers import Scores
 from hf_vit.model.configuration_hf_vit import POOLINGS, POSITION_EMBEDDINGS, POSITION_PLACEMENTS
-from hf_vit.token_merging import merge_tokens
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"positions {kind}": {"position_embedding_type": kind} for kind in POSITION_EMBEDDINGS},

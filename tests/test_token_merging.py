@@ -14,9 +14,9 @@ from tiny_run import COLORS, save_photos
 
 import hf_vit
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from hf_vit.inference.token_merging import match_patches, merge_tokens
 from hf_vit.model import modeling_hf_vit as modeling
 from hf_vit.model.configuration_hf_vit import POOLINGS
-from hf_vit.token_merging import match_patches, merge_tokens
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 

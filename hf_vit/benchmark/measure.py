@@ -165,7 +165,7 @@ def optimized_inference(job: Job, is_compiled: bool = False) -> Subject:
     """The same by what this package does to a model that will not be trained."""
     import torch
 
-    from hf_vit.inference import optimize_for_inference
+    from hf_vit.inference.optimize import optimize_for_inference
 
     torch.set_num_threads(job.threads)
     network = optimize_for_inference(load_ours(job).to(job.device), job.precision, is_compiled)

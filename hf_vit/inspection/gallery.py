@@ -20,7 +20,7 @@ from ..checkpoints import Checkpoint, Options, open_checkpoint
 from ..data.images import as_seen, normalize
 from ..data.sources import files_of
 from ..drawing import caption, save
-from ..inference import BATCH_OF_CPU
+from ..inference.threads import BATCH_OF_CPU
 from ..model import modeling_hf_vit
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image

@@ -8,19 +8,17 @@ What it adds, in bf16 on a CPU: weights in the order in which the products read 
     FP8: torchao, weights and activations scaled by row
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .model.modeling_hf_vit import (
+from ..model.modeling_hf_vit import (
     HFViTForImageClassification,
     HFViTGatedMLP,
     HFViTLayer,
@@ -28,10 +26,7 @@ from .model.modeling_hf_vit import (
     HFViTModel,
     rotate,
 )
-from .system.machine import cores, precision_name, resolve_precision
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+from ..system.machine import precision_name, resolve_precision
 
 # Of weights, and of all that is not a product.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -227,45 +222,6 @@ def multiply_in_8_bits(model: InferenceModel) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- many images
-
-
-# Images that a core of the CPU, and a GPU, answers for at a time.
-BATCH_OF_CPU, BATCH_OF_GPU = 8, 256
-AHEAD = 2  # batches that each core may be ahead of who reads the answers
-
-
-def default_batch_size(device_type: str) -> int:
-    """Return how many images a core, or a GPU, answers for at a time."""
-    return BATCH_OF_CPU if device_type == "cpu" else BATCH_OF_GPU
-
-
-def on_every_core(
-    work: Callable[[Item], Answer], items: Iterable[Item], workers: int | None = None
-) -> Iterator[Answer]:
-    """Yield `work(item)` of every item, in their order, each worked on by one core alone.
-
-    Cores that share an operation wait for each other at its end; what decodes images or multiplies matrices leaves
-    Python's lock, so that threads do. Items are taken no further ahead than the workers need.
-
-    Args:
-        workers: Threads; as many as this process may use cores if not given.
-    """
-    workers = workers or cores()
-    threads = torch.get_num_threads()
-    waiting: deque[Future[Answer]] = deque()
-    # Inside its thread, torch would let each use all cores.
-    with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            torch.set_num_threads(threads)
 
 
 # -------------------------------------------------------------------------------------------------- from a name

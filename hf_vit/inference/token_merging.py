@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .model.modeling_hf_vit import (
+from ..model.modeling_hf_vit import (
     HFViTAttention,
     HFViTAttentionPooling,
     HFViTClassTokenAndMeanPooling,

@@ -1,0 +1,1 @@
+"""Faster inference at equal outputs."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         HFViTForMaskedImageModeling,
         HFViTModel,
     )
-    from .pipeline import HFViTImageClassificationPipeline
+    from .prediction.pipeline import HFViTImageClassificationPipeline
 
 try:
     __version__ = version("hf-vit")

@@ -20,10 +20,10 @@ from .recipe import TrainConfig, recipe_header, shipped_recipes
 from .system.texts import one_line, visible, without_tokens
 
 if TYPE_CHECKING:
-    from .answering import Settings
     from .checkpoints import Checkpoint, Options
     from .data.sources import Sources
-    from .predicting import Summary
+    from .prediction.predict import Summary
+    from .prediction.shards import Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -272,8 +272,8 @@ def predict(
     On several GPUs or machines: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     with _clear_endings(), _resumable():
-        from .answering import Settings
         from .data.sources import Sources
+        from .prediction.shards import Settings
 
         if output is None:
             needing = {"--features": features, "--engine ray": engine == "ray", "--restart": restart}
@@ -284,7 +284,7 @@ def predict(
         size = _size("--image-size", image_size)
         settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
         if output is not None:
-            from .predicting import predict_into
+            from .prediction.predict import predict_into
 
             summary = predict_into(output, sources, settings, engine, restart)
         else:
@@ -624,7 +624,7 @@ def study(
 
 def _print_answers(sources: "Sources", settings: "Settings", say: Callable[[str], None]) -> "Summary":
     """Say what a model makes of images, line by line."""
-    from .predicting import Summary, predict_each
+    from .prediction.predict import Summary, predict_each
 
     answers = predict_each(sources, settings)
     broken, images, began = [], 0, time.perf_counter()

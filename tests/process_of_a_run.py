@@ -18,7 +18,7 @@ from hf_vit.recipe import TrainConfig
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["process_of_a_run", "hf_vit.cli", "hf_vit.training", "hf_vit.predicting", "timm.optim", "torch._dynamo"]
+    ["process_of_a_run", "hf_vit.cli", "hf_vit.training", "hf_vit.prediction.predict", "timm.optim", "torch._dynamo"]
 )
 
 

@@ -31,7 +31,7 @@ from hf_vit import (
 )
 from hf_vit.data.images import EvaluationImages, TrainingImages, Visit
 from hf_vit.model.image_reading_hf_vit import LIMIT, read_image
-from hf_vit.prediction import Predictor
+from hf_vit.prediction.predictor import Predictor
 
 pytestmark = pytest.mark.filterwarnings(
     # What Pillow says beside an image that it reads, or an error.

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor, HFViTModel
 from hf_vit.cli import app
 from hf_vit.data.sources import files_of
-from hf_vit.prediction import Predictor
+from hf_vit.prediction.predictor import Predictor
 
 
 @pytest.fixture(scope="module")

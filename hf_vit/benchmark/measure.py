@@ -380,7 +380,7 @@ def prediction_by_transformers(precision: str, job: Job) -> Subject:
 def prediction_by_ours(job: Job) -> Subject:
     """`Predictor` on files. The answer is the number of every photo's label."""
     from hf_vit import HFViTConfig
-    from hf_vit.prediction import Predictor
+    from hf_vit.prediction.predictor import Predictor
 
     workers = job.threads if job.device == "cpu" else None
     predictor = Predictor.from_pretrained(f"{job.models}/ours", job.precision, device=job.device, workers=workers)

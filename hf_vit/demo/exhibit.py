@@ -22,7 +22,7 @@ from ..inspection.gallery import Picture, Subject, name_of, pictures_of_position
 from ..inspection.layers import head_number
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
-from ..prediction import Prediction, Predictor
+from ..prediction.predictor import Prediction, Predictor
 
 Size = tuple[int, int]  # (height, width), pixels
 

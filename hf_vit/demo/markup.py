@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..inspection.page import escape
-from ..prediction import Prediction
+from ..prediction.predictor import Prediction
 from .exhibit import Answer, Exhibit
 
 # Colours are those of the page's theme, which has a light and a dark one.

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..inspection.attention import READ_BY
-from ..prediction import Prediction
+from ..prediction.predictor import Prediction
 from ..system.texts import one_line
 from .exhibit import Exhibit, File
 from .markup import by, cards, heading, note, refusal

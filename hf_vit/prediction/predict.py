@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm.auto import tqdm
 
-from .answering import Processes, Settings, tasks_of
-from .answers import Answers
-from .data.sources import Part, Sources
-from .inference.optimize import inference_precision
-from .inference.threads import default_batch_size
-from .prediction import Prediction, Predictor
-from .prediction_ray import RayActors
-from .system.locking import alone_as_one
-from .system.stopping import StopSignals
+from ..data.sources import Part, Sources
+from ..inference.optimize import inference_precision
+from ..inference.threads import default_batch_size
+from ..system.locking import alone_as_one
+from ..system.stopping import StopSignals
+from .predictor import Prediction, Predictor
+from .processes import Processes
+from .ray import RayActors
+from .shards import Settings, tasks_of
+from .table import Answers
 
 BATCHES_OF_A_SHARD = 16  # seconds of work are lost at most, and processes end at about the same time
 LONGEST_WAIT = timedelta(days=30)  # of one process for the others

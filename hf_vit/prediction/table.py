@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .prediction import Prediction
-from .system.disk import UNFINISHED, sync, writing
+from ..system.disk import UNFINISHED, sync, writing
+from .predictor import Prediction
 
 PLAN = "plan.json"
 ROW_GROUP_BYTES = 32 << 20  # of the file, before they are compressed

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import BatchFeature, ImageClassificationPipeline
 
-from .model.image_reading_hf_vit import SECONDS_OF_SILENCE, download, is_url
+from ..model.image_reading_hf_vit import SECONDS_OF_SILENCE, download, is_url
 
 
 class HFViTImageClassificationPipeline(ImageClassificationPipeline):

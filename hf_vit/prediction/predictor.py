@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoints.models import load
-from .data.images import as_seen, content_of, normalize
-from .inference.optimize import optimize_for_inference
-from .inference.threads import default_batch_size, on_every_core
-from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.image_reading_hf_vit import read_image
-from .system.texts import without_tokens
+from ..checkpoints.models import load
+from ..data.images import as_seen, content_of, normalize
+from ..inference.optimize import optimize_for_inference
+from ..inference.threads import default_batch_size, on_every_core
+from ..model.image_processing_hf_vit import HFViTImageProcessor
+from ..model.image_reading_hf_vit import read_image
+from ..system.texts import without_tokens
 
 Source = str | os.PathLike | bytes | Image.Image | dict[str, Any]
 Tag = TypeVar("Tag")

@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .answering import Settings, Share, Task, answer, identity_of
-from .answers import Answers
-from .checkpoints.models import load
-from .prediction import Predictor
-from .system.extras import need
+from ..checkpoints.models import load
+from ..system.extras import need
+from .predictor import Predictor
+from .shards import Settings, Share, Task, answer, identity_of
+from .table import Answers
 
 MOST_BLOCKS = 1000  # of Ray's, each of which goes to one actor
 

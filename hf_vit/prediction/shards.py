@@ -6,20 +6,16 @@ often all were killed in between, its answers are the same.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 
-from .answers import Answers, Shard
-from .checkpoints.models import load
-from .data.sources import Part, Stored
-from .prediction import Prediction, Predictor
-from .system.machine import cores
+from ..data.sources import Part, Stored
+from .predictor import Prediction, Predictor
+from .table import Answers, Shard
 
 
 @dataclass(frozen=True)
@@ -143,24 +139,6 @@ def _batches_of_block(
         number += len(batch)
         is_end = rows.is_over or number == shard_size
         yield Shard(part, block, number, rows.is_over) if is_end else None, batch
-
-
-class Processes:
-    """This process, or all that a launcher started: each takes its share."""
-
-    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
-        model, processor = load(settings.model, settings.image_size)
-        self.model = identity_of(model, processor)
-        self.device = accelerator.device.type
-        workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        options = {**settings.options, "workers": workers}
-        self.predictor = Predictor.from_model(
-            model, processor, device=accelerator.device, name=settings.model, **options
-        )
-        self.share = Share(accelerator.process_index, accelerator.num_processes)
-
-    def answer(self, tasks: Iterable[Task], answers: Answers, shard_size: int) -> Iterator[tuple[int, int]]:
-        return answer(self.predictor, tasks, answers, shard_size, self.share)
 
 
 def identity_of(model: Any, processor: Any) -> str:

@@ -1,0 +1,1 @@
+"""Predictions for many images: in memory, or in a table on disk."""

@@ -207,7 +207,8 @@ def evaluate(
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
     with _clear_endings():
-        from .assessment import assess, describe
+        from .evaluation.evaluate import assess
+        from .evaluation.words import describe
 
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise ValueError(f"There is no folder {json_file.parent} for --json: make it first.")

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import islice
@@ -23,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpointing import CheckpointFolder
 from .data.labelled import ImageData
 from .data.orders import READ_AHEAD, steps_of
+from .evaluation.flops import count_flops, count_parameters
 from .parallel import build_accelerator
 from .recipe import TrainConfig
 from .system.machine import machine, peak_memory, precision_name
@@ -126,36 +125,6 @@ class Cost:
         """Return how long it takes to go on behind step `done`. Saving is not in it."""
         evaluating = self.evaluations_from(done) * (self.evaluation_seconds or 0.0)
         return self.start_seconds + (self.total_steps - done) * self.step_seconds + evaluating
-
-
-def count_parameters(model: Any) -> tuple[int, int]:
-    """Return the numbers of parameters that learn and that are frozen, of the whole model if it is sharded."""
-    numbers = {True: 0, False: 0}
-    for parameter in model.parameters():
-        numbers[parameter.requires_grad] += parameter.numel()
-    return numbers[True], numbers[False]
-
-
-def count_flops(model: Any, model_class: Any) -> tuple[int, int]:
-    """Return the FLOPs of one image, in evaluation and in training, forward and backward.
-
-    Args:
-        model: Its config says what is computed, its parameters which of them learn. It may be sharded.
-        model_class: Of the model before it was.
-    """
-    config = deepcopy(model.config)
-    config._attn_implementation = "eager"  # matrix products one by one, on any device
-    with torch.device("meta"):
-        twin = model_class(config)
-        pixels = torch.empty(1, config.num_channels, *config.image_shape)
-    for parameter, own in zip(twin.parameters(), model.parameters(), strict=True):
-        parameter.requires_grad_(own.requires_grad)
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        twin.eval()(pixel_values=pixels)
-    with FlopCounterMode(display=False) as training:
-        outputs = twin.train()(pixel_values=pixels)
-        outputs["predictions" if "predictions" in outputs else "logits"].sum().backward()
-    return forward.get_total_flops(), training.get_total_flops()
 
 
 def count_memory(run: Running) -> Memory:

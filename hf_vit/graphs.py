@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .assessment import compare
 from .checkpoints import open_checkpoint
 from .checkpoints.models import load
+from .evaluation.pace import compare
 from .inference.optimize import optimize_for_inference
 from .model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 from .model.image_processing_hf_vit import HFViTImageProcessor

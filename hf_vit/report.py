@@ -13,7 +13,7 @@ from . import inspection
 from .data.images import EvaluationImages, Visit
 from .data.labelled import RECIPE, ImageData
 from .drawing import save
-from .evaluation import Predictions
+from .evaluation.figures import Predictions
 from .hub import BackgroundPush, copy_of_ours, write_card
 from .recipe import TrainConfig
 from .system.machine import machine

@@ -12,7 +12,7 @@ from .checkpoints.models import fields_of_labels, load_classifier, load_for_mask
 from .data.augmentation import BatchMixer
 from .data.labelled import ImageData
 from .data.opening import seed_of
-from .evaluation import Predictions, classify
+from .evaluation.figures import Predictions, classify
 from .model.configuration_hf_vit import HFViTConfig
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling

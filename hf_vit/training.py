@@ -34,7 +34,7 @@ from .data.labelled import RECIPE, ImageData, load_data
 from .data.loaders import evaluation_loader, naming_dead_workers, training_loader
 from .data.opening import seed_of
 from .data.orders import Parts, StreamOrder, steps_of, training_order
-from .evaluation import Predictions
+from .evaluation.figures import Predictions
 from .model.image_processing_hf_vit import HFViTImageProcessor
 from .optim import Schedule, build_optimizer, parameter_groups
 from .parallel import (

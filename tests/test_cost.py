@@ -18,19 +18,9 @@ from typer.testing import CliRunner
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, tasks
 from hf_vit import training as training_module
 from hf_vit.cli import app
-from hf_vit.cost import (
-    MEASURED,
-    WARM_UP,
-    Cost,
-    Memory,
-    Rehearsal,
-    count_flops,
-    count_parameters,
-    describe,
-    evaluation_length,
-    rehearse,
-)
+from hf_vit.cost import MEASURED, WARM_UP, Cost, Memory, Rehearsal, describe, evaluation_length, rehearse
 from hf_vit.data.labelled import load_data
+from hf_vit.evaluation.flops import count_flops, count_parameters
 from hf_vit.training import Interrupted, train
 from hf_vit.variants import VARIANTS, config_of
 

@@ -15,10 +15,10 @@ from tiny_run import COLORS, colored_dataset, save_photos
 from typer.testing import CliRunner
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
-from hf_vit.assessment import match_labels
 from hf_vit.cli import app
 from hf_vit.data.images import EvaluationImages
 from hf_vit.data.labelled import RECIPE
+from hf_vit.evaluation.labels import match_labels
 from hf_vit.recipe import TrainConfig
 
 runner = CliRunner()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.data.images import EvaluationImages, normalize
 from hf_vit.data.loaders import evaluation_loader
-from hf_vit.evaluation import Predictions, classify, extract
+from hf_vit.evaluation.figures import Predictions, classify, extract
 
 
 def to_model(pixels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_vit import HFViTForImageClassification, HFViTModel
-from hf_vit.evaluation import Predictions
+from hf_vit.evaluation.figures import Predictions
 from hf_vit.inspection import (
     attention_weights,
     feature_components,

@@ -7,7 +7,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from hf_vit.probing import BIAS, few_shot, knn, linear_probe, regression
+from hf_vit.evaluation.probing import BIAS, few_shot, knn, linear_probe, regression
 
 
 def clusters(number: int, spread: float, seed: int = 0, width: int = 12) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from tiny_run import save_photos, tiny_recipe
 from transformers import pipeline
 
 from hf_vit import report
-from hf_vit.evaluation import Predictions
+from hf_vit.evaluation.figures import Predictions
 from hf_vit.hub import check_folder
 from hf_vit.recipe import TrainConfig
 from hf_vit.report import train_and_report

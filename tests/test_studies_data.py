@@ -13,10 +13,10 @@ from test_studies import TINY, row
 from tiny_run import assert_same_weights, colored_dataset, stop_at, weights
 
 from hf_vit import HFViTModel
-from hf_vit.cost import count_flops
 from hf_vit.data.labelled import load_data
 from hf_vit.data.opening import seed_of
 from hf_vit.data.orders import steps_of
+from hf_vit.evaluation.flops import count_flops
 from hf_vit.optim import parameter_groups
 from hf_vit.recipe import TrainConfig
 from hf_vit.studies import SIZES, data_size, pretraining

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..checkpoints.export import export
 from ..checkpoints.families.vit_pytorch import ERAS, table
 from ..checkpoints.layouts import rules_of
-from ..cost import count_flops
 from ..data.opening import seed_of
+from ..evaluation.flops import count_flops
 from ..graphs import write_onnx
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from ..data.images import EvaluationImages, normalize
 from ..data.loaders import evaluation_loader
 from ..drawing import BLUE, GRAY, ORANGE, bare, new_figure
-from ..evaluation import extract
+from ..evaluation.figures import extract
+from ..evaluation.probing import few_shot
 from ..model.modeling_hf_vit import HFViTModel
-from ..probing import few_shot
 from ..recipe import TrainConfig
 from ..training import Run, data_of
 from .figures import draw_dots

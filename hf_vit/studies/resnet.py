@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitConfig, BitForImageClassification
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
-from ..cost import count_flops
+from ..evaluation.flops import count_flops
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..recipe import TrainConfig
 from ..tasks import build_model

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..cost import count_flops
+from ..evaluation.flops import count_flops
 from ..hub import versions
 from ..recipe import FREE_TO_CHANGE, TrainConfig
 from ..system.locking import alone_in

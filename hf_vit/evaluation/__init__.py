@@ -1,0 +1,1 @@
+"""Accuracy, calibration, speed and feature quality of a model on labelled images."""

@@ -504,7 +504,8 @@ def export(
     with _clear_endings():
         from .checkpoints.export import TARGETS
         from .checkpoints.export import export as write_layout
-        from .graphs import KINDS, export_graph
+        from .graphs.export import export_graph
+        from .graphs.kinds import KINDS
 
         if to in KINDS:
             echo("\n".join(export_graph(model, out, to, int8, data, force)))

@@ -351,7 +351,7 @@ def push(
 
     For example: hf-vit push my-vit YOUR_NAME/my-vit --private
     """
-    from .hub import push
+    from .hub.upload import push
 
     with _clear_endings():
         echo(f"Published at {push(folder, repo_id, private=private)}")

@@ -14,7 +14,9 @@ from .data.images import EvaluationImages, Visit
 from .data.labelled import RECIPE, ImageData
 from .drawing import save
 from .evaluation.figures import Predictions
-from .hub import BackgroundPush, copy_of_ours, write_card
+from .hub.card import write_card
+from .hub.folder import copy_of_ours
+from .hub.upload import BackgroundPush
 from .recipe import TrainConfig
 from .system.machine import machine
 from .system.texts import code, fenced, markdown, shell_word

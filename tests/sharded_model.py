@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForImageClassification
 from transformers.distributed import DistributedConfig
 
-from hf_vit.hub import check_folder
+from hf_vit.hub.folder import check_folder
 
 
 def main(kind: str, folder: str, saved: str, image_size: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tiny_run import save_photos, tiny_recipe
 from typer.testing import CliRunner
 
-import hf_vit.hub
+import hf_vit.hub.upload
 import hf_vit.report
 from hf_vit.cli import app
 from hf_vit.recipe import TrainConfig, shipped_recipes
@@ -130,7 +130,7 @@ def test_push_calls_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         calls.append((folder, repo_id, private))
         return f"https://huggingface.co/{repo_id}"
 
-    monkeypatch.setattr(hf_vit.hub, "push", push)
+    monkeypatch.setattr(hf_vit.hub.upload, "push", push)
     result = runner.invoke(app, ["push", str(tmp_path), "me/digits", "--private"])
     assert result.exit_code == 0, result.output
     assert calls == [(tmp_path, "me/digits", True)]

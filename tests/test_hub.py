@@ -18,7 +18,9 @@ from isolated import TESTS, python, save_tiny_classifier
 from safetensors.torch import load_file
 
 import hf_vit
-from hf_vit.hub import BackgroundPush, check_folder, push, versions, without_tokens, write_card
+from hf_vit.hub.card import versions, write_card
+from hf_vit.hub.folder import check_folder
+from hf_vit.hub.upload import BackgroundPush, push, without_tokens
 from hf_vit.system.machine import machine
 
 # The client's own way of uploading, which its network library finds old.

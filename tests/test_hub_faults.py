@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 import hf_vit
 from hf_vit.cli import app
-from hf_vit.hub import BackgroundPush, push, write_card
+from hf_vit.hub.card import write_card
+from hf_vit.hub.upload import BackgroundPush, push
 from hf_vit.system.network import is_final, pause_after, sentence_of
 
 pytestmark = [
@@ -164,7 +165,7 @@ def test_of_two_pushes_at_once_one_is_refused(client: Hub, old: Path, new: Path)
 
 
 def test_a_silent_hub_is_given_up(client: Hub, new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_vit.hub.SILENCE", 0.2)
+    monkeypatch.setattr("hf_vit.hub.upload.SILENCE", 0.2)
     huggingface_hub.close_session()
     client.delay("/commit/", seconds=3)
     with pytest.raises(Exception, match="timed out") as silence:

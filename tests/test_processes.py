@@ -15,7 +15,7 @@ from process_of_a_run import ends, free_port, start, start_all
 from tiny_run import RECIPE, colored_dataset, colored_images, log_of, save_photos, spoil_loss, stop_at, tiny_recipe
 
 from hf_vit import HFViTForImageClassification
-from hf_vit.hub import check_folder
+from hf_vit.hub.folder import check_folder
 from hf_vit.recipe import TrainConfig
 from hf_vit.training import CHECKPOINTS, LOG, METRICS, StopSignals
 

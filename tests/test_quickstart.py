@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_vit.hub import check_folder
+from hf_vit.hub.folder import check_folder
 from hf_vit.quickstart import quickstart
 
 

@@ -8,7 +8,7 @@ import pytest
 from isolated import TESTS, python, save_tiny_classifier
 from user_of_a_repository import outputs
 
-from hf_vit.hub import check_folder
+from hf_vit.hub.folder import check_folder
 
 USER = TESTS / "user_of_a_repository.py"
 

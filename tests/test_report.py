@@ -16,7 +16,7 @@ from transformers import pipeline
 
 from hf_vit import report
 from hf_vit.evaluation.figures import Predictions
-from hf_vit.hub import check_folder
+from hf_vit.hub.folder import check_folder
 from hf_vit.recipe import TrainConfig
 from hf_vit.report import train_and_report
 

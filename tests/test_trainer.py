@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 import hf_vit
 from hf_vit.checkpoints.models import load_classifier
 from hf_vit.data.augmentation import BatchMixer
-from hf_vit.hub import check_folder
+from hf_vit.hub.folder import check_folder
 from hf_vit.trainer import Collator, ViTTrainer, last_complete_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ..evaluation.flops import count_flops
-from ..hub import versions
+from ..hub.card import versions
 from ..recipe import FREE_TO_CHANGE, TrainConfig
 from ..system.locking import alone_in
 from ..system.machine import cores, machine, processor

@@ -1,0 +1,173 @@
+"""Write the model card of a repository."""
+
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+
+from ..model.configuration_hf_vit import HFViTConfig
+from ..system.machine import _version
+from ..system.texts import markdown, visible, without_tokens
+from .folder import _weights
+
+# What a figure needs to be measured again.
+PROVENANCE = ("command", "hardware", "seeds")
+
+
+# Identifiers that the Hub knows; "other" takes a licence of its own.
+LICENSES = """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0
+    grok2-community h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
+    llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0
+    other pddl postgresql unknown unlicense wtfpl zlib
+"""
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    description: str = "",
+    results: Mapping[str, float] | None = None,
+    measured: Mapping[str, str] | None = None,
+    dataset: str | None = None,
+    dataset_id: str | None = None,
+    split: str = "test",
+    sections: Mapping[str, str] | None = None,
+    images: Sequence[str] = (),
+    license: str = "apache-2.0",
+    base_model: str | None = None,
+) -> Path:
+    """Write `folder/README.md`, in place of the card that `save_pretrained` wrote.
+
+    Args:
+        folder: What `save_pretrained` wrote; architecture, labels and number of parameters are read there.
+        title: Heading; the folder's name if not given.
+        description: First paragraph, Markdown.
+        results: Figures that were measured on this very model, by the Hub's name of the metric: `{"accuracy": 0.981}`.
+        measured: How: `command`, `hardware` (see `machine`) and `seeds` at least; versions are added.
+        dataset: Name of the data for people; needed for results.
+        dataset_id: Its name on the Hub, if it has one.
+        split: Part of the data that the results were measured on.
+        sections: More text by heading, Markdown.
+        images: Names of pictures in the folder, shown at the end.
+        license: The Hub's identifier of the licence of the weights.
+        base_model: Name on the Hub of the model that this one was fine-tuned from.
+
+    Raises:
+        ValueError: For figures without their origin, and for front matter that the Hub would refuse.
+    """
+    folder = Path(folder)
+    results, measured = dict(results or {}), dict(measured or {})
+    _check_results(results, measured, dataset)
+    _check_front_matter(license, dataset_id, base_model)
+    if missing := [image for image in images if not (folder / image).is_file()]:
+        raise ValueError(f"Pictures that are not in {folder}: {', '.join(missing)}. Save them there first.")
+
+    config = HFViTConfig.from_pretrained(folder)
+    is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    task = "image-classification" if is_classifier else "image-feature-extraction"
+    title = title or folder.resolve().name
+    evaluations = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset_id or "custom",
+            dataset_name=str(dataset),
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in results.items()
+    ]
+    card = ModelCard.from_template(
+        ModelCardData(
+            license=license,
+            library_name="transformers",
+            pipeline_tag=task,
+            tags=["vision-transformer", "hf_vit"],
+            datasets=[dataset_id] if dataset_id else None,
+            base_model=base_model,
+            metrics=list(results) or None,
+            model_name=title if results else None,
+            eval_results=evaluations or None,
+        ),
+        template_str=(files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
+        title=markdown(title),
+        name=_in_quotes(folder.resolve().name),
+        description=description,
+        config=config,
+        image_shape=config.image_shape,
+        patch_shape=config.patch_shape,
+        labels=[markdown(str(label)) for label in (config.id2label or {}).values()] if is_classifier else [],
+        parameters=sum(_parameters(folder)),
+        results=results,
+        measured={**measured, "versions": versions()},
+        dataset=markdown(str(dataset)),
+        split=markdown(split),
+        sections=sections or {},
+        images={markdown(image): quote(image) for image in images},
+    )
+    path = folder / "README.md"
+    path.write_text(without_tokens(card.content) + "\n", encoding="utf-8")
+    return path
+
+
+def versions() -> str:
+    """Return the versions of what computed the figures."""
+    names = ("hf-vit", "torch", "transformers", "accelerate")
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in names)])
+
+
+def _check_results(results: Mapping[str, float], measured: Mapping[str, str], dataset: str | None) -> None:
+    if not results:
+        return
+    if missing := [name for name in PROVENANCE if name not in measured]:
+        raise ValueError(
+            f"Results need to say how they were measured: `measured` has {sorted(measured)} and lacks "
+            f"{missing}. Give all of {list(PROVENANCE)}, or leave the results out."
+        )
+    if dataset is None:
+        raise ValueError("Results need the name of the data they were measured on: set `dataset`.")
+    if broken := [metric for metric, value in results.items() if not math.isfinite(value)]:
+        raise ValueError(f"Results must be finite numbers; these are not: {broken}. Look into the run before pushing.")
+
+
+def _check_front_matter(license: str, dataset_id: str | None, base_model: str | None) -> None:
+    # The Hub refuses a card at the push, behind the training; here it costs nothing.
+    if license not in LICENSES.split():
+        raise ValueError(
+            f"license must be an identifier of the Hub such as 'apache-2.0' or 'cc-by-nc-4.0', got {license!r}; "
+            "use 'other' for any other licence."
+        )
+    for field, name in {"dataset_id": dataset_id, "base_model": base_model}.items():
+        try:
+            if name is not None:
+                validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(f"{field} must be a name on the Hub such as 'user/name', got {name!r}: {error}") from None
+
+
+def _parameters(folder: Path) -> Iterator[int]:
+    """Yield the number of elements of every tensor in the folder's weights."""
+    for name in _weights(folder):
+        with safe_open(folder / name, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 -- not a dictionary
+                yield math.prod(tensors.get_slice(key).get_shape())
+
+
+def _in_quotes(name: str) -> str:
+    """Return a name as it stands between the double quotes of code."""
+    return json.dumps(visible(name), ensure_ascii=False)[1:-1]

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from . import inspection
 from .data.images import EvaluationImages, Visit
 from .data.labelled import RECIPE, ImageData
-from .drawing import save
 from .evaluation.figures import Predictions
 from .hub.card import write_card
 from .hub.folder import copy_of_ours
 from .hub.upload import BackgroundPush
+from .inspection.drawing import save
 from .recipe import TrainConfig
 from .system.machine import machine
 from .system.texts import code, fenced, markdown, shell_word

@@ -21,8 +21,8 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 from hf_vit.cli import app
-from hf_vit.drawing import new_figure, plain, short
 from hf_vit.hub.upload import push
+from hf_vit.inspection.drawing import new_figure, plain, short
 from hf_vit.inspection.gallery import folder_for
 from hf_vit.recipe import TrainConfig
 from hf_vit.report import train_and_report

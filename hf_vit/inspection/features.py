@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..drawing import BLUE, INK, ORANGE, SERIES, bare, new_figure, plain, whole_numbers
+from .drawing import BLUE, INK, ORANGE, SERIES, bare, new_figure, plain, whole_numbers
 from .filters import principal_components
 from .layers import at_layer, grid_of, layer_numbers, walk
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..checkpoints import Checkpoint, Options, open_checkpoint
 from ..data.images import as_seen, normalize
 from ..data.sources import files_of
-from ..drawing import caption, save
 from ..inference.threads import BATCH_OF_CPU
 from ..model import modeling_hf_vit
 from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -33,6 +32,7 @@ from .attention import (
     plot_attention_distance,
     uniform_distance,
 )
+from .drawing import caption, save
 from .features import feature_components, plot_token_norms, token_norms
 from .filters import patch_filters, plot_filters, stem_filters
 from .layers import layer_number

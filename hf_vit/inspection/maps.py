@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..drawing import short
+from .drawing import short
 from .features import outlier_norm
 from .tiles import Tile, in_rows, plot_tiles, shown
 

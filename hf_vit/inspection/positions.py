@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..drawing import INK
+from .drawing import INK
 from .layers import layer_number
 from .tiles import GAP, Tile, in_rows, plot_tiles
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..drawing import BLUE, GRAY, INK, ORANGE, bare, new_figure, plain, short
+from .drawing import BLUE, GRAY, INK, ORANGE, bare, new_figure, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..drawing import INK, new_figure, plain
+from .drawing import INK, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import gcd, lcm
 from typing import TYPE_CHECKING, Any
 
-from ..drawing import bare, new_figure
+from ..inspection.drawing import bare, new_figure
 from ..recipe import TrainConfig
 from ..tasks import architecture_of, build_model
 from .figures import draw_series

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import log10
 from typing import TYPE_CHECKING, Any
 
-from ..drawing import MARKERS, SERIES
+from ..inspection.drawing import MARKERS, SERIES
 from .study import Results, Spread
 
 if TYPE_CHECKING:

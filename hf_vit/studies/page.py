@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..drawing import plain, save
+from ..inspection.drawing import plain, save
 from ..system.texts import fenced, markdown
 from .study import Results, Study
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..drawing import BLUE, GRAY, MARKERS, ORANGE, bare, new_figure
+from ..inspection.drawing import BLUE, GRAY, MARKERS, ORANGE, bare, new_figure
 from ..recipe import TrainConfig
 from .figures import draw_dots
 from .study import Cell, Finding, Results, Study, are_alike, cell_of, is_more, with_architecture

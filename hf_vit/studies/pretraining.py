@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from ..data.images import EvaluationImages, normalize
 from ..data.loaders import evaluation_loader
-from ..drawing import BLUE, GRAY, ORANGE, bare, new_figure
 from ..evaluation.figures import extract
 from ..evaluation.probing import few_shot
+from ..inspection.drawing import BLUE, GRAY, ORANGE, bare, new_figure
 from ..model.modeling_hf_vit import HFViTModel
 from ..recipe import TrainConfig
 from ..training import Run, data_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..drawing import INK, MARKERS, SERIES, bare, new_figure
+from ..inspection.drawing import INK, MARKERS, SERIES, bare, new_figure
 from ..recipe import TrainConfig
 from .study import (
     Cell,

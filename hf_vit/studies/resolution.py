@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..drawing import bare, new_figure
+from ..inspection.drawing import bare, new_figure
 from ..recipe import TrainConfig
 from ..tasks import architecture_of
 from .figures import draw_series, exponent_of, number_of

@@ -5,7 +5,7 @@ from math import inf, log2
 from statistics import correlation, linear_regression
 from typing import TYPE_CHECKING, Any
 
-from ..drawing import GRAY, INK, MARKERS, SERIES, bare, new_figure
+from ..inspection.drawing import GRAY, INK, MARKERS, SERIES, bare, new_figure
 from ..recipe import TrainConfig
 from ..tasks import architecture_of
 from .figures import draw_series, exponent_of, number_of

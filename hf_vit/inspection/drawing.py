@@ -8,7 +8,7 @@ import textwrap
 from os import PathLike
 from typing import TYPE_CHECKING, Literal
 
-from .system.texts import one_line, visible
+from ..system.texts import one_line, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

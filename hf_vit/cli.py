@@ -16,8 +16,8 @@ import typer
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from .recipe import TrainConfig, recipe_header, shipped_recipes
 from .system.texts import one_line, visible, without_tokens
+from .training.recipe import TrainConfig, recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, Options
@@ -135,7 +135,7 @@ def train(
 
     Parameters, FLOPs, memory, time and money before it starts: hf-vit train ... --dry-run --price-per-hour 2.5
     """
-    from .report import train_and_report
+    from .training.report import train_and_report
 
     with _clear_endings(), _resumable():
         named = {
@@ -701,8 +701,8 @@ def _command() -> str:
 
 
 def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
-    from .cost import describe, rehearse
     from .system.stopping import Interrupted
+    from .training.rehearsal import describe, rehearse
 
     try:
         cost = rehearse(config)

@@ -26,14 +26,14 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
-from hf_vit.checkpoints.models import add_lora, fields_of_labels, load_classifier
+from hf_vit.checkpoints.models import fields_of_labels, load_classifier
 from hf_vit.data.augmentation import BatchMixer, build_augmentation
 from hf_vit.data.images import EvaluationImages
 from hf_vit.data.labelled import load_data
 from hf_vit.hub.card import write_card
 from hf_vit.hub.upload import push
 from hf_vit.system.machine import machine
-from hf_vit.trainer import Collator, EpochImages, ViTTrainer, accuracy, last_complete_checkpoint
+from hf_vit.training.trainer import Collator, EpochImages, ViTTrainer, accuracy, add_lora, last_complete_checkpoint
 from hf_vit.variants import config_of
 
 DEFAULTS = {

@@ -35,10 +35,10 @@ import pytest
 from process_of_a_run import CONTEXT, start, start_all
 from tiny_run import at_step, colored_dataset, colored_images, log_of, save_photos, spoil_loss, tiny_recipe
 
-from hf_vit.checkpointing import find_damage
-from hf_vit.recipe import TrainConfig
 from hf_vit.system.disk import UNFINISHED
-from hf_vit.training import CHECKPOINTS, LOG, METRICS, TIMING
+from hf_vit.training.checkpointing import find_damage
+from hf_vit.training.loop import CHECKPOINTS, LOG, METRICS, TIMING
+from hf_vit.training.recipe import TrainConfig
 
 FIELDS: dict[str, Any] = {
     "augmentation": "trivial", "mixup": 0.3, "cutmix": 0.5, "label_smoothing": 0.1, "accumulation_steps": 2,
@@ -250,7 +250,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 def slow_disk() -> None:
     """Take 30 ms more to sync each file."""
-    from hf_vit import checkpointing
+    from hf_vit.training import checkpointing
 
     sync = checkpointing.sync
 

@@ -14,16 +14,23 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from hf_vit.recipe import TrainConfig
+from hf_vit.training.recipe import TrainConfig
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["process_of_a_run", "hf_vit.cli", "hf_vit.training", "hf_vit.prediction.predict", "timm.optim", "torch._dynamo"]
+    [
+        "process_of_a_run",
+        "hf_vit.cli",
+        "hf_vit.training.loop",
+        "hf_vit.prediction.predict",
+        "timm.optim",
+        "torch._dynamo",
+    ]
 )
 
 
 def _train(config: TrainConfig) -> None:
-    from hf_vit.training import train
+    from hf_vit.training.loop import train
 
     train(config)
 

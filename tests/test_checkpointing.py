@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from hf_vit import checkpointing
-from hf_vit.checkpointing import MANIFEST, STATE, CheckpointFolder, find_damage, load_state
 from hf_vit.system.disk import UNFINISHED, writing
+from hf_vit.training import checkpointing
+from hf_vit.training.checkpointing import MANIFEST, STATE, CheckpointFolder, find_damage, load_state
 
 SILENT: Callable[[str], None] = lambda message: None  # noqa: E731
 

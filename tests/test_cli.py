@@ -10,10 +10,10 @@ from tiny_run import save_photos, tiny_recipe
 from typer.testing import CliRunner
 
 import hf_vit.hub.upload
-import hf_vit.report
+import hf_vit.training.report
 from hf_vit.cli import app
-from hf_vit.recipe import TrainConfig, shipped_recipes
-from hf_vit.training import Interrupted
+from hf_vit.training.loop import Interrupted
+from hf_vit.training.recipe import TrainConfig, shipped_recipes
 
 runner = CliRunner()
 
@@ -100,7 +100,7 @@ def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.Monke
     def stop(config: Any, publish: Any) -> None:
         raise Interrupted(2, "Stopped by SIGINT behind step 1 of 3.")
 
-    monkeypatch.setattr(hf_vit.report, "train", stop)
+    monkeypatch.setattr(hf_vit.training.report, "train", stop)
     command, never = ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"], ["--resume", "never"]
     for arguments, said in (
         ([], "The same command goes on from there:"),

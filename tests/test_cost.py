@@ -15,13 +15,14 @@ import torch
 from tiny_run import save_photos, spoil_loss, stop_at, tiny_recipe
 from typer.testing import CliRunner
 
-from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, tasks
-from hf_vit import training as training_module
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling
 from hf_vit.cli import app
-from hf_vit.cost import MEASURED, WARM_UP, Cost, Memory, Rehearsal, describe, evaluation_length, rehearse
 from hf_vit.data.labelled import load_data
 from hf_vit.evaluation.flops import count_flops, count_parameters
-from hf_vit.training import Interrupted, train
+from hf_vit.training import loop as training_module
+from hf_vit.training import tasks
+from hf_vit.training.loop import Interrupted, train
+from hf_vit.training.rehearsal import MEASURED, WARM_UP, Cost, Memory, Rehearsal, describe, evaluation_length, rehearse
 from hf_vit.variants import VARIANTS, config_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ import hf_vit
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.checkpoints.export import export
 from hf_vit.cli import app
-from hf_vit.recipe import TrainConfig
+from hf_vit.training.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "hf_vit").glob("*/README.md"))]

@@ -19,7 +19,7 @@ from hf_vit.cli import app
 from hf_vit.data.images import EvaluationImages
 from hf_vit.data.labelled import RECIPE
 from hf_vit.evaluation.labels import match_labels
-from hf_vit.recipe import TrainConfig
+from hf_vit.training.recipe import TrainConfig
 
 runner = CliRunner()
 ROOT = Path(__file__).resolve().parents[1]

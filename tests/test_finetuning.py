@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_vit import HFViTForImageClassification
-from hf_vit.checkpoints.models import add_lora, load_classifier, load_for_masked_patches
+from hf_vit.checkpoints.models import load_classifier, load_for_masked_patches
+from hf_vit.training.trainer import add_lora
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel, optim
-from hf_vit.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, parameter_groups
+from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from hf_vit.training import optim
+from hf_vit.training.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, parameter_groups
 
 # Configs that together have every kind of parameter.
 ZOO: dict[str, dict[str, Any]] = {

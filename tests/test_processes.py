@@ -16,8 +16,8 @@ from tiny_run import RECIPE, colored_dataset, colored_images, log_of, save_photo
 
 from hf_vit import HFViTForImageClassification
 from hf_vit.hub.folder import check_folder
-from hf_vit.recipe import TrainConfig
-from hf_vit.training import CHECKPOINTS, LOG, METRICS, StopSignals
+from hf_vit.training.loop import CHECKPOINTS, LOG, METRICS, StopSignals
+from hf_vit.training.recipe import TrainConfig
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,7 @@ def test_an_early_signal_ends_at_once(photos: Path, tmp_path: Path, signum: int,
 
 
 def say_and_wait() -> None:
-    from hf_vit import training
+    from hf_vit.training import loop as training
 
     def load(*arguments: Any, **options: Any) -> None:
         print("loading", flush=True)

@@ -15,9 +15,9 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.data.augmentation import AUGMENTATIONS
 from hf_vit.data.labelled import ImageData
-from hf_vit.optim import OPTIMIZERS, SCHEDULES
-from hf_vit.recipe import TrainConfig, recipe_path, shipped_recipes
-from hf_vit.tasks import Classification, build_model
+from hf_vit.training.optim import OPTIMIZERS, SCHEDULES
+from hf_vit.training.recipe import TrainConfig, recipe_path, shipped_recipes
+from hf_vit.training.tasks import Classification, build_model
 from hf_vit.variants import VARIANTS, config_of
 
 NAMES = list(shipped_recipes())

@@ -14,11 +14,11 @@ from PIL import Image
 from tiny_run import save_photos, tiny_recipe
 from transformers import pipeline
 
-from hf_vit import report
 from hf_vit.evaluation.figures import Predictions
 from hf_vit.hub.folder import check_folder
-from hf_vit.recipe import TrainConfig
-from hf_vit.report import train_and_report
+from hf_vit.training import report
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.report import train_and_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 # What a user without the package does.

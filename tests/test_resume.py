@@ -10,9 +10,11 @@ import pytest
 import torch
 from tiny_run import assert_same_weights, colored_dataset, save_photos, spoil_loss, stop_at, tiny_recipe, weights
 
-from hf_vit import HFViTForImageClassification, checkpointing
-from hf_vit import training as training_module
-from hf_vit.training import CHECKPOINTS, LOG, METRICS, TASKS, Interrupted, Run, RunLog, StopSignals, train
+from hf_vit import HFViTForImageClassification
+from hf_vit.training import checkpointing
+from hf_vit.training import loop as training_module
+from hf_vit.training.loop import CHECKPOINTS, LOG, METRICS, TASKS, Interrupted, Run, StopSignals, train
+from hf_vit.training.state import RunLog
 
 
 class Killed(BaseException):

@@ -15,13 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_vit.cli import app
-from hf_vit.recipe import TrainConfig
 from hf_vit.studies import SIZES, STUDIES, read_rows, run_study, write_page
 from hf_vit.studies.page import summary
 from hf_vit.studies.positions import PAPER, Positions
 from hf_vit.studies.running import RUNS, Planned, ResultsFile
 from hf_vit.studies.study import Cell, Difference, Results, Spread, are_alike, is_more
-from hf_vit.tasks import Classification, build_model
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.tasks import Classification, build_model
 
 TINY: dict[str, Any] = {
     "data": "digits",

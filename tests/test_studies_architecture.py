@@ -13,7 +13,6 @@ import torch
 from test_studies import TINY, row
 
 from hf_vit import HFViTForImageClassification
-from hf_vit.recipe import TrainConfig
 from hf_vit.studies import SIZES
 from hf_vit.studies.page import write_page
 from hf_vit.studies.pooling import DOUBLINGS, Pooling, best_rate, cell, peak_of
@@ -21,7 +20,8 @@ from hf_vit.studies.resolution import KEPT, NEW, RESAMPLED, SCRATCH, Resolution,
 from hf_vit.studies.running import Planned, key_of
 from hf_vit.studies.scaling import BASE, DIMENSIONS, Scaling, explained, front_of, scaled, slopes_of
 from hf_vit.studies.study import Results, Study
-from hf_vit.tasks import Classification, architecture_of, build_model
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.tasks import Classification, architecture_of, build_model
 
 STUDIES = [Pooling(), Scaling(), Resolution()]
 # Digits of 8 pixels and patches of 2, what a study varies at its quick and its full size, and photos for a variant.

@@ -17,8 +17,6 @@ from hf_vit.data.labelled import load_data
 from hf_vit.data.opening import seed_of
 from hf_vit.data.orders import steps_of
 from hf_vit.evaluation.flops import count_flops
-from hf_vit.optim import parameter_groups
-from hf_vit.recipe import TrainConfig
 from hf_vit.studies import SIZES, data_size, pretraining
 from hf_vit.studies.data_size import MODELS, SHARES, DataSize, as_hybrid
 from hf_vit.studies.page import write_page
@@ -27,8 +25,10 @@ from hf_vit.studies.regularization import AUGMENTATION, METHODS, REGULARIZATION,
 from hf_vit.studies.resnet import SmallBitForImageClassification, build_resnet
 from hf_vit.studies.running import Planned, key_of
 from hf_vit.studies.study import Results, Study, with_share
-from hf_vit.tasks import TASKS, architecture_of, build_model
-from hf_vit.training import Interrupted, train
+from hf_vit.training.loop import Interrupted, train
+from hf_vit.training.optim import parameter_groups
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.tasks import TASKS, architecture_of, build_model
 
 STUDIES = [DataSize(), Pretraining(), Regularization()]
 # Digits of 8 pixels and patches of 2, and what a study varies at its quick and its full size.

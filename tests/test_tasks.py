@@ -18,8 +18,8 @@ from hf_vit.data.labelled import ImageData
 from hf_vit.data.loaders import evaluation_loader
 from hf_vit.data.opening import seed_of
 from hf_vit.model.modeling_hf_vit import resample_table
-from hf_vit.recipe import TrainConfig
-from hf_vit.tasks import LOSSES, TASKS, build_model
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.tasks import LOSSES, TASKS, build_model
 
 COLUMNS = ("image", "label")
 DATA = ImageData("photos", None, None, COLUMNS, list(COLORS), "test", 10)

@@ -24,10 +24,10 @@ from hf_vit.cli import app
 from hf_vit.hub.upload import push
 from hf_vit.inspection.drawing import new_figure, plain, short
 from hf_vit.inspection.gallery import folder_for
-from hf_vit.recipe import TrainConfig
-from hf_vit.report import train_and_report
 from hf_vit.studies.page import markdown_table
 from hf_vit.system.texts import code, fenced, has_token, markdown, one_line, shell_word, visible, without_tokens
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.report import train_and_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

@@ -23,7 +23,7 @@ import hf_vit
 from hf_vit.checkpoints.models import load_classifier
 from hf_vit.data.augmentation import BatchMixer
 from hf_vit.hub.folder import check_folder
-from hf_vit.trainer import Collator, ViTTrainer, last_complete_checkpoint
+from hf_vit.training.trainer import Collator, ViTTrainer, last_complete_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 CLASSES = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}

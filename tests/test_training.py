@@ -23,10 +23,10 @@ from tiny_run import (
 )
 
 from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
-from hf_vit import training as training_module
-from hf_vit.recipe import TrainConfig
-from hf_vit.tasks import Classification
-from hf_vit.training import CHECKPOINTS, METRICS, TIMING, StopSignals, train
+from hf_vit.training import loop as training_module
+from hf_vit.training.loop import CHECKPOINTS, METRICS, TIMING, StopSignals, train
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.tasks import Classification
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_fields_of_all_kinds_learn(photos: Path, tmp_path: Path, fields: dict[st
 
 
 def test_a_tracker_that_is_not_installed_is_refused(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("hf_vit.parallel.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_vit.training.parallel.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="tracker: wandb needs a package that is not there: pip install wandb"):
         train(tiny_recipe(photos, tmp_path, tracker="wandb"))
 

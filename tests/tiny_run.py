@@ -13,10 +13,10 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 
-from hf_vit import tasks
-from hf_vit import training as training_module
-from hf_vit.recipe import TrainConfig
-from hf_vit.training import LOG
+from hf_vit.training import loop as training_module
+from hf_vit.training import tasks
+from hf_vit.training.loop import LOG
+from hf_vit.training.recipe import TrainConfig
 
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 RECIPE: dict[str, Any] = {

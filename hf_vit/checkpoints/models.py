@@ -10,7 +10,6 @@ from transformers.utils import logging
 
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
-from ..system.extras import need
 from . import Checkpoint, Options, open_checkpoint
 from .checkpoint import CLASSIFIER, refuse_not_finite
 
@@ -79,26 +78,6 @@ def load_for_masked_patches(
     _refuse_other_architecture(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
     refuse_not_finite(str(source), model.state_dict())
     return model, _processor(checkpoint, model)
-
-
-def add_lora(model: HFViTForImageClassification, rank: int) -> Any:
-    """Freeze a classifier, and return it as peft's `PeftModel` that learns its head and small products beside.
-
-    Every linear layer of the blocks, `qkv`, `o_proj`, `fc1`, `fc2` and a gated MLP's `gate`, learns a product of two
-    matrices of `rank` that is added to it (LoRA, arXiv:2106.09685); the head is learned, and saved, as a whole.
-
-    Raises:
-        ValueError: If peft is not installed.
-    """
-    need("lora", "peft")
-    from peft import LoraConfig, get_peft_model
-
-    layers: Any = model.base_model.layers
-    targets = {name.split(".")[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    return get_peft_model(
-        model,
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(targets), modules_to_save=["classifier"]),
-    )
 
 
 def _refuse_other_architecture(

@@ -5,8 +5,8 @@ from math import gcd, lcm
 from typing import TYPE_CHECKING, Any
 
 from ..inspection.drawing import bare, new_figure
-from ..recipe import TrainConfig
-from ..tasks import architecture_of, build_model
+from ..training.recipe import TrainConfig
+from ..training.tasks import architecture_of, build_model
 from .figures import draw_series
 from .resnet import build_resnet
 from .study import (

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..inspection.drawing import SERIES, bare, new_figure
-from ..recipe import TrainConfig
+from ..training.recipe import TrainConfig
 from .figures import draw_series
 from .study import Cell, Difference, Finding, Results, Spread, Study, are_alike, cell_of, is_more, with_architecture
 

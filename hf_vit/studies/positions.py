@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..inspection.drawing import BLUE, GRAY, MARKERS, ORANGE, bare, new_figure
-from ..recipe import TrainConfig
+from ..training.recipe import TrainConfig
 from .figures import draw_dots
 from .study import Cell, Finding, Results, Study, are_alike, cell_of, is_more, with_architecture
 

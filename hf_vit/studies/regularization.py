@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..inspection.drawing import INK, MARKERS, SERIES, bare, new_figure
-from ..recipe import TrainConfig
+from ..training.recipe import TrainConfig
 from .study import (
     Cell,
     Difference,

@@ -16,8 +16,8 @@ from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
 from ..evaluation.flops import count_flops
 from ..model.image_processing_hf_vit import HFViTImageProcessor
-from ..recipe import TrainConfig
-from ..tasks import build_model
+from ..training.recipe import TrainConfig
+from ..training.tasks import build_model
 
 STAGES, UNITS = 4, 2  # at most, and bottlenecks of each
 BIT_WIDTH, WIDTHS = 64, 8  # of BiT's first bottleneck; transformers rounds widths to multiples of 8

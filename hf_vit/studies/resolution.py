@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..inspection.drawing import bare, new_figure
-from ..recipe import TrainConfig
-from ..tasks import architecture_of
+from ..training.recipe import TrainConfig
+from ..training.tasks import architecture_of
 from .figures import draw_series, exponent_of, number_of
 from .study import Cell, Factors, Finding, Results, Spread, Study, cell_of, is_more
 

@@ -28,11 +28,11 @@ import torch
 
 from ..evaluation.flops import count_flops
 from ..hub.card import versions
-from ..recipe import FREE_TO_CHANGE, TrainConfig
 from ..system.locking import alone_in
 from ..system.machine import cores, machine, processor
 from ..system.stopping import Interrupted, StopSignals
-from ..training import METRICS, train
+from ..training.loop import METRICS, train
+from ..training.recipe import FREE_TO_CHANGE, TrainConfig
 from .study import Cell, Factors, Results, Study
 
 RESULTS, RUNS = "results.jsonl", "runs"

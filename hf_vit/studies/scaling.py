@@ -6,8 +6,8 @@ from statistics import correlation, linear_regression
 from typing import TYPE_CHECKING, Any
 
 from ..inspection.drawing import GRAY, INK, MARKERS, SERIES, bare, new_figure
-from ..recipe import TrainConfig
-from ..tasks import architecture_of
+from ..training.recipe import TrainConfig
+from ..training.tasks import architecture_of
 from .figures import draw_series, exponent_of, number_of
 from .study import Cell, Difference, Factors, Finding, Results, Spread, Study, cell_of, is_more, with_architecture
 

@@ -14,9 +14,9 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import TrainConfig
-from ..tasks import build_model
-from ..training import Run
+from ..training.loop import Run
+from ..training.recipe import TrainConfig
+from ..training.tasks import build_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

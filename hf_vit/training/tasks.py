@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
-from .checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches
-from .data.augmentation import BatchMixer
-from .data.labelled import ImageData
-from .data.opening import seed_of
-from .evaluation.figures import Predictions, classify
-from .model.configuration_hf_vit import HFViTConfig
-from .model.image_processing_hf_vit import HFViTImageProcessor
-from .model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
+from ..checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches
+from ..data.augmentation import BatchMixer
+from ..data.labelled import ImageData
+from ..data.opening import seed_of
+from ..evaluation.figures import Predictions, classify
+from ..model.configuration_hf_vit import HFViTConfig
+from ..model.image_processing_hf_vit import HFViTImageProcessor
+from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
+from ..variants import VARIANTS, config_of
 from .recipe import TrainConfig
-from .variants import VARIANTS, config_of
 
 # A frozen encoder gives the same features at every visit.
 WITHOUT_DROPOUT = dict.fromkeys(

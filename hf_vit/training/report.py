@@ -9,19 +9,19 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import inspection
-from .data.images import EvaluationImages, Visit
-from .data.labelled import RECIPE, ImageData
-from .evaluation.figures import Predictions
-from .hub.card import write_card
-from .hub.folder import copy_of_ours
-from .hub.upload import BackgroundPush
-from .inspection.drawing import save
+from .. import inspection
+from ..data.images import EvaluationImages, Visit
+from ..data.labelled import RECIPE, ImageData
+from ..evaluation.figures import Predictions
+from ..hub.card import write_card
+from ..hub.folder import copy_of_ours
+from ..hub.upload import BackgroundPush
+from ..inspection.drawing import save
+from ..system.machine import machine
+from ..system.texts import code, fenced, markdown, shell_word
+from ..variants import VARIANTS
+from .loop import Run, train
 from .recipe import TrainConfig
-from .system.machine import machine
-from .system.texts import code, fenced, markdown, shell_word
-from .training import Run, train
-from .variants import VARIANTS
 
 SHOWN_CLASSES = 50  # of more, the best and the worst are listed
 DRAWN_CLASSES = 120  # a confusion matrix of more cannot be read

@@ -12,8 +12,8 @@ from typing import Any, Self, get_args
 
 import yaml
 
-from .system.machine import PRECISIONS
-from .system.texts import has_token, without_tokens
+from ..system.machine import PRECISIONS
+from ..system.texts import has_token, without_tokens
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("classification", "masked_patches"),

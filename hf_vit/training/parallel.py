@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ..system.machine import resolve_precision
 from .recipe import TrainConfig
-from .system.machine import resolve_precision
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..data.labelled import ImageData
+from ..data.orders import READ_AHEAD, steps_of
+from ..evaluation.flops import count_flops, count_parameters
+from ..system.machine import machine, peak_memory, precision_name
+from ..system.stopping import Interrupted
 from .checkpointing import CheckpointFolder
-from .data.labelled import ImageData
-from .data.orders import READ_AHEAD, steps_of
-from .evaluation.flops import count_flops, count_parameters
+from .loop import CHECKPOINTS, Running, length_of, refuse_to_overwrite, train
 from .parallel import build_accelerator
 from .recipe import TrainConfig
-from .system.machine import machine, peak_memory, precision_name
-from .system.stopping import Interrupted
-from .training import CHECKPOINTS, Running, length_of, refuse_to_overwrite, train
 
 WARM_UP, MEASURED = 3, 10  # steps
 AHEAD = 2  # batches that a worker loads ahead, as DataLoader has it

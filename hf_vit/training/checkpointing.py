@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .system.disk import UNFINISHED, sync, writing
+from ..system.disk import UNFINISHED, sync, writing
 
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"

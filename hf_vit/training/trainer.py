@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from .data.augmentation import BatchMixer
-from .data.images import TrainingImages, Visit, collate, normalize
-from .data.opening import seed_of
+from ..data.augmentation import BatchMixer
+from ..data.images import TrainingImages, Visit, collate, normalize
+from ..data.opening import seed_of
+from ..model.modeling_hf_vit import HFViTForImageClassification
+from ..system.extras import need
 from .optim import DECAYED
 
 
@@ -90,3 +92,23 @@ def _is_complete(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):
         return False
+
+
+def add_lora(model: HFViTForImageClassification, rank: int) -> Any:
+    """Freeze a classifier, and return it as peft's `PeftModel` that learns its head and small products beside.
+
+    Every linear layer of the blocks, `qkv`, `o_proj`, `fc1`, `fc2` and a gated MLP's `gate`, learns a product of two
+    matrices of `rank` that is added to it (LoRA, arXiv:2106.09685); the head is learned, and saved, as a whole.
+
+    Raises:
+        ValueError: If peft is not installed.
+    """
+    need("lora", "peft")
+    from peft import LoraConfig, get_peft_model
+
+    layers: Any = model.base_model.layers
+    targets = {name.split(".")[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    return get_peft_model(
+        model,
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(targets), modules_to_save=["classifier"]),
+    )

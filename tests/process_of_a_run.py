@@ -20,7 +20,7 @@ CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "process_of_a_run",
-        "hf_vit.cli",
+        "hf_vit.cli.main",
         "hf_vit.training.loop",
         "hf_vit.prediction.predict",
         "timm.optim",
@@ -39,7 +39,7 @@ def _run(work: Callable[[], object], environment: dict[str, str], output: Path, 
     import datasets
     from typer import Exit
 
-    from hf_vit.cli import _clear_endings, _resumable
+    from hf_vit.cli.main import _clear_endings, _resumable
 
     set_start_method("fork", force=True)  # of workers: what a process has that no forkserver started
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0  # as in conftest.py

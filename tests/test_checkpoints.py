@@ -40,7 +40,7 @@ from hf_vit import (
 )
 from hf_vit.checkpoints import Options, open_checkpoint
 from hf_vit.checkpoints.models import load_classifier
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 
 runner = CliRunner()
 State = dict[str, Tensor]
@@ -737,7 +737,7 @@ def test_names_on_the_hub_are_read(folder: Path, kinds: dict[str, Kind], standin
 PEAK = """
 import resource, subprocess, sys
 
-code = "from hf_vit.cli import app; app()"
+code = "from hf_vit.cli.main.main import app; app()"
 done = subprocess.run([sys.executable, "-c", code, *sys.argv[1:]], capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)

@@ -16,7 +16,7 @@ from tiny_run import save_photos, spoil_loss, stop_at, tiny_recipe
 from typer.testing import CliRunner
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.data.labelled import load_data
 from hf_vit.evaluation.flops import count_flops, count_parameters
 from hf_vit.training import loop as training_module

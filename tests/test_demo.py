@@ -26,7 +26,7 @@ from playwright.sync_api import expect
 from typer.testing import CliRunner
 
 from hf_vit import HFViTForImageClassification, HFViTModel
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.data.images import as_seen, normalize
 from hf_vit.demo import Exhibit, export_space
 from hf_vit.demo.exhibit import File

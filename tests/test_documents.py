@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import hf_vit
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.checkpoints.export import export
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

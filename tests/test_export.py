@@ -26,7 +26,7 @@ import hf_vit.checkpoints.export
 from hf_vit import HFViTConfig, HFViTImageProcessorPil
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint
 from hf_vit.checkpoints.export import export
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
 TINY: dict[str, Any] = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor, HFViTModel
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.graphs import export as graphs
 from hf_vit.graphs.kinds import KINDS, Answer, Graph, Kind, read_onnx, write_onnx
 from hf_vit.model.configuration_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS

@@ -16,7 +16,7 @@ from tiny_run import tiny_recipe
 from typer.testing import CliRunner, Result
 
 import hf_vit
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.hub.card import write_card
 from hf_vit.hub.upload import BackgroundPush, push
 from hf_vit.system.network import is_final, pause_after, sentence_of

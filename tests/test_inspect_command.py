@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
 from hf_vit.checkpoints import Options
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.inspection import attention_distance, attention_rollout, position_similarity
 from hf_vit.inspection import gallery as gallery_module
 from hf_vit.inspection.gallery import draw, folder_for

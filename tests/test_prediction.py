@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor, HFViTModel
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.data.sources import files_of
 from hf_vit.prediction.predictor import Predictor
 

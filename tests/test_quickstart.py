@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_vit.cli.quickstart import quickstart
 from hf_vit.hub.folder import check_folder
-from hf_vit.quickstart import quickstart
 
 
 def run(output_dir: Path, **fields: object) -> str:

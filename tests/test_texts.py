@@ -20,7 +20,7 @@ from tiny_run import colored_images, save_photos, tiny_recipe
 from transformers import pipeline
 from typer.testing import CliRunner
 
-from hf_vit.cli import app
+from hf_vit.cli.main import app
 from hf_vit.hub.upload import push
 from hf_vit.inspection.drawing import new_figure, plain, short
 from hf_vit.inspection.gallery import folder_for

@@ -16,14 +16,14 @@ import typer
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from .system.texts import one_line, visible, without_tokens
-from .training.recipe import TrainConfig, recipe_header, shipped_recipes
+from ..system.texts import one_line, visible, without_tokens
+from ..training.recipe import TrainConfig, recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
-    from .checkpoints import Checkpoint, Options
-    from .data.sources import Sources
-    from .prediction.predict import Summary
-    from .prediction.shards import Settings
+    from ..checkpoints import Checkpoint, Options
+    from ..data.sources import Sources
+    from ..prediction.predict import Summary
+    from ..prediction.shards import Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -135,7 +135,7 @@ def train(
 
     Parameters, FLOPs, memory, time and money before it starts: hf-vit train ... --dry-run --price-per-hour 2.5
     """
-    from .training.report import train_and_report
+    from ..training.report import train_and_report
 
     with _clear_endings(), _resumable():
         named = {
@@ -207,8 +207,8 @@ def evaluate(
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
     with _clear_endings():
-        from .evaluation.evaluate import assess
-        from .evaluation.words import describe
+        from ..evaluation.evaluate import assess
+        from ..evaluation.words import describe
 
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise ValueError(f"There is no folder {json_file.parent} for --json: make it first.")
@@ -273,8 +273,8 @@ def predict(
     On several GPUs or machines: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     with _clear_endings(), _resumable():
-        from .data.sources import Sources
-        from .prediction.shards import Settings
+        from ..data.sources import Sources
+        from ..prediction.shards import Settings
 
         if output is None:
             needing = {"--features": features, "--engine ray": engine == "ray", "--restart": restart}
@@ -285,7 +285,7 @@ def predict(
         size = _size("--image-size", image_size)
         settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
         if output is not None:
-            from .prediction.predict import predict_into
+            from ..prediction.predict import predict_into
 
             summary = predict_into(output, sources, settings, engine, restart)
         else:
@@ -325,7 +325,7 @@ def demo(
     For example: hf-vit demo my-vit --compare google/vit-base-patch16-224
     """
     with _clear_endings():
-        from .demo import export_space, serve
+        from ..demo import export_space, serve
 
         if space is None:
             serve(model, compare, host, port, echo)
@@ -351,7 +351,7 @@ def push(
 
     For example: hf-vit push my-vit YOUR_NAME/my-vit --private
     """
-    from .hub.upload import push
+    from ..hub.upload import push
 
     with _clear_endings():
         echo(f"Published at {push(folder, repo_id, private=private)}")
@@ -399,7 +399,7 @@ def convert(
     For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
     """
     with _clear_endings():
-        from .checkpoints import write_checkpoint
+        from ..checkpoints import write_checkpoint
 
         options = _options(
             image_size,
@@ -464,7 +464,7 @@ def inspect(
         if not (images or output_dir or html):
             return
 
-        from .inspection.gallery import draw, folder_for
+        from ..inspection.gallery import draw, folder_for
 
         folder = output_dir or Path(folder_for(model))
         written = draw(model, folder, images or [], options, layer, form, html, echo)
@@ -502,10 +502,10 @@ def export(
     For example: hf-vit export hf-vit-digits digits.onnx --to onnx --int8 dynamic --data digits
     """
     with _clear_endings():
-        from .checkpoints.export import TARGETS
-        from .checkpoints.export import export as write_layout
-        from .graphs.export import export_graph
-        from .graphs.kinds import KINDS
+        from ..checkpoints.export import TARGETS
+        from ..checkpoints.export import export as write_layout
+        from ..graphs.export import export_graph
+        from ..graphs.kinds import KINDS
 
         if to in KINDS:
             echo("\n".join(export_graph(model, out, to, int8, data, force)))
@@ -554,9 +554,9 @@ def benchmark(
     For example: hf-vit benchmark inference --models B/16 --batch-size 16
     """
     with _clear_endings():
-        from .benchmark.compare import benchmark as measure
-        from .benchmark.table import LEGEND, Report, describe, table
-        from .system.machine import hardware, versions
+        from ..benchmark.compare import benchmark as measure
+        from ..benchmark.table import LEGEND, Report, describe, table
+        from ..system.machine import hardware, versions
 
         machine, installed = hardware(), versions()
         echo("\n".join([*describe(machine, installed), ""]))
@@ -606,8 +606,8 @@ def study(
     For example: hf-vit study positions --quick --data CIFAR10 --epochs 2
     """
     with _clear_endings(), _resumable():
-        from .studies import SIZES, STUDIES, run_study, write_page
-        from .studies.page import summary
+        from ..studies import SIZES, STUDIES, run_study, write_page
+        from ..studies.page import summary
 
         if name is None:
             for known, its in STUDIES.items():
@@ -626,7 +626,7 @@ def study(
 
 def _print_answers(sources: "Sources", settings: "Settings", say: Callable[[str], None]) -> "Summary":
     """Say what a model makes of images, line by line."""
-    from .prediction.predict import Summary, predict_each
+    from ..prediction.predict import Summary, predict_each
 
     answers = predict_each(sources, settings)
     broken, images, began = [], 0, time.perf_counter()
@@ -652,7 +652,7 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
 
 def _options(image_size: str | None, patch_size: str | None, **others: Any) -> "Options":
     """Return what the user says of a checkpoint."""
-    from .checkpoints import Options
+    from ..checkpoints import Options
 
     image, patch = _size("--image-size", image_size), _size("--patch-size", patch_size)
     return Options(image_size=image, patch_size=patch, **others)
@@ -660,7 +660,7 @@ def _options(image_size: str | None, patch_size: str | None, **others: Any) -> "
 
 def _open_and_describe(source: str, options: "Options", as_json: bool = False) -> "Checkpoint":
     """Open a checkpoint with what the user says of it, and print what it is."""
-    from .checkpoints import open_checkpoint
+    from ..checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(source, options)
     if as_json:
@@ -701,8 +701,8 @@ def _command() -> str:
 
 
 def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
-    from .system.stopping import Interrupted
-    from .training.rehearsal import describe, rehearse
+    from ..system.stopping import Interrupted
+    from ..training.rehearsal import describe, rehearse
 
     try:
         cost = rehearse(config)
@@ -717,7 +717,7 @@ def _dry_run(config: TrainConfig, price_per_hour: float | None) -> None:
 @contextmanager
 def _resumable() -> Iterator[None]:
     """Say how an interrupted run goes on."""
-    from .system.stopping import Interrupted
+    from ..system.stopping import Interrupted
 
     try:
         yield
@@ -738,7 +738,7 @@ def _clear_endings() -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:
-        from .system.network import sentence_of
+        from ..system.network import sentence_of
 
         said = sentence_of(error)
         if isinstance(error, StrictDataclassError):  # a field of a config that has another type; two lines
@@ -756,7 +756,3 @@ def _end_bars() -> None:
 
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-
-
-if __name__ == "__main__":
-    app()

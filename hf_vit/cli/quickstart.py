@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .training.loop import train
-from .training.recipe import TrainConfig
-from .training.report import write_report
+from ..training.loop import train
+from ..training.recipe import TrainConfig
+from ..training.report import write_report
 
 # What a user without this package runs: the code comes from the folder.
 FRESH_PROCESS = """

@@ -12,14 +12,10 @@ from .model.configuration_hf_vit import HFViTConfig
 from .registration import register
 
 if TYPE_CHECKING:
+    from .model.dense_hf_vit import HFViTBackbone, HFViTForMaskedImageModeling
     from .model.image_processing_hf_vit import HFViTImageProcessor
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
-    from .model.modeling_hf_vit import (
-        HFViTBackbone,
-        HFViTForImageClassification,
-        HFViTForMaskedImageModeling,
-        HFViTModel,
-    )
+    from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
     from .prediction.pipeline import HFViTImageClassificationPipeline
 
 try:
@@ -31,8 +27,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 _HOMES = {
     "HFViTModel": ".model.modeling_hf_vit",
     "HFViTForImageClassification": ".model.modeling_hf_vit",
-    "HFViTForMaskedImageModeling": ".model.modeling_hf_vit",
-    "HFViTBackbone": ".model.modeling_hf_vit",
+    "HFViTForMaskedImageModeling": ".model.dense_hf_vit",
+    "HFViTBackbone": ".model.dense_hf_vit",
     "HFViTImageProcessor": ".model.image_processing_hf_vit",
     "HFViTImageProcessorPil": ".model.image_processing_pil_hf_vit",
     "HFViTImageClassificationPipeline": ".pipeline",

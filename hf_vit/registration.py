@@ -41,11 +41,13 @@ def _import_models(module: ModuleType) -> None:
 def _register_models(modeling: ModuleType) -> None:
     from transformers.models.auto import modeling_auto
 
+    from .model import model_class
+
     modeling.HFViTPreTrainedModel._read_foreign = staticmethod(_read_foreign)
     for auto_class, reference in CLASSES.items():
         if auto_class != "AutoConfig":
-            model_class = getattr(modeling, reference.split(".")[1])
-            getattr(modeling_auto, auto_class).register(HFViTConfig, model_class, exist_ok=True)
+            registered = model_class(reference.split(".")[1])
+            getattr(modeling_auto, auto_class).register(HFViTConfig, registered, exist_ok=True)
 
 
 def _read_foreign(*arguments: Any) -> Any:

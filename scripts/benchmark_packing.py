@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
-from hf_vit.model.modeling_hf_vit import unpatchify
+from hf_vit.model.layers_hf_vit import unpatchify
 from hf_vit.variants import config_of
 
 

@@ -29,7 +29,7 @@ OPTIONS = (
 )  # fmt: skip
 PATIENCE = 30  # seconds for an answer, on a machine that other work keeps busy
 START = 240  # and for a process to begin
-DEMO = (sys.executable, "-m", "hf_vit.cli.main", "demo")
+DEMO = (sys.executable, "-m", "hf_vit.cli", "demo")
 
 
 def free_port() -> int:

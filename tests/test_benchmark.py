@@ -403,7 +403,7 @@ def test_the_command_prints_and_keeps_tables(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_quick(tmp_path: Path) -> None:
     """Real processes of real libraries."""
-    command = [sys.executable, "-m", "hf_vit.cli.main", "benchmark", "training", "prediction", "--quick"]
+    command = [sys.executable, "-m", "hf_vit.cli", "benchmark", "training", "prediction", "--quick"]
     done = compare.subprocess.run(
         [*command, "--against", "timm,transformers", "--precision", "fp32", "--output-dir", str(tmp_path)],
         capture_output=True,

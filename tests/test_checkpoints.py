@@ -737,7 +737,7 @@ def test_names_on_the_hub_are_read(folder: Path, kinds: dict[str, Kind], standin
 PEAK = """
 import resource, subprocess, sys
 
-code = "from hf_vit.cli.main.main import app; app()"
+code = "from hf_vit.cli.main import app; app()"
 done = subprocess.run([sys.executable, "-c", code, *sys.argv[1:]], capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)

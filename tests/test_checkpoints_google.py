@@ -19,7 +19,7 @@ from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_check
 from hf_vit.checkpoints.export import export
 from hf_vit.checkpoints.families.google import ROOTS
 from hf_vit.checkpoints.layouts import resample_patch_projection
-from hf_vit.model import modeling_hf_vit
+from hf_vit.model import model_class
 
 GOLDEN = Path(__file__).parent / "golden" / "google"
 TOLERANCE = 1e-5  # of the golden cases: the other form of GELU gives 1e-4
@@ -128,7 +128,7 @@ def _as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def build(checkpoint: Checkpoint) -> nn.Module:
-    model = getattr(modeling_hf_vit, checkpoint.architecture)(checkpoint.config).eval()
+    model = model_class(checkpoint.architecture)(checkpoint.config).eval()
     model.load_state_dict(checkpoint.state_dict(), strict=True)
     return model
 

@@ -20,7 +20,7 @@ from hf_vit.checkpoints import Checkpoint, Options, Source, open_checkpoint
 from hf_vit.checkpoints.families.timm import table
 from hf_vit.checkpoints.files import Stored
 from hf_vit.checkpoints.layouts import rules_of
-from hf_vit.model import modeling_hf_vit
+from hf_vit.model import model_class, modeling_hf_vit
 
 TINY: dict[str, Any] = {
     "img_size": 32,
@@ -61,7 +61,7 @@ def bare_file_of(model: nn.Module, path: Path) -> Path:
 
 
 def build(checkpoint: Checkpoint) -> nn.Module:
-    model = getattr(modeling_hf_vit, checkpoint.architecture)(checkpoint.config).eval()
+    model = model_class(checkpoint.architecture)(checkpoint.config).eval()
     model.load_state_dict(checkpoint.state_dict(), strict=True)
     return model
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint
-from hf_vit.model import modeling_hf_vit
+from hf_vit.model import model_class
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -97,7 +97,7 @@ def stock_model(case: str, **fields: Any) -> nn.Module:
 def opened(source: Path, **options: Any) -> tuple[Checkpoint, nn.Module]:
     """Open a checkpoint, and build our model with its weights; in eval."""
     checkpoint = open_checkpoint(source, Options(**options))
-    ours = getattr(modeling_hf_vit, checkpoint.architecture)(checkpoint.config).eval()
+    ours = model_class(checkpoint.architecture)(checkpoint.config).eval()
     ours.load_state_dict(checkpoint.state_dict(), strict=True)
     return checkpoint, ours
 

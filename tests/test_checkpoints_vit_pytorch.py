@@ -16,7 +16,7 @@ from vit_pytorch.vit_detpool import ViTDetPool
 from vit_pytorch.vit_for_small_dataset import ViT as ViTForSmallDataset
 
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint
-from hf_vit.model import modeling_hf_vit
+from hf_vit.model import model_class
 
 FIELDS = {
     "image_size": 32,
@@ -45,7 +45,7 @@ def converted(tmp_path):
     def convert(state: dict[str, Tensor], **options) -> tuple[Checkpoint, nn.Module]:
         torch.save(state, tmp_path / "model.pt")
         checkpoint = open_checkpoint(tmp_path / "model.pt", Options(**options))
-        ours = getattr(modeling_hf_vit, checkpoint.architecture)(checkpoint.config).eval()
+        ours = model_class(checkpoint.architecture)(checkpoint.config).eval()
         ours.load_state_dict(checkpoint.state_dict(), strict=True)
         return checkpoint, ours
 

@@ -51,7 +51,7 @@ def test_help(command: list[str]) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['hf-vit', 'train', '--help']\n"
-        "from hf_vit.cli.main.main import app\n"
+        "from hf_vit.cli.main import app\n"
         "try: app()\n"
         "finally: print([n for n in ('torchvision', 'datasets', 'matplotlib', 'sklearn') if n in sys.modules])"
     )

@@ -256,7 +256,7 @@ def test_two_processes_measure_as_one(model: Path, photos: Path, tmp_path: Path)
     measured = {}
     for name, launcher in launchers.items():
         file = tmp_path / f"{name}.json"
-        command = [sys.executable, *launcher, "-m", "hf_vit.cli.main", "evaluate", str(model), str(photos)]
+        command = [sys.executable, *launcher, "-m", "hf_vit.cli", "evaluate", str(model), str(photos)]
         command += ["--json", str(file), "--batch-size", "4", "--probe", "knn", "--probe", "linear"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)

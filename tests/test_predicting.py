@@ -479,7 +479,8 @@ def test_signals_end_it(signum: int, code: int, model: str, sources: Sources, tm
 @pytest.mark.slow
 def test_ray_gives_the_same_table(model: str, sources: Sources, tmp_path: Path) -> None:
     expected = predict(tmp_path / "processes.parquet", sources, settings_of(model))
-    code = f"from hf_vit.cli.main import main as cli; from hf_vit.prediction.predictor import predict as predicting; predicting.BATCHES_OF_A_SHARD = {SHARD}; cli.app()"
+    code = "from hf_vit.cli.main import app; from hf_vit.prediction import predict; "
+    code += f"predict.BATCHES_OF_A_SHARD = {SHARD}; app()"
     options = ["--features", "--top-k", "2", "--batch-size", "4", "--precision", "fp32", "--json"]
     command = [sys.executable, "-c", code, "predict", model, *sources.words, *options]
     done = subprocess.run(

@@ -245,18 +245,7 @@ def test_a_run_that_cannot_be_done_leaves_the_others(tmp_path: Path) -> None:
 
 
 COMMAND = [
-    *(
-        sys.executable,
-        "-m",
-        "hf_vit.cli.main",
-        "study",
-        "positions",
-        "--quick",
-        "--data",
-        "digits",
-        "--image-size",
-        "8",
-    ),
+    *(sys.executable, "-m", "hf_vit.cli", "study", "positions", "--quick", "--data", "digits", "--image-size", "8"),
     *("--model-config.patch-size", "2", "--model-config.hidden-size", "16", "--max-steps", "60", "--seeds", "1"),
     *("--jobs", "2", "--save-every", "20"),
 ]

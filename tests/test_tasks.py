@@ -17,7 +17,7 @@ from hf_vit.data.images import EvaluationImages, normalize
 from hf_vit.data.labelled import ImageData
 from hf_vit.data.loaders import evaluation_loader
 from hf_vit.data.opening import seed_of
-from hf_vit.model.modeling_hf_vit import resample_table
+from hf_vit.model.positions_hf_vit import resample_table
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.tasks import LOSSES, TASKS, build_model
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import modeling_hf_vit
+from ..model import model_class
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
-from ..model.modeling_hf_vit import HFViTPreTrainedModel, resample_table
+from ..model.positions_hf_vit import resample_table
 from ..variants import SIZES
 from .files import PROCESSOR_FILES, Source
 from .layouts import Row, Rule, resample_patch_projection, rules_of
@@ -325,9 +325,8 @@ SAID = {
 
 def parameters_of(architecture: str, config: HFViTConfig) -> dict[str, torch.Size]:
     """Return names and shapes of a model's parameters, without memory for their values."""
-    model_class: type[HFViTPreTrainedModel] = getattr(modeling_hf_vit, architecture)
     with torch.device("meta"):
-        model: torch.nn.Module = model_class(config)
+        model: torch.nn.Module = model_class(architecture)(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import modeling_hf_vit
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.repository_hf_vit import complete_repository
@@ -36,7 +35,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: str | Path, force: bool = F
         checkpoint.config.dtype = checkpoint.dtype
         checkpoint.config.save_pretrained(unfinished)
         checkpoint.processor().save_pretrained(unfinished)
-        complete_repository(unfinished, checkpoint.config, modeling_hf_vit.__file__)
+        complete_repository(unfinished, checkpoint.config)
         verify(unfinished, sums)
 
 

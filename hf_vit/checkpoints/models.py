@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
-from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from . import Checkpoint, Options, open_checkpoint
 from .checkpoint import CLASSIFIER, refuse_not_finite
 

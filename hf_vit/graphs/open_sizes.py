@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
-from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel, HFViTPositionTable, HFViTSinCos2DPositions
+from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+from ..model.positions_hf_vit import HFViTPositionTable, HFViTSinCos2DPositions
 
 Model = HFViTForImageClassification | HFViTModel
 

@@ -18,14 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from ..model.modeling_hf_vit import (
-    HFViTForImageClassification,
-    HFViTGatedMLP,
-    HFViTLayer,
-    HFViTLayerScale,
-    HFViTModel,
-    rotate,
-)
+from ..model.layers_hf_vit import HFViTGatedMLP, HFViTLayerScale
+from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTLayer, HFViTModel
+from ..model.positions_hf_vit import rotate
 from ..system.machine import precision_name, resolve_precision
 
 # Of weights, and of all that is not a product.

@@ -18,15 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..model.modeling_hf_vit import (
-    HFViTAttention,
+from ..model.modeling_hf_vit import HFViTAttention, HFViTLayer, HFViTPreTrainedModel
+from ..model.pooling_hf_vit import (
     HFViTAttentionPooling,
     HFViTClassTokenAndMeanPooling,
-    HFViTLayer,
     HFViTMeanOfAllPooling,
     HFViTMeanPooling,
     HFViTPatchAttentionPooling,
-    HFViTPreTrainedModel,
 )
 
 # What a forward may be asked for beside merging: nothing that is about every patch.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.modeling_hf_vit import POOLINGS, HFViTAttentionPooling, HFViTMeanPooling, HFViTPatchAttentionPooling
+from ..model.pooling_hf_vit import POOLINGS, HFViTAttentionPooling, HFViTMeanPooling, HFViTPatchAttentionPooling
 from .drawing import BLUE, INK, ORANGE, bare, new_figure, plain, whole_numbers
 from .layers import ALL, Scores, at_layer, grid_of, head_number, layer_number, layer_numbers, plain_encoder, walk
 

@@ -20,7 +20,7 @@ from ..checkpoints import Checkpoint, Options, open_checkpoint
 from ..data.images import as_seen, normalize
 from ..data.sources import files_of
 from ..inference.threads import BATCH_OF_CPU
-from ..model import modeling_hf_vit
+from ..model import model_class
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
 from ..system.texts import one_line
@@ -218,7 +218,7 @@ def _at_its_own_size(source: str, options: Options) -> Checkpoint:
 
 def _model_of(checkpoint: Checkpoint) -> Any:
     with torch.device("meta"):
-        model = getattr(modeling_hf_vit, checkpoint.architecture)(checkpoint.config)
+        model = model_class(checkpoint.architecture)(checkpoint.config)
     model.load_state_dict({name: weight.float() for name, weight in checkpoint.weights()}, assign=True)
     return model.eval().to(torch.accelerator.current_accelerator(True) or "cpu")
 

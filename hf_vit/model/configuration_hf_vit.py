@@ -103,8 +103,8 @@ CLASSES = {
     "AutoConfig": "configuration_hf_vit.HFViTConfig",
     "AutoModel": "modeling_hf_vit.HFViTModel",
     "AutoModelForImageClassification": "modeling_hf_vit.HFViTForImageClassification",
-    "AutoModelForMaskedImageModeling": "modeling_hf_vit.HFViTForMaskedImageModeling",
-    "AutoBackbone": "modeling_hf_vit.HFViTBackbone",
+    "AutoModelForMaskedImageModeling": "dense_hf_vit.HFViTForMaskedImageModeling",
+    "AutoBackbone": "dense_hf_vit.HFViTBackbone",
 }
 
 

@@ -8,12 +8,16 @@ import json
 import shutil
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .configuration_hf_vit import HFViTConfig
+from .configuration_hf_vit import CLASSES, HFViTConfig
 from .image_processing_pil_hf_vit import HFViTImageProcessorPil
+
+if TYPE_CHECKING:  # never true: makes transformers download and copy this file with the others
+    from .dense_hf_vit import HFViTBackbone  # noqa: F401
 
 CARD = """---
 library_name: transformers
@@ -40,15 +44,16 @@ The code beside the weights is that of the package `hf-vit`; where it is install
 
 
 def complete_repository(
-    folder: str | PathLike, config: HFViTConfig, code: str, processor: HFViTImageProcessorPil | None = None
+    folder: str | PathLike, config: HFViTConfig, processor: HFViTImageProcessorPil | None = None
 ) -> None:
     """Write into `folder` the code, and the image processor and the card if it does not have them yet.
 
-    `code` is the file of the models; what it imports from beside itself comes along. `processor` is the one at hand;
-    without it, that of the checkpoint that the model came from.
+    The code is each file that `auto_map` names, and what these import from beside themselves. `processor` is the one
+    at hand; without it, that of the checkpoint that the model came from.
     """
     folder = Path(folder)
-    for file in {code, *get_relative_import_files(code)}:
+    entries = {str(Path(__file__).with_name(f"{place.split('.')[0]}.py")) for place in CLASSES.values()}
+    for file in entries.union(*map(get_relative_import_files, entries)):
         shutil.copyfile(file, folder / Path(file).name)
     if not (folder / "preprocessor_config.json").exists():
         processor = processor or processor_of(config)

@@ -14,8 +14,9 @@ from ..data.labelled import ImageData
 from ..data.opening import seed_of
 from ..evaluation.figures import Predictions, classify
 from ..model.configuration_hf_vit import HFViTConfig
+from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
-from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling
+from ..model.modeling_hf_vit import HFViTForImageClassification
 from ..variants import VARIANTS, config_of
 from .recipe import TrainConfig
 

@@ -1,0 +1,180 @@
+"""Models with an output for every patch: masked image modelling and the backbone."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, MaskedImageModelingOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_hf_vit import HFViTConfig
+from .layers_hf_vit import patchify, unpatchify
+from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
+from .packing_hf_vit import refuse_packs
+
+
+@dataclass
+class HFViTMaskedImageModelingOutput(MaskedImageModelingOutput):
+    """What `HFViTForMaskedImageModeling` returns.
+
+    `reconstruction` is an image `[B, C, H, W]`: predicted pixels, or every patch in its likeliest mean colour.
+    `predictions` is what the loss reads: pixels `[B, N, C*ph*pw]`, or scores of the colours `[B, N, 8**C]`.
+    """
+
+    predictions: torch.FloatTensor | None = None
+
+
+class PixelObjective(nn.Module):
+    """Predict the pixels of masked patches; L1 loss (SimMIM, arXiv:2111.09886)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.patch_shape = config.patch_shape
+        self.decoder = nn.Linear(config.hidden_size, config.num_channels * prod(self.patch_shape))
+
+    def loss(self, predictions: Tensor, pixel_values: Tensor) -> Tensor:
+        """Return the loss of every patch, `[B, N]`."""
+        return (predictions.float() - patchify(pixel_values.float(), self.patch_shape)).abs().mean(dim=-1)
+
+    def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the image `[B, C, H, W]` that the predictions stand for."""
+        return unpatchify(predictions, self.patch_shape, grid)
+
+
+class MeanColorObjective(nn.Module):
+    """Predict the mean colour of masked patches, 3 bits a channel; cross-entropy (the paper's appendix B.1.2).
+
+    Colours are levels of [-1, 1], the range of the paper's pixels (`image_mean` and `image_std` of 0.5).
+    """
+
+    LEVELS = 8
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.patch_shape = config.patch_shape
+        self.num_channels = config.num_channels
+        self.decoder = nn.Linear(config.hidden_size, self.LEVELS**config.num_channels)
+
+    def loss(self, predictions: Tensor, pixel_values: Tensor) -> Tensor:
+        """Return the loss of every patch, `[B, N]`."""
+        return F.cross_entropy(predictions.float().transpose(1, 2), self.colors(pixel_values), reduction="none")
+
+    def colors(self, pixel_values: Tensor) -> Tensor:
+        """Return the number of every patch's mean colour, `[B, N]` in 0 to 8**C - 1, first channel highest."""
+        patches = patchify(pixel_values.float(), self.patch_shape).unflatten(2, (self.num_channels, -1))
+        levels = ((patches.mean(dim=-1) + 1) / 2 * self.LEVELS).long().clamp(0, self.LEVELS - 1)  # [B, N, C]
+        return (levels * self._places(levels.device)).sum(dim=-1)
+
+    def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the image `[B, C, H, W]` that the predictions stand for."""
+        places = self._places(predictions.device)
+        levels = predictions.argmax(dim=-1, keepdim=True) // places % self.LEVELS  # [B, N, C]
+        colors = (levels.to(predictions.dtype) + 0.5) / self.LEVELS * 2 - 1
+        return unpatchify(colors.repeat_interleave(prod(self.patch_shape), dim=-1), self.patch_shape, grid)
+
+    def _places(self, device: torch.device) -> Tensor:
+        return self.LEVELS ** torch.arange(self.num_channels - 1, -1, -1, device=device)
+
+
+OBJECTIVES: dict[str, type[PixelObjective | MeanColorObjective]] = {
+    "pixels": PixelObjective,
+    "mean_color": MeanColorObjective,
+}
+
+
+def refuse_patch_dropout(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model that must answer for every patch but would drop some."""
+    if model.config.patch_dropout_prob:
+        raise ValueError(
+            f"{type(model).__name__} returns something for every patch: set patch_dropout_prob=0, "
+            f"got {model.config.patch_dropout_prob}."
+        )
+
+
+class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
+    """The encoder with a decoder that predicts masked patches; `config.mim_objective` says what of them."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        refuse_patch_dropout(self)
+        self.vit = HFViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.objective = OBJECTIVES[config.mim_objective](config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HFViTMaskedImageModelingOutput:
+        """Predict patches, and compare those that are masked.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
+            bool_masked_pos: `[B, N]`, true where a patch is masked; with it there is a loss, over masked patches.
+            kwargs: As for `HFViTModel`.
+        """
+        refuse_packs(self, kwargs.get("patch_grids"))
+        outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
+        patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
+        predictions = self.objective.decoder(patches)
+        pixel_values = cast(Tensor, pixel_values)
+        loss = None
+        if bool_masked_pos is not None:
+            is_masked = bool_masked_pos.flatten(1).float()
+            losses = self.objective.loss(predictions, pixel_values)
+            loss = (losses * is_masked).sum() / is_masked.sum().clamp(min=1)
+        return HFViTMaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=self.objective.paint(predictions, self.config.grid_of(*pixel_values.shape[-2:])),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            predictions=predictions,
+        )
+
+
+class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
+    """The encoder for segmentation and detection heads: feature maps of chosen stages."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        refuse_patch_dropout(self)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.vit = HFViTModel(config, add_pooling_layer=False)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """Return a feature map for each of `config.out_features`.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
+
+        Returns:
+            `feature_maps`, `[B, D, h, w]` each; tokens `[B, T, D]` with `reshape_hidden_states=False`.
+        """
+        refuse_packs(self, kwargs.get("patch_grids"))
+        outputs = self.vit(pixel_values, **kwargs)
+        grid = self.config.grid_of(*pixel_values.shape[-2:])
+        feature_maps = []
+        for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True):
+            if stage not in self.out_features:
+                continue
+            if self.config.apply_layernorm:
+                hidden_state = self.vit.layernorm(hidden_state)
+            if self.config.reshape_hidden_states:
+                patches = hidden_state[:, self.config.num_prefix_tokens :]
+                hidden_state = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, h, w]
+            feature_maps.append(hidden_state)
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

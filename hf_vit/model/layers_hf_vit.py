@@ -1,0 +1,227 @@
+"""Building blocks of the encoder: patches, attention kernels, MLPs, DropPath, mask tokens."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .configuration_hf_vit import HFViTConfig
+from .packing_hf_vit import HFViTPacking
+
+
+def patchify(pixels: Tensor, patch_shape: tuple[int, int]) -> Tensor:
+    """Cut images `[B, C, H, W]` into flattened patches `[B, N, C*ph*pw]`, row by row."""
+    patch_height, patch_width = patch_shape
+    cut = pixels.unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))  # [B, C, h, ph, w, pw]
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Put flattened patches `[B, N, C*ph*pw]` back together to images `[B, C, H, W]`."""
+    cut = patches.unflatten(2, (-1, *patch_shape)).unflatten(1, grid)  # [B, h, w, C, ph, pw]
+    return cut.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+class HFViTMaskToken(nn.Module):
+    """Show a learned token in place of every masked patch, as SimMIM does (arXiv:2111.09886)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+
+    def forward(self, patches: Tensor, is_masked: Tensor) -> Tensor:
+        return torch.where(is_masked.unsqueeze(-1), self.weight.to(patches.dtype), patches)
+
+
+class HFViTPaperCorruption(HFViTMaskToken):
+    """Replace 80 % of the masked patches by the token and 10 % by another patch, and keep 10 % (appendix B.1.2).
+
+    The draw belongs to training. In evaluation every masked patch shows the token, so that results repeat.
+    """
+
+    def forward(self, patches: Tensor, is_masked: Tensor) -> Tensor:
+        masked = super().forward(patches, is_masked)
+        if not self.training:
+            return masked
+        draw = torch.rand(is_masked.shape, device=patches.device).unsqueeze(-1)
+        pool = patches.flatten(0, 1)  # [B*N, D]
+        others = pool[torch.randint(len(pool), is_masked.shape, device=patches.device)]
+        corrupted = torch.where(draw < 0.8, masked, torch.where(draw < 0.9, others, patches))
+        return torch.where(is_masked.unsqueeze(-1), corrupted, patches)
+
+
+class HFViTPatchDropout(nn.Module):
+    """Keep a random subset of the patches in training (arXiv:2212.00794)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the patches kept `[B, K, D]` and their indices `[B, K]`, or all of them and `None`."""
+        if not self.training or not self.probability:
+            return patches, None
+        batch, number, _ = patches.shape
+        kept = max(1, round(number * (1 - self.probability)))
+        indices = torch.rand(batch, number, device=patches.device).argsort(dim=1)[:, :kept]
+        return patches.take_along_dim(indices.unsqueeze(-1), dim=1), indices
+
+
+CORRUPTIONS = {"pixels": HFViTMaskToken, "mean_color": HFViTPaperCorruption}
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attend in plain matrix products: from `[B, A, T, d]` to the output `[B, T, A, d]` and weights `[B, A, T, T]`."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        mask = attention_mask if attention_mask.ndim == 4 else attention_mask[:, None, None]
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+# Matrix units of the CPU, which torch uses for products in bf16.
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+
+
+# Above so many tokens the weights, which products form, take more memory than the time is worth.
+SHORT_SEQUENCE = 1024
+
+
+class HFViTProductAttention(torch.autograd.Function):
+    """Attend in plain matrix products, forward and backward: `[B, A, T, d]` each to `[B, A, T, d]`.
+
+    Keeps the weights, B * A * T^2 numbers. No autocast in here: it would take the softmax to float32 and back.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        shape = query.shape
+        query, key, value = (part.reshape(-1, *shape[2:]) for part in (query, key, value))  # [B*A, T, d]
+        weights = scaled_product(query, key.mT, scaling).softmax(dim=-1)  # [B*A, T, T]
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.shape, ctx.scaling = shape, scaling
+        return (weights @ value).view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, of_attended: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        query, key, value, weights = ctx.saved_tensors
+        of_attended = of_attended.reshape(query.shape)
+        of_weights = of_attended @ value.mT
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_query = scaled_product(of_scores, key, ctx.scaling)
+        of_key = scaled_product(of_scores.mT, query, ctx.scaling)
+        of_value = weights.mT @ of_attended
+        return of_query.view(ctx.shape), of_key.view(ctx.shape), of_value.view(ctx.shape), None
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Multiply `[n, i, j]` by `[n, j, k]` and by a number, rounding once."""
+    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scaling)
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend by torch's fused kernels, or where these are slow by plain products; arguments as `eager_attention`'s.
+
+    The fused kernel's backward on a CPU is a third of a whole training step in bf16; products on matrix units take
+    a small part of that for short sequences. In evaluation, where nothing is kept, the fused kernel is faster.
+    """
+    is_trained = torch.is_grad_enabled() and query.requires_grad
+    is_plain = attention_mask is None and not dropout and query.shape[2] <= SHORT_SEQUENCE
+    if HAS_AMX and is_trained and is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        if torch.compiler.is_compiling():  # which derives and fuses the steps by itself
+            attended = (query @ key.mT * scaling).softmax(dim=-1).to(value.dtype) @ value
+        else:
+            attended = HFViTProductAttention.apply(query, key, value, scaling)
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return attended.transpose(1, 2), None
+
+
+class HFViTMLP(nn.Module):
+    """Two dense layers with a GELU between them."""
+
+    def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
+
+
+class HFViTGatedMLP(HFViTMLP):
+    """The MLP with its hidden layer gated by a second projection (arXiv:2002.05202), SwiGLU with a SiLU."""
+
+    def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
+        super().__init__(config, bias)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.activation(self.gate(hidden_states)) * self.fc1(hidden_states)))
+
+
+class HFViTLayerScale(nn.Module):
+    """Scale every channel of a residual branch by a learned factor (arXiv:2103.17239)."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * self.weight
+
+
+class HFViTDropPath(nn.Module):
+    """Drop a residual branch for whole samples in training, stochastic depth (arXiv:1603.09382)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, hidden_states: Tensor, packing: HFViTPacking | None = None) -> Tensor:
+        if not self.training or not self.probability:
+            return hidden_states
+        keep = 1 - self.probability
+        samples = len(hidden_states) if packing is None else len(packing.grids)
+        kept = hidden_states.new_empty(samples, 1, 1).bernoulli_(keep)
+        if packing is not None:
+            kept = packing.spread(kept)  # [1, T, 1]
+        return hidden_states * kept / keep
+
+
+def with_bias(mask: Any, bias: Tensor) -> Tensor:
+    """Join a mask of the attention, boolean or added, with a bias that is added to its scores."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    return bias + mask

@@ -1,0 +1,67 @@
+"""Losses."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_hf_vit import HFViTConfig
+
+
+def classification_loss(
+    labels: Tensor,
+    logits: Tensor,
+    config: HFViTConfig,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute the loss of a classifier in float32, without writing a guess into the config.
+
+    Args:
+        labels: Classes `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0/1 for each label
+            `[B, num_labels]` with `problem_type="multi_label_classification"`; or targets of a regression.
+        logits: `[B, num_labels]`.
+        config: Of which `problem_type` decides, and the labels where it is `None`.
+        num_items_in_batch: Entries of `labels` over all accumulated batches, which the sum is divided by instead of
+            the mean over this batch.
+
+    Raises:
+        ValueError: If soft labels do not sum to one, or their shape is not that of the logits.
+    """
+    logits, labels = logits.float(), labels.to(logits.device)
+    is_class = not labels.is_floating_point() and labels.ndim == 1
+    kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    if kind == "single_label_classification" and is_class:
+        loss = F.cross_entropy(logits, labels, reduction="none")  # [B]; a label of -100 is ignored
+        entries = (labels != -100).sum().clamp(min=1)
+        return loss.sum() / (entries if num_items_in_batch is None else num_items_in_batch)
+    if kind == "regression" and config.num_labels == 1:
+        logits = logits.squeeze(-1)
+        labels = labels.reshape(logits.shape)
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"{kind} with {config.num_labels} labels needs labels of shape {list(logits.shape)}, or class numbers "
+            f"[batch] for single_label_classification; got {list(labels.shape)} of {labels.dtype}."
+        )
+    labels = labels.float()
+    if kind == "single_label_classification":
+        _check_soft_labels(labels, config)
+        # Every row is one distribution: its entries together count as num_labels items.
+        loss = -(labels * logits.log_softmax(dim=-1)) * logits.shape[-1]
+    elif kind == "regression":
+        loss = F.mse_loss(logits, labels, reduction="none")
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+
+
+def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:
+    # Stated, the kind is believed. Guessed, several labels an image must not pass as one distribution.
+    if config.problem_type is not None or torch.compiler.is_compiling():
+        return
+    if (labels.sum(dim=-1) - 1).abs().max() > 1e-3:
+        raise ValueError(
+            "Labels [batch, num_labels] were taken for soft labels, but their rows do not sum to one: set "
+            "problem_type='multi_label_classification' in the config for several labels an image."
+        )

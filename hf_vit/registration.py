@@ -16,6 +16,7 @@ from typing import Any
 from .model.configuration_hf_vit import CLASSES, HFViTConfig
 
 MODELS = f"{__package__}.model.modeling_hf_vit"
+DENSE = f"{__package__}.model.dense_hf_vit"
 LAYERS = "transformers.modeling_layers"
 
 
@@ -24,7 +25,8 @@ def register() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     AutoConfig.register(HFViTConfig.model_type, HFViTConfig, exist_ok=True)
-    after_import(MODELS, _register_models)
+    for module in (MODELS, DENSE):  # each registers its own classes: either may be imported first
+        after_import(module, _register_models)
     after_import("transformers.models.auto.modeling_auto", _import_models)
     after_import(LAYERS, _import_models)
     after_import("transformers.models.auto.image_processing_auto", _register_image_processors)
@@ -36,18 +38,19 @@ def _import_models(module: ModuleType) -> None:
     # The registry may have been imported from the midst of what our models need: they wait for the end of that.
     if LAYERS not in sys.modules or hasattr(sys.modules[LAYERS], "GradientCheckpointingLayer"):
         import_module(MODELS)
+        if DENSE not in sys.modules:  # else it is being imported, and the models with it
+            import_module(DENSE)
 
 
-def _register_models(modeling: ModuleType) -> None:
+def _register_models(module: ModuleType) -> None:
     from transformers.models.auto import modeling_auto
 
-    from .model import model_class
-
-    modeling.HFViTPreTrainedModel._read_foreign = staticmethod(_read_foreign)
+    if module.__name__ == MODELS:
+        module.HFViTPreTrainedModel._read_foreign = staticmethod(_read_foreign)
     for auto_class, reference in CLASSES.items():
-        if auto_class != "AutoConfig":
-            registered = model_class(reference.split(".")[1])
-            getattr(modeling_auto, auto_class).register(HFViTConfig, registered, exist_ok=True)
+        file, name = reference.split(".")
+        if auto_class != "AutoConfig" and module.__name__.endswith(f".{file}"):
+            getattr(modeling_auto, auto_class).register(HFViTConfig, getattr(module, name), exist_ok=True)
 
 
 def _read_foreign(*arguments: Any) -> Any:

@@ -248,7 +248,7 @@ def test_without_gradio_there_is_a_sentence(
     monkeypatch.setitem(sys.modules, "gradio", None)
     done = CliRunner().invoke(app, ["demo", str(folder / "first"), *arguments])
     assert done.exit_code == 2 and not list(tmp_path.iterdir())
-    assert done.stderr == 'Error: This needs what is not installed (gradio): pip install "hf-vit[demo]"\n'
+    assert done.stderr == 'Error: gradio must be installed for this: pip install "hf-vit[demo]"\n'
 
 
 @pytest.mark.usefixtures("components")

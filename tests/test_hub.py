@@ -18,10 +18,10 @@ from isolated import TESTS, python, save_tiny_classifier
 from safetensors.torch import load_file
 
 import hf_vit
-from hf_vit.hub.card import versions, write_card
+from hf_vit.hub.card import write_card
 from hf_vit.hub.folder import check_folder
 from hf_vit.hub.upload import BackgroundPush, push, without_tokens
-from hf_vit.system.machine import machine
+from hf_vit.system.machine import machine, versions
 
 # The client's own way of uploading, which its network library finds old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -363,7 +363,7 @@ def test_a_push_is_given_up_and_the_next_one_tried(folder: Path, client: Hub) ->
     assert not hub.finish(timeout=60)
     assert len(said) == 1 and "\n" not in said[0] and SHAPED not in said[0]
     assert said[0].startswith("Step 1 of TOKEN was not pushed to tester/run, the run goes on. http://")
-    assert "answers 507" in said[0] and said[0].endswith("try again later.")
+    assert "returned 507" in said[0] and said[0].endswith("try again later.")
     hub.submit(copying(folder), "Step 2")
     assert hub.finish(timeout=60)
     assert client.messages("tester/run") == ["Step 2"] and len(said) == 1
@@ -375,7 +375,7 @@ def test_what_lies_behind_a_failure_is_said(folder: Path, client: Hub) -> None:
     hub = BackgroundPush("tester/run", say=said.append, waits=())
     hub.submit(copying(folder), "Step 1")
     assert not hub.finish(timeout=30)
-    assert re.search(r"/large/\w+ answers 403 .*: the token may not do this: ", said[0])
+    assert re.search(r"/large/\w+ returned 403 .*: the token has no permission for this: ", said[0])
 
 
 def test_what_fails_for_certain_is_not_tried_again(folder: Path, client: Hub) -> None:

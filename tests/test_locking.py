@@ -108,11 +108,11 @@ def test_where_there_are_no_locks_that_is_said(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(locking.fcntl, "lockf", refuse)
     said: list[str] = []
     with alone_in(tmp_path, said.append):
-        assert said == [without_locks(tmp_path)] and "files cannot be locked" in said[0]
+        assert said == [without_locks(tmp_path)] and "without locks" in said[0]
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match="file/run must be a folder that can be written to; mend that, or choose"):
+    with pytest.raises(OSError, match="file/run must be a writable folder; fix its permissions, or choose"):
         FolderLock(tmp_path / "file" / "run").take()
     assert (tmp_path / "file").read_text() == "mine"

@@ -556,9 +556,9 @@ def benchmark(
     with _clear_endings():
         from ..benchmark.compare import benchmark as measure
         from ..benchmark.table import LEGEND, Report, describe, table
-        from ..system.machine import hardware, versions
+        from ..system.machine import hardware, installed_versions
 
-        machine, installed = hardware(), versions()
+        machine, installed = hardware(), installed_versions()
         echo("\n".join([*describe(machine, installed), ""]))
         report = None
         for results in measure(

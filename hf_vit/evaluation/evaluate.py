@@ -14,11 +14,10 @@ from ..checkpoints.models import load
 from ..data.images import EvaluationImages, normalize
 from ..data.labelled import _held_out_by, _recipe_of, load_data
 from ..data.loaders import evaluation_loader, naming_dead_workers
-from ..hub.card import versions
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
 from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
-from ..system.machine import machine
+from ..system.machine import machine, versions
 from . import probing
 from .figures import classify, extract, in_turn
 from .labels import _classes_of, match_labels

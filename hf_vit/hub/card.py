@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ..model.configuration_hf_vit import HFViTConfig
-from ..system.machine import _version
+from ..system.machine import versions
 from ..system.texts import markdown, visible, without_tokens
 from .folder import _weights
 
@@ -123,12 +122,6 @@ def write_card(
     path = folder / "README.md"
     path.write_text(without_tokens(card.content) + "\n", encoding="utf-8")
     return path
-
-
-def versions() -> str:
-    """Return the versions of what computed the figures."""
-    names = ("hf-vit", "torch", "transformers", "accelerate")
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in names)])
 
 
 def _check_results(results: Mapping[str, float], measured: Mapping[str, str], dataset: str | None) -> None:

@@ -27,9 +27,8 @@ from typing import Any
 import torch
 
 from ..evaluation.flops import count_flops
-from ..hub.card import versions
 from ..system.locking import alone_in
-from ..system.machine import cores, machine, processor
+from ..system.machine import cores, machine, processor, versions
 from ..system.stopping import Interrupted, StopSignals
 from ..training.loop import METRICS, train
 from ..training.recipe import FREE_TO_CHANGE, TrainConfig

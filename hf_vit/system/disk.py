@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import errno
 import os
@@ -9,37 +9,38 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def writing(what: str, path: Path) -> Iterator[None]:
-    """Turn what writers raise when the system refuses, each something else, into an `OSError` that names `what`."""
+    """Convert errors of the operating system to an `OSError` that names `what` could not be written.
+
+    torch, safetensors and the standard library each raise something else when a disk is full or read-only.
+    """
     try:
         yield
     except Exception as error:
-        number = _number_of(error)
+        number = _errno_of(error)
         if number is None:
             raise
         reason = "No space left for" if number in FULL else f"{os.strerror(number)}: cannot write"
         raise OSError(number, f"{reason} {what}", str(path)) from error
 
 
-def _number_of(error: BaseException | None) -> int | None:
-    """Return the number of the system's error behind an exception, if there is one."""
+def _errno_of(error: BaseException | None) -> int | None:
+    """Return the `errno` of an exception or of one of its causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if said := re.search(r"os error (\d+)", str(error)):  # safetensors says it in words
-            return int(said.group(1))
-        error = error.__cause__ or error.__context__  # torch fails behind the error that says it
+        if match := re.search(r"os error (\d+)", str(error)):  # safetensors has it in its message
+            return int(match.group(1))
+        error = error.__cause__ or error.__context__  # torch raises its own error while handling the first
     return None
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the directory entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,18 +50,18 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that takes the name of `folder` when all went well, and vanishes when not.
+    """Yield a temporary folder; rename it to `folder` on success, remove it on an error.
 
     Raises:
-        ValueError: If something other than an empty folder lies there and is not to be replaced, or is no model.
+        ValueError: If `folder` exists, is not empty and `force` is false, or if it is not a model's folder.
     """
     folder = Path(folder).resolve()
-    is_there = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if is_there and not force:
+    exists = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if exists and not force:
         raise ValueError(f"{folder} exists: choose another folder, or pass --force to replace it.")
-    if is_there and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it is no model's folder, and is not replaced.")
-    made = [parent for parent in folder.parents if not parent.exists()]
+    if exists and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is not a model's folder and is not replaced.")
+    created = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -71,25 +72,25 @@ def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
                 folder.rename(old)
             unfinished.rename(folder)
     except BaseException:
-        with suppress(OSError):  # somebody put something there
-            for parent in made:
+        with suppress(OSError):  # not empty: another process has written there
+            for parent in created:
                 parent.rmdir()
         raise
 
 
 @contextmanager
 def new_file(file: str | Path, force: bool = False) -> Iterator[Path]:
-    """Give a temporary path for what takes the place of `file`, with what is written beside it, when all went well.
+    """Yield a temporary path; on success move it to `file`, together with the files written next to it.
 
     Raises:
-        ValueError: If something lies there already and is not to be replaced, or is no file.
+        ValueError: If `file` exists and `force` is false, or if it is not a regular file.
     """
     file = Path(file)
     if file.exists() and not (force and file.is_file()):
-        raise ValueError(f"{file} exists: choose another file, or pass --force to replace a file.")
+        raise ValueError(f"{file} exists: choose another file, or pass --force to replace it.")
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as temporary:
         unfinished = Path(temporary) / file.name
         yield unfinished
-        for path in sorted(Path(temporary).iterdir(), reverse=True):  # the file comes last: it needs the others
+        for path in sorted(Path(temporary).iterdir(), reverse=True):  # the file itself last: it refers to the others
             path.replace(file.parent / path.name)

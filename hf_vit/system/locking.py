@@ -1,8 +1,9 @@
-"""Whose a folder is: a lock for each process that works in it, which ends with the process, however that ends.
+"""Lock an output folder for the processes of one run.
 
-It is a byte of a file for each, locked as POSIX has it. Such a lock belongs to one process, also over NFS; that of
-`flock` would go over to forked workers, which outlive a killed process by seconds. It is lost when the process closes
-the file anywhere, so nobody else opens it.
+Each process locks one byte of a lock file with POSIX record locks (`lockf`). The system releases them when the process
+ends, for whatever reason. They belong to one process, also on NFS; locks of `flock` would be inherited by forked
+workers, which outlive a killed process by seconds. A process loses its lock when it closes the file anywhere, so no
+other code opens it.
 """
 
 import json
@@ -21,18 +22,18 @@ from accelerate.utils import gather_object
 
 try:
     import fcntl
-except ImportError:  # which is POSIX's
+except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"  # in the folder, while somebody works there
+LOCK = ".lock"  # exists in the folder while a run uses it
 
 
 class FolderLock:
-    """The lock on a folder.
+    """The lock of one process on a folder.
 
     Args:
-        folder: Made if need be.
-        process: Number of this process, of those that work there as one. The first one's lock is the folder's.
+        folder: Created if it does not exist.
+        process: Rank of this process in its run. Rank 0 owns the folder.
     """
 
     def __init__(self, folder: Path, process: int = 0) -> None:
@@ -40,11 +41,11 @@ class FolderLock:
         self.file: IO[bytes] | None = None
 
     def take(self) -> bool:
-        """Take the lock; return whether there are locks here at all.
+        """Acquire the lock; return whether the file system supports locks.
 
         Raises:
-            ValueError: If another process has it.
-            OSError: If nothing can be written into the folder.
+            ValueError: If another process holds it.
+            OSError: If the folder cannot be written to.
         """
         if fcntl is None:
             return False
@@ -58,23 +59,23 @@ class FolderLock:
                 continue
             except (BlockingIOError, PermissionError):
                 raise ValueError(
-                    f"{self.folder} is in use by {self._holder()}: wait until that has ended, stop it, or choose "
-                    "another output."
+                    f"{self.folder} is in use by {self._holder()}: wait until it has ended, stop it, or choose "
+                    "another output folder."
                 ) from None
             except OSError:
                 return False
             finally:
-                if self.file is None:  # or whoever had the file has removed it meanwhile: there is another, or none
+                if self.file is None:  # not acquired, or the file was removed by its former owner: try again
                     file.close()
         if self.process == 0:
             name = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
-            with self._naming_the_folder():
+            with self._errors_with_folder():
                 self.file.truncate(0)
                 os.write(self.file.fileno(), name.encode())
         return True
 
     def release(self) -> None:
-        """Give the lock back, if it was taken; the file goes with the first process'."""
+        """Release the lock, if it was acquired; rank 0 removes the file."""
         if self.file is not None:
             if self.process == 0:
                 self.path.unlink(missing_ok=True)
@@ -82,27 +83,27 @@ class FolderLock:
             self.file = None
 
     def is_held_by(self, process: int) -> bool:
-        """Return whether another process than this one has the lock of that number."""
+        """Return whether another process holds the lock of rank `process`."""
         assert self.file is not None
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, process)  # shared: others may look, too
+            fcntl.lockf(self.file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, process)  # shared: others may test too
         except (BlockingIOError, PermissionError):
             return True
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, process)
         return False
 
     def _open(self) -> IO[bytes]:
-        with self._naming_the_folder():
+        with self._errors_with_folder():
             self.folder.mkdir(parents=True, exist_ok=True)
             return self.path.open("ab+")
 
     @contextmanager
-    def _naming_the_folder(self) -> Iterator[None]:
+    def _errors_with_folder(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            reason = f"{error.strerror}: {self.folder} must be a folder that can be written to; mend that, or choose"
-            raise OSError(error.errno, f"{reason} another output") from error
+            reason = f"{error.strerror}: {self.folder} must be a writable folder; fix its permissions, or choose"
+            raise OSError(error.errno, f"{reason} another output folder") from error
 
     def _holder(self) -> str:
         try:
@@ -114,7 +115,7 @@ class FolderLock:
 
 @contextmanager
 def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[FolderLock]:
-    """Have a folder for this process; see `FolderLock.take` for who is refused."""
+    """Lock a folder for this process alone; raises the errors of `FolderLock.take`."""
     lock = FolderLock(folder)
     if not lock.take():
         say(without_locks(folder))
@@ -125,8 +126,8 @@ def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[FolderLock]:
 
 
 def without_locks(folder: Path) -> str:
-    """Return what is to be said where a system has no locks."""
-    return f"{folder} is where files cannot be locked: see to it that nothing else writes there meanwhile."
+    """Return the message for file systems without locks."""
+    return f"{folder} is on a file system without locks: make sure that no other process writes there."
 
 
 # Of a process whose neighbour has ended: how often it looks, how long an error of its own may take to come, and how

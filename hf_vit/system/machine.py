@@ -1,4 +1,9 @@
-"""The machine: processor, cores, memory, precision, versions."""
+"""Hardware and installed versions of this machine, and the precisions that it runs fast.
+
+Torch is imported inside the functions: the command line reads the table of precisions without it.
+"""
+
+from __future__ import annotations
 
 import os
 import platform
@@ -6,53 +11,91 @@ import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-# What decides how fast matrices are multiplied.
+# Names of precisions in recipes and options, and Accelerate's names for them.
+PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# CPU flags that decide the speed of matrix products.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve", "i8mm")
-
-
 DISTRIBUTIONS = (
     *("hf-vit", "torch", "torchvision", "transformers", "timm", "vit-pytorch", "onnxruntime", "openvino", "pillow"),
     "datasets",
 )
 
 
+def resolve_precision(precision: str) -> str:
+    """Return Accelerate's name of a precision; `"auto"` is bf16 on hardware with matrix units for it, else fp32."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    import torch
+
+    is_fast = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()
+    return "bf16" if is_fast else "no"
+
+
+def precision_name(mixed_precision: str) -> str:
+    """Return the name in recipes of the precision that Accelerate calls `mixed_precision`."""
+    return next(name for name, theirs in PRECISIONS.items() if theirs == mixed_precision)
+
+
+def cores() -> int:
+    """Return the number of CPU cores available to this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor() -> dict[str, str]:
-    """Return what the system says of its first processor, by its own names."""
+    """Return the fields of `/proc/cpuinfo` for the first CPU; only the model name on systems without that file."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {"model name": platform.processor() or platform.machine()}
     first = path.read_text(encoding="utf-8").split("\n\n")[0]
-    return {name.strip(): fact.strip() for name, _, fact in (line.partition(":") for line in first.splitlines())}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
 
 
 def hardware() -> dict[str, Any]:
-    """Return the machine: processor, cores that may be used, what it can do, memory, accelerator, other work on it."""
-    about = processor()
-    flags = (about.get("flags") or about.get("Features") or "").split()
-    machine: dict[str, Any] = {
-        "processor": about.get("model name", platform.machine()),
+    """Return processor, CPU cores, threads, CPU flags, memory in bytes, accelerator, and the current load average."""
+    import torch
+
+    fields = processor()
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    found: dict[str, Any] = {
+        "processor": fields.get("model name", platform.machine()),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "flags": [flag for flag in FLAGS if flag in flags],
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        machine["memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found["memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
-        machine["accelerator"] = torch.cuda.get_device_name()
-        machine["accelerator_memory"] = torch.cuda.get_device_properties(0).total_memory
+        found["accelerator"] = torch.cuda.get_device_name()
+        found["accelerator_memory"] = torch.cuda.get_device_properties(0).total_memory
     if hasattr(os, "getloadavg"):
-        machine["load"] = round(os.getloadavg()[0], 2)
-    return machine
+        found["load"] = round(os.getloadavg()[0], 2)
+    return found
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of all that is measured, as far as it is installed."""
+def machine() -> str:
+    """Return the hardware in a few words for a model card, such as `"8 x NVIDIA H200"`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{cores()} CPU cores ({platform.machine()})"
+
+
+def slug(hardware: dict[str, Any]) -> str:
+    """Return a file name for a machine that `hardware` describes."""
+    name = hardware.get("accelerator") or f"{hardware['processor']} {hardware['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def installed_versions(distributions: tuple[str, ...] = DISTRIBUTIONS) -> dict[str, str]:
+    """Return the versions of Python and of those `distributions` that are installed."""
     found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
+    for name in distributions:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -60,55 +103,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def slug(machine: dict[str, Any]) -> str:
-    """Return a name of the machine for files."""
-    name = machine.get("accelerator") or f"{machine['processor']} {machine['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+def versions() -> str:
+    """Return the versions that decide the results of a run, on one line."""
+    names = ("hf-vit", "torch", "transformers", "accelerate")
+    found = installed_versions(names)
+    packages = (f"{name} {found.get(name, '(source tree)')}" for name in names)
+    return ", ".join([f"Python {found['python']}", *packages])
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that torch has taken of a GPU, or that were resident in this process."""
+    """Return the peak memory in bytes: allocated by torch on a GPU, else resident in this process."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # not available on Windows
         return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def machine() -> str:
-    """Return the hardware at hand, in words for a card."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "(source tree)"
-
-
-def resolve_precision(precision: str) -> str:
-    """Return what Accelerate calls a precision; `"auto"` is bf16 on hardware with matrix units for it."""
-    if precision != "auto":
-        return PRECISIONS[precision]
-    is_fast = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()
-    return "bf16" if is_fast else "no"
-
-
-def precision_name(mixed_precision: str) -> str:
-    """Return what a recipe calls the precision that Accelerate calls `mixed_precision`."""
-    return next(name for name, theirs in PRECISIONS.items() if theirs == mixed_precision)
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# By what Accelerate calls them.
-PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

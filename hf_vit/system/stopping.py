@@ -1,18 +1,18 @@
-"""Being asked to stop: SIGINT, SIGTERM and SIGHUP, heeded where what was done is safe."""
+"""SIGINT, SIGTERM and SIGHUP: stop a run where its progress is saved."""
 
 import signal
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from accelerate import Accelerator
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Interrupted(BaseException):
-    """A run was asked to stop, has saved where it stands, and can go on from there.
+    """Raised when a signal has stopped a run after it saved its progress; the run can be resumed.
 
-    No `Exception`: libraries turn these into errors of their own.
+    Not a subclass of `Exception`, since libraries convert those into errors of their own.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -21,17 +21,17 @@ class Interrupted(BaseException):
 
 
 class EvaluationStopped(Exception):
-    """A signal came while a run was evaluating."""
+    """Raised when a signal arrives during an evaluation."""
 
 
 class StopSignals:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second SIGINT interrupts at once.
+    """Record SIGINT, SIGTERM and SIGHUP instead of ending the process; a second SIGINT interrupts immediately.
 
-    Until `has_begun` is set there is nothing to save, and the first one interrupts at once, too. One that is to be
-    ignored, as `nohup` has it of SIGHUP, stays so.
+    Until `has_begun` is set there is nothing to save, and the first signal interrupts immediately too. Signals that
+    the parent process ignores, such as SIGHUP under `nohup`, stay ignored.
 
     Args:
-        at_once: What is said behind "Stopped by SIGNAL" where one interrupts at once.
+        at_once: Text after "Stopped by SIGNAL" in the message of an immediate interrupt.
     """
 
     SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -44,31 +44,36 @@ class StopSignals:
         self.received, self.has_begun = 0, False
         self.before = {signum: signal.getsignal(signum) for signum in self.SIGNALS}
         for signum, handler in self.before.items():
-            if handler is not signal.SIG_IGN or signum == signal.SIGINT:  # which shells ignore for what runs behind
-                signal.signal(signum, self._note)
+            if handler is not signal.SIG_IGN or signum == signal.SIGINT:  # shells ignore SIGINT for background jobs
+                signal.signal(signum, self._record)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])
         if not self.has_begun:
             raise Interrupted(signum, f"Stopped by {signal.Signals(signum).name}{self.at_once}")
 
-    def agreed(self, accelerator: Accelerator, step: int) -> int:
-        """Return the signal that any process got, the same on all of them; asked for by all at the same steps."""
+    def agreed(self, accelerator: "Accelerator", step: int) -> int:
+        """Return the signal that any process has received, 0 if none; the same on all processes.
+
+        A collective operation: all processes must call it with the same `step`.
+        """
         if accelerator.num_processes == 1:
             return self.received
         if step % self.STEPS_BETWEEN_AGREEMENTS:
             return 0
+        import torch
+
         received = torch.tensor([self.received], device=accelerator.device)
         return int(accelerator.gather(received).max())
 
-    def heeded(self, batches: Iterable[Any], accelerator: Accelerator) -> Iterator[Any]:
-        """Yield batches of an evaluation until a signal comes; then raise `EvaluationStopped` with its number."""
+    def heeded(self, batches: Iterable[Any], accelerator: "Accelerator") -> Iterator[Any]:
+        """Yield the batches of an evaluation; raise `EvaluationStopped` with the signal's number when one arrives."""
         for number, batch in enumerate(batches):
             if signum := self.agreed(accelerator, number):
                 raise EvaluationStopped(signum)

@@ -1,49 +1,49 @@
-"""Text from outside, fit to be shown: names of labels and files, what servers say, and what may hold a token."""
+"""Make untrusted text safe to print: label and file names, messages of servers, and text that may contain a token."""
 
 import os
 import re
 import shlex
 
-# Obeyed by terminals and by readers of text instead of being shown: control characters, line separators, what turns
-# the direction of writing; and halves of characters, which no file takes. Newline and tab are left.
+# Characters that terminals and text viewers execute instead of showing: control characters, line separators, changes
+# of the writing direction; and lone surrogates, which cannot be encoded. Newline and tab are allowed.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 BREAK = re.compile(r"\s*\n\s*|\t")
-# What means something in Markdown within a line; an underscore inside a word means nothing.
+# Markdown syntax within a line; an underscore inside a word has no meaning there.
 MARKUP = re.compile(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
 SAFE_WORD = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 
-# What a token of the Hub looks like, wherever it stands; whoever an address logs in; keys among its parameters.
+# Tokens of the Hub anywhere in a text, credentials in a URL, and secret query parameters of a URL.
 TOKENS = tuple(
     map(
         re.compile,
         (
             r"(?:hf|api_org)_[A-Za-z0-9]{20,}",
             r"(?<=://)(?!git@)[\w.~%!$&*+:=-]+(?=@)",
-            r"(?:(?<=http:/)|(?<=https:/))[\w.~%!$&*+:=-]+(?=@)",  # as a path is written
+            r"(?:(?<=http:/)|(?<=https:/))[\w.~%!$&*+:=-]+(?=@)",  # a URL that was normalised like a path
             r"(?i)(?<=[?&])[\w-]*(?:token|key|secret|password|signature|credential|sig)=[^\s&#\"'<>]+",
         ),
     )
 )
-SHORTEST_TOKEN = 8  # of the one in use; to hide less would hide words
+SHORTEST_TOKEN = 8  # a shorter configured token could be an ordinary word
 
 
 def visible(text: str) -> str:
-    """Return a text whose control characters are shown instead of obeyed, each as Python writes it."""
+    """Replace control characters by Python's escape sequences."""
     return HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:
-    """Return a text as `visible` does, on one line."""
+    """Replace line breaks and tabs by spaces, and other control characters as `visible` does."""
     return visible(BREAK.sub(" ", text))
 
 
 def markdown(text: str) -> str:
-    """Return a text that Markdown shows as it is, within a line or a cell of a table."""
+    """Escape a text for a line of Markdown or a cell of a table."""
     return MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def code(text: str) -> str:
-    """Return a text as code within a line of Markdown."""
+    """Format a text as inline code in Markdown."""
     text = one_line(text)
     marks = _longer_than_in(text, 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -51,23 +51,23 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """Return a text as a block of code in Markdown, which nothing within it ends."""
+    """Format a text as a fenced code block in Markdown; the fence is longer than any inside the text."""
     marks = _longer_than_in(text, 3)
     return f"{marks}{language}\n{visible(text).rstrip()}\n{marks}"
 
 
 def _longer_than_in(text: str, least: int) -> str:
-    """Return backticks, more than stand together anywhere in a text."""
+    """Return a run of backticks that is longer than every run in a text."""
     return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
 def shell_word(text: str) -> str:
-    """Return a text as one word of a command, in double quotes unless it needs stronger ones."""
+    """Quote a text as one word of a shell command."""
     return f'"{text}"' if SAFE_WORD.fullmatch(text) else shlex.quote(visible(text))
 
 
 def without_tokens(text: str, token: str | None = None) -> str:
-    """Return a text in which no token stands: none that looks like one, none in an address, and not the one in use."""
+    """Replace everything that is or looks like an access token by `TOKEN`, the configured Hub token included."""
     from huggingface_hub import get_token
 
     for known in (token, os.environ.get("HF_TOKEN"), get_token()):
@@ -79,5 +79,5 @@ def without_tokens(text: str, token: str | None = None) -> str:
 
 
 def has_token(text: str) -> bool:
-    """Say whether a token stands in a text."""
+    """Return whether a text contains an access token."""
     return without_tokens(text) != text

@@ -189,7 +189,7 @@ def test_pauses_are_bounded(asked: str, pause: float, client: Hub, new: Path) ->
     with pytest.raises(OSError) as refusal:
         push(new, NAME)
     assert pause_after(refusal.value) == pause
-    assert (f"{pause:.0f} seconds" if pause else "some minutes") in (sentence_of(refusal.value) or "")
+    assert (f"{pause:.0f} seconds" if pause else "a few minutes") in (sentence_of(refusal.value) or "")
 
 
 # -------------------------------------------------------------------------------------- what a user reads of it
@@ -211,7 +211,7 @@ def assert_is_a_sentence(result: Result, *words: str) -> None:
 STATUSES = {
     400: "it does not take what was sent",
     401: "HF_TOKEN",
-    403: "the right to it",
+    403: "no permission for this",
     404: "check the name",
     409: "try again",
     412: "try again",
@@ -230,7 +230,7 @@ STEPS = ["POST /api/repos/create", "GET /api/models/", "/preupload/", "/info/lfs
 )
 def test_a_refused_push_ends_with_a_sentence(step: str, status: int, client: Hub, new: Path) -> None:
     client.fail(step, status, times=10**9, Retry_After="9")
-    assert_is_a_sentence(hf_vit_command("push", new, NAME), STATUSES[status], f"answers {status}")
+    assert_is_a_sentence(hf_vit_command("push", new, NAME), STATUSES[status], f"returned {status}")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -266,7 +266,7 @@ LOADS: dict[str, list[Any]] = {
 }
 TROUBLES: dict[str, tuple[Callable[[Hub], None], str]] = {
     "401": (lambda hub: hub.fail("", 401, times=10**9), "log in"),
-    "403": (lambda hub: hub.fail("", 403, times=10**9), "the right to it"),
+    "403": (lambda hub: hub.fail("", 403, times=10**9), "no permission for this"),
     "404": (lambda hub: None, "check the name"),
     "429": (lambda hub: hub.fail("", 429, times=10**9, Retry_After="9"), "in 9 seconds"),
     "500": (lambda hub: hub.fail("", 500, times=10**9), "try again later"),

@@ -46,7 +46,7 @@ def held(folder: Path, process: int = 0) -> Iterator[Any]:
 def test_the_second_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     with held(folder) as holder:
-        sentence = f"run is in use by process {holder.pid} on {socket.gethostname()}: wait until that has ended, stop"
+        sentence = f"run is in use by process {holder.pid} on {socket.gethostname()}: wait until it has ended, stop"
         for _ in range(2):
             with pytest.raises(ValueError, match=sentence):
                 FolderLock(folder).take()

@@ -32,9 +32,6 @@ TIMEOUT = 1800.0  # seconds without output until a process is ended; compilation
 QUARTILES_FROM = 8  # rounds
 
 
-# --------------------------------------------------------------------------------------------------- statistics
-
-
 class Spread(NamedTuple):
     """A median with quartiles, or with minimum and maximum of few values."""
 
@@ -59,9 +56,6 @@ def speedup(baseline: Sequence[float], times: Sequence[float]) -> Spread:
 def is_significant(ratio: Spread) -> bool:
     """Return whether the spread of a ratio excludes 1 and is at most as wide as its distance from 1."""
     return not ratio.low <= 1 <= ratio.high and ratio.high - ratio.low <= abs(ratio.median - 1)
-
-
-# ---------------------------------------------------------------------------------------------------- processes
 
 
 class VariantFailed(Exception):
@@ -149,9 +143,6 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- rounds
-
-
 @dataclass
 class Measured:
     """Measurements of one variant.
@@ -213,9 +204,6 @@ def take_turns(jobs: Sequence[Job], rounds: int, say: Callable[[str], None]) -> 
     return {variant: Measured(**fields) for variant, fields in found.items()}
 
 
-# ------------------------------------------------------------------------------------------------------- results
-
-
 def judge(
     case: Case, measured: dict[str, Measured], errors: dict[str, float], operations: int | None
 ) -> list[dict[str, Any]]:
@@ -263,9 +251,6 @@ def _share_of_ceiling(found: Measured, ceiling: Measured | None, operations: int
         return None
     pairs = zip(found.rounds, ceiling.operations_per_second, strict=True)
     return statistics.median(operations / seconds / highest for seconds, highest in pairs)
-
-
-# ----------------------------------------------------------------------------------------------------- benchmark
 
 
 def benchmark(
@@ -324,8 +309,10 @@ def benchmark(
                     torch.cuda.empty_cache()  # memory of the reference
                 target, threads = ("cpu", 1) if case.uses_one_thread else (device, torch.get_num_threads())
                 folders = str(prepared.models), str(prepared.folder)
-                options = target, precision, threads, seconds, cores
-                jobs = [Job(case.suite, variant, *folders, *options) for variant in variants]
+                jobs = [
+                    Job(case.suite, variant, *folders, target, precision, threads, seconds, cores)
+                    for variant in variants
+                ]
                 yield measure_case(case, prepared, jobs, rounds, say)
 
 

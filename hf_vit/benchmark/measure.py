@@ -34,10 +34,8 @@ class Job(NamedTuple):
 
     Attributes:
         suite, variant: Keys of `SUBJECTS`.
-        models: Folder of the weights, in the layouts of all libraries.
-        folder: Folder of the inputs, arrays or photos, and of the outputs.
-        device: `"cpu"` or `"cuda"`.
-        precision: `"fp32"` or `"bf16"`.
+        models, folder: Folder of the weights in all layouts, and of the inputs and outputs.
+        device, precision: `"cpu"` or `"cuda"`, `"fp32"` or `"bf16"`.
         threads: Number of threads; torch reads it from OMP_NUM_THREADS.
         seconds: Duration of a round.
         cores: CPU cores to run on if the threads of the parent are bound to fewer.
@@ -278,25 +276,24 @@ def preprocessing_by_transformers(backend: str, job: Job) -> Subject:
     from PIL import Image
     from transformers import ViTImageProcessor, ViTImageProcessorPil
 
-    processor: Any = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}[backend](**PROCESSING)
-    photos = encoded_photos(job)
-
-    def preprocess() -> Any:
-        return processor([Image.open(BytesIO(photo)) for photo in photos], return_tensors="pt")["pixel_values"]
-
-    return Subject(preprocess, lambda: preprocess().numpy(), "uint8")
+    processor = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}[backend](**PROCESSING)
+    return preprocessing(processor, lambda photo: Image.open(BytesIO(photo)), job)
 
 
-def preprocessing_by_ours(job: Job, kind: str = "uint8", **options: Any) -> Subject:
+def preprocessing_by_ours(job: Job, precision: str = "uint8", **options: Any) -> Subject:
     from hf_vit import HFViTImageProcessor
 
-    processor: Any = HFViTImageProcessor(**PROCESSING, **options)
+    return preprocessing(HFViTImageProcessor(**PROCESSING, **options), bytes, job, precision)
+
+
+def preprocessing(processor: Any, read: Callable[[bytes], Any], job: Job, precision: str = "uint8") -> Subject:
+    """Measure an image processor on encoded photos, each passed through `read`."""
     photos = encoded_photos(job)
 
     def preprocess() -> Any:
-        return processor(photos, return_tensors="pt")["pixel_values"]
+        return processor([read(photo) for photo in photos], return_tensors="pt")["pixel_values"]
 
-    return Subject(preprocess, lambda: preprocess().numpy(), kind)
+    return Subject(preprocess, lambda: preprocess().numpy(), precision)
 
 
 def augmentation_by_torchvision(job: Job) -> Subject:
@@ -408,7 +405,7 @@ SUBJECTS: dict[str, dict[str, Callable[[Job], Subject]]] = {
         "transformers": partial(preprocessing_by_transformers, "torchvision"),
         "transformers pil": partial(preprocessing_by_transformers, "pil"),
         "ours": preprocessing_by_ours,
-        "ours reduced": partial(preprocessing_by_ours, kind="reduced", reducing_gap=1),
+        "ours reduced": partial(preprocessing_by_ours, precision="reduced", reducing_gap=1),
     },
     "augmentation": {"torchvision": augmentation_by_torchvision, "ours": augmentation_by_ours},
     "prediction": {

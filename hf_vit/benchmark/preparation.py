@@ -33,6 +33,7 @@ from .measure import CHECKED_STEPS, LEARNING_RATE, PROCESSING, Job, augmentation
 from .suites import Case, model_fields
 
 SEED = 0
+References = dict[str, np.ndarray]
 REFERENCE_BATCH = 16  # images
 # vit-pytorch's ViT is another architecture, with its own reference.
 VIT_PYTORCH_FIELDS = {"qkv_bias": False, "use_patch_layernorm": True, "layer_norm_eps": 1e-5}
@@ -50,7 +51,7 @@ class Prepared(NamedTuple):
 
     models: Path
     folder: Path
-    references: dict[str, np.ndarray]
+    references: References
     operations: int | None
     failures: dict[str, str]
 
@@ -90,9 +91,6 @@ def _failure_of(write: Callable[[], Any]) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-# ------------------------------------------------------------------------------------------------------ weights
 
 
 def random_model(name: str, **fields: Any) -> Any:
@@ -166,9 +164,6 @@ def count_operations(name: str) -> int:
     return forward
 
 
-# ------------------------------------------------------------------------------------------------------- photos
-
-
 def write_photos(folder: Path, case: Case, photos: Sequence[Path]) -> None:
     """Write the photos of a case, links to `photos` or generated ones, into a folder."""
     folder.mkdir()
@@ -223,7 +218,6 @@ def upright_jpegs(folder: Path, most: int = 64) -> list[Path]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------- references
 # Each function writes the inputs, and returns the outputs for vit-pytorch and, under "", for all other libraries.
 
 
@@ -245,7 +239,7 @@ def _architectures(case: Case, libraries: Collection[str]) -> dict[str, Any]:
     return found
 
 
-def training_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> dict[str, np.ndarray]:
+def training_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     """Return the logits of the first steps, `[steps, B, labels]`, with gradient accumulation."""
     pixel_values, labels = (tensor.to(device) for tensor in _random_batch(case, folder))
     references = {}
@@ -268,7 +262,7 @@ def training_references(case: Case, folder: Path, device: str, libraries: Collec
 
 
 @torch.inference_mode()
-def inference_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> dict[str, np.ndarray]:
+def inference_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     """Return the logits, `[B, labels]`."""
     pixel_values = _random_batch(case, folder)[0].to(device)
     models = _architectures(case, libraries).items()
@@ -291,15 +285,11 @@ def _pillow_pixel_values(folder: Path) -> np.ndarray:
     return np.stack(images).astype(np.float32)
 
 
-def preprocessing_references(
-    case: Case, folder: Path, device: str, libraries: Collection[str]
-) -> dict[str, np.ndarray]:
+def preprocessing_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     return {"": _pillow_pixel_values(folder)}
 
 
-def augmentation_references(
-    case: Case, folder: Path, device: str, libraries: Collection[str]
-) -> dict[str, np.ndarray]:
+def augmentation_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     """Return torchvision's pixel values with the seeds of the training loop."""
     np.save(folder / "seeds.npy", np.array([seed_of(SEED, 0, index) for index in range(case.images)]))
     job = Job(case.suite, "torchvision", "", str(folder), "cpu", "fp32", torch.get_num_threads(), 0.0)
@@ -308,13 +298,13 @@ def augmentation_references(
 
 
 @torch.inference_mode()
-def prediction_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> dict[str, np.ndarray]:
+def prediction_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     """Return the probabilities of all labels, `[B, labels]`."""
     pixel_values = torch.from_numpy(_pillow_pixel_values(folder)).to(device)
     return {"": _logits(random_model(str(case.model)).to(device), pixel_values).softmax(dim=1).cpu().numpy()}
 
 
-REFERENCES: dict[str, Callable[[Case, Path, str, Collection[str]], dict[str, np.ndarray]]] = {
+REFERENCES: dict[str, Callable[[Case, Path, str, Collection[str]], References]] = {
     "training": training_references,
     "inference": inference_references,
     "preprocessing": preprocessing_references,

@@ -44,8 +44,6 @@ class Case:
         return self.suite in ("preprocessing", "augmentation")
 
 
-# ------------------------------------------------------------------------------------------------------- models
-
 CIFAR = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 10}
 SMALL_MODELS: dict[str, dict[str, Any]] = {
     "Ti/4 depth 6": {**CIFAR, "image_size": 32, "patch_size": 4, "num_hidden_layers": 6},
@@ -66,8 +64,6 @@ def model_fields(name: str) -> dict[str, Any]:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
     return {**{field: getattr(config, field) for field in names}, "image_size": 224, "num_labels": 1000}
 
-
-# -------------------------------------------------------------------------------------------------------- cases
 
 # Batch sizes by device and model.
 TRAINING = {
@@ -158,9 +154,6 @@ def libraries() -> list[str]:
     """Return the other libraries that have a variant."""
     names = {library_of(variant) for suite in SUBJECTS.values() for variant in suite if variant != CEILING}
     return sorted(names - {"ours"})
-
-
-# ------------------------------------------------------------------------------------------------ equal outputs
 
 
 def relative_error(output: np.ndarray, reference: np.ndarray) -> float:

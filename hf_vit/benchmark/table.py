@@ -24,8 +24,6 @@ def describe(machine: dict[str, Any], installed: dict[str, str]) -> list[str]:
     return [", ".join(facts), ", ".join(f"{name} {number}" for name, number in installed.items())]
 
 
-# ---------------------------------------------------------------------------------------------------- the table
-
 COLUMNS = ("variant", "images/s", "speedup", "ceiling", "memory", "error")
 LEGEND = (
     "Medians over rounds; in brackets minimum and maximum of up to seven rounds, quartiles of more. Speedup: median",
@@ -47,14 +45,12 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = [f"### {first['suite']}: {first['case']}{against}", ""]
     if rows:
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines += ["| " + " | ".join(_aligned(row, widths)) + " |" for row in [rows[0], rule, *rows[1:]]]
+        for row in [rows[0], rule, *rows[1:]]:
+            cells = [f"{cell:{'>' if number else '<'}{widths[number]}}" for number, cell in enumerate(row)]
+            lines.append(f"| {' | '.join(cells)} |")
     failed = [result for result in results if "failure" in result]
     failures = [f"- {result['variant']} was not measured: {result['failure']}" for result in failed]
     return [*lines, *([""] if rows and failures else []), *failures, ""]
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
 
 
 def _row(result: dict[str, Any]) -> list[str]:
@@ -91,9 +87,6 @@ def _spread(values: dict[str, float], unit: float = 1.0) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-# ---------------------------------------------------------------------------------------------------- the files
 
 
 class Report:

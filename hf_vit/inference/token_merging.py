@@ -136,22 +136,21 @@ class Merging:
         return rows.index_select(0, kept).unflatten(0, (batch, -1))
 
 
-# ------------------------------------------------------------------------------------------------ modules
-
-
-class MergingAttention(HFViTAttention):
-    """Attend to tokens weighted by their sizes."""
+class MergingModule(nn.Module):
+    """Provide the shared state to a module of a merging model."""
 
     merging: Merging
+
+
+class MergingAttention(MergingModule, HFViTAttention):
+    """Attend to tokens weighted by their sizes."""
 
     def _attention_function(self, kwargs: Any) -> Callable:
         return partial(self.merging.attend, super()._attention_function(kwargs))
 
 
-class MergingLayer(HFViTLayer):
+class MergingLayer(MergingModule, HFViTLayer):
     """Merge tokens between attention and MLP, without dropout."""
-
-    merging: Merging
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
@@ -159,19 +158,15 @@ class MergingLayer(HFViTLayer):
         return hidden_states + self.mlp_scale(self.mlp(self.layernorm_after(hidden_states)))
 
 
-class MergingMeanPooling(HFViTMeanPooling):
+class MergingMeanPooling(MergingModule, HFViTMeanPooling):
     """Average the patches weighted by their sizes."""
-
-    merging: Merging
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.merging.mean(hidden_states[:, self.num_prefix_tokens :])
 
 
-class MergingMeanOfAllPooling(HFViTMeanOfAllPooling):
+class MergingMeanOfAllPooling(MergingModule, HFViTMeanOfAllPooling):
     """Average all tokens weighted by their sizes."""
-
-    merging: Merging
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.merging.mean(hidden_states)
@@ -181,10 +176,8 @@ class MergingClassTokenAndMeanPooling(HFViTClassTokenAndMeanPooling, MergingMean
     """Concatenate the class token and the weighted average of the patches."""
 
 
-class MergingAttentionPooling(HFViTAttentionPooling):
+class MergingAttentionPooling(MergingModule, HFViTAttentionPooling):
     """Attend to tokens with a learned query, weighted by their sizes."""
-
-    merging: Merging
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         query = self.query(self.probe).expand(len(hidden_states), -1, -1).unflatten(-1, (-1, self.head_dim))
@@ -208,9 +201,6 @@ PARTS: dict[type[nn.Module], type[nn.Module]] = {
     HFViTPatchAttentionPooling: MergingPatchAttentionPooling,
 }
 PLAIN_PARTS = {merging: plain for plain, merging in PARTS.items()}
-
-
-# --------------------------------------------------------------------------------------------------------- the model
 
 
 def merge_tokens(model: Any, per_layer: int) -> Any:

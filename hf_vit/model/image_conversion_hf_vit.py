@@ -35,9 +35,6 @@ def flatten_images(images: Any) -> Iterator[Any]:
         )
 
 
-# ---------------------------------------------------------------------------------------------------- PIL images
-
-
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Convert a PIL image of any mode to upright 8-bit RGB, with transparent pixels on white.
 
@@ -79,9 +76,6 @@ def tensor_of_pil(image: Image.Image) -> Tensor:
 def pil_of_tensor(pixels: Tensor) -> Image.Image:
     """Return a PIL image of mode L, RGB or RGBA from uint8 `[C, H, W]`."""
     return Image.fromarray((pixels[0] if pixels.shape[0] == 1 else pixels.permute(1, 2, 0)).numpy())
-
-
-# ---------------------------------------------------------------------------------------------- arrays and tensors
 
 
 def tensor_of_array(image: np.ndarray) -> Tensor:

@@ -65,9 +65,6 @@ def trim_long_side(image: Image.Image | Tensor, crop: SizeDict) -> Image.Image |
     return center_crop(image, SizeDict(height=min(height, longest), width=min(width, longest)), rounding=int)
 
 
-# ------------------------------------------------------------------------------------------------------- patches
-
-
 def checked_patch_size(packing: int, patch_size: int | Sequence[int] | None) -> tuple[int, int]:
     """Return `patch_size` as (height, width) in pixels; 16 for `None`."""
     patch_size = 16 if patch_size is None else patch_size

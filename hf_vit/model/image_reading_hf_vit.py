@@ -83,9 +83,6 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(UPRIGHT[orientation][1]) if orientation in UPRIGHT else image
 
 
-# ---------------------------------------------------------------------------------------------- from source to bytes
-
-
 def _bytes_of(source: str | os.PathLike) -> bytes:
     text = os.fspath(source)
     if is_url(text):
@@ -115,9 +112,6 @@ def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> bytes:
     except Exception as error:  # the HTTP client of huggingface_hub can be replaced
         without_password = re.sub("//[^/@]*@", "//", _short(url))
         raise ValueError(f"{without_password} could not be downloaded: {error}") from error
-
-
-# --------------------------------------------------------------------------------------------- from bytes to pixels
 
 
 def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
@@ -171,9 +165,6 @@ def _decode_jpeg(data: bytes, image: Image.Image, factor: int) -> np.ndarray:
     least = {"min_height": image.height // factor, "min_width": image.width // factor} if factor > 1 else {}
     # The slow, exact transforms, which Pillow uses. With `strict` a truncated file raises.
     return simplejpeg.decode_jpeg(data, colorspace, fastdct=False, fastupsample=False, strict=True, **least)
-
-
-# ------------------------------------------------------------------------------------------------------- errors
 
 
 @contextmanager

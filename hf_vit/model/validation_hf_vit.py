@@ -11,8 +11,6 @@ from typing import Any, Literal, TypedDict
 from huggingface_hub.dataclasses import validate_typed_dict
 from transformers.activations import ACT2FN
 
-# ------------------------------------------------------------------------------------------------------- the tables
-
 POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "rotary", "none")
 POSITION_PLACEMENTS = ("input", "every_layer", "every_layer_shared")
 POOLINGS = ("cls", "mean", "mean_all", "attention", "attention_patches", "cls_and_mean", "cls_and_distillation")
@@ -46,14 +44,10 @@ CHOICES: dict[str, Collection[str]] = {
 # from elsewhere from allocating any amount of memory. The largest published: width 6,144 with 24,576 hidden units
 # (arXiv:2302.05442), 1,000 layers (arXiv:2203.00555), 2^20 patches (arXiv:2312.03558).
 RANGES: dict[str, tuple[float, float]] = {
-    "hidden_size": (1, 2**16),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"), (1, 2**16)),
+    **dict.fromkeys(("head_dim", "representation_size"), (1, 2**16)),
     "num_hidden_layers": (1, 2**10),
-    "num_attention_heads": (1, 2**16),
-    "intermediate_size": (1, 2**16),
-    "num_channels": (1, 2**16),
     "num_register_tokens": (0, 2**16),
-    "head_dim": (1, 2**16),
-    "representation_size": (1, 2**16),
     "stem_width": (1, 2**12),
     "num_labels": (0, 2**20),
     "initializer_range": (1e-12, 1e3),  # at 0 nothing would be learned
@@ -69,29 +63,26 @@ MAX_COLOR_CHANNELS = 6  # 8^6 = 262,144 colours
 
 # Names that other libraries give a field. Without this table such a keyword would be stored and have no effect.
 OTHER_NAMES = {
-    "depth": "num_hidden_layers",
-    "num_layers": "num_hidden_layers",
-    "embed_dim": "hidden_size",
-    "dim": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "mlp_ratio": "intermediate_size",
-    "mlp_dim": "intermediate_size",
-    "num_classes": "num_labels",
-    "in_chans": "num_channels",
-    "dropout": "hidden_dropout_prob",
-    "drop_rate": "hidden_dropout_prob",
-    "attn_drop_rate": "attention_probs_dropout_prob",
-    "layer_scale": "layer_scale_init_value",
-    "init_values": "layer_scale_init_value",
-    "layerscale_value": "layer_scale_init_value",
-    "reg_tokens": "num_register_tokens",
-    "pos_embed": "position_embedding_type",
-    "global_pool": "pooling",
-    "pool": "pooling",
-    "pre_norm": "use_pre_layernorm",
-    "distilled": "use_distillation_token",
-    "use_swiglu_ffn": "use_gated_mlp",
-    "base": "rope_theta",
+    name: field
+    for field, names in {
+        "num_hidden_layers": ("depth", "num_layers"),
+        "hidden_size": ("embed_dim", "dim"),
+        "num_attention_heads": ("num_heads",),
+        "intermediate_size": ("mlp_ratio", "mlp_dim"),
+        "num_labels": ("num_classes",),
+        "num_channels": ("in_chans",),
+        "hidden_dropout_prob": ("dropout", "drop_rate"),
+        "attention_probs_dropout_prob": ("attn_drop_rate",),
+        "layer_scale_init_value": ("layer_scale", "init_values", "layerscale_value"),
+        "num_register_tokens": ("reg_tokens",),
+        "position_embedding_type": ("pos_embed",),
+        "pooling": ("global_pool", "pool"),
+        "use_pre_layernorm": ("pre_norm",),
+        "use_distillation_token": ("distilled",),
+        "use_gated_mlp": ("use_swiglu_ffn",),
+        "rope_theta": ("base",),
+    }.items()
+    for name in names
 }
 
 # Keys that transformers stores in a config although they are no fields of it.
@@ -117,9 +108,6 @@ class Inherited(TypedDict, total=False):
     transformers_version: str | None
 
 
-# -------------------------------------------------------------------------------------------------- names of fields
-
-
 def field_meant_by(config_class: Any, name: str) -> str | None:
     """Return the field that an unknown `name` probably stands for, or `None`."""
     if is_known(config_class, name):
@@ -139,9 +127,6 @@ def is_taken(config_class: Any, name: str) -> bool:
     """Return whether an attribute called `name` would hide a method or property of the class."""
     known = inspect.getattr_static(config_class, name, None)
     return known is not None and name != "model_type" and getattr(known, "fset", None) is None
-
-
-# ------------------------------------------------------------------------------------------------ values on their own
 
 
 def check_fields(given: dict[str, Any]) -> None:
@@ -186,9 +171,6 @@ def multiples_around(value: int, divisor: int) -> list[int]:
     """Return the positive multiples of `divisor` next to `value`, or `[value]` if it is a multiple."""
     below = value // divisor * divisor
     return [size for size in dict.fromkeys((below, -(-value // divisor) * divisor)) if size > 0] or [divisor]
-
-
-# -------------------------------------------------------------------------------------------------- values together
 
 
 def check_config(config: Any) -> None:

@@ -237,7 +237,7 @@ class HFViTImageProcessing(BaseImageProcessor):
             pixels = channels_first(image, input_data_format)
             if device is not None:
                 pixels = pixels.to(device)
-            # Only Pillow composes 8-bit colours and alpha with its own rounding.
+            # 8-bit RGBA on the CPU goes through Pillow, so that tensors and PIL images are rounded alike.
             if pixels.dtype != torch.uint8 or pixels.device.type != "cpu" or pixels.shape[0] != 4:
                 if do_convert_rgb:
                     pixels = tensor_to_rgb(pixels)

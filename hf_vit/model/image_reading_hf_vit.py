@@ -29,7 +29,7 @@ except ImportError:
 LIMIT = "HF_VIT_MAX_IMAGE_PIXELS"
 if LIMIT in os.environ:
     Image.MAX_IMAGE_PIXELS = int(os.environ[LIMIT])
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer of the server
+DOWNLOAD_TIMEOUT = 30  # seconds without a response of the server
 MIN_BASE64_LENGTH, MAX_PATH_LENGTH = 40, 4096  # characters
 
 # By EXIF orientation: the operation on an array and on a PIL image that turns the pixels upright.
@@ -105,7 +105,7 @@ def is_url(source: object) -> bool:
 
 
 def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> bytes:
-    """Download a file; raise `ValueError` on failure or after `timeout` seconds without an answer."""
+    """Download a file; raise `ValueError` on failure or after `timeout` seconds without a response."""
     try:
         response = get_session().get(url, timeout=timeout, follow_redirects=True)
         return response.raise_for_status().content

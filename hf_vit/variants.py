@@ -1,4 +1,4 @@
-"""The standard sizes of the Vision Transformer, by the names that the literature uses.
+"""Standard variants of the Vision Transformer under their names in the literature.
 
 Sources: B, L and H from table 1 of Dosovitskiy et al. 2021 (arXiv:2010.11929); Ti and S from Touvron et al. 2021
 (arXiv:2012.12877) and Steiner et al. 2022 (arXiv:2106.10270); g from Zhai et al. 2022 (arXiv:2106.04560), table 2.
@@ -10,7 +10,7 @@ from .model.configuration_hf_vit import HFViTConfig
 
 
 class Size(NamedTuple):
-    """What a letter stands for: the dimensions of the encoder."""
+    """Dimensions of an encoder, `HFViTConfig` fields."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -19,7 +19,7 @@ class Size(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A size with its patch, and the parameters of its classifier of 1,000 classes at 224 pixels."""
+    """Size, patch size in pixels, and number of parameters of the classifier for 1,000 classes at 224 pixels."""
 
     size: Size
     patch_size: int
@@ -51,14 +51,14 @@ VARIANTS = {
 
 
 def config_of(name: str, **fields: Any) -> HFViTConfig:
-    """Return the config of a variant, with further or other `fields` of `HFViTConfig`.
+    """Return the config of a variant.
 
     Args:
         name: A key of `VARIANTS`, for example `"ViT-B/16"`.
-        fields: Fields of `HFViTConfig`; they win over the variant's.
+        fields: Further fields of `HFViTConfig`; they override those of the variant.
 
     Raises:
-        ValueError: For a name that is not there; the message lists those that are.
+        ValueError: For an unknown name; the message lists the variants.
 
     Example:
         >>> config_of("ViT-S/16", num_labels=10, image_size=384).hidden_size

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_vit.benchmark import compare, measure, preparation, table
-from hf_vit.benchmark.compare import Measured, Spread, is_told_apart, judge, paired_ratio, spread, take_turns
+from hf_vit.benchmark.compare import Measured, Spread, is_significant, judge, speedup, spread, take_turns
 from hf_vit.benchmark.measure import CEILING, SUBJECTS, Job
 from hf_vit.benchmark.suites import (
     BOUNDS,
@@ -27,6 +27,7 @@ from hf_vit.benchmark.suites import (
 )
 from hf_vit.checkpoints import open_checkpoint
 from hf_vit.cli.main import app
+from hf_vit.system.machine import FLAGS, hardware, slug, versions
 
 CASE = Case("inference", "quick, batch 2", 2, "quick")
 runner = CliRunner()
@@ -43,9 +44,9 @@ def test_spread_is_the_range_of_few_rounds_and_the_quartiles_of_many() -> None:
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that slows down to a tenth changes no ratio."""
     drift = [1.0, 2.0, 10.0, 3.0, 1.5]
-    ratio = paired_ratio([0.2 * slow for slow in drift], [0.1 * slow for slow in drift])
+    ratio = speedup([0.2 * slow for slow in drift], [0.1 * slow for slow in drift])
     assert ratio == pytest.approx((2.0, 2.0, 2.0))
-    assert not is_told_apart(paired_ratio([0.2 * slow for slow in drift], [0.1 * slow for slow in reversed(drift)]))
+    assert not is_significant(speedup([0.2 * slow for slow in drift], [0.1 * slow for slow in reversed(drift)]))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_ratios_are_of_the_same_round() -> None:
     ],
 )
 def test_a_ratio_is_stated_only_beyond_its_spread(ratio: Spread, is_stated: bool) -> None:
-    assert is_told_apart(ratio) is is_stated
+    assert is_significant(ratio) is is_stated
 
 
 # ------------------------------------------------------------------------------------------------------ results
@@ -82,7 +83,7 @@ def test_what_disagrees_gets_no_ratio() -> None:
     assert not results["ours"]["agrees"] and "ratio" not in results["ours"]
     assert results["openvino"]["ratio"]["median"] == 2 and results["openvino"]["baseline"] == "timm"
     lines = table.table(list(results.values()))
-    assert any("ours" in line and "disagrees" in line for line in lines)
+    assert any("ours" in line and "outputs differ" in line for line in lines)
 
 
 def test_the_baseline_agrees_itself() -> None:
@@ -135,14 +136,14 @@ def test_table() -> None:
     }
     errors = {"timm": 1e-6, "ours": 2e-6, "openvino": 0.0}
     lines = table.table(judge(CASE, found, errors, operations=10**9))
-    assert lines[0] == "### inference: quick, batch 2, times as fast as timm"
+    assert lines[0] == "### inference: quick, batch 2, speedup over timm"
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:-3]}
-    assert cells["variant"] == ["images/s", "times as fast", "ceiling", "memory", "error"]
+    assert cells["variant"] == ["images/s", "speedup", "ceiling", "memory", "error"]
     assert cells["timm fp32"] == ["5 (4 to 5)", "1", "25%", "1,024 MiB", "1e-06"]
     assert cells["ours fp32"][:2] == ["10 (8 to 10)", "2.00 (2.00 to 2.00)"]
-    assert cells["openvino fp32"][1] == "not told apart" and cells["openvino fp32"][3] == ""
+    assert cells["openvino fp32"][1] == "not significant" and cells["openvino fp32"][3] == ""
     assert cells[f"{CEILING} fp32"][0] == "10 (10 to 10) GFLOP/s"
-    assert lines[-2] == "- vit-pytorch is left out: ModuleNotFoundError: No module named 'vit_pytorch'"
+    assert lines[-2] == "- vit-pytorch was not measured: ModuleNotFoundError: No module named 'vit_pytorch'"
     assert len({len(line) for line in lines[2:-3]}) == 1 and len(lines[2]) <= 100
 
 
@@ -151,27 +152,27 @@ def test_nothing_to_say_is_no_column_and_nothing_measured_no_table() -> None:
     of_photos = judge(case, {"torchvision": measured(0.1, precision="uint8")}, {"torchvision": 0.0}, None)
     assert "ceiling" not in table.table(of_photos)[2] and "memory" not in table.table(of_photos)[2]
     failed = judge(case, {"torchvision": Measured(failure="gone")}, {}, None)
-    assert table.table(failed) == ["### augmentation: 2 of photos", "", "- torchvision is left out: gone", ""]
+    assert table.table(failed) == ["### augmentation: 2 of photos", "", "- torchvision was not measured: gone", ""]
 
 
 def test_slug() -> None:
-    assert table.slug({"processor": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cores": 8}) == "intel-xeon-cpu-2-20ghz-8-cores"
-    assert table.slug({"processor": "AMD EPYC", "cores": 2, "accelerator": "NVIDIA H200"}) == "nvidia-h200"
+    assert slug({"processor": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cores": 8}) == "intel-xeon-cpu-2-20ghz-8-cores"
+    assert slug({"processor": "AMD EPYC", "cores": 2, "accelerator": "NVIDIA H200"}) == "nvidia-h200"
 
 
 def test_the_machine_is_described() -> None:
-    machine = table.hardware()
-    assert machine["cores"] >= 1 and set(machine["flags"]) <= set(table.FLAGS)
-    lines = table.describe(machine, table.versions())
-    assert f"{machine['cores']} cores" in lines[0] and f"torch {torch.__version__.split('+')[0]}" in lines[1]
+    machine = hardware()
+    assert machine["cores"] >= 1 and set(machine["flags"]) <= set(FLAGS)
+    lines = table.describe(machine, versions())
+    assert f"{machine['cores']} CPU cores" in lines[0] and f"torch {torch.__version__.split('+')[0]}" in lines[1]
 
 
 def test_runs_of_a_day_are_added(tmp_path: Path) -> None:
-    machine, results = table.hardware(), judge(CASE, {"timm": measured(0.5)}, {"timm": 0.0}, None)
+    machine, results = hardware(), judge(CASE, {"timm": measured(0.5)}, {"timm": 0.0}, None)
     for number in range(2):
         table.Report(tmp_path / "out", f"hf-vit benchmark {number}", machine, {"torch": "2"}).add(results)
     kept, shown = sorted((tmp_path / "out").iterdir())
-    assert kept.suffix == ".jsonl" and kept.stem == shown.stem and kept.stem.startswith(table.slug(machine))
+    assert kept.suffix == ".jsonl" and kept.stem == shown.stem and kept.stem.startswith(slug(machine))
     entries = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [entry.get("command") for entry in entries] == ["hf-vit benchmark 0", None, "hf-vit benchmark 1", None]
     assert entries[1] == results[0]
@@ -214,9 +215,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(variant: str, folder: Path, suite: str = "inference", **fields: object) -> Job:
-    answer = str(folder / f"answer of {variant}.npy")
     defaults = {"device": "cpu", "precision": "fp32", "threads": 1, "seconds": 0.01}
-    return Job(suite, variant, str(folder / "models"), str(folder), answer, **{**defaults, **fields})
+    return Job(suite, variant, str(folder / "models"), str(folder), **{**defaults, **fields})
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -229,10 +229,10 @@ def test_variants_take_turns_and_failures_are_lines(tmp_path: Path) -> None:
     fast, slow = found["fast 2"], found["slow 8"]
     assert fast.failure is None and slow.failure is None
     assert len(fast.rounds) == len(slow.rounds) == 4
-    assert all(len(calls) >= measure.LEAST_CALLS for calls in [*fast.calls, *slow.calls])
+    assert all(len(calls) >= measure.MIN_CALLS for calls in [*fast.calls, *slow.calls])
     assert min(fast.rounds) >= 0.002 and min(slow.rounds) >= 0.008
     assert fast.operations == 7 and (fast.peak_memory is None or fast.peak_memory > 2**20)
-    assert np.load(tmp_path / "answer of fast 2.npy").tolist() == [1, 1]
+    assert np.load(tmp_path / "output of fast 2.npy").tolist() == [1, 1]
 
 
 def test_the_process_of_a_variant_imports_no_library_by_itself() -> None:
@@ -268,7 +268,7 @@ def answer_of(variant: str, prepared: preparation.Prepared, suite: str = "infere
     """Return the error of a variant, in this process."""
     prepared_job = job(variant, prepared.folder, suite, threads=torch.get_num_threads())
     made = SUBJECTS[suite][variant](prepared_job._replace(models=str(prepared.models)))
-    return relative_error(made.answer(), compare._reference_of(variant, prepared))
+    return relative_error(made.output(), compare.reference_of(variant, prepared))
 
 
 @pytest.mark.parametrize("variant", ["timm", "transformers", "vit-pytorch", "ours"])
@@ -296,7 +296,7 @@ def test_steps_of_training_agree_and_learn(variant: str, prepared: preparation.P
     case = Case("training", "quick, batch 3", 3, "quick")
     references = preparation.training_references(case, tmp_path, "cpu", ())
     learned = references[""]
-    assert learned.shape == (measure.STEPS_CHECKED, 3, 10)
+    assert learned.shape == (measure.CHECKED_STEPS, 3, 10)
     assert relative_error(learned[1], learned[0]) > 3 * BOUNDS["training"][1]["fp32"]  # the steps show
     trained = prepared._replace(folder=tmp_path, references=references)
     assert answer_of(variant, trained, "training") < BOUNDS["training"][1]["fp32"]
@@ -368,8 +368,8 @@ def test_variants() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], f"There is no speed: choose of {', '.join(SUITES)}"),
-        (["--against", "timm,jax"], "There is no jax"),
+        (["speed"], f"Unknown suite 'speed': choose one of {', '.join(SUITES)}"),
+        (["--against", "timm,jax"], "Unknown library 'jax'"),
         (["--models", "X/3"], "Unknown variant 'ViT-X/3'"),
         (["--photos", "/no/such/folder"], "Expected upright JPEGs in"),
     ],
@@ -394,10 +394,9 @@ def test_the_command_prints_and_keeps_tables(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 0, result.output
     (shown,) = (tmp_path / "out").glob("*.md")
     of_table = result.stdout[result.stdout.index("### inference: quick, batch 2") :].split("\nMedians")[0]
-    assert of_table in shown.read_text() and "- openvino is left out: no ONNX" in of_table
-    assert (
-        "| timm fp32 " in of_table and "- ours optimized is left out: broken" in of_table and "cores" in result.stdout
-    )
+    assert of_table in shown.read_text() and "- openvino was not measured: no ONNX" in of_table
+    assert "| timm fp32 " in of_table and "- ours optimized was not measured: broken" in of_table
+    assert "CPU cores" in result.stdout
 
 
 @pytest.mark.slow

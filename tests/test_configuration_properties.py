@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from hf_vit import HFViTBackbone, HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
-from hf_vit.model.configuration_hf_vit import (
+from hf_vit.model.validation_hf_vit import (
     ACTIVATIONS,
     FINAL_LAYERNORMS,
     MIM_OBJECTIVES,

@@ -162,7 +162,7 @@ def test_texts_from_outside_are_harmless(exhibit: Exhibit, page: Any, folder: Pa
     assert "<img" not in shown and "&lt;img src=x" in shown
     assert "\u202e" not in shown and "\\u202e" in shown
     refused = page.show_answer(exhibit, uploaded(folder / "page.jpg", f"{HOSTILE}.jpg"))
-    assert 'role="alert"' in refused and "is a page of text, not an image" in refused
+    assert 'role="alert"' in refused and "is a web page or SVG, not a bitmap image" in refused
     assert "<img" not in refused and "&lt;img" in refused and str(folder) not in refused
 
 
@@ -199,7 +199,7 @@ def test_a_batch_is_a_table_to_take_home(exhibit: Exhibit, page: Any, folder: Pa
     assert [row[0] for row in rows] == names
     for name, (_, label, score, error) in zip(names, rows, strict=True):
         if name == "page.jpg":
-            assert label is None and score is None and error.startswith("page.jpg is a page of text")
+            assert label is None and score is None and error.startswith("page.jpg is a web page")
             continue
         best = exhibit.answer(File(folder / name, name)).prediction
         assert (label, error) == (best.labels[0].replace("\n", " ").replace("\u202e", "\\u202e"), None)
@@ -395,7 +395,7 @@ def test_an_image_is_answered_and_controls_change_what_is_seen(visit: Visit, fol
 
     visit.drop(folder / "page.jpg")
     expect(visit.tab.get_by_role("alert")).to_have_text(
-        "page.jpg is a page of text, not an image: load the image that it shows."
+        "page.jpg is a web page or SVG, not a bitmap image: use the image that the page shows."
     )
     expect(cards).to_have_count(0)
     expect(lit).to_have_count(0)

@@ -22,7 +22,7 @@ from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.cli.main import app
 from hf_vit.graphs import export as graphs
 from hf_vit.graphs.kinds import KINDS, Answer, Graph, Kind, read_onnx, write_onnx
-from hf_vit.model.configuration_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
+from hf_vit.model.validation_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
 
 NAMES = ["red", "green", "blue"]
 TINY: dict[str, Any] = {

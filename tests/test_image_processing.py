@@ -592,7 +592,8 @@ def test_what_is_saved_is_loaded(backend: Any, preset: str, tmp_path: Path) -> N
         assert type(loaded) is other
         assert loaded.to_dict() == processor.to_dict()
     names = {path.name for path in tmp_path.iterdir()}
-    code = {"image_processing_hf_vit.py", "image_processing_pil_hf_vit.py", "image_reading_hf_vit.py"}
+    kinds = ("conversion", "geometry", "processing", "processing_pil", "reading")
+    code = {f"image_{kind}_hf_vit.py" for kind in kinds}
     assert names == {"preprocessor_config.json", *code}
 
 

@@ -98,7 +98,7 @@ def test_images_give_maps_and_all_arrays(saved: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(gallery_module, "save", lambda figure, path: path.write_text(path.name))
     result = inspect(model, photos)
     assert result.exit_code == 0, result.output
-    assert f"Left out: {photos / 'broken.png'} is no image" in result.output
+    assert f"Left out: {photos / 'broken.png'} is not an image" in result.output
     out = tmp_path / "tiny-pictures"
     heads = {"heads-01-0.png", "heads-02-1.png"}
     assert names_in(out) == OF_WEIGHTS | {f"{name}.png" for name in OF_IMAGES} | heads
@@ -314,7 +314,7 @@ def test_strange_names_stay_names(saved: Any, undrawn: None, tmp_path: Path) -> 
     page = Page(tmp_path / "out" / "index.html")
     assert not {tag for tag, _ in page.tags} & {"b", "i", "u", "s", "script"}
     assert all(name in page.text for name in STRANGE[:-1]) and "?.png" in page.text
-    assert "<u>.png is no image" in page.text
+    assert "<u>.png is not an image" in page.text
     assert "What <s>$tiny$ learned" in page.text
 
 

@@ -23,7 +23,7 @@ from hf_vit.inspection import (
 )
 from hf_vit.inspection.attention import READ_BY
 from hf_vit.inspection.layers import Scores
-from hf_vit.model.configuration_hf_vit import POOLINGS, POSITION_EMBEDDINGS, POSITION_PLACEMENTS
+from hf_vit.model.validation_hf_vit import POOLINGS, POSITION_EMBEDDINGS, POSITION_PLACEMENTS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"positions {kind}": {"position_embedding_type": kind} for kind in POSITION_EMBEDDINGS},

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import hf_vit
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
 from hf_vit.model import modeling_hf_vit as modeling
-from hf_vit.model.configuration_hf_vit import POOLINGS as POOLING_KINDS
-from hf_vit.model.configuration_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
+from hf_vit.model.validation_hf_vit import POOLINGS as POOLING_KINDS
+from hf_vit.model.validation_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
 
 EVERYTHING = {
     "num_register_tokens": 2,

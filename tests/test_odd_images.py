@@ -153,7 +153,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_an_opened_image_that_cannot_be_decoded_is_named(folder):
-    with Image.open(folder / "cut-50.png") as image, pytest.raises(ValueError, match=r"cut-50\.png is damaged"):
+    with Image.open(folder / "cut-50.png") as image, pytest.raises(ValueError, match=r"cut-50\.png is corrupt"):
         HFViTImageProcessorPil()(image)
 
 
@@ -219,7 +219,7 @@ def test_the_web_and_base64_give_what_the_file_gives(name, site, folder):
 
 def test_text_that_is_nothing_is_an_error_without_the_text():
     for text in ("data:image/png;base64,?" + 10_000 * "a", 10_001 * "a"):
-        with pytest.raises(ValueError, match="is no name of a file, no URL, and not base64") as caught:
+        with pytest.raises(ValueError, match="is not a path, a URL or base64") as caught:
             read_image(text)
         assert len(str(caught.value)) < 200
     with pytest.raises(FileNotFoundError):
@@ -231,7 +231,7 @@ def test_what_the_web_does_not_give_is_an_error(site):
         read_image(f"{site}/no.jpg")
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/no\.jpg could not be downloaded"):
         read_image("http://127.0.0.1:9/no.jpg")
-    with pytest.raises(ValueError, match=r"page\.jpg is a page of text"):
+    with pytest.raises(ValueError, match=r"page\.jpg is a web page"):
         read_image(f"{site}/page.jpg")
 
 

@@ -28,8 +28,8 @@ from hf_vit import (
 )
 from hf_vit.model import modeling_hf_vit as modeling
 from hf_vit.model import packing_hf_vit
-from hf_vit.model.configuration_hf_vit import POOLINGS, POSITION_EMBEDDINGS
-from hf_vit.model.image_processing_pil_hf_vit import packed_grid
+from hf_vit.model.image_geometry_hf_vit import packed_grid
+from hf_vit.model.validation_hf_vit import POOLINGS, POSITION_EMBEDDINGS
 
 BACKENDS = {"torchvision": HFViTImageProcessor, "pil": HFViTImageProcessorPil}
 both_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
@@ -166,7 +166,7 @@ def test_a_saved_processor_packs_again(backend, tmp_path):
 def test_processors_say_what_they_cannot_pack(backend):
     image = photo(30, 40)
     for options in ({"packing": 0}, {"packing": 4, "patch_size": 0}, {"packing": 4, "patch_size": (8, 0)}):
-        with pytest.raises(ValueError, match="Expected at least 1 for packing"):
+        with pytest.raises(ValueError, match="patch_size in pixels of at least 1"):
             backend(**options)
     for most, size in ((20, (16, 20)), (3, (16, 16))):
         with pytest.raises(ValueError, match="leave do_resize on"):

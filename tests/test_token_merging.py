@@ -16,7 +16,7 @@ import hf_vit
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
 from hf_vit.inference.token_merging import match_patches, merge_tokens
 from hf_vit.model import modeling_hf_vit as modeling
-from hf_vit.model.configuration_hf_vit import POOLINGS
+from hf_vit.model.validation_hf_vit import POOLINGS
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -206,7 +206,7 @@ def test_it_is_what_loops_over_copies_compute(build, pixel_values, pooling, per_
 
 @pytest.mark.parametrize("number", [-1, 2.5, True, None])
 def test_a_number_that_is_none_is_refused(build, number):
-    with pytest.raises(ValueError, match="per_layer is a number of patches"):
+    with pytest.raises(ValueError, match="per_layer must be a number of patches"):
         merge_tokens(build(), number)
 
 
@@ -222,13 +222,13 @@ def test_layers_that_ask_for_places_are_refused(build, positions, placement):
 def test_outputs_of_every_patch_are_refused(tiny_config, model_class):
     model = model_class(tiny_config())
     for refused in (model, model.vit):
-        with pytest.raises(ValueError, match="something for every patch"):
+        with pytest.raises(ValueError, match="an output per patch"):
             merge_tokens(refused, 2)
     assert merge_tokens(model, 0) is model
 
 
 def test_another_model_or_a_wrapped_one_is_refused(build, monkeypatch):
-    with pytest.raises(ValueError, match="got Linear: merge before"):
+    with pytest.raises(ValueError, match="got Linear: call merge_tokens before"):
         merge_tokens(torch.nn.Linear(2, 2), 2)
     model = build()
     monkeypatch.setattr(model.vit.layers[1], "forward", lambda *args: args[0])
@@ -249,17 +249,17 @@ def test_another_model_or_a_wrapped_one_is_refused(build, monkeypatch):
 )
 def test_what_is_said_of_every_patch_is_refused(build, pixel_values, wish):
     model = merge_tokens(build(), 4)
-    with pytest.raises(ValueError, match=f"{next(iter(wish))} does not go with merged tokens.*merge_tokens"):
+    with pytest.raises(ValueError, match=f"{next(iter(wish))} does not work with token merging.*merge_tokens"):
         model(pixel_values, **wish)
     assert model(pixel_values, output_hidden_states=False).hidden_states is None
 
 
 def test_wishes_of_the_config_and_by_position_are_refused(build, pixel_values):
     model = merge_tokens(build(), 4)
-    with pytest.raises(ValueError, match="attention_mask does not go"):
+    with pytest.raises(ValueError, match="attention_mask does not work"):
         model.vit(pixel_values, None, torch.ones(2, 27))
     model.config.output_hidden_states = True
-    with pytest.raises(ValueError, match="output_hidden_states does not go"):
+    with pytest.raises(ValueError, match="output_hidden_states does not work"):
         model(pixel_values)
 
 
@@ -272,14 +272,14 @@ def test_training_is_refused(build, pixel_values):
 def test_an_attention_without_scores_is_refused(build, pixel_values):
     model = merge_tokens(build(), 4)
     model.config._attn_implementation = "flash_attention_2"  # set later, as set_attn_implementation would
-    with pytest.raises(ValueError, match="'flash_attention_2' does not offer"):
+    with pytest.raises(ValueError, match="'flash_attention_2' does not support"):
         model(pixel_values)
 
 
 def test_a_part_of_the_heads_is_refused(build, pixel_values):
     model = merge_tokens(build(), 4)
     model.vit.layers[0].attention.qkv = torch.nn.Linear(32, 48)  # 2 of 4 heads
-    with pytest.raises(ValueError, match="mean of 4 heads, of which this process has 2"):
+    with pytest.raises(ValueError, match="mean of 4 heads, but this process has 2"):
         model(pixel_values)
 
 

@@ -1,4 +1,4 @@
-"""The model, its training and its preprocessing against other libraries, on the machine at hand.
+"""Compare model, training and preprocessing with other libraries on this machine.
 
 suites -> preparation -> measure (a process for each variant) -> compare -> table
 """

@@ -1,14 +1,14 @@
-"""One variant in a process of its own: it is made, answers once to be checked, and works when it is told to.
+"""Measurement of one variant in a separate process.
 
     python -P measure.py JOB        JOB is a `Job` as JSON
 
-Run by its path, and importing what it measures alone: many libraries in one process bias each other, and hf_vit brings
-torch and transformers, which another library's memory would then be charged with. What it says are lines of JSON:
+The file is run by its path and imports only the library that it measures: libraries in one process influence each
+other, and `import hf_vit` would add the memory of torch and transformers to that of any library. Output, JSON lines:
 
-    {"precision", "operations"}    made, answered, warmed up; the answer lies in `Job.answer`
-    {"seconds": [...]}             for each line on stdin, a round: seconds of every call
-    {"peak_memory": bytes}         when stdin ends
-    {"failed": "why"}              instead of any of these
+    {"precision", "operations"}    after building, checking and warm-up; the outputs are in `Job.output_file`
+    {"seconds": [...]}             for each line on stdin, one round: seconds of each call
+    {"peak_memory": bytes}         at the end of stdin
+    {"failed": "reason"}           instead of any of these
 """
 
 import json
@@ -23,62 +23,63 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LEAST_CALLS = 3  # in a round
-STEPS_CHECKED = 3
+MIN_CALLS = 3  # per round
+CHECKED_STEPS = 3
 LEARNING_RATE = 1e-4
-LARGEST_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices that show what the hardware can do
+MAX_MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 class Job(NamedTuple):
-    """What a process measures, and where things lie.
+    """Describe what a process measures.
 
     Attributes:
         suite, variant: Keys of `SUBJECTS`.
-        models: Folder of the weights, in the layouts of all libraries.
-        folder: Folder of what goes in: arrays or photos.
-        answer: File to write the answer to.
-        device: `"cpu"` or `"cuda"`.
-        precision: `"fp32"` or `"bf16"`.
-        threads: Of every library that can be told.
-        seconds: Length of a round.
-        cores: Those to run on, where the parent's threads have been bound to fewer.
+        models, folder: Folder of the weights in all layouts, and of the inputs and outputs.
+        device, precision: `"cpu"` or `"cuda"`, `"fp32"` or `"bf16"`.
+        threads: Number of threads; torch reads it from OMP_NUM_THREADS.
+        seconds: Duration of a round.
+        cores: CPU cores to run on if the threads of the parent are bound to fewer.
     """
 
     suite: str
     variant: str
     models: str
     folder: str
-    answer: str
     device: str
     precision: str
     threads: int
     seconds: float
     cores: list[int] | None = None
 
+    @property
+    def output_file(self) -> Path:
+        """File for the outputs that are compared with the reference."""
+        return Path(self.folder, f"output of {self.variant}.npy")
+
 
 class Subject(NamedTuple):
-    """What is measured.
+    """Work to measure.
 
     Attributes:
-        call: Does the work once, to its end.
-        answer: Does it in a way that can be compared.
-        precision: What it computes in.
-        operations: Floating-point operations of a call, where only it knows.
+        call: Does the work once and waits for the device.
+        output: Does the work and returns outputs that can be compared.
+        precision: Precision of the computation.
+        operations: Floating-point operations per call, if only the subject knows them.
     """
 
     call: Callable[[], Any]
-    answer: Callable[[], np.ndarray]
+    output: Callable[[], np.ndarray]
     precision: str
     operations: int | None = None
 
 
 def array(job: Job, name: str) -> np.ndarray:
-    """Read an array that goes in."""
+    """Read an input array."""
     return np.load(Path(job.folder, f"{name}.npy"))
 
 
 # ------------------------------------------------------------------------------------------------------- networks
-# From a job to a module that gives logits, or an output that has them.
+# Loaders return a module that returns logits, or an output with logits.
 
 
 def load_timm(job: Job) -> Any:
@@ -110,23 +111,29 @@ def load_ours(job: Job) -> Any:
 
 
 def logits_of(output: Any) -> Any:
-    """Return the logits of an output, which some libraries wrap."""
+    """Return the logits of a network's output."""
     return output["logits"] if isinstance(output, dict) else output
 
 
+def torch_dtype(precision: str) -> Any:
+    """Return the dtype of a precision."""
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def synchronizer(job: Job) -> Callable[[], None]:
-    """Return what waits until the device has done all that it was given."""
+    """Return a function that waits for the device."""
     import torch
 
     return torch.cuda.synchronize if job.device == "cuda" else lambda: None
 
 
 def training(load: Callable[[Job], Any], job: Job, is_compiled: bool = False) -> Subject:
-    """A step on one batch: forward, loss, backward, AdamW. The answer is the logits of the first steps."""
+    """Measure training steps on one batch: forward, loss, backward, AdamW. Outputs: logits of the first steps."""
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(job.threads)
     network = load(job).to(job.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
     if is_compiled:
@@ -145,37 +152,28 @@ def training(load: Callable[[Job], Any], job: Job, is_compiled: bool = False) ->
         synchronize()
         return logits
 
-    def answer() -> np.ndarray:
-        return torch.stack([step().detach().float() for _ in range(STEPS_CHECKED)]).cpu().numpy()
+    def output() -> np.ndarray:
+        return torch.stack([step().detach().float() for _ in range(CHECKED_STEPS)]).cpu().numpy()
 
-    return Subject(step, answer, job.precision)
+    return Subject(step, output, job.precision)
 
 
 def inference(load: Callable[[Job], Any], job: Job) -> Subject:
-    """Logits of one batch; for bf16, weights and images are."""
-    import torch
-
-    torch.set_num_threads(job.threads)
-    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    network = load(job).to(job.device, dtype).eval()
-    return _forward(network, dtype, job)
+    """Measure the logits of one batch. In bf16 both weights and images are bf16."""
+    return forward_subject(load(job).to(job.device, torch_dtype(job.precision)).eval(), job)
 
 
 def optimized_inference(job: Job, is_compiled: bool = False) -> Subject:
-    """The same by what this package does to a model that will not be trained."""
-    import torch
-
+    """Measure `optimize_for_inference`."""
     from hf_vit.inference.optimize import optimize_for_inference
 
-    torch.set_num_threads(job.threads)
-    network = optimize_for_inference(load_ours(job).to(job.device), job.precision, is_compiled)
-    return _forward(network, torch.bfloat16 if job.precision == "bf16" else torch.float32, job)
+    return forward_subject(optimize_for_inference(load_ours(job).to(job.device), job.precision, is_compiled), job)
 
 
-def _forward(network: Any, dtype: Any, job: Job) -> Subject:
+def forward_subject(network: Any, job: Job) -> Subject:
     import torch
 
-    pixel_values = torch.from_numpy(array(job, "pixel_values")).to(job.device, dtype)
+    pixel_values = torch.from_numpy(array(job, "pixel_values")).to(job.device, torch_dtype(job.precision))
     synchronize = synchronizer(job)
 
     @torch.inference_mode()
@@ -188,7 +186,7 @@ def _forward(network: Any, dtype: Any, job: Job) -> Subject:
 
 
 def onnxruntime_inference(job: Job) -> Subject:
-    """The exported graph. On a CPU it computes in fp32, whatever is asked for."""
+    """Measure the exported graph. On a CPU it always computes in fp32."""
     import onnxruntime
 
     provider = "CUDAExecutionProvider" if job.device == "cuda" else "CPUExecutionProvider"
@@ -206,11 +204,11 @@ def onnxruntime_inference(job: Job) -> Subject:
 
 
 def openvino_inference(job: Job) -> Subject:
-    """The exported graph; OpenVINO computes in the precision asked for if the processor has it."""
+    """Measure the exported graph, in the requested precision if the processor supports it."""
     import openvino
 
     if job.device != "cpu":
-        raise ValueError("OpenVINO has no such device")
+        raise ValueError("OpenVINO is measured on CPUs only")
     options = {
         "INFERENCE_NUM_THREADS": job.threads,
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[job.precision],
@@ -227,15 +225,13 @@ def openvino_inference(job: Job) -> Subject:
 
 
 def ceiling(job: Job) -> Subject:
-    """Products of matrices as large as time allows, of three shapes with as many operations each."""
+    """Measure products of matrices as large as time permits, in three shapes with equally many operations."""
     import torch
 
-    torch.set_num_threads(job.threads)
-    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
     synchronize = synchronizer(job)
 
     def matrix(rows: int, columns: int) -> Any:
-        return torch.randn(rows, columns, device=job.device).to(dtype)
+        return torch.randn(rows, columns, device=job.device).to(torch_dtype(job.precision))
 
     def products(side: int) -> Callable[[], None]:
         shapes = [(side, side, side), (2 * side, side // 2, side), (side // 2, side, 2 * side)]
@@ -249,17 +245,17 @@ def ceiling(job: Job) -> Subject:
         return multiply
 
     side = 256
-    while side < LARGEST_SIDE[job.device] and 8 * min(timed_calls(products(side), 0)) < job.seconds / 10:
+    while side < MAX_MATRIX_SIDE[job.device] and 8 * min(timed_calls(products(side), 0)) < job.seconds / 10:
         side *= 2
     return Subject(products(side), lambda: np.zeros(0), job.precision, 2 * side**3)
 
 
 # --------------------------------------------------------------------------------------------------------- images
-# Photos as they lie in files, to pixel values [B, 3, 224, 224] or to labels.
+# Encoded photos to pixel values [B, 3, 224, 224] or to labels.
 
 PROCESSING: dict[str, Any] = {
     "size": {"height": 224, "width": 224},
-    "resample": 2,  # bilinear, as google/vit-base-patch16-224 has it
+    "resample": 2,  # bilinear, as in google/vit-base-patch16-224
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
@@ -267,52 +263,45 @@ SMALLEST_CROP = 0.08
 
 
 def photo_paths(job: Job) -> list[str]:
-    """Return the photos of a job."""
+    """Return the files of the photos of a job."""
     return [str(path) for path in sorted(Path(job.folder, "photos").iterdir())]
 
 
 def encoded_photos(job: Job) -> list[bytes]:
-    """Read the photos of a job, undecoded."""
+    """Read the photos of a job without decoding them."""
     return [Path(path).read_bytes() for path in photo_paths(job)]
 
 
 def preprocessing_by_transformers(backend: str, job: Job) -> Subject:
-    import torch
     from PIL import Image
     from transformers import ViTImageProcessor, ViTImageProcessorPil
 
-    torch.set_num_threads(job.threads)
-    processor: Any = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}[backend](**PROCESSING)
-    photos = encoded_photos(job)
-
-    def preprocess() -> Any:
-        return processor([Image.open(BytesIO(photo)) for photo in photos], return_tensors="pt")["pixel_values"]
-
-    return Subject(preprocess, lambda: preprocess().numpy(), "uint8")
+    processor = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}[backend](**PROCESSING)
+    return preprocessing(processor, lambda photo: Image.open(BytesIO(photo)), job)
 
 
-def preprocessing_by_ours(job: Job, kind: str = "uint8", **options: Any) -> Subject:
-    import torch
-
+def preprocessing_by_ours(job: Job, precision: str = "uint8", **options: Any) -> Subject:
     from hf_vit import HFViTImageProcessor
 
-    torch.set_num_threads(job.threads)
-    processor: Any = HFViTImageProcessor(**PROCESSING, **options)
+    return preprocessing(HFViTImageProcessor(**PROCESSING, **options), bytes, job, precision)
+
+
+def preprocessing(processor: Any, read: Callable[[bytes], Any], job: Job, precision: str = "uint8") -> Subject:
+    """Measure an image processor on encoded photos, each passed through `read`."""
     photos = encoded_photos(job)
 
     def preprocess() -> Any:
-        return processor(photos, return_tensors="pt")["pixel_values"]
+        return processor([read(photo) for photo in photos], return_tensors="pt")["pixel_values"]
 
-    return Subject(preprocess, lambda: preprocess().numpy(), kind)
+    return Subject(preprocess, lambda: preprocess().numpy(), precision)
 
 
 def augmentation_by_torchvision(job: Job) -> Subject:
-    """Random resized crop, flip and normalisation as its documentation shows them, of Pillow's images."""
+    """Measure random resized crop, flip and normalisation of Pillow images, as in torchvision's documentation."""
     import torch
     from PIL import Image
     from torchvision.transforms import v2
 
-    torch.set_num_threads(job.threads)
     size = (PROCESSING["size"]["height"], PROCESSING["size"]["width"])
     augment = v2.Compose(
         [
@@ -325,26 +314,24 @@ def augmentation_by_torchvision(job: Job) -> Subject:
     )
     photos, seeds = encoded_photos(job), array(job, "seeds").tolist()
 
-    def vary(photo: bytes, seed: int) -> Any:
+    def augmented(photo: bytes, seed: int) -> Any:
         torch.default_generator.manual_seed(seed)
         return augment(Image.open(BytesIO(photo)).convert("RGB"))
 
     def load() -> Any:
-        return torch.stack([vary(photo, seed) for photo, seed in zip(photos, seeds, strict=True)])
+        return torch.stack([augmented(photo, seed) for photo, seed in zip(photos, seeds, strict=True)])
 
     return Subject(load, lambda: load().numpy(), "uint8")
 
 
 def augmentation_by_ours(job: Job) -> Subject:
-    """What a worker of the training loop does, and what the loop then does to the batch."""
-    import torch
+    """Measure what a data loader worker and the training loop do to the images of a batch."""
     from datasets import Dataset
 
     from hf_vit import HFViTImageProcessor
     from hf_vit.data.augmentation import build_augmentation
     from hf_vit.data.images import TrainingImages, Visit, collate, normalize
 
-    torch.set_num_threads(job.threads)
     processor = HFViTImageProcessor(**PROCESSING)
     size = (PROCESSING["size"]["height"], PROCESSING["size"]["width"])
     photos = [{"bytes": photo, "path": None} for photo in encoded_photos(job)]
@@ -360,43 +347,39 @@ def augmentation_by_ours(job: Job) -> Subject:
 
 
 def prediction_by_transformers(precision: str, job: Job) -> Subject:
-    """The pipeline on files, in batches of 8. The answer is the number of every photo's label."""
-    import torch
+    """Measure the pipeline on files, in batches of 8. Outputs: the class index of each photo."""
     from transformers import pipeline
 
-    torch.set_num_threads(job.threads)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    classify: Any = pipeline(
-        "image-classification", f"{job.models}/transformers", device=job.device, dtype=dtype, batch_size=8
-    )
-    paths, numbers = photo_paths(job), classify.model.config.label2id
+    options: dict[str, Any] = {"device": job.device, "dtype": torch_dtype(precision), "batch_size": 8}
+    classify: Any = pipeline("image-classification", f"{job.models}/transformers", **options)
+    paths, indices = photo_paths(job), classify.model.config.label2id
 
     def predict() -> list[str]:
-        return [answers[0]["label"] for answers in classify(paths, top_k=1)]
+        return [predictions[0]["label"] for predictions in classify(paths, top_k=1)]
 
-    return Subject(predict, lambda: np.array([numbers[label] for label in predict()]), precision)
+    return Subject(predict, lambda: np.array([indices[label] for label in predict()]), precision)
 
 
 def prediction_by_ours(job: Job) -> Subject:
-    """`Predictor` on files. The answer is the number of every photo's label."""
+    """Measure `Predictor` on files. Outputs: the class index of each photo."""
     from hf_vit import HFViTConfig
     from hf_vit.prediction.predictor import Predictor
 
     workers = job.threads if job.device == "cpu" else None
     predictor = Predictor.from_pretrained(f"{job.models}/ours", job.precision, device=job.device, workers=workers)
     config: Any = HFViTConfig.from_pretrained(f"{job.models}/ours")
-    paths, numbers = photo_paths(job), config.label2id
+    paths, indices = photo_paths(job), config.label2id
 
     def predict() -> list[str]:
         return [prediction.labels[0] for prediction in predictor(paths)]
 
-    return Subject(predict, lambda: np.array([numbers[label] for label in predict()]), job.precision)
+    return Subject(predict, lambda: np.array([indices[label] for label in predict()]), job.precision)
 
 
 # ------------------------------------------------------------------------------------------------------- variants
 
 CEILING = "matrix products"
-# The first is what the others are compared with. A further one is a line here.
+# The first variant of a suite is the baseline of the others. To add a variant, add a line.
 SUBJECTS: dict[str, dict[str, Callable[[Job], Subject]]] = {
     "training": {
         "timm": partial(training, load_timm),
@@ -422,12 +405,9 @@ SUBJECTS: dict[str, dict[str, Callable[[Job], Subject]]] = {
         "transformers": partial(preprocessing_by_transformers, "torchvision"),
         "transformers pil": partial(preprocessing_by_transformers, "pil"),
         "ours": preprocessing_by_ours,
-        "ours reduced": partial(preprocessing_by_ours, kind="reduced", reducing_gap=1),
+        "ours reduced": partial(preprocessing_by_ours, precision="reduced", reducing_gap=1),
     },
-    "augmentation": {
-        "torchvision": augmentation_by_torchvision,
-        "ours": augmentation_by_ours,
-    },
+    "augmentation": {"torchvision": augmentation_by_torchvision, "ours": augmentation_by_ours},
     "prediction": {
         "transformers": partial(prediction_by_transformers, "fp32"),
         "transformers bf16": partial(prediction_by_transformers, "bf16"),
@@ -438,10 +418,10 @@ SUBJECTS: dict[str, dict[str, Callable[[Job], Subject]]] = {
 # -------------------------------------------------------------------------------------------------------- process
 
 
-def timed_calls(call: Callable[[], Any], seconds: float, least: int = LEAST_CALLS) -> list[float]:
-    """Return the seconds of each of the calls that fit into `seconds`, of `least` at the least.
+def timed_calls(call: Callable[[], Any], seconds: float, least: int = MIN_CALLS) -> list[float]:
+    """Call for `seconds` and at least `least` times; return the seconds of each call.
 
-    One call before them is not counted: other processes had the caches since the last round.
+    The first call is not counted: since the last round other processes have used the caches.
     """
     call()
     began = time.perf_counter()
@@ -453,63 +433,59 @@ def timed_calls(call: Callable[[], Any], seconds: float, least: int = LEAST_CALL
     return times
 
 
-def forget_peak(job: Job) -> None:
-    """Begin to watch the memory: loading weights is behind us."""
-    if job.device == "cuda" and "torch" in sys.modules:
+# `system.machine.peak_memory` includes the loading of weights, and importing it needs torch.
+
+
+def reset_peak_memory(is_on_gpu: bool) -> None:
+    """Restart the measurement of peak memory, so that it excludes the loading of weights."""
+    if is_on_gpu:
         sys.modules["torch"].cuda.reset_peak_memory_stats()
     elif (clear := Path("/proc/self/clear_refs")).exists():
         clear.write_text("5")
 
 
-def peak_memory(job: Job) -> int | None:
-    """Return bytes: of the device where torch works on one, else resident ones of the process."""
-    if job.device == "cuda":
-        return sys.modules["torch"].cuda.max_memory_allocated() if "torch" in sys.modules else None
-    if (status := Path("/proc/self/status")).exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def peak_memory(is_on_gpu: bool) -> int | None:
+    """Return the peak in bytes of the GPU or the process since `reset_peak_memory`, or `None` if unknown."""
+    if is_on_gpu:
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    if not (status := Path("/proc/self/status")).exists():
+        return None
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
-def free_cache(job: Job) -> None:
-    """Give back what torch keeps of the device's memory: all variants are there at once."""
-    if job.device == "cuda" and "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
-
-
-def serve(job: Job, make: Callable[[Job], Subject], say: Callable[[dict[str, Any]], None]) -> None:
-    """Make the subject, answer, and work for a round at each line of stdin."""
+def serve(job: Job, make: Callable[[Job], Subject], send: Callable[[dict[str, Any]], None]) -> None:
+    """Build and check the subject, then run one round for each line of stdin."""
     subject = make(job)
-    np.save(job.answer, subject.answer())
+    np.save(job.output_file, subject.output())
     timed_calls(subject.call, job.seconds / 2, least=1)
-    free_cache(job)
-    forget_peak(job)
-    say({"precision": subject.precision, "operations": subject.operations})
+    is_on_gpu = job.device == "cuda" and "torch" in sys.modules
+    free_cache = sys.modules["torch"].cuda.empty_cache if is_on_gpu else lambda: None  # all variants share the GPU
+    free_cache()
+    reset_peak_memory(is_on_gpu)
+    send({"precision": subject.precision, "operations": subject.operations})
     for _ in sys.stdin:
         times = timed_calls(subject.call, job.seconds)
-        free_cache(job)
-        time.sleep(0.05)  # threads of OpenMP wait awake for some milliseconds: let them fall asleep
-        say({"seconds": times})
-    say({"peak_memory": peak_memory(job)})
+        free_cache()
+        time.sleep(0.05)  # OpenMP's threads spin for some milliseconds before they sleep
+        send({"seconds": times})
+    send({"peak_memory": peak_memory(is_on_gpu) if is_on_gpu or job.device == "cpu" else None})
 
 
 def main(job: Job, make: Callable[[Job], Subject]) -> None:
-    """Serve on stdin and stdout; whatever libraries print goes to stderr."""
+    """Serve on stdin and stdout; everything that libraries print goes to stderr."""
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=lines, flush=True)
 
     if job.cores is not None:
         os.sched_setaffinity(0, job.cores)
     try:
-        serve(job, make, say)
-    except Exception as error:  # a variant that fails is a line of the table
-        say({"failed": f"{type(error).__name__}: {error}"})
+        serve(job, make, send)
+    except Exception as error:  # the table reports variants that fail
+        send({"failed": f"{type(error).__name__}: {error}"})
         raise
 
 

@@ -1,13 +1,14 @@
-"""What the variants of a case share: weights in the layout of every library, what goes in, what should come out.
+"""Weights, inputs and reference outputs that the variants of a case share, all generated from a seed.
 
-All of it follows from a seed. The reference is this package's plain model in fp32, and Pillow for images: where
-another library disagrees with it, one of the two is wrong.
+The reference is this package's plain model in fp32, and Pillow for images. A library with other outputs than the
+reference computes something else.
 """
 
 import json
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,28 +29,29 @@ from ..graphs.kinds import write_onnx
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.modeling_hf_vit import HFViTForImageClassification
-from .measure import LEARNING_RATE, PROCESSING, STEPS_CHECKED, Job, augmentation_by_torchvision
+from .measure import CHECKED_STEPS, LEARNING_RATE, PROCESSING, Job, augmentation_by_torchvision
 from .suites import Case, model_fields
 
 SEED = 0
-# vit-pytorch's ViT is another architecture: it is compared with ours of the same.
-OF_VIT_PYTORCH = {"qkv_bias": False, "use_patch_layernorm": True, "layer_norm_eps": 1e-5}
-OF_ALL_OTHERS = {"layer_norm_eps": 1e-6}
+References = dict[str, np.ndarray]
+REFERENCE_BATCH = 16  # images
+# vit-pytorch's ViT is another architecture, with its own reference.
+VIT_PYTORCH_FIELDS = {"qkv_bias": False, "use_patch_layernorm": True, "layer_norm_eps": 1e-5}
 
 
 class Prepared(NamedTuple):
-    """A case that is ready to be measured.
+    """Paths and reference outputs of a case.
 
     Attributes:
         models, folder: See `Job`.
-        references: What a variant should answer: `"vit-pytorch"`, and `""` for all others.
-        operations: Floating-point operations of a call, `None` where no model is the work.
-        failures: Why a library cannot be measured.
+        references: Reference outputs for `"vit-pytorch"`, and for all others under `""`.
+        operations: Floating-point operations per call; `None` unless a model is the only work.
+        failures: By library, the reason why it cannot be measured.
     """
 
     models: Path
     folder: Path
-    references: dict[str, np.ndarray]
+    references: References
     operations: int | None
     failures: dict[str, str]
 
@@ -57,12 +59,13 @@ class Prepared(NamedTuple):
 def prepare(
     case: Case, folder: Path, libraries: Collection[str], device: str = "cpu", photos: Sequence[Path] = ()
 ) -> Prepared:
-    """Write into `folder` what the variants of a case need; the weights only if they are not there yet.
+    """Write the files that the variants of a case need; the weights only if they do not exist yet.
 
     Args:
-        libraries: Whose layouts are needed.
-        device: On which the reference is computed.
-        photos: The user's; none are made then.
+        folder: Folder for the files.
+        libraries: Libraries to write weights for.
+        device: Device that computes the reference.
+        photos: Files to use instead of generated photos.
     """
     models, own_folder = folder / "models", folder / f"{case.suite} {case.name}".replace("/", "-")
     own_folder.mkdir()
@@ -71,8 +74,8 @@ def prepare(
         write_photos(own_folder / "photos", case, photos)
     references = REFERENCES[case.suite](case, own_folder, device, libraries)
     if case.suite == "inference" and {"onnxruntime", "openvino"}.intersection(libraries):
-        why = _failure_of(lambda: write_onnx(random_model(str(case.model)), own_folder / "model.onnx"))
-        failures |= {name: f"export to ONNX: {why}" for name in ("onnxruntime", "openvino") if why}
+        failure = _failure_of(lambda: write_onnx(random_model(str(case.model)), own_folder / "model.onnx"))
+        failures |= {name: f"export to ONNX: {failure}" for name in ("onnxruntime", "openvino") if failure}
     operations = None
     if case.suite in ("training", "inference"):
         operations = count_operations(str(case.model)) * case.images * (3 if case.suite == "training" else 1)
@@ -80,7 +83,7 @@ def prepare(
 
 
 def _failure_of(write: Callable[[], Any]) -> str | None:
-    """Return why something failed: what is foreign can fail in any way, and the others go on."""
+    """Return the message of any exception, so that one library cannot stop the others."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -90,16 +93,13 @@ def _failure_of(write: Callable[[], Any]) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------ weights
-
-
 def random_model(name: str, **fields: Any) -> Any:
-    """Return a model whose every tensor is random, so that none can be swapped or left out unseen."""
+    """Return a model with random values in every tensor, so that a swapped or missing tensor changes the outputs."""
     generator = torch.Generator().manual_seed(SEED)
-    config = HFViTConfig(**{**model_fields(name), **(fields or OF_ALL_OTHERS)})
+    config = HFViTConfig(**{**model_fields(name), **fields})
     with torch.device("meta"):
         model = HFViTForImageClassification(config)
-    assert not list(model.buffers())  # nothing but parameters to fill
+    assert not list(model.buffers())  # the loop below fills parameters only
     model.to_empty(device="cpu")
     with torch.no_grad():
         for module in model.modules():
@@ -112,7 +112,7 @@ def random_model(name: str, **fields: Any) -> Any:
 
 
 def write_models(name: str, folder: Path, libraries: Collection[str]) -> dict[str, str]:
-    """Write the weights of a model in our layout and those of `libraries`; return why any could not be."""
+    """Write the weights of a model in our layout and the layouts of `libraries`; return the failures."""
     ours = folder / "ours"
     if not ours.exists():
         model = random_model(name)
@@ -129,14 +129,14 @@ def write_models(name: str, folder: Path, libraries: Collection[str]) -> dict[st
     failures: dict[str, str] = {}
     for library, write in writers.items():
         if library in libraries and not (folder / library).exists():
-            why = _failure_of(lambda write=write, library=library: write(folder / library))  # type: ignore[misc]
-            failures |= {library: why} if why else {}
+            failure = _failure_of(partial(write, folder / library))
+            failures |= {library: failure} if failure else {}
     return failures
 
 
 def write_vit_pytorch(name: str, folder: Path) -> None:
-    """Write the weights of vit-pytorch's architecture, and the arguments of its ViT."""
-    model = random_model(name, **OF_VIT_PYTORCH)
+    """Write weights for vit-pytorch's architecture, and the arguments of its ViT."""
+    model = random_model(name, **VIT_PYTORCH_FIELDS)
     config, state, fields = model.config, model.state_dict(), model_fields(name)
     theirs: dict[str, Tensor] = {}
     for rule in rules_of(table(ERAS[0], is_pooled=False, has_patch_layernorm=True, leading=()), config, state):
@@ -157,18 +157,15 @@ def write_vit_pytorch(name: str, folder: Path) -> None:
 
 
 def count_operations(name: str) -> int:
-    """Return the floating-point operations of one image's forward: two for each multiplication with its addition."""
+    """Return the floating-point operations of the forward of one image; a multiply-add counts as two."""
     with torch.device("meta"):
         model = HFViTForImageClassification(HFViTConfig(**model_fields(name)))
     forward, _ = count_flops(model, HFViTForImageClassification)
     return forward
 
 
-# ------------------------------------------------------------------------------------------------------- photos
-
-
 def write_photos(folder: Path, case: Case, photos: Sequence[Path]) -> None:
-    """Put the photos of a case into a folder: the user's, or such as are made for it."""
+    """Write the photos of a case, links to `photos` or generated ones, into a folder."""
     folder.mkdir()
     for number in range(case.images):
         path = folder / f"{number:04d}.jpg"
@@ -180,11 +177,11 @@ def write_photos(folder: Path, case: Case, photos: Sequence[Path]) -> None:
 
 
 def photo_like(size: tuple[int, int], number: int) -> bytes:
-    """Return a JPEG of quality 90 and 4:2:0 that costs what a photo does: soft fields of all sizes, and noise.
+    """Return a JPEG (quality 90, 4:2:0) that is as expensive to decode as a photo: smooth noise of all scales.
 
     Args:
         size: (height, width) in pixels.
-        number: Another one for each.
+        number: Part of the seed.
     """
     generator = np.random.default_rng([SEED, number, *size])
     small = (min(size[0], 750), min(size[1], 1000))
@@ -205,7 +202,7 @@ def photo_like(size: tuple[int, int], number: int) -> bytes:
 
 
 def upright_jpegs(folder: Path, most: int = 64) -> list[Path]:
-    """Return JPEGs of a folder. Those that have to be turned are left out: libraries do not agree about these.
+    """Return the JPEG files of a folder without EXIF rotation, which libraries handle differently.
 
     Raises:
         ValueError: If there are none.
@@ -217,12 +214,11 @@ def upright_jpegs(folder: Path, most: int = 64) -> list[Path]:
                 if image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
                     found.append(path)
     if not found:
-        raise ValueError(f"Expected upright JPEGs in {folder}, found none: name another folder of photos.")
+        raise ValueError(f"Expected upright JPEGs in {folder}, found none: choose another folder of photos.")
     return found
 
 
-# --------------------------------------------------------------------------------------------------- references
-# Each writes what goes in, and returns what should come out: for vit-pytorch, and for all others.
+# Each function writes the inputs, and returns the outputs for vit-pytorch and, under "", for all other libraries.
 
 
 def _random_batch(case: Case, folder: Path) -> tuple[Tensor, Tensor]:
@@ -239,23 +235,24 @@ def _random_batch(case: Case, folder: Path) -> tuple[Tensor, Tensor]:
 def _architectures(case: Case, libraries: Collection[str]) -> dict[str, Any]:
     found = {"": random_model(str(case.model))}
     if "vit-pytorch" in libraries:
-        found["vit-pytorch"] = random_model(str(case.model), **OF_VIT_PYTORCH)
+        found["vit-pytorch"] = random_model(str(case.model), **VIT_PYTORCH_FIELDS)
     return found
 
 
-def training_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> dict[str, np.ndarray]:
-    """Return the logits of the first steps, `[steps, B, labels]`, gradients added up over small batches."""
+def training_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
+    """Return the logits of the first steps, `[steps, B, labels]`, with gradient accumulation."""
     pixel_values, labels = (tensor.to(device) for tensor in _random_batch(case, folder))
     references = {}
     for library, model in _architectures(case, libraries).items():
         model.to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
         steps = []
-        for _ in range(STEPS_CHECKED):
+        for _ in range(CHECKED_STEPS):
             parts = []
-            for pixels, wanted in zip(pixel_values.split(16), labels.split(16), strict=True):
+            batches = (tensor.split(REFERENCE_BATCH) for tensor in (pixel_values, labels))
+            for pixels, targets in zip(*batches, strict=True):
                 logits = model(pixels).logits
-                (F.cross_entropy(logits, wanted, reduction="sum") / len(labels)).backward()
+                (F.cross_entropy(logits, targets, reduction="sum") / len(labels)).backward()
                 parts.append(logits.detach())
             optimizer.step()
             optimizer.zero_grad()
@@ -265,18 +262,19 @@ def training_references(case: Case, folder: Path, device: str, libraries: Collec
 
 
 @torch.inference_mode()
-def inference_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> dict[str, np.ndarray]:
+def inference_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     """Return the logits, `[B, labels]`."""
     pixel_values = _random_batch(case, folder)[0].to(device)
-    return {
-        library: torch.cat([model(pixels).logits for pixels in pixel_values.split(16)]).cpu().numpy()
-        for library, model in _architectures(case, libraries).items()
-        if model.to(device)
-    }
+    models = _architectures(case, libraries).items()
+    return {library: _logits(model.to(device), pixel_values).cpu().numpy() for library, model in models}
+
+
+def _logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    return torch.cat([model(pixels).logits for pixels in pixel_values.split(REFERENCE_BATCH)])
 
 
 def _pillow_pixel_values(folder: Path) -> np.ndarray:
-    """Return the pixel values, `[B, 3, H, W]`, by Pillow's resize and what the settings say."""
+    """Return the pixel values `[B, 3, H, W]`, resized by Pillow and normalised, of `PROCESSING`."""
     size = (PROCESSING["size"]["width"], PROCESSING["size"]["height"])
     images = []
     for path in sorted((folder / "photos").iterdir()):
@@ -287,33 +285,26 @@ def _pillow_pixel_values(folder: Path) -> np.ndarray:
     return np.stack(images).astype(np.float32)
 
 
-def preprocessing_references(
-    case: Case, folder: Path, device: str, libraries: Collection[str]
-) -> dict[str, np.ndarray]:
+def preprocessing_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     return {"": _pillow_pixel_values(folder)}
 
 
-def augmentation_references(
-    case: Case, folder: Path, device: str, libraries: Collection[str]
-) -> dict[str, np.ndarray]:
-    """Return what torchvision makes of the photos with the seeds that the training loop has for them."""
+def augmentation_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
+    """Return torchvision's pixel values with the seeds of the training loop."""
     np.save(folder / "seeds.npy", np.array([seed_of(SEED, 0, index) for index in range(case.images)]))
-    job = Job(case.suite, "torchvision", "", str(folder), "", "cpu", "fp32", torch.get_num_threads(), 0.0)
-    state = torch.get_rng_state()
-    answer = augmentation_by_torchvision(job).answer()
-    torch.set_rng_state(state)
-    return {"": answer}
+    job = Job(case.suite, "torchvision", "", str(folder), "cpu", "fp32", torch.get_num_threads(), 0.0)
+    with torch.random.fork_rng(devices=[]):
+        return {"": augmentation_by_torchvision(job).output()}
 
 
 @torch.inference_mode()
-def prediction_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> dict[str, np.ndarray]:
+def prediction_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     """Return the probabilities of all labels, `[B, labels]`."""
-    model, pixel_values = random_model(str(case.model)).to(device), torch.from_numpy(_pillow_pixel_values(folder))
-    logits = torch.cat([model(pixels).logits for pixels in pixel_values.to(device).split(16)])
-    return {"": logits.softmax(dim=1).cpu().numpy()}
+    pixel_values = torch.from_numpy(_pillow_pixel_values(folder)).to(device)
+    return {"": _logits(random_model(str(case.model)).to(device), pixel_values).softmax(dim=1).cpu().numpy()}
 
 
-REFERENCES: dict[str, Callable[[Case, Path, str, Collection[str]], dict[str, np.ndarray]]] = {
+REFERENCES: dict[str, Callable[[Case, Path, str, Collection[str]], References]] = {
     "training": training_references,
     "inference": inference_references,
     "preprocessing": preprocessing_references,

@@ -1,9 +1,9 @@
-"""What is compared: a case is one piece of work, of a size, that all variants of its suite do.
+"""Suites, cases and variants. A case is work of one size that all variants of its suite do.
 
 training        a step on one batch
 inference       logits of one batch
-preprocessing   photos in memory, still encoded, to pixel values for a model to answer about
-augmentation    the same to randomly cropped and flipped ones for a model to learn from
+preprocessing   encoded photos in memory to pixel values for inference
+augmentation    encoded photos in memory to randomly cropped and flipped pixel values for training
 prediction      photos in files to labels
 """
 
@@ -15,22 +15,21 @@ from typing import Any
 import numpy as np
 
 from ..variants import config_of
-from .measure import CEILING, SUBJECTS, Job
+from .measure import CEILING, SUBJECTS
 
 SUITES = tuple(SUBJECTS)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work.
+    """Describe the work of one comparison.
 
     Attributes:
         suite: One of `SUITES`.
-        name: What a reader calls it, within the suite.
-        images: Of one call.
-        model: Name of the model, see `model_fields`; `None` where there is none.
-        photos: Size of the photos that are made for it, (height, width); `None` where there are none.
-        is_quick: Whether all of it shall be small.
+        name: Name within the suite.
+        images: Number of images per call.
+        model: Name of the model, see `model_fields`; `None` without a model.
+        photos: Size of the photos to generate, (height, width); `None` without photos.
     """
 
     suite: str
@@ -38,15 +37,12 @@ class Case:
     images: int
     model: str | None = None
     photos: tuple[int, int] | None = None
-    is_quick: bool = False
 
     @property
     def uses_one_thread(self) -> bool:
-        """Whether it is the work of one of several processes that load images."""
+        """Whether this is the work of one of several data loader workers."""
         return self.suite in ("preprocessing", "augmentation")
 
-
-# ------------------------------------------------------------------------------------------------------- models
 
 CIFAR = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 10}
 SMALL_MODELS: dict[str, dict[str, Any]] = {
@@ -57,10 +53,10 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
 
 
 def model_fields(name: str) -> dict[str, Any]:
-    """Return fields of `HFViTConfig` for `Ti/16`, `B/16` and the like, at 224 pixels, or one of `SMALL_MODELS`.
+    """Return fields of `HFViTConfig` for `Ti/16`, `B/16`, ... at 224 pixels, or for one of `SMALL_MODELS`.
 
     Raises:
-        ValueError: For a name that is not there.
+        ValueError: For an unknown name.
     """
     if name in SMALL_MODELS:
         return SMALL_MODELS[name]
@@ -68,8 +64,6 @@ def model_fields(name: str) -> dict[str, Any]:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
     return {**{field: getattr(config, field) for field in names}, "image_size": 224, "num_labels": 1000}
 
-
-# -------------------------------------------------------------------------------------------------------- cases
 
 # Batch sizes by device and model.
 TRAINING = {
@@ -83,7 +77,7 @@ INFERENCE = {
 PREDICTION = ("Ti/16", "B/16")
 PHOTOS = {"500 px": (375, 500), "12 Mpx": (3000, 4000)}
 NUMBER_OF_PHOTOS = {"500 px": 32, "12 Mpx": 4}
-OTHER_BATCH = 8  # of a model that the tables do not have
+DEFAULT_BATCH_SIZE = 8  # for models that the tables lack
 
 
 def cases_of(
@@ -94,18 +88,18 @@ def cases_of(
     photos: Sequence[Path] = (),
     is_quick: bool = False,
 ) -> list[Case]:
-    """Return the cases of a suite, those of one model beside each other.
+    """Return the cases of a suite, grouped by model.
 
     Args:
         suite: One of `SUITES`.
         device: `"cpu"` or `"cuda"`.
-        models: Names, see `model_fields`, instead of the usual ones.
-        batch_size: Instead of the usual ones, for training and inference.
-        photos: The user's; none are made then.
-        is_quick: One case, as small as can be.
+        models: Names for `model_fields` instead of the default models.
+        batch_size: Batch size of training and inference instead of the defaults.
+        photos: Files to use instead of generated photos.
+        is_quick: Whether to return one small case.
 
     Raises:
-        ValueError: For a model that is not there.
+        ValueError: For an unknown model.
     """
     for model in models:
         model_fields(model)
@@ -115,9 +109,9 @@ def cases_of(
         table: dict[str, Any] = (TRAINING if suite == "training" else INFERENCE)[device]
         cases = []
         for model in models or table:
-            sizes = batch_size or table.get(model, OTHER_BATCH)
+            sizes = batch_size or table.get(model, DEFAULT_BATCH_SIZE)
             for size in (sizes,) if isinstance(sizes, int) else sizes:
-                cases.append(Case(suite, f"{model}, batch {size}", size, model, is_quick=is_quick))
+                cases.append(Case(suite, f"{model}, batch {size}", size, model))
         return cases
     if is_quick:
         kinds = {"photos": ((90, 120), 2)}
@@ -128,64 +122,61 @@ def cases_of(
     if suite == "prediction":
         kind, (size, number) = next(iter(kinds.items()))
         number = number if photos or is_quick else 2 * number
-        return [
-            Case(suite, f"{model}, {number} files of {kind}", number, model, size, is_quick)
-            for model in models or PREDICTION
-        ]
-    return [Case(suite, f"{number} of {kind}", number, None, size, is_quick) for kind, (size, number) in kinds.items()]
+        name = f"{number} files of {kind}"
+        return [Case(suite, f"{model}, {name}", number, model, size) for model in models or PREDICTION]
+    return [Case(suite, f"{number} of {kind}", number, photos=size) for kind, (size, number) in kinds.items()]
 
 
 def variants_of(suite: str, precision: str, against: Sequence[str] = (), is_compile_wanted: bool = False) -> list[str]:
-    """Return the variants to measure, the one that the others are compared with first.
+    """Return the variants to measure, the baseline first.
 
     Args:
         suite: One of `SUITES`.
         precision: `"fp32"` or `"bf16"`.
-        against: Libraries, all if empty. Ours is always measured.
-        is_compile_wanted: Also those that torch compiles, which takes minutes.
+        against: Other libraries; all if empty. Ours is always measured.
+        is_compile_wanted: Whether to include compiled variants, which take minutes.
     """
 
     def is_wanted(variant: str) -> bool:
-        library, *how = variant.split()
-        if "compiled" in how and not is_compile_wanted:
+        if ("compiled" in variant and not is_compile_wanted) or ("bf16" in variant and precision != "bf16"):
             return False
-        if "bf16" in how and precision != "bf16":
-            return False
-        return variant == CEILING or library == "ours" or not against or library in against
+        return variant == CEILING or not against or library_of(variant) in ("ours", *against)
 
     return [variant for variant in SUBJECTS[suite] if is_wanted(variant)]
 
 
+def library_of(variant: str) -> str:
+    """Return the library of a variant, its first word."""
+    return variant.split()[0]
+
+
 def libraries() -> list[str]:
-    """Return all that ours can be compared with."""
-    names = {variant.split()[0] for suite in SUBJECTS.values() for variant in suite if variant != CEILING}
+    """Return the other libraries that have a variant."""
+    names = {library_of(variant) for suite in SUBJECTS.values() for variant in suite if variant != CEILING}
     return sorted(names - {"ours"})
 
 
-# ------------------------------------------------------------------------------------------------ what is the same
-
-
-def relative_error(answer: np.ndarray, reference: np.ndarray) -> float:
-    """Return the length of the difference, of that of the reference."""
-    if answer.shape != reference.shape or not np.isfinite(answer).all():
+def relative_error(output: np.ndarray, reference: np.ndarray) -> float:
+    """Return the norm of the difference relative to the norm of the reference."""
+    if output.shape != reference.shape or not np.isfinite(output).all():
         return float("inf")
-    return float(np.linalg.norm((answer - reference).ravel()) / np.linalg.norm(reference.ravel()))
+    return float(np.linalg.norm((output - reference).ravel()) / np.linalg.norm(reference.ravel()))
 
 
-def regret(answer: np.ndarray, reference: np.ndarray) -> float:
-    """Return how much less probable the labels are than the best ones, by the reference, as a mean share.
+def regret(classes: np.ndarray, reference: np.ndarray) -> float:
+    """Return the mean loss of probability compared with the best classes, relative to these.
 
     Args:
-        answer: Numbers of labels `[B]`.
+        classes: Class indices `[B]`.
         reference: Probabilities `[B, labels]`.
     """
     best = reference.max(axis=1)
-    if answer.shape != best.shape:
+    if classes.shape != best.shape:
         return float("inf")
-    return float(np.mean(1 - np.take_along_axis(reference, answer[:, None], axis=1)[:, 0] / best))
+    return float(np.mean(1 - np.take_along_axis(reference, classes[:, None], axis=1)[:, 0] / best))
 
 
-# How far an answer may be from the reference, which is in fp32, and still be of the same work.
+# Distance and, by precision, the largest distance from the fp32 reference that counts as equal.
 BOUNDS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], float], dict[str, float]]] = {
     "training": (relative_error, {"fp32": 5e-3, "bf16": 5e-2}),
     "inference": (relative_error, {"fp32": 1e-3, "bf16": 3e-2}),
@@ -193,6 +184,3 @@ BOUNDS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], float], dict[str, flo
     "augmentation": (relative_error, {"uint8": 1e-2}),
     "prediction": (regret, {"fp32": 1e-2, "bf16": 5e-2}),
 }
-
-
-__all__ = ["BOUNDS", "CEILING", "SUBJECTS", "SUITES", "Case", "Job", "cases_of", "model_fields", "variants_of"]

@@ -1,4 +1,4 @@
-"""What was measured, in words: the machine, the versions, a table a case, and the files that keep it."""
+"""Reports of a benchmark: machine and versions, a table per case, and their files."""
 
 import json
 from collections.abc import Sequence
@@ -7,60 +7,56 @@ from pathlib import Path
 from typing import Any
 
 from ..system.machine import slug
-from .suites import CEILING
-
-# ---------------------------------------------------------------------------------------------------- the machine
+from .measure import CEILING
 
 
 def describe(machine: dict[str, Any], installed: dict[str, str]) -> list[str]:
-    """Return machine and versions as lines."""
-    facts = [f"{machine['processor']}, {machine['cores']} cores ({' '.join(machine['flags']) or 'no flags known'})"]
+    """Return the machine and the versions as two lines."""
+    flags = " ".join(machine["flags"]) or "unknown flags"
+    facts = [f"{machine['processor']}, {machine['cores']} CPU cores ({flags})"]
     facts.append(f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}")
     if "memory" in machine:
         facts.append(f"{machine['memory'] / 2**30:.0f} GiB")
     if "accelerator" in machine:
         facts.append(f"{machine['accelerator']}, {machine['accelerator_memory'] / 2**30:.0f} GiB")
     if "load" in machine:
-        facts.append(f"load {machine['load']:.1f} at the start")
+        facts.append(f"load average {machine['load']:.1f} at the start")
     return [", ".join(facts), ", ".join(f"{name} {number}" for name, number in installed.items())]
 
 
-# ---------------------------------------------------------------------------------------------------- the table
-
-COLUMNS = ("variant", "images/s", "times as fast", "ceiling", "memory", "error")
+COLUMNS = ("variant", "images/s", "speedup", "ceiling", "memory", "error")
 LEGEND = (
-    "Medians over rounds, and in brackets the smallest and largest of up to seven rounds, the quartiles of more.",
-    "Times as fast: the median of ratios within a round, not stated where its spread holds 1 or is wider than its",
-    "distance from 1. Ceiling: share of the rate of large matrix products in the same round. Memory: the peak of the",
-    "process, or on an accelerator of what torch took there. Error: distance of the outputs from a reference in fp32.",
+    "Medians over rounds; in brackets minimum and maximum of up to seven rounds, quartiles of more. Speedup: median",
+    "of the ratios within each round; not significant if their range includes 1 or is wider than its distance from 1.",
+    "Ceiling: share of the speed of large matrix products in the same round. Memory: peak of the process, or of torch",
+    "on the GPU. Error: relative distance of the outputs from an fp32 reference.",
 )
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the results of one case as a heading, a table that is Markdown, and a line for each that failed."""
+    """Return the results of one case as a heading, a Markdown table, and a line for each failed variant."""
     first = results[0]
     baselines = {result["baseline"] for result in results if result.get("baseline")}
-    against = f", times as fast as {baselines.pop()}" if baselines else ""
+    against = f", speedup over {baselines.pop()}" if baselines else ""
     rows = [_row(result) for result in results if "failure" not in result]
-    used = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
-    rows = [[row[place] for place in used] for row in [COLUMNS, *rows]] if rows else []
+    used = [column for column in range(len(COLUMNS)) if any(row[column] for row in rows)]
+    rows = [[row[column] for column in used] for row in [COLUMNS, *rows]] if rows else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"### {first['suite']}: {first['case']}{against}", ""]
     if rows:
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines += ["| " + " | ".join(_aligned(row, widths)) + " |" for row in [rows[0], rule, *rows[1:]]]
-    failures = [f"- {result['variant']} is left out: {result['failure']}" for result in results if "failure" in result]
+        for row in [rows[0], rule, *rows[1:]]:
+            cells = [f"{cell:{'>' if number else '<'}{widths[number]}}" for number, cell in enumerate(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+    failed = [result for result in results if "failure" in result]
+    failures = [f"- {result['variant']} was not measured: {result['failure']}" for result in failed]
     return [*lines, *([""] if rows and failures else []), *failures, ""]
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
 
 
 def _row(result: dict[str, Any]) -> list[str]:
     if result["variant"] == CEILING:
-        pace = f"{_spread(result['operations_per_second'], 1e9)} GFLOP/s"
-        return [f"{CEILING} {result['precision']}", pace, *[""] * 4]
+        speed = f"{_spread(result['operations_per_second'], 1e9)} GFLOP/s"
+        return [f"{CEILING} {result['precision']}", speed, *[""] * 4]
     share, memory = result["share_of_ceiling"], result["peak_memory"]
     precision = "" if result["precision"] == "uint8" else f" {result['precision']}"
     return [
@@ -75,12 +71,12 @@ def _row(result: dict[str, Any]) -> list[str]:
 
 def _ratio(result: dict[str, Any]) -> str:
     if not result["agrees"]:
-        return "disagrees"
+        return "outputs differ"
     if result["baseline"] is None:
         return "1"
     ratio = result["ratio"]
     if not result["is_told_apart"]:
-        return "not told apart"
+        return "not significant"
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
@@ -93,17 +89,13 @@ def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-# ---------------------------------------------------------------------------------------------------- the files
-
-
 class Report:
-    """Files of one machine and day, to which every run adds: a line of JSON a result, and the tables.
+    """Write the files of one machine and day: a JSON line per result, and the tables. Every run appends.
 
     Args:
-        folder: Made if need be.
-        command: What was called.
-        machine: See `hardware`.
-        installed: See `versions`.
+        folder: Created if needed.
+        command: The command line to record.
+        machine, installed: See `hardware` and `versions` in `system.machine`.
     """
 
     def __init__(self, folder: Path, command: str, machine: dict[str, Any], installed: dict[str, str]) -> None:
@@ -113,7 +105,7 @@ class Report:
         self._write(["```bash", command, "```", "", *describe(machine, installed), "", *LEGEND, ""])
 
     def add(self, results: Sequence[dict[str, Any]]) -> None:
-        """Keep the results of a case."""
+        """Append the results of a case."""
         self._add(results)
         self._write(table(results))
 

@@ -1,11 +1,9 @@
-"""A model made ready to answer: the same outputs up to rounding, sooner; nothing of it can be trained.
+"""Optimize a model for inference: the same outputs up to rounding, faster, without training.
 
-What it leaves out: autocast, since weights are brought to the precision once; modules, hooks and records around every
-operation, which for small models on a CPU take as long as the arithmetic; and memory for what can be done in place.
-What it adds, in bf16 on a CPU: weights in the order in which the products read them.
-
-    oneDNN's own order: intel, oneDNN, "Understanding Memory Formats"; in torch it is what inductor uses
-    FP8: torchao, weights and activations scaled by row
+Weights are converted once instead of by autocast at every forward. There are no submodules, hooks and output recorders
+around each operation, which take as long as the arithmetic in small models on a CPU. Sums and activations are computed
+in place. In bf16 on a CPU, weights are stored in oneDNN's blocked layout (oneDNN, "Understanding Memory Formats"), as
+torch's inductor does. FP8 is torchao's, with weights and activations scaled by row.
 """
 
 from collections.abc import Callable
@@ -23,36 +21,8 @@ from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTLayer, HFV
 from ..model.positions_hf_vit import rotate
 from ..system.machine import precision_name, resolve_precision
 
-# Of weights, and of all that is not a product.
+# Dtypes of the weights; with "fp8" of everything except the matrix products.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-
-
-# -------------------------------------------------------------------------------------------------- the products
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weights oneDNN has put in its own order; the bias is added within the product."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        # Opaque: it has no strides, and cannot be saved or moved.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach())
-
-    def forward(self, states: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
-
-
-def linear_kind(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
-    """Return what a linear layer becomes. In float32 other orders of the weights were no faster."""
-    is_bf16_cpu = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    if is_bf16_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return PackedLinear
-    return lambda linear: linear
-
-
-# ------------------------------------------------------------------------------------------------- the layer
-
 
 # Activations that torch computes in place, by their name in a config.
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -63,8 +33,29 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class PackedLinear(nn.Module):
+    """Apply a linear layer with weights in oneDNN's blocked layout; the product adds the bias."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        # An opaque tensor without strides, which cannot be saved or moved.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach())
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+
+
+def linear_kind(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
+    """Return the class that replaces linear layers. In float32 other layouts of the weights were no faster."""
+    is_bf16_cpu = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    if is_bf16_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return PackedLinear
+    return lambda linear: linear
+
+
 class InferenceLayer(nn.Module):
-    """A block of the encoder, `HFViTLayer` in evaluation: equations (2) and (3) with every sum in place."""
+    """Compute `HFViTLayer` in evaluation mode: equations (2) and (3), with sums in place."""
 
     def __init__(self, layer: HFViTLayer, kind: Callable[[nn.Linear], nn.Module]) -> None:
         super().__init__()
@@ -112,20 +103,17 @@ class InferenceLayer(nn.Module):
         return self.fc2(self.activation(self.gate(states)).mul_(self.fc1(states)))
 
 
-# ------------------------------------------------------------------------------------------------- the model
-
-
 @dataclass
 class InferenceOutput(ImageClassifierOutput):
-    """The `logits` of a classifier `[B, num_labels]`, and what it read: `pooler_output` `[B, pooled_width]`."""
+    """Output of a classifier: `logits` `[B, num_labels]` and their input, `pooler_output` `[B, pooled_width]`."""
 
     pooler_output: torch.FloatTensor | None = None
 
 
 class InferenceModel(nn.Module):
-    """An encoder, or a classifier, that only answers; made by `optimize_for_inference`.
+    """Compute an encoder or a classifier for inference only; created by `optimize_for_inference`.
 
-    Takes images of any size that the patch divides, as the model that it was made from.
+    Accepts images of any size that the patch divides, like the original model.
     """
 
     def __init__(self, model: HFViTModel | HFViTForImageClassification) -> None:
@@ -134,25 +122,23 @@ class InferenceModel(nn.Module):
         weight = vit.embeddings.patch_embeddings.projection.weight
         kind = linear_kind(weight.device, weight.dtype)
         self.config = model.config
-        self.layers: Any
-        self.classifier: Any
         self.embeddings, self.pre_layernorm = vit.embeddings, vit.pre_layernorm
         patches = self.embeddings.patch_embeddings
         patches.projection = kind(patches.projection)
         self.layers = nn.ModuleList([InferenceLayer(layer, kind) for layer in vit.layers])
         self.layernorm, self.pooler = vit.layernorm, vit.pooler
-        self.classifier = model.classifier if isinstance(model, HFViTForImageClassification) else None
+        self.classifier: Any = model.classifier if isinstance(model, HFViTForImageClassification) else None
 
     @property
     def base_model(self) -> "InferenceModel":
-        """Where the `pooler` is, as in the models of transformers."""
+        """This model, which has the `pooler`, as in transformers' models."""
         return self
 
     def forward(self, pixel_values: Tensor) -> InferenceOutput | BaseModelOutputWithPooling:
         """Return a classifier's `logits` and `pooler_output`, or an encoder's `last_hidden_state` and `pooler_output`.
 
         Args:
-            pixel_values: `[B, C, H, W]`, as for the model that it was made from.
+            pixel_values: `[B, C, H, W]`.
         """
         hidden_states, added, bias, rotation = self.embeddings(pixel_values)
         hidden_states = self.pre_layernorm(hidden_states)
@@ -167,27 +153,26 @@ class InferenceModel(nn.Module):
 
 
 def inference_precision(precision: str) -> str:
-    """Return a key of `DTYPES` for one of these or `"auto"`: bf16 on hardware that is fast at it, else fp32."""
+    """Return a key of `DTYPES`; `"auto"` is bf16 on hardware with fast bf16, else fp32."""
     return precision_name(resolve_precision("auto")) if precision == "auto" else precision
 
 
 def optimize_for_inference(
     model: HFViTModel | HFViTForImageClassification, precision: str = "auto", compile: bool = False
 ) -> InferenceModel:
-    """Return a model that gives the outputs of `model` sooner; `model` stays as it is.
+    """Return a faster copy of a model for inference; `model` itself is not changed.
 
-    In float32 outputs are equal up to the order of sums. In bf16 weights are rounded once, where autocast rounds them
-    at every forward.
+    In float32 the outputs are equal up to the order of summation.
 
     Args:
         model: An encoder or a classifier, on its device.
-        precision: `"fp32"`, `"bf16"`, `"fp16"`, or `"auto"`: bf16 where the hardware is fast at it. `"fp8"` multiplies
-            in 8 bits on GPUs that can (Ada, Hopper and later; needs torchao), otherwise in bf16; it pays for wide
-            models, and `hf-vit evaluate --precision fp8` says what accuracy it costs.
-        compile: Whether torch.compile takes it further: on a GPU with CUDA graphs, one for every shape of input.
+        precision: `"fp32"`, `"bf16"`, `"fp16"`, or `"auto"` for bf16 on hardware with fast bf16. `"fp8"` computes the
+            linear layers in FP8 and the rest in bf16 (Ada, Hopper and later GPUs; needs torchao). It is worthwhile for
+            wide models; `hf-vit evaluate --precision fp8` measures its effect on accuracy.
+        compile: Whether to use torch.compile too; on a GPU with CUDA graphs, one per input shape.
 
     Raises:
-        ValueError: If the hardware has no such precision.
+        ValueError: If the hardware does not support the precision.
 
     Example:
         >>> from hf_vit.variants import config_of
@@ -205,18 +190,12 @@ def optimize_for_inference(
 
 
 def multiply_in_8_bits(model: InferenceModel) -> None:
-    """Let every linear layer of the blocks multiply in FP8; embeddings, norms, attention and head stay as they are."""
+    """Convert the linear layers of the encoder to FP8; embeddings, norms, attention and head are not changed."""
     device = next(model.parameters()).device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or later, and this is on {device}: take bf16.")
+        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or later, the model is on {device}: use bf16.")
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError:
-        raise ValueError("fp8 needs a package that is not there: pip install torchao") from None
+        raise ValueError("fp8 needs torchao, which is not installed: pip install torchao") from None
     quantize_(model.layers, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-
-
-# -------------------------------------------------------------------------------------------------- many images
-
-
-# -------------------------------------------------------------------------------------------------- from a name

@@ -1,4 +1,4 @@
-"""Run a model on all cores: one batch per core at a time."""
+"""Run inference on all CPU cores, with one batch per core."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,38 +10,32 @@ import torch
 from ..system.machine import cores
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-
-Answer = TypeVar("Answer")
-
-
-# Images that a core of the CPU, and a GPU, answers for at a time.
-BATCH_OF_CPU, BATCH_OF_GPU = 8, 256
-
-
-AHEAD = 2  # batches that each core may be ahead of who reads the answers
+BATCH_OF_CPU, BATCH_OF_GPU = 8, 256  # images per CPU core and per GPU
+AHEAD = 2  # batches that each core may compute before their results are consumed
 
 
 def default_batch_size(device_type: str) -> int:
-    """Return how many images a core, or a GPU, answers for at a time."""
+    """Return the default batch size per CPU core or GPU."""
     return BATCH_OF_CPU if device_type == "cpu" else BATCH_OF_GPU
 
 
 def on_every_core(
-    work: Callable[[Item], Answer], items: Iterable[Item], workers: int | None = None
-) -> Iterator[Answer]:
-    """Yield `work(item)` of every item, in their order, each worked on by one core alone.
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """Yield `work(item)` for each item in order, computed by threads that use one CPU core each.
 
-    Cores that share an operation wait for each other at its end; what decodes images or multiplies matrices leaves
-    Python's lock, so that threads do. Items are taken no further ahead than the workers need.
+    Cores that share an operation wait for each other at its end. Image decoding and matrix products release Python's
+    lock, so threads suffice. Items are requested only as far ahead as the workers need.
 
     Args:
-        workers: Threads; as many as this process may use cores if not given.
+        workers: Number of threads; by default the number of CPU cores available to this process.
     """
     workers = workers or cores()
     threads = torch.get_num_threads()
-    waiting: deque[Future[Answer]] = deque()
-    # Inside its thread, torch would let each use all cores.
+    waiting: deque[Future[Result]] = deque()
+    # By default torch would use all cores in each of the threads.
     with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
             for item in items:

@@ -1,7 +1,7 @@
 """Image processor of the Vision Transformer: the torchvision backend.
 
-Inputs, presets and all steps but the resize are those of the PIL backend's file. The resize keeps within one level of
-255 of Pillow's, on every device.
+Everything but the resize is shared with the PIL backend. On every device resized pixels differ from Pillow's by at
+most one level of 255.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,9 @@ from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_transforms import group_images_by_shape, reorder_images
 
-from .image_processing_pil_hf_vit import (
-    HFViTImageProcessing,
-    HFViTImageProcessorKwargs,
-    pil_of_tensor,
-    size_of,
-    tensor_of_pil,
-)
+from .image_conversion_hf_vit import pil_of_tensor, tensor_of_pil
+from .image_geometry_hf_vit import size_of
+from .image_processing_pil_hf_vit import HFViTImageProcessing, HFViTImageProcessorKwargs
 
 INTERPOLATIONS: dict[int, tvF.InterpolationMode] = {
     Image.Resampling.NEAREST: tvF.InterpolationMode.NEAREST_EXACT,
@@ -30,7 +26,7 @@ INTERPOLATIONS: dict[int, tvF.InterpolationMode] = {
 
 
 class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ignore[misc]
-    """Image processor by torchvision, on the CPU or, with `device`, on an accelerator."""
+    """Preprocess images with torchvision on the CPU or, with `device`, on an accelerator."""
 
     valid_kwargs = HFViTImageProcessorKwargs
 
@@ -41,7 +37,7 @@ class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ig
         return image
 
     def _map(self, function: Callable[[Any], Any], images: list[Any], disable_grouping: bool | None) -> list[Any]:
-        """Have images of one shape resized as one batch where they lie on an accelerator."""
+        """Process images of one shape as a batch if they are on an accelerator."""
         if any(isinstance(image, Image.Image) or image.device.type == "cpu" for image in images):
             return super()._map(function, images, disable_grouping)
         groups, index = group_images_by_shape(images, disable_grouping=disable_grouping)
@@ -52,27 +48,27 @@ class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ig
         if not is_tensor or (image.dtype == torch.uint8 and image.device.type == "cpu"):
             height, width = size_of(image)
             if resample == Image.Resampling.BILINEAR and height >= size[0] and width >= size[1]:
-                # To reduce, torchvision's 8-bit kernel does both sides at once, columns first, within one level.
+                # To reduce, torchvision's 8-bit kernel resizes both sides in one call, width first, within one level.
                 pixels = image if is_tensor else tensor_of_pil(image)
                 return tvF.resize(pixels, list(size), interpolation=INTERPOLATIONS[resample])
             image = pil_of_tensor(image) if is_tensor and image.shape[0] in (1, 3) else image
         if isinstance(image, Image.Image) or image.is_floating_point():
             return super()._resize(image, size, resample, do_clip)
-        # Not to round between the passes, as Pillow does, moves a value by less than one level.
+        # Pillow rounds between the passes; not rounding changes a value by less than one level.
         floats = super()._resize(image.float(), size, resample, do_clip=True)
         return floats.round().to(image.dtype)
 
     def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Any:
         interpolation = INTERPOLATIONS.get(resample)
         if isinstance(image, Image.Image):
-            # By that kernel, whose weights have 16 bits, cubic interpolation and enlarging would differ from Pillow by
-            # two levels: one value of a million, in one photo of five. Columns are Pillow's, then.
+            # The 8-bit kernel has 16-bit weights: bicubic interpolation and enlarging would differ from Pillow by two
+            # levels in one value of a million, in one photo of five. Pillow therefore resizes the width.
             if interpolation is None or image.width != size[1]:
                 return image.resize((size[1], size[0]), resample)
             image = tensor_of_pil(image)
         elif interpolation is None:
             raise ValueError(
-                f"Expected resample nearest (0), bilinear (2) or bicubic (3) for floats and on an accelerator, "
+                "Expected resample nearest (0), bilinear (2) or bicubic (3) for float images and on accelerators, "
                 f"got {resample}: use backend='pil'."
             )
         return tvF.resize(image, list(size), interpolation=interpolation)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import BatchFeature, ImageClassificationPipeline
 
-from ..model.image_reading_hf_vit import SECONDS_OF_SILENCE, download, is_url
+from ..model.image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
 
 
 class HFViTImageClassificationPipeline(ImageClassificationPipeline):
@@ -21,6 +21,6 @@ class HFViTImageClassificationPipeline(ImageClassificationPipeline):
     def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:  # type: ignore[override]
         """Return `pixel_values` `[1, C, H, W]` of an image; a server may be silent for `timeout` seconds."""
         if is_url(image):
-            image = download(image, timeout or SECONDS_OF_SILENCE)
+            image = download(image, timeout or DOWNLOAD_TIMEOUT)
         assert self.image_processor is not None
         return self.image_processor(images=image, return_tensors="pt").to(self.dtype)

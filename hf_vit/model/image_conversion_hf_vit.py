@@ -1,0 +1,185 @@
+"""Conversion of images of any mode, dtype and layout to RGB or grayscale, in 8 bits wherever that loses nothing."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+
+from .image_reading_hf_vit import upright
+
+
+def flatten_images(images: Any) -> Iterator[Any]:
+    """Yield the single images of nested lists and of 4-D batches."""
+    if isinstance(images, list | tuple):
+        for image in images:
+            yield from flatten_images(image)
+    elif isinstance(images, Image.Image | str | bytes | os.PathLike):
+        yield images
+    elif not isinstance(images, np.ndarray | Tensor):
+        raise TypeError(
+            "Expected PIL images, arrays, tensors, paths, URLs, bytes, or lists of these, "
+            f"got {type(images).__name__}."
+        )
+    elif images.ndim in (2, 3):
+        yield images
+    elif images.ndim == 4:
+        yield from images
+    else:
+        raise ValueError(
+            f"Expected images of 2 or 3 dimensions or batches of 4, got an array of shape {tuple(images.shape)}."
+        )
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image of any mode to upright 8-bit RGB, with transparent pixels on white.
+
+    16-bit grayscale keeps its range (65535 becomes 255), whereas `Image.convert` would clip it to white.
+    """
+    image = upright_8_bit(image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright_8_bit(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation, and convert modes 1, I, I;16 and F to mode L.
+
+    Values outside of the usual ranges, such as measurements, are stretched: the minimum is black, the maximum white.
+    """
+    if 0 in image.size:
+        raise ValueError(
+            f"Expected an image of at least 1x1 pixels, got {image.height}x{image.width} (height x width): "
+            "check how it was read or cropped."
+        )
+    image = upright(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return pil_of_tensor(to_8_bit(stretched(tensor_of_array(np.array(image))))[None])
+    if image.mode == "1" and not image.has_transparency_data:
+        return image.convert("L")
+    return image
+
+
+def tensor_of_pil(image: Image.Image) -> Tensor:
+    """Return the pixels as uint8 `[C, H, W]`, channels last in memory."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def pil_of_tensor(pixels: Tensor) -> Image.Image:
+    """Return a PIL image of mode L, RGB or RGBA from uint8 `[C, H, W]`."""
+    return Image.fromarray((pixels[0] if pixels.shape[0] == 1 else pixels.permute(1, 2, 0)).numpy())
+
+
+def tensor_of_array(image: np.ndarray) -> Tensor:
+    """Return a tensor that shares memory with an array where torch supports its strides, byte order and flags."""
+    if image.dtype.kind not in "buif":
+        raise ValueError(f"Expected bool, integer or float pixels, got dtype {image.dtype}.")
+    if not (image.dtype.isnative and image.flags.writeable) or min(image.strides, default=0) < 0:
+        image = image.astype(image.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(image)
+
+
+def channels_first(image: np.ndarray | Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
+    """Return an array or tensor (H, W), (H, W, C) or (C, H, W) as `[C, H, W]`, uint8 or float32."""
+    pixels = (tensor_of_array(image) if isinstance(image, np.ndarray) else image).detach()
+    if pixels.is_complex():
+        raise ValueError(f"Expected bool, integer or float pixels, got dtype {pixels.dtype}.")
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    else:
+        if input_data_format is None and not {pixels.shape[0], pixels.shape[-1]} & {1, 3, 4}:
+            raise ValueError(
+                "Expected an image of shape (height, width), (height, width, channels) or (channels, height, width) "
+                f"with 1, 3 or 4 channels, got {tuple(image.shape)}: for other numbers of channels pass "
+                "input_data_format and do_convert_rgb=False."
+            )
+        layout = ChannelDimension(
+            input_data_format or infer_channel_dimension_format(pixels, (1, 3, 4))  # type: ignore[arg-type]
+        )
+        pixels = pixels if layout == ChannelDimension.FIRST else pixels.permute(2, 0, 1)
+    if 0 in pixels.shape:
+        raise ValueError(
+            f"Expected an image of at least 1x1 pixels, got an array of shape {tuple(image.shape)}: "
+            "check how it was read or cropped."
+        )
+    return pixels.float() if pixels.is_floating_point() else to_8_bit(pixels)
+
+
+def full_scale(pixels: Tensor) -> int:
+    """Return the value of white.
+
+    The type of bool, uint8 and uint16 determines it. Other integers are 8-bit levels unless one exceeds 255, then
+    16-bit levels; floats lie in [0, 1] unless one exceeds 1, then in [0, 255].
+    """
+    known = {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}
+    if pixels.dtype in known:
+        return known[pixels.dtype]
+    if pixels.dtype in (torch.uint32, torch.uint64):  # torch has no min and max for these
+        pixels = pixels.long()
+    low, high = pixels.min().item(), pixels.max().item()
+    scales = (1, 255) if pixels.is_floating_point() else (255, 65535)
+    for scale in scales:
+        if low >= 0 and high <= scale:  # false for NaN
+            return scale
+    raise ValueError(
+        f"Expected {pixels.dtype} pixels from 0 to {scales[0]} or to {scales[1]}, got {low} to {high}: pass pixels "
+        "that are not normalised yet, or do_rescale=False to use them as they are."
+    )
+
+
+def stretched(values: Tensor) -> Tensor:
+    """Return values with a known `full_scale` unchanged, others stretched to [0, 1] with NaN as 0."""
+    try:
+        full_scale(values)
+        return values
+    except ValueError:
+        finite = values[values.isfinite()].double()
+        low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+        return ((values.double() - low) / max(high - low, 1e-300)).clamp(0, 1).nan_to_num(0.0)
+
+
+def to_8_bit(pixels: Tensor) -> Tensor:
+    """Convert pixels of any dtype to uint8, with white at 255."""
+    scale = full_scale(pixels)
+    if scale == 255 and not pixels.is_floating_point():
+        return pixels.to(torch.uint8)
+    return (pixels.float() * (255 / scale)).round().to(torch.uint8)
+
+
+def tensor_to_rgb(pixels: Tensor) -> Tensor:
+    """Convert `[C, H, W]` with 1, 3 or 4 channels to `[3, H, W]`, with transparent pixels on white."""
+    if pixels.shape[0] == 1:
+        return pixels.expand(3, -1, -1)
+    if pixels.shape[0] == 4:
+        white = full_scale(pixels)
+        alpha = pixels[3:].float() / white
+        colors = pixels[:3] * alpha + white * (1 - alpha)
+        return colors if pixels.is_floating_point() else colors.round().to(pixels.dtype)
+    if pixels.shape[0] == 3:
+        return pixels
+    raise ValueError(
+        f"Expected an image with 1, 3 or 4 channels, got {pixels.shape[0]}: pass do_convert_rgb=False to keep them, "
+        "with as many values in image_mean and image_std."
+    )
+
+
+def tensor_to_gray(pixels: Tensor) -> Tensor:
+    """Convert `[1 or 3, H, W]` to `[1, H, W]` with Pillow's integer weights."""
+    if pixels.shape[0] == 1:
+        return pixels
+    if pixels.shape[0] != 3:
+        raise ValueError(
+            f"Expected an image with 1 or 3 channels for do_grayscale, got {pixels.shape[0]}: "
+            "leave do_convert_rgb on, which converts 4 channels to 3."
+        )
+    weights = torch.tensor((19595, 38470, 7471), device=pixels.device).view(3, 1, 1) / 65536
+    luma = (pixels * weights).sum(dim=0, keepdim=True)
+    return luma if pixels.is_floating_point() else (luma + 0.5).floor().to(pixels.dtype)

@@ -17,7 +17,7 @@ from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 from hf_vit.checkpoints import Checkpoint, Options, Source, open_checkpoint
-from hf_vit.checkpoints.families.timm import table
+from hf_vit.checkpoints.families.timm_names import table
 from hf_vit.checkpoints.files import Stored
 from hf_vit.checkpoints.layouts import rules_of
 from hf_vit.model import model_class, modeling_hf_vit

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from collections.abc import Sequence
 
 # Obeyed by terminals and by readers of text instead of being shown: control characters, line separators, what turns
 # the direction of writing; and halves of characters, which no file takes. Newline and tab are left.
@@ -35,6 +36,11 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """Return a text as `visible` does, on one line."""
     return visible(BREAK.sub(" ", text))
+
+
+def shortened(names: Sequence[object], most: int = 3) -> str:
+    """Return the first `most` names, separated by commas, with "..." for the others."""
+    return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
 
 
 def markdown(text: str) -> str:

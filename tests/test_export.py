@@ -621,8 +621,8 @@ MISFITS: dict[str, dict[str, dict[str, Any]]] = {
         "pooling='attention_patches'": {"pooling": "attention_patches"},
         "pooling='cls_and_mean'": {"pooling": "cls_and_mean"},
         "pooling='cls_and_distillation'": DISTILLED,
-        "pooling='mean' beside a class token": {"pooling": "mean", "use_cls_token": True},
-        "pooling='attention' beside a class token": {"pooling": "attention", "use_cls_token": True},
+        "pooling='mean' with a class token": {"pooling": "mean", "use_cls_token": True},
+        "pooling='attention' with a class token": {"pooling": "attention", "use_cls_token": True},
         "num_register_tokens=2": {"num_register_tokens": 2},
         "final_layernorm='none'": {"final_layernorm": "none"},
         "final_layernorm='pooled'": {"final_layernorm": "pooled"},
@@ -692,7 +692,7 @@ def test_what_does_not_change_the_model_is_noted(tmp_path: Path, to: str) -> Non
     fields = {**OF_A_TARGET[to], **beside}
     notes = export_checkpoint(save(tmp_path / "ours", **fields), tmp_path / "out", to)
     for name in beside:
-        said = "not bilinear" if name == "position_interpolation" else f"{name}="
+        said = "not by bilinear" if name == "position_interpolation" else f"{name}="
         assert any(said in note for note in notes) != (to == "transformers" and name in carried), name
     if to == "transformers":
         config = ViTConfig.from_pretrained(tmp_path / "out")

@@ -73,7 +73,7 @@ def _lost(checkpoint: Checkpoint, target: Target) -> list[str]:
             f"The other library resamples positions by its own rule, not by {config.position_interpolation}."
         )
     if "labels" not in target.carries and checkpoint.architecture == CLASSIFIER:
-        sentences.append("The label names are not written: the layout does not store them.")
+        sentences.append("The labels are not written: the layout does not store them.")
     if "processor" not in target.carries:
         sentences.append("The image processor is not written: the layout does not store it.")
     if checkpoint.left_out:

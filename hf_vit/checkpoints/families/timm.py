@@ -210,8 +210,8 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
     else:
         if not modules and "blocks.0.gamma_1" in names:
             raise ValueError(
-                f"{source.name}: without positions and with a LayerScale named 'blocks.0.gamma_1', it is a BEiT or Eva "
-                "of timm, which are not supported."
+                f"{source.name}: it has no positions, and a LayerScale named 'blocks.0.gamma_1': it is timm's BEiT or "
+                "Eva, which are not supported."
             )
         if not modules and stated.config and stated.arguments.get("pos_embed") != "none":
             raise ValueError(

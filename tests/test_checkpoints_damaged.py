@@ -103,8 +103,8 @@ SAFETENSORS: dict[str, tuple[Damage, str]] = {
         "F8_E4M3",
     ),
     "a name twice": (of_header(twice), "twice"),
-    "an empty file": (truncated(0), "no checkpoint"),
-    "half a length": (truncated(5), "no checkpoint"),
+    "an empty file": (truncated(0), "not a checkpoint"),
+    "half a length": (truncated(5), "not a checkpoint"),
     "half a header": (truncated(700), "bytes"),
     "a byte less": (truncated(-1), "incomplete"),
     "a byte more": (lambda folder: os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size + 1), "incomplete"),
@@ -153,9 +153,9 @@ def first_as(change: Callable[[Tensor], Tensor]) -> Damage:
 
 
 PICKLES: dict[str, tuple[Damage, str]] = {
-    "code beside tensors": (with_code, "could be code"),
-    "code alone": (bare_code, "could be code"),
-    "a module": (pickled(lambda state: torch.nn.Linear(2, 2)), "could be code"),
+    "code beside tensors": (with_code, "could run code"),
+    "code alone": (bare_code, "could run code"),
+    "a module": (pickled(lambda state: torch.nn.Linear(2, 2)), "could run code"),
     "a number": (pickled(lambda state: 3), "holds a int"),
     "a list among tensors": (pickled(lambda state: state.update({"classifier.weight": [1.0]})), "is a list"),
     "a tensor without numbers": (first_as(lambda tensor: tensor.to("meta")), "on meta, expected a dense tensor"),
@@ -205,7 +205,10 @@ def doubled(index: dict[str, Any], folder: Path) -> None:
 
 
 SHARDS: dict[str, tuple[Damage, str]] = {
-    "a shard that is missing": (of_index(lambda index, folder: (folder / shards_of(index)[1]).unlink()), "not there"),
+    "a shard that is missing": (
+        of_index(lambda index, folder: (folder / shards_of(index)[1]).unlink()),
+        "are missing",
+    ),
     "a shard outside of the folder": (of_index(outside), "outside of the folder"),
     "a file of the system": (
         of_index(lambda index, _: index["weight_map"].update({"classifier.bias": "/etc/passwd"})),
@@ -219,7 +222,7 @@ SHARDS: dict[str, tuple[Damage, str]] = {
     "a tensor in two shards": (of_index(doubled), "also in another shard"),
     "an index of no JSON": (of_index(lambda index, _: "{"), "not JSON"),
     "an index nested deep": (of_index(lambda index, _: "[" * 10**5), "not JSON"),
-    "an index without map": (of_index(lambda index, _: "{}"), "none at all"),
+    "an index without map": (of_index(lambda index, _: "{}"), "it names none"),
     "an index with a list": (of_index(lambda index, _: index.update(weight_map=[1])), "expected a weight_map"),
     "an index with other places": (of_index(lambda index, _: index.update(weight_map={"a": 1})), "weight_map"),
 }
@@ -262,8 +265,8 @@ def test_damaged_shards_are_refused(shards: Path, damage: Damage, message: str, 
         ("[1]", "expected a JSON object"),
         ("[" * 10**5, "not JSON"),
         ('{"a":' * 10**5, "not JSON"),
-        ({"model_type": "bert"}, "no Vision Transformer of a known family"),
-        ({"model_type": 5}, "no Vision Transformer of a known family"),
+        ({"model_type": "bert"}, "not a Vision Transformer of a known family"),
+        ({"model_type": 5}, "not a Vision Transformer of a known family"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"hidden_size": 64}, "[1, 1, 32] gives"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at least 1"),
@@ -325,7 +328,7 @@ NPZ: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
     ),
     "more numbers than there are": (
         lambda members: members.update({"head/bias.npy": with_shape(members["head/bias.npy"], "(1000000,)")}),
-        "which are not [1000000]",
+        "but the shape [1000000]",
     ),
     "a shape whose product overflows": (
         lambda members: members.update({"head/bias.npy": with_shape(members["head/bias.npy"], f"({2**40}, {2**40})")}),

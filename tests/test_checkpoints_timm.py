@@ -424,7 +424,7 @@ def test_pixels_beyond_the_last_patch_are_left_out_and_it_is_said(tmp_path: Path
     checkpoint = open_checkpoint(folder_of(model, tmp_path))
     assert checkpoint.config.image_shape == (32, 32)
     (sentence,) = checkpoint.assumed
-    assert sentence.startswith("Images are resized to 32x32: timm takes 37x37")
+    assert sentence.startswith("Images are resized to 32x32: timm resizes to 37x37")
     pixels = torch.randn(2, 3, 37, 37)
     torch.testing.assert_close(build(checkpoint)(pixels[..., :32, :32]).logits, model(pixels), rtol=1e-4, atol=1e-4)
 

@@ -113,8 +113,7 @@ class Checkpoint:
         parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
         self.left_out = self._check_names()
-        self._check_types()
-        self._check_shapes(parameters)
+        self._check_tensors(parameters)
 
     # ------------------------------------------------------------------------------------------------ architecture
 
@@ -169,17 +168,13 @@ class Checkpoint:
             raise ValueError(f"{name}: {self.family} has no place for the tensors {_quoted(unknown)}.")
         return over
 
-    def _check_types(self) -> None:
-        for theirs in (theirs for rule in self.rules for theirs in rule.theirs):
-            dtype = self.source.tensors[theirs].dtype
-            if dtype not in FLOATS:
-                raise ValueError(
-                    f"{self.source.name}: {theirs!r} holds {dtype}, expected one of {', '.join(map(str, FLOATS))}."
-                )
-
-    def _check_shapes(self, parameters: dict[str, torch.Size]) -> None:
-        """Convert tensors without values and compare the resulting shapes with the model's."""
+    def _check_tensors(self, parameters: dict[str, torch.Size]) -> None:
+        """Check dtypes, convert tensors without values, and compare the resulting shapes with the model's."""
         for rule in self.rules:
+            for name in rule.theirs:
+                if (dtype := self.source.tensors[name].dtype) not in FLOATS:
+                    known = ", ".join(map(str, FLOATS))
+                    raise ValueError(f"{self.source.name}: {name!r} holds {dtype}, expected one of {known}.")
             stored = [torch.empty(self.source.tensors[name].shape, device="meta") for name in rule.theirs]
             for name, tensor in zip(rule.ours, self._arrange(rule, stored), strict=True):
                 if tensor.shape != parameters[name]:

@@ -82,31 +82,23 @@ def write_card(
 
     config = HFViTConfig.from_pretrained(folder)
     is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
-    task = "image-classification" if is_classifier else "image-feature-extraction"
     title = title or folder.resolve().name
-    evaluations = [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset_id or "custom",
-            dataset_name=str(dataset),
-            dataset_split=split,
-            metric_type=metric,
-            metric_value=value,
-        )
-        for metric, value in results.items()
-    ]
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        tags=["vision-transformer", "hf_vit"],
+        datasets=[dataset_id] if dataset_id else None,
+        base_model=base_model,
+    )
+    if results:
+        data.metrics, data.model_name = list(results), title
+        about = (data.pipeline_tag, dataset_id or "custom", str(dataset))
+        data.eval_results = [
+            EvalResult(*about, metric, value, dataset_split=split) for metric, value in results.items()
+        ]
     card = ModelCard.from_template(
-        ModelCardData(
-            license=license,
-            library_name="transformers",
-            pipeline_tag=task,
-            tags=["vision-transformer", "hf_vit"],
-            datasets=[dataset_id] if dataset_id else None,
-            base_model=base_model,
-            metrics=list(results) or None,
-            model_name=title if results else None,
-            eval_results=evaluations or None,
-        ),
+        data,
         template_str=(files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
         title=markdown(title),
         name=in_quotes(folder.resolve().name),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...system.disk import new_file
 from ..checkpoint import CLASSIFIER, ENCODER, Checkpoint, Options
-from ..layouts import Row, Rule
+from ..layouts import Rule
 from ..writing import Target, plain_except, translated, verify
 from . import google
 
@@ -33,11 +33,6 @@ def notes(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.config.position_embedding_type == "learned" and rows == columns:
         return []
     return [f"The file does not store its grid: read it with --image-size {height}x{width}."]
-
-
-def table(checkpoint: Checkpoint) -> list[Row]:
-    """Return our names and those of the file."""
-    return google.table(checkpoint.config)
 
 
 def write(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> None:
@@ -69,7 +64,7 @@ TARGET = Target(
     ),
     unsupported=unsupported,
     notes=notes,
-    table=table,
+    table=lambda checkpoint: google.table(checkpoint.config),
     write=write,
     carries=("bilinear_corners",),
 )

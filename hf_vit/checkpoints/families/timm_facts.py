@@ -49,19 +49,8 @@ FACTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 # timm's names, and the equivalent activation of transformers, epsilon of LayerNorm, or pooling of ours.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "relu6": "relu6",
-    "leaky_relu": "leaky_relu",
-    "mish": "mish",
-    "sigmoid": "sigmoid",
-    "tanh": "tanh",
-}
+SAME_NAME = ("gelu", "quick_gelu", "silu", "relu", "relu6", "leaky_relu", "mish", "sigmoid", "tanh")
+ACTIVATIONS = {**{name: name for name in SAME_NAME}, "gelu_tanh": "gelu_pytorch_tanh", "swish": "silu"}
 EPSILONS = {"layernorm": 1e-6}
 POOLINGS = {"token": "cls", "avg": "mean", "map": "attention"}
 

@@ -18,12 +18,8 @@ from .transformers_out import ROUNDED_CROP, number_if_square, unsupported_size
 
 ACTIVATIONS = {ours: theirs for theirs, ours in reversed(timm_facts.ACTIVATIONS.items())}
 POOLINGS = {
-    "cls": "token",
-    "mean": "avg",
-    "mean_all": "avg",
-    "attention": "map",
-    "attention_patches": "map",
-    "cls_and_distillation": "token",
+    **{ours: theirs for theirs, ours in timm_facts.POOLINGS.items()},
+    **{"mean_all": "avg", "attention_patches": "map", "cls_and_distillation": "token"},
 }
 # Architectures of timm by their epsilon: config.json can name a norm, but not its epsilon.
 EPSILONS = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}

@@ -86,6 +86,8 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
     """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first."""
     tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
     projection = "embeddings.patch_embeddings.projection"
+    gate_and_fc1 = ("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*")
+    query_key_value = ("pooler.pooling.query.*", "pooler.pooling.key_value.*")
     rows = []
     for prefix in prefixes:
         rows += [
@@ -103,11 +105,7 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
             Row("pooler.layernorm.*", f"{prefix}post_layernorm.*"),
             Row("pooler.pre_logits.*", f"{prefix}pooler.dense.*"),
             Row("pooler.pooling.probe", f"{prefix}head.probe"),
-            Row(
-                ("pooler.pooling.query.*", "pooler.pooling.key_value.*"),
-                f"{prefix}head.attention.in_proj_*",
-                pooling_attention,
-            ),
+            Row(query_key_value, f"{prefix}head.attention.in_proj_*", pooling_attention),
             Row("pooler.pooling.o_proj.*", f"{prefix}head.attention.out_proj.*"),
             Row("pooler.pooling.layernorm.*", f"{prefix}head.layernorm.*"),
             Row("pooler.pooling.mlp.fc1.*", f"{prefix}head.mlp.fc1.*"),
@@ -119,26 +117,13 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
         for layer in LAYERS:
             for ours, names in OF_A_LAYER.items():
                 rows += [Row(f"layers.{{}}.{ours}", f"{prefix}{layer}{theirs}") for theirs in names]
-            rows.append(
-                Row(("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*"), f"{prefix}{layer}mlp.weights_in.*", halves)
-            )
+            rows.append(Row(gate_and_fc1, f"{prefix}{layer}mlp.weights_in.*", halves))
             for names in QUERIES_KEYS_VALUES:
                 query, key, value = (f"{prefix}{layer}{name}" for name in names)
                 if not key_bias:
-                    rows.append(
-                        Row("layers.{}.attention.qkv.bias", (f"{query}.bias", f"{value}.bias"), without_key_bias)
-                    )
-                    rows.append(
-                        Row(
-                            "layers.{}.attention.qkv.weight",
-                            (f"{query}.weight", f"{key}.weight", f"{value}.weight"),
-                            heads_together,
-                        )
-                    )
-                else:
-                    rows.append(
-                        Row("layers.{}.attention.qkv.*", (f"{query}.*", f"{key}.*", f"{value}.*"), heads_together)
-                    )
+                    biases = (f"{query}.bias", f"{value}.bias")
+                    rows.append(Row("layers.{}.attention.qkv.bias", biases, without_key_bias))
+                rows.append(Row("layers.{}.attention.qkv.*", (f"{query}.*", f"{key}.*", f"{value}.*"), heads_together))
     return [
         *rows,
         Row("classifier.*", "classifier.*"),

@@ -11,7 +11,7 @@ from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_pil_hf_vit import HFViTImageProcessorPil, Image
 from ...system.disk import new_folder
 from ..checkpoint import CLASSIFIER, ENCODER, MASKED, Checkpoint
-from ..layouts import Row, Rule
+from ..layouts import Rule
 from ..writing import Target, plain_except, write_layout
 from . import transformers
 
@@ -71,11 +71,6 @@ def notes(checkpoint: Checkpoint) -> list[str]:
     return sentences + ([ROUNDED_CROP] if checkpoint.processor().crop_pct is not None else [])
 
 
-def table(checkpoint: Checkpoint) -> list[Row]:
-    """Return our names and those that transformers saves today."""
-    return transformers.table(prefixes=("",) if checkpoint.architecture == ENCODER else ("vit.",))
-
-
 def write(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> None:
     """Write weights, config and preprocessing, and verify them."""
     config = checkpoint.config
@@ -117,7 +112,7 @@ TARGET = Target(
     required=plain_except("qkv_bias", "representation_size"),
     unsupported=unsupported,
     notes=notes,
-    table=table,
+    table=lambda checkpoint: transformers.table(prefixes=("" if checkpoint.architecture == ENCODER else "vit.",)),
     write=write,
     carries=(*FIELDS, "labels", "processor", "bicubic"),
 )

@@ -433,7 +433,7 @@ def test_a_link_out_of_the_folder_is_not_followed(whole: Path, tmp_path: Path) -
         (folder / name).rename(folder.parent / name)
         (folder / name).symlink_to(Path("..", name))
         said = refuse(folder, "is not followed") if name == WEIGHTS else assert_refused(tmp_path, folder)
-        assert f"{folder / name}: a link to {folder.parent / name}, outside of the folder" in said
+        assert f"{folder / name}: the link to {folder.parent / name}, outside of the folder" in said
     elsewhere = tmp_path / WEIGHTS / WEIGHTS
     shutil.copy(whole / "config.json", elsewhere.parent)
     assert open_checkpoint(elsewhere).state_dict()  # the remedy that the error names

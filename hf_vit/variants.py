@@ -68,3 +68,16 @@ def config_of(name: str, **fields: Any) -> HFViTConfig:
         raise ValueError(f"Unknown variant {name!r}: choose one of {', '.join(VARIANTS)}.")
     variant = VARIANTS[name]
     return HFViTConfig(**{**variant.size._asdict(), "patch_size": variant.patch_size, **fields})
+
+
+def variant_of(config: HFViTConfig) -> str:
+    """Return the name that the literature gives to an architecture's size, for example `"ViT-B/16"`."""
+    size = (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.num_attention_heads)
+    letter = next((letter for letter, known in SIZES.items() if known == size), None)
+    if letter is None:
+        return "of no standard size"
+    height, width = config.patch_shape
+    prefix = "ViT-"
+    if config.stem_layers is not None:  # three convolutions per unit, one in the root and the patch projection
+        prefix = f"R{3 * sum(config.stem_layers) + 2 if config.stem_layers else ''}+"
+    return f"{prefix}{letter}/{height if height == width else f'{height}x{width}'}"

@@ -186,7 +186,7 @@ def test_numbers_damaged_in_the_midst_are_named(kinds: dict[str, Kind], tmp_path
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"packed\.npz.*: '?.*'? cannot be read|packed\.npz: damaged"):
+    with pytest.raises(ValueError, match=r"packed\.npz.*: '?.*'? cannot be read|packed\.npz: corrupt"):
         open_checkpoint(path).state_dict()
 
 
@@ -255,13 +255,13 @@ def test_code_is_not_run(kind: Kind, tmp_path: Path) -> None:
 def test_texts_are_refused(kind: Kind, content: str, tmp_path: Path) -> None:
     path = kind.write(kind.state, tmp_path / "model")
     weights_of(path).write_text(content)
-    assert "no checkpoint; expected safetensors, npz" in assert_refused(tmp_path, path)
+    assert "not a checkpoint; expected safetensors, npz" in assert_refused(tmp_path, path)
 
 
 def test_places_without_weights_are_refused(kinds: dict[str, Kind], tmp_path: Path) -> None:
     path = kinds["transformers"].write(kinds["transformers"].state, tmp_path / "model")
     (path / "model.safetensors").unlink()
-    assert "no weights there" in assert_refused(tmp_path, path)
+    assert "no weights found" in assert_refused(tmp_path, path)
     for nowhere in (tmp_path / "nowhere", "./nowhere", "weights.npz", "a/b/c"):
         assert f"{nowhere}: no such file or folder" in assert_refused(tmp_path, nowhere)
 
@@ -273,11 +273,11 @@ def test_places_without_weights_are_refused(kinds: dict[str, Kind], tmp_path: Pa
         ("[]", "expected a JSON object"),
         ({"weight_map": ["a"]}, "expected a weight_map"),
         ({"weight_map": {"a": 1}}, "expected a weight_map"),
-        ({"weight_map": {}}, "shards that are not there: none at all"),
-        ({"weight_map": {"a": "no.safetensors"}}, "shards that are not there: no.safetensors"),
-        ({"weight_map": {"a": "../other/model.safetensors"}}, "lies outside of the folder"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "lies outside of the folder"),
-        ({"weight_map": {"a": ".."}}, "lies outside of the folder"),
+        ({"weight_map": {}}, "these shards are missing: all, since it names none"),
+        ({"weight_map": {"a": "no.safetensors"}}, "these shards are missing: no.safetensors"),
+        ({"weight_map": {"a": "../other/model.safetensors"}}, "is outside of the folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "is outside of the folder"),
+        ({"weight_map": {"a": ".."}}, "is outside of the folder"),
     ],
 )
 def test_an_index_of_other_files_is_refused(kinds: dict[str, Kind], index: Any, message: str, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_an_index_of_other_files_is_refused(kinds: dict[str, Kind], index: Any, 
         ("transformers", {"intermediate_size": 32}, "'vit.encoder.layer.0.intermediate.dense.weight' [64, 32]"),
         ("transformers", {"image_size": 64}, "'vit.embeddings.position_embeddings' [1, 17, 32]"),
         ("transformers", {"id2label": {"0": "a"}}, "'classifier.weight' [5, 32]"),
-        ("transformers", {"model_type": "bert"}, "no Vision Transformer of a known family"),
+        ("transformers", {"model_type": "bert"}, "not a Vision Transformer of a known family"),
         ("transformers", {"model_type": ["vit"]}, "not as expected"),
         ("timm", {"model_args": 3}, "not as expected"),
         ("timm", {"model_args": {"num_heads": 5}}, "5 heads do not divide a width of 32"),
@@ -434,7 +434,7 @@ def test_what_is_interrupted_leaves_nothing(
     def interrupt(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(hf_vit.checkpoints.conversion, "verify", interrupt)
+    monkeypatch.setattr(hf_vit.checkpoints.folder, "verify", interrupt)
     assert runner.invoke(app, ["convert", str(path), str(out), "--force"]).exit_code != 0
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert out.exists() == is_there and not list(tmp_path.glob(".*"))
@@ -615,7 +615,7 @@ def test_the_options_of_the_hub_are_passed_on(folder: Path, tmp_path: Path, monk
         path = folder / file
         return str(path) if path.is_file() else None
 
-    for module in (hf_vit.checkpoints.files, hf_vit.checkpoints.loading):
+    for module in (hf_vit.checkpoints.files, hf_vit.checkpoints.from_pretrained):
         monkeypatch.setattr(module, "cached_file", cached_file)
     options = {"revision": "v2", "token": "hf_token", "subfolder": "below"}
     model = HFViTForImageClassification.from_pretrained("someone/model", **options)
@@ -635,7 +635,7 @@ def test_an_own_folder_is_transformers_matter(folder: Path, tmp_path: Path, monk
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("read as another library's")
 
-    monkeypatch.setattr(hf_vit.checkpoints.loading, "open_checkpoint", refuse)
+    monkeypatch.setattr(hf_vit.checkpoints.from_pretrained, "open_checkpoint", refuse)
     assert_same_weights(HFViTForImageClassification.from_pretrained(tmp_path / "own"), model)
 
 
@@ -686,7 +686,7 @@ BY_NAME = """
 import sys, torch
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.checkpoints import open_checkpoint
-from hf_vit.finetuning import load_classifier
+from hf_vit.checkpoints.models import load_classifier
 from huggingface_hub import HfApi
 
 folder, timm_folder, out = sys.argv[1:]
@@ -756,7 +756,7 @@ def test_converting_needs_a_part_of_the_file_in_memory(kinds: dict[str, Kind], t
     large = timm.create_model("vit_base_patch16_224", img_size=32, depth=7, num_classes=5, act_layer="gelu_tanh")
     save_for_hf(filled(large), str(tmp_path), safe_serialization=True)
     torch.save(large.state_dict(), tmp_path / "large.pth")
-    hf_vit.checkpoints.export.export(tmp_path, tmp_path / "large.npz", "npz")
+    hf_vit.checkpoints.export.export_checkpoint(tmp_path, tmp_path / "large.npz", "npz")
     for name in ("large.npz", "model.safetensors", "large.pth"):
         file = tmp_path / name
         assert file.stat().st_size > 190e6

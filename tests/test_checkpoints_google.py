@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint
-from hf_vit.checkpoints.export import export
+from hf_vit.checkpoints.export import export_checkpoint
 from hf_vit.checkpoints.families.google import ROOTS
 from hf_vit.checkpoints.layouts import resample_patch_projection
 from hf_vit.model import model_class
@@ -224,7 +224,7 @@ def test_converted_and_exported_weights_are_the_file_s_bit_for_bit(name, tmp_pat
     golden = Golden(name)
     checkpoint = open_checkpoint(golden.write(tmp_path), golden.options)
     write_checkpoint(checkpoint, tmp_path / "ours")
-    said = export(tmp_path / "ours", tmp_path / "again.npz", "npz")
+    said = export_checkpoint(tmp_path / "ours", tmp_path / "again.npz", "npz")
     assert any("processor" in sentence for sentence in said)
     again = open_checkpoint(tmp_path / "again.npz", Options(image_size=checkpoint.config.image_shape))
     assert_same_weights(checkpoint, again)
@@ -237,7 +237,7 @@ def test_converted_and_exported_weights_are_the_file_s_bit_for_bit(name, tmp_pat
 def test_exported_files_have_the_names_and_arrays_of_the_original(name, tmp_path):
     golden = Golden(name)
     write_checkpoint(open_checkpoint(golden.write(tmp_path), golden.options), tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "again.npz", "npz")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again.npz", "npz")
     expected = {
         array.removeprefix(golden.root): values
         for array, values in golden.arrays.items()
@@ -252,7 +252,7 @@ def test_exported_files_have_the_names_and_arrays_of_the_original(name, tmp_path
 def test_blocks_of_a_scan_are_written_apart(tmp_path):
     golden = Golden("big_vision_scan")
     write_checkpoint(open_checkpoint(golden.write(tmp_path)), tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "again.npz", "npz")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again.npz", "npz")
     stacks = {name: array for name, array in golden.arrays.items() if "/encoderblock/" in name}
     with np.load(tmp_path / "again.npz") as again:
         for name, stack in stacks.items():
@@ -394,7 +394,7 @@ def test_export_refuses_what_npz_has_no_word_for(tmp_path):
     checkpoint = open_checkpoint(golden.write(tmp_path), Options(hidden_act="gelu", layer_norm_eps=1e-12))
     write_checkpoint(checkpoint, tmp_path / "ours")
     with pytest.raises(ValueError, match=r"hidden_act='gelu'.*layer_norm_eps=1e-12"):
-        export(tmp_path / "ours", tmp_path / "again.npz", "npz")
+        export_checkpoint(tmp_path / "ours", tmp_path / "again.npz", "npz")
     assert not (tmp_path / "again.npz").exists()
 
 

@@ -323,5 +323,5 @@ def test_rules_give_the_file_back_bit_for_bit(converted, state, options):
 )
 def test_other_models_of_the_library_are_refused(converted, model_class, fields):
     state = model_class(**{**FIELDS, **fields}).state_dict()
-    with pytest.raises(ValueError, match=r"model\.pt: (no |neither |vit-pytorch |.*: no ViT)"):
+    with pytest.raises(ValueError, match=r"model\.pt: (not a |neither |vit-pytorch |.*: no ViT)"):
         converted(state, num_heads=2, image_size=(32, 32))

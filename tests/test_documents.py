@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import hf_vit
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
-from hf_vit.checkpoints.export import export
+from hf_vit.checkpoints.export import export_checkpoint
 from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
 
@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         HFViTForImageClassification(config).save_pretrained(folder / name)
         HFViTImageProcessor.from_preset("original", image_size).save_pretrained(folder / name)
-    export(str(folder / "vit-b16"), folder / "ViT-B_16.npz", "npz")
+    export_checkpoint(str(folder / "vit-b16"), folder / "ViT-B_16.npz", "npz")
     stock: dict[str, Any] = {
         "google/vit-base-patch16-224": (transformers.ViTConfig, transformers.ViTForImageClassification),
         "facebook/deit-base-distilled-patch16-224": (

@@ -22,10 +22,10 @@ from transformers.utils import is_torchvision_greater_or_equal
 from typer.testing import CliRunner
 
 import hf_vit
-import hf_vit.checkpoints.export
 from hf_vit import HFViTConfig, HFViTImageProcessorPil
-from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint
-from hf_vit.checkpoints.export import export
+from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint, writing
+from hf_vit.checkpoints.export import export_checkpoint
+from hf_vit.checkpoints.families import google_out, timm_out
 from hf_vit.cli.main import app
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
@@ -141,7 +141,7 @@ STOCK_CLASSES = {
 @pytest.mark.parametrize("fields", STOCK.values(), ids=STOCK)
 def test_stock_vit_computes_the_same(tmp_path: Path, fields: dict[str, Any]) -> None:
     ours = make(**{**OF_A_TARGET["transformers"], **fields})
-    notes = export(write(tmp_path / "ours", ours), tmp_path / "out", "transformers")
+    notes = export_checkpoint(write(tmp_path / "ours", ours), tmp_path / "out", "transformers")
     assert_same_model(open_checkpoint(tmp_path / "out"), ours)
     ours = ours.float()
     has_pooler = fields.get("architecture") != ENCODER or "representation_size" in fields
@@ -236,7 +236,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) ->
         patch = 12 if "size" in case and case["size"] == (36, 36) else 8
         fields = {"image_size": image_of(case), "patch_size": patch, "id2label": LABELS, "label2id": IDS}
         source = save(home / f"ours {name}", processor=processor_of(case, image_of(case)), **fields)
-        export(source, home / name, "transformers")
+        export_checkpoint(source, home / name, "transformers")
     python(PIPELINE, home / "picture.png", *(home / name for name in PROCESSORS), home=home)
     return home
 
@@ -330,7 +330,7 @@ TIMM: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("fields", TIMM.values(), ids=TIMM)
 def test_timm_computes_the_same(tmp_path: Path, fields: dict[str, Any]) -> None:
     ours = make(**fields)
-    notes = export(write(tmp_path / "ours", ours), tmp_path / "out", "timm")
+    notes = export_checkpoint(write(tmp_path / "ours", ours), tmp_path / "out", "timm")
     assert_same_model(open_checkpoint(tmp_path / "out"), ours)
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -350,10 +350,10 @@ def test_timm_computes_the_same(tmp_path: Path, fields: dict[str, Any]) -> None:
         assert theirs.num_classes == 0 and distance(actual, expected.pooler_output) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", hf_vit.checkpoints.export.TIMM_ACTIVATIONS)
+@pytest.mark.parametrize("name", timm_out.ACTIVATIONS)
 def test_activations_are_timm_s(name: str) -> None:
     inputs = torch.linspace(-6, 6, 999)
-    theirs = timm.layers.get_act_layer(hf_vit.checkpoints.export.TIMM_ACTIVATIONS[name])()
+    theirs = timm.layers.get_act_layer(timm_out.ACTIVATIONS[name])()
     torch.testing.assert_close(theirs(inputs.clone()), transformers.activations.ACT2FN[name](inputs))
 
 
@@ -361,7 +361,7 @@ def test_activations_are_timm_s(name: str) -> None:
     "fields", [{}, DISTILLED, {**RELATIVE, **NO_CLASS_TOKEN}], ids=["plain", "distilled", "relative"]
 )
 def test_timm_finetunes_the_folder(tmp_path: Path, fields: dict[str, Any]) -> None:
-    export(save(tmp_path / "ours", **fields), tmp_path / "out", "timm")
+    export_checkpoint(save(tmp_path / "ours", **fields), tmp_path / "out", "timm")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7)
     assert model(torch.randn(2, 3, 32, 32)).shape[-1] == 7
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -402,7 +402,7 @@ def test_timm_s_transforms_give_the_pixels(tmp_path: Path, picture: Image.Image,
     processor = processor_of(case, image)
     channels = 1 if processor.do_grayscale else 3
     source = save(tmp_path / "ours", processor=processor, image_size=image, num_channels=channels)
-    notes = export(source, tmp_path / "out", "timm")
+    notes = export_checkpoint(source, tmp_path / "out", "timm")
     assert any("pixel further" in note for note in notes) == bool(processor.do_center_crop)
     assert any("mode L" in note for note in notes) == (channels == 1)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
@@ -499,7 +499,7 @@ NPZ: dict[str, tuple[dict[str, Any], set[str]]] = {
 def test_npz_has_the_names_of_its_source(tmp_path: Path, case: str) -> None:
     fields, names = NPZ[case]
     ours, out = make(**{**OF_A_TARGET["npz"], **fields}), tmp_path / "out.npz"
-    notes = export(write(tmp_path / "ours", ours), out, "npz")
+    notes = export_checkpoint(write(tmp_path / "ours", ours), out, "npz")
     arrays = dict(np.load(out))
     assert arrays.keys() == NAMES | names
     kinds = {torch.bfloat16: "V2", torch.float16: "f2", torch.float32: "f4"}
@@ -621,8 +621,8 @@ MISFITS: dict[str, dict[str, dict[str, Any]]] = {
         "pooling='attention_patches'": {"pooling": "attention_patches"},
         "pooling='cls_and_mean'": {"pooling": "cls_and_mean"},
         "pooling='cls_and_distillation'": DISTILLED,
-        "pooling='mean' beside a class token": {"pooling": "mean", "use_cls_token": True},
-        "pooling='attention' beside a class token": {"pooling": "attention", "use_cls_token": True},
+        "pooling='mean' with a class token": {"pooling": "mean", "use_cls_token": True},
+        "pooling='attention' with a class token": {"pooling": "attention", "use_cls_token": True},
         "num_register_tokens=2": {"num_register_tokens": 2},
         "final_layernorm='none'": {"final_layernorm": "none"},
         "final_layernorm='pooled'": {"final_layernorm": "pooled"},
@@ -652,7 +652,7 @@ def test_a_misfit_is_named(tmp_path: Path, to: str, said: str) -> None:
         fields["processor"] = processor_of(fields["processor"])
     source = save(tmp_path / "ours", **fields)
     with pytest.raises(ValueError, match=f"does not fit into {to}: ") as error:
-        export(source, tmp_path / "out", to)
+        export_checkpoint(source, tmp_path / "out", to)
     misfits = str(error.value).partition(f"into {to}: ")[2].split("; ")
     assert any(said in misfit for misfit in misfits)
     # The class tokens of DeiT come as two features.
@@ -665,7 +665,7 @@ def test_all_misfits_are_named_at_once(tmp_path: Path, to: str) -> None:
     fields = {"use_patch_layernorm": True, "position_embedding_type": "rotary", "head_dim": 16}
     source = save(tmp_path / "ours", **{**OF_A_TARGET[to], **fields})
     with pytest.raises(ValueError) as error:
-        export(source, tmp_path / "out", to)
+        export_checkpoint(source, tmp_path / "out", to)
     misfits = str(error.value).partition(f"into {to}: ")[2].removesuffix(".").split("; ")
     assert len(misfits) == 3
     for name in fields:
@@ -690,9 +690,9 @@ def test_what_does_not_change_the_model_is_noted(tmp_path: Path, to: str) -> Non
     }
     carried = ["hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "problem_type"]
     fields = {**OF_A_TARGET[to], **beside}
-    notes = export(save(tmp_path / "ours", **fields), tmp_path / "out", to)
+    notes = export_checkpoint(save(tmp_path / "ours", **fields), tmp_path / "out", to)
     for name in beside:
-        said = "not bilinear" if name == "position_interpolation" else f"{name}="
+        said = "not by bilinear" if name == "position_interpolation" else f"{name}="
         assert any(said in note for note in notes) != (to == "transformers" and name in carried), name
     if to == "transformers":
         config = ViTConfig.from_pretrained(tmp_path / "out")
@@ -734,7 +734,7 @@ def test_stock_comes_back(tmp_path: Path, case: str) -> None:
     model.save_pretrained(tmp_path / "stock")
     source = open_checkpoint(tmp_path / "stock")
     write_checkpoint(source, tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "out", "transformers")
+    export_checkpoint(tmp_path / "ours", tmp_path / "out", "transformers")
     assert_same_model(open_checkpoint(tmp_path / "out"), source)
     if case == "MSN":  # has another name of the model before its tensors
         again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
@@ -778,7 +778,7 @@ def test_timm_comes_back(tmp_path: Path, case: str) -> None:
     timm_folder(case, tmp_path / "timm")
     source = open_checkpoint(tmp_path / "timm")
     write_checkpoint(source, tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "out", "timm")
+    export_checkpoint(tmp_path / "ours", tmp_path / "out", "timm")
     assert_same_model(open_checkpoint(tmp_path / "out"), source)
     stored, written = (load_file(tmp_path / name / "model.safetensors") for name in ("timm", "out"))
     assert_same_tensors(written, {name: stored[name] for name in stored if "relative_position_index" not in name})
@@ -791,11 +791,11 @@ def test_timm_comes_back(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["token", "sincos, token", "bfloat16"])
 def test_npz_comes_back(tmp_path: Path, case: str) -> None:
-    export(save(tmp_path / "first", **{**OF_A_TARGET["npz"], **NPZ[case][0]}), tmp_path / "in.npz", "npz")
+    export_checkpoint(save(tmp_path / "first", **{**OF_A_TARGET["npz"], **NPZ[case][0]}), tmp_path / "in.npz", "npz")
     options = Options(image_size=(32, 32)) if "sincos" in case else None
     source = open_checkpoint(tmp_path / "in.npz", options)
     write_checkpoint(source, tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "out.npz", "npz")
+    export_checkpoint(tmp_path / "ours", tmp_path / "out.npz", "npz")
     assert_same_model(open_checkpoint(tmp_path / "out.npz", options), source)
     stored, written = (dict(np.load(tmp_path / name)) for name in ("in.npz", "out.npz"))
     assert stored.keys() == written.keys()
@@ -805,9 +805,9 @@ def test_npz_comes_back(tmp_path: Path, case: str) -> None:
 def test_stock_s_epsilon_does_not_fit_into_timm(tmp_path: Path) -> None:
     stock("rectangle").save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match=r"layer_norm_eps=1e-12 \(only 1e-06 or 1e-05\)\.$"):
-        export(tmp_path / "stock", tmp_path / "out", "timm")
+        export_checkpoint(tmp_path / "stock", tmp_path / "out", "timm")
     stock("classifier").save_pretrained(tmp_path / "stock")
-    export(tmp_path / "stock", tmp_path / "out", "timm")
+    export_checkpoint(tmp_path / "stock", tmp_path / "out", "timm")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path / "stock").eval()
     pixels = torch.randn(2, 3, 32, 32)
@@ -817,7 +817,7 @@ def test_stock_s_epsilon_does_not_fit_into_timm(tmp_path: Path) -> None:
 
 def test_timm_becomes_stock(tmp_path: Path, picture: Image.Image) -> None:
     model = timm_folder("token", tmp_path / "timm")
-    export(tmp_path / "timm", tmp_path / "out", "transformers")
+    export_checkpoint(tmp_path / "timm", tmp_path / "out", "transformers")
     theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     assert type(theirs).__name__ == "ViTForImageClassification" and theirs.config.layer_norm_eps == 1e-6
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
@@ -875,13 +875,14 @@ def test_a_failure_leaves_nothing_behind(
     source, out = save(tmp_path / "ours", **OF_A_TARGET[to]), tmp_path / OUT[to]
     before = {}
     if force:
-        export(source, out, to)
+        export_checkpoint(source, out, to)
         before = content(out)
 
     def fail(*arguments: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(hf_vit.checkpoints.export, "verify", fail)
+    for module in (writing, google_out):
+        monkeypatch.setattr(module, "verify", fail)
     failed = run(source, out, "--to", to, *(["--force"] * force))
     assert failed.exit_code == 2 and "No space left" in failed.output
     assert content(out) == before if force else not out.exists()
@@ -891,15 +892,16 @@ def test_a_failure_leaves_nothing_behind(
 @pytest.mark.parametrize("to", OUT)
 def test_a_wrong_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     source = save(tmp_path / "ours", **OF_A_TARGET[to])
-    translated = hf_vit.checkpoints.export.translated
+    translated = writing.translated
 
     def wrong(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in translated(*arguments):
             yield name, tensor.flip(0) if "cls" in name or tensor.ndim == 1 else tensor
 
-    monkeypatch.setattr(hf_vit.checkpoints.export, "translated", wrong)
+    for module in (writing, google_out):
+        monkeypatch.setattr(module, "translated", wrong)
     with pytest.raises(AssertionError):
-        export(source, tmp_path / OUT[to], to)
+        export_checkpoint(source, tmp_path / OUT[to], to)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
@@ -917,12 +919,12 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
 
 
 def test_what_was_assumed_and_left_out_is_said(tmp_path: Path) -> None:
-    export(save(tmp_path / "ours"), tmp_path / "timm", "timm")
+    export_checkpoint(save(tmp_path / "ours"), tmp_path / "timm", "timm")
     tensors = load_file(tmp_path / "timm" / "model.safetensors")
     save_file({**tensors, "mask_token": torch.zeros(1, 1, 32)}, tmp_path / "timm" / "model.safetensors")
     config = json.loads((tmp_path / "timm" / "config.json").read_text())
     (tmp_path / "timm" / "config.json").write_text(json.dumps({**config, "architecture": "my_vit"}))
-    notes = export(tmp_path / "timm", tmp_path / "out", "transformers")
+    notes = export_checkpoint(tmp_path / "timm", tmp_path / "out", "transformers")
     assert any(note.startswith("Assumed: ") and "layer_norm_eps" in note for note in notes)
     assert any(note.startswith("Left out: ") and "'mask_token'" in note for note in notes)
 

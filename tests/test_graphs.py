@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor, HFViTModel
 from hf_vit.cli.main import app
 from hf_vit.graphs import export as graphs
-from hf_vit.graphs.kinds import KINDS, Answer, Graph, Kind, read_onnx, write_onnx
+from hf_vit.graphs import kinds
+from hf_vit.graphs.kinds import KINDS, Graph, Kind, Run, read_onnx, write_onnx
 from hf_vit.model.validation_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
 
 NAMES = ["red", "green", "blue"]
@@ -57,9 +58,7 @@ def run(*arguments: object) -> Any:
 
 
 @torch.no_grad()
-def assert_same_answers(
-    answer: Answer, model: Any, shapes: list[tuple[int, ...]] = SHAPES, bound: float = 1e-5
-) -> None:
+def assert_same_answers(answer: Run, model: Any, shapes: list[tuple[int, ...]] = SHAPES, bound: float = 1e-5) -> None:
     for shape in shapes:
         pixel_values = torch.randn(shape)
         expected: Tensor = Graph(model)(pixel_values)
@@ -118,7 +117,7 @@ def test_a_hybrid_is_for_its_own_size(kind: str, tmp_path: Path) -> None:
     fields = {"stem_layers": [1], "stem_width": 32, "patch_size": 16}
     source, out = save(tmp_path / "ours", make(**fields)), tmp_path / "graph"
     done = run(source, out, "--to", kind)
-    assert done.exit_code == 0 and "ResNet stem goes by the size of the image: the graph is for 32x48" in done.output
+    assert done.exit_code == 0 and "ResNet stem depends on the image size: the graph accepts 32x48 only" in done.output
     model = HFViTForImageClassification.from_pretrained(source).eval()
     assert_same_answers(KINDS[kind].read(out / f"model{KINDS[kind].suffix}"), model, SHAPES[:2])
 
@@ -134,8 +133,10 @@ def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     source = save(tmp_path / "ours", model)
     done = run(source, out, "--to", "onnx", "--int8", "dynamic", "--data", tmp_path / "data")
     assert done.exit_code == 0, done.output
-    assert "Height and width may be any multiples of 8 and 8" in done.output
-    assert "In fp32 logits are at most" in done.output and "In int8 dynamic logits are at most" in done.output
+    assert "Height and width can be any multiples of 8 and 8" in done.output
+    assert (
+        "fp32: logits differ from torch's by at most" in done.output and "int8 dynamic: logits differ" in done.output
+    )
     rows = {line[:28].strip(): line[28:].split() for line in done.output.splitlines() if line[28:36].strip()}
     assert {"torch fp32", "torch bf16", "onnx fp32", "onnx int8 dynamic"} < rows.keys()
     assert rows["onnx fp32"][:2] == [rows["torch fp32"][0], "100.00%"]
@@ -154,7 +155,7 @@ def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     assert said["preprocessor_config"]["size"] == {"height": 32, "width": 48}
     stored = onnx.load(out / "model.onnx")
     onnx.checker.check_model(stored)
-    assert [each.version for each in stored.opset_import if not each.domain] == [graphs.OPSET]
+    assert [each.version for each in stored.opset_import if not each.domain] == [kinds.OPSET]
     weights = [each for each in stored.graph.initializer if np.prod(each.dims) == 64 * 256]
     assert len(weights) == 2 and all(each.data_type == onnx.TensorProto.UINT8 for each in weights)
 
@@ -164,7 +165,7 @@ def test_onnx_of_weights_in_8_bits(tmp_path: Path) -> None:
     model = make(hidden_size=64, intermediate_size=256, num_hidden_layers=3)
     source, out = save(tmp_path / "ours", model), tmp_path / "some" / "model.onnx"
     done = run(source, out, "--to", "onnx", "--int8", "weights")
-    assert done.exit_code == 0 and "In int8 weights logits are at most" in done.output
+    assert done.exit_code == 0 and "int8 weights: logits differ from torch's by at most" in done.output
     assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]
     write_onnx(model, tmp_path / "whole.onnx")
     assert out.stat().st_size < 0.45 * (tmp_path / "whole.onnx").stat().st_size
@@ -175,7 +176,7 @@ def test_a_program_of_an_encoder(tmp_path: Path) -> None:
     source, out = save(tmp_path / "ours", make(HFViTModel)), tmp_path / "encoder.pt2"
     done = run(source, out, "--to", "torch-export")
     assert done.exit_code == 0, done.output
-    assert "gives pooler_output [batch, features]" in done.output
+    assert "output: pooler_output [batch, features]" in done.output
     stored = {"metadata.json": ""}
     program = torch.export.load(out, extra_files=stored)
     assert json.loads(json.loads(stored["metadata.json"])["config"])["hidden_size"] == 32
@@ -199,7 +200,7 @@ def test_what_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     wrong = Kind(".pt2", (), lambda model, path, metadata: path.touch(), lambda path: answer)
     monkeypatch.setitem(KINDS, "torch-export", wrong)
     done = run(source, tmp_path / "model.pt2", "--to", "torch-export")
-    assert done.exit_code == 2 and "0.0001 is the bound: nothing is written" in done.output.splitlines()[-1]
+    assert done.exit_code == 2 and "the bound is 0.0001. Nothing is written" in done.output.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
@@ -217,7 +218,7 @@ def test_what_is_no_number_differs_most() -> None:
 
 @pytest.mark.slow
 def test_weights_beyond_the_limit_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_BYTES_INSIDE", 1000)
+    monkeypatch.setattr(kinds, "MOST_BYTES_INSIDE", 1000)
     source, out = save(tmp_path / "ours"), tmp_path / "model.onnx"
     for int8 in ((), ("--int8", "weights"), ("--int8", "dynamic")):
         done = run(source, out, "--to", "onnx", "--force", *int8)

@@ -108,7 +108,7 @@ def test_card_states_what_was_measured_and_how(folder: Path) -> None:
         "## Training",
         "Three epochs.",
         "![training.png](training.png)",
-        "It knows 5 classes: LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4.",
+        "It has 5 classes: LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4.",
     ):
         assert line in card.text.splitlines()
     assert f"with {number:,}\nparameters: 3 layers, width 32, 4 heads, on images of 32x48 pixels" in card.text
@@ -211,7 +211,7 @@ def add(name: str) -> Callable[[Path], None]:
         (name_one_backend, "a processor for each backend"),
         (truncate_weights, "not a complete safetensors file"),
         *[
-            (add(name), f"must not travel.*{name}")
+            (add(name), f"must not be uploaded, since.*{name}")
             for name in ("training_args.bin", "optimizer.pt", "other.py", "data/model.safetensors")
         ],
     ],
@@ -241,7 +241,7 @@ def test_secrets_are_refused_as_such(folder: Path, name: str) -> None:
     (folder / name).write_text(SHAPED)
     with pytest.raises(ValueError, match=f"look like secrets, .*: {re.escape(name)}\n") as refusal:
         check_folder(folder)
-    assert "must not travel" not in str(refusal.value) and SHAPED not in str(refusal.value)
+    assert "may hold your token" not in str(refusal.value) and SHAPED not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_texts_with_a_token_are_refused(folder: Path, name: str, token: str, mon
     text = (folder / name).read_text() if (folder / name).exists() else "{}"
     is_json = name.endswith(".json")
     (folder / name).write_text(json.dumps({**json.loads(text), "note": token}) if is_json else text + token)
-    with pytest.raises(ValueError, match=f"a token stands in {name}") as refusal:
+    with pytest.raises(ValueError, match=f"there is a token in {name}") as refusal:
         check_folder(folder)
     assert token not in str(refusal.value)
 
@@ -352,7 +352,7 @@ def test_a_lost_folder_of_snapshots_ends_no_run(folder: Path, client: Hub) -> No
     hub = BackgroundPush("tester/run", say=said.append, token=SHAPED)
     shutil.rmtree(hub.snapshots)
     hub.submit(copying(folder), "Step 1")
-    assert said[0].startswith("Step 1 was not pushed to tester/run, the run goes on. FileNotFoundError: ")
+    assert said[0].startswith("Step 1 was not pushed to tester/run; the run continues. FileNotFoundError: ")
 
 
 def test_a_push_is_given_up_and_the_next_one_tried(folder: Path, client: Hub) -> None:
@@ -362,7 +362,7 @@ def test_a_push_is_given_up_and_the_next_one_tried(folder: Path, client: Hub) ->
     hub.submit(copying(folder), f"Step 1 of {SHAPED}")
     assert not hub.finish(timeout=60)
     assert len(said) == 1 and "\n" not in said[0] and SHAPED not in said[0]
-    assert said[0].startswith("Step 1 of TOKEN was not pushed to tester/run, the run goes on. http://")
+    assert said[0].startswith("Step 1 of TOKEN was not pushed to tester/run; the run continues. http://")
     assert "returned 507" in said[0] and said[0].endswith("try again later.")
     hub.submit(copying(folder), "Step 2")
     assert hub.finish(timeout=60)
@@ -402,7 +402,7 @@ def test_a_folder_that_cannot_be_written_ends_no_run(client: Hub) -> None:
     hub.submit(write, "Step 1")
     assert not hub.finish(timeout=5)
     assert said == [
-        "Step 1 was not pushed to tester/run, the run goes on. OSError: [Errno 28] No space left on device"
+        "Step 1 was not pushed to tester/run; the run continues. OSError: [Errno 28] No space left on device"
     ]
     assert list(Path(hub.snapshots).iterdir()) == []
 

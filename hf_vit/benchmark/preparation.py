@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints.export import export
+from ..checkpoints.export import export_checkpoint
 from ..checkpoints.families.vit_pytorch import ERAS, table
 from ..checkpoints.layouts import rules_of
 from ..data.opening import seed_of
@@ -122,8 +122,8 @@ def write_models(name: str, folder: Path, libraries: Collection[str]) -> dict[st
         height, width = model.config.image_shape
         HFViTImageProcessorPil(**{**PROCESSING, "size": {"height": height, "width": width}}).save_pretrained(ours)
     writers: dict[str, Callable[[Path], Any]] = {
-        "timm": lambda out: export(ours, out, "timm"),
-        "transformers": lambda out: export(ours, out, "transformers"),
+        "timm": lambda out: export_checkpoint(ours, out, "timm"),
+        "transformers": lambda out: export_checkpoint(ours, out, "transformers"),
         "vit-pytorch": lambda out: write_vit_pytorch(name, out),
     }
     failures: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint that could not be read betray about what is wrong with it."""
+"""Find out from the names and shapes of a checkpoint's tensors why it could not be read."""
 
 import re
 
@@ -6,26 +6,26 @@ from .files import Source, Tensors
 
 
 def explain(source: Source, error: Exception) -> str:
-    """Return an error's message with the file's name and what the tensors betray about themselves."""
+    """Return an error's message with the file's name, missing tensors and contradictory shapes."""
     sentence = " ".join(str(error).split("\n"))
     if not isinstance(error, ValueError):
         sentence = f"its tensors or the files beside them are not as expected ({type(error).__name__}: {sentence})."
     sentences = [sentence if source.name in sentence else f"{source.name}: {sentence}"]
     missing = [name for name in _missing(source.tensors) if repr(name) not in sentences[0]]
     if missing:
-        sentences.append(f"Going by the others, {', '.join(map(repr, missing[:4]))} should be there, too.")
+        sentences.append(f"Judging by the other tensors, {', '.join(map(repr, missing[:4]))} is missing.")
     sentences += [f"The shapes of {pair} contradict each other." for pair in _contradictions(source.tensors)[:4]]
     return " ".join(sentences)
 
 
-# A tensor of a layer: what stands before its number, the number, the rest.
+# A tensor of a layer: prefix, number of the layer, rest of the name.
 OF_A_LAYER = re.compile(r"(.*(?:blocks|layers?|encoderblock)[._])(\d+)([./].+)")
 
 
 def _missing(tensors: Tensors) -> list[str]:
-    """Name the weights of biases, and what half of the layers have, where they are missing."""
+    """Return the names of missing weights of biases, and of missing tensors that half of the layers have."""
     missing = []
-    layers: dict[str, dict[str, set[int]]] = {}  # prefix: rest: numbers
+    layers: dict[str, dict[str, set[int]]] = {}  # {prefix: {rest: numbers}}
     for name in tensors:
         if name.endswith((".bias", "/bias")) and not any(weight in tensors for weight in _weights_of(name)):
             missing.append(_weights_of(name)[0])
@@ -40,7 +40,7 @@ def _missing(tensors: Tensors) -> list[str]:
 
 
 def _contradictions(tensors: Tensors) -> list[str]:
-    """Name pairs of weight and bias of different widths: of torch the first dimensions, of flax the last."""
+    """Describe pairs of weight and bias with different widths: the first dimensions in torch, the last in flax."""
     pairs = []
     for bias, stored in tensors.items():
         for weight in _weights_of(bias) if bias.endswith((".bias", "/bias")) else ():

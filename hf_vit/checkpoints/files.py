@@ -1,8 +1,8 @@
-"""Where checkpoints come from: a file, a folder or a name on the Hub, as tensors that are read when asked for.
+"""Open a file, a folder or a name on the Hub as tensors that are read on request.
 
-What a file is, its first bytes say, not its name: safetensors, numpy's npz, or torch's zip and older pickle, which
-are read as tensors alone (`weights_only`), never as code. Nothing that a file says of itself is believed before it is
-compared with the file: neither sizes nor names, and least of all places outside of the folder.
+The first bytes of a file determine its format, not its name: safetensors, numpy's npz, or torch's zip and older
+pickle, which are read as tensors only (`weights_only`), never as code. What a file states about itself, such as sizes,
+names and paths, is checked against the file before it is used.
 """
 
 import json
@@ -33,31 +33,24 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SIDE_FILES = ("config.json", *PROCESSOR_FILES)
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-# Where a training checkpoint keeps its weights; an average of them comes first, as timm loads it.
+# Keys of the weights in a training checkpoint; averaged weights come first, as in timm.
 STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
 
-# Bytes of a safetensors header; ten thousand tensors take fewer.
+# Bytes of a safetensors header; ten thousand tensors need fewer.
 LARGEST_HEADER = 2**22
-# An archive that unpacks to more, and to so many times its size, was made to fill memory or disk: trained weights are
-# nearly as large packed.
+# An archive that unpacks to more bytes, and to more times its size, is an attack on memory or disk: trained weights
+# hardly compress.
 LARGEST_UNPACKED, MOST_UNPACKED = 2**26, 50
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
 }
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint, not read yet."""
+    """A tensor of a checkpoint that is read on request."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -69,13 +62,13 @@ Tensors = dict[str, Stored]
 
 @dataclass
 class Source:
-    """A checkpoint as it lies somewhere.
+    """A checkpoint as stored.
 
     Attributes:
-        name: What was asked for; errors and reports name it.
-        tensors: By their name in the file.
-        config: Content of the `config.json` beside the weights; empty if there is none.
-        folder: Where the files beside the weights lie, if anywhere.
+        name: The file, folder or name on the Hub that was opened, for errors and reports.
+        tensors: The tensors by their names in the file.
+        config: Content of `config.json` in the folder of the weights; empty if there is none.
+        folder: Folder of the weights, or of the other files of the checkpoint.
     """
 
     name: str
@@ -84,10 +77,10 @@ class Source:
     folder: Path | None = None
 
     def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
-        """Return the shape of a tensor that must be there, with so many dimensions if it is said.
+        """Return the shape of a required tensor.
 
         Raises:
-            ValueError: If it is not there, or has others; names file and tensor.
+            ValueError: If the tensor is missing, or does not have `dimensions`; names file and tensor.
         """
         if name not in self.tensors:
             raise ValueError(f"{self.name}: the tensor {name!r} is missing.")
@@ -102,17 +95,17 @@ def open_source(name: str | Path, **hub: Any) -> Source:
 
     Args:
         name: A file, a folder, or a name on the Hub.
-        hub: How to look on the Hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, ...
+        hub: Options of the Hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, ...
 
     Raises:
-        ValueError: If there is nothing, or nothing that is a checkpoint.
+        ValueError: If it does not exist, or is not a checkpoint.
     """
     path = Path(name)
     if path.is_file():
-        places = [] if _kind(path) == "npz" else [path.parent / file for file in SIDE_FILES]
-        beside = {file.name: file for file in places if file.is_file()}
+        names = () if _format_of(path) == "npz" else SIDE_FILES
+        beside = {file: path.parent / file for file in names if (path.parent / file).is_file()}
         for file in beside.values():
-            _refuse_outside(path.parent, file)
+            _check_inside(path.parent, file)
         return _source(str(name), read_tensors(path), path, beside)
     is_hub_name = (
         str(name).count("/") < 2 and not str(name).startswith((".", "/", "~")) and path.suffix not in SUFFIXES
@@ -121,18 +114,21 @@ def open_source(name: str | Path, **hub: Any) -> Source:
         raise ValueError(f"{name}: no such file or folder.")
     read = read_weights(str(name), hub)
     if read is None:
-        if not path.is_dir():  # let the Hub's client say why: no such name, no connection, no right
+        if not path.is_dir():  # raises the reason: no such name, no connection, no permission
             _find(str(name), hub, WEIGHTS[0], is_optional=False)
-        raise ValueError(f"{name}: no weights there; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
+        raise ValueError(f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
     find = partial(_find, str(name), hub)
     return _source(str(name), *read, {file: found for file in SIDE_FILES if (found := find(file))})
 
 
 def read_weights(name: str, hub: dict[str, Any]) -> tuple[Tensors, Path] | None:
-    """List the tensors of a folder or a name on the Hub, in one file or in shards; nothing if it has no weights.
+    """List the tensors of a folder or a name on the Hub, in one file or in shards; return `None` without weights.
+
+    Returns:
+        The tensors, and the file of the weights or of their index.
 
     Raises:
-        ValueError: If a file is damaged, or not where it belongs; names it.
+        ValueError: If a file is corrupt or missing; names it.
     """
     find = partial(_find, name, hub)
     weights = next((found for file in WEIGHTS if (found := find(file))), None)
@@ -142,7 +138,7 @@ def read_weights(name: str, hub: dict[str, Any]) -> tuple[Tensors, Path] | None:
 
 
 def _find(name: str, hub: dict[str, Any], file: str, is_optional: bool = True) -> Path | None:
-    """Return a file of a folder or of a repository; `None` if it is not there, which a failed request does not say."""
+    """Return a file of a folder or a repository; `None` only if it is known to be missing, not if a request failed."""
     try:
         found = cached_file(name, file, **hub)
     except OSError as error:
@@ -150,66 +146,66 @@ def _find(name: str, hub: dict[str, Any], file: str, is_optional: bool = True) -
             return None
         raise ValueError(f"{name}: {sentence_of(error) or one_line(str(error))}") from error
     if found and Path(name).is_dir():
-        _refuse_outside(Path(name), Path(found))
+        _check_inside(Path(name), Path(found))
     return Path(found) if found else None
 
 
 def _is_known_to_miss(name: str, hub: dict[str, Any], file: str) -> bool:
-    """Say whether the cache holds that a repository does not have a file."""
-    place = {option: hub[option] for option in ("cache_dir", "revision") if hub.get(option)}
-    return try_to_load_from_cache(name, str(Path(hub.get("subfolder") or "", file)), **place) is _CACHED_NO_EXIST
+    """Return whether the cache records that a repository does not have a file."""
+    options = {option: hub[option] for option in ("cache_dir", "revision") if hub.get(option)}
+    return try_to_load_from_cache(name, str(Path(hub.get("subfolder") or "", file)), **options) is _CACHED_NO_EXIST
 
 
-def _refuse_outside(folder: Path, file: Path) -> None:
-    """Refuse a link that leaves the folder: whoever made the folder would choose what is read, and published later.
+def _check_inside(folder: Path, file: Path) -> None:
+    """Raise `ValueError` for a link that leaves the folder: it could make the user read and publish any file.
 
-    A snapshot in the Hub's cache consists of links to the blobs of its repository.
+    A snapshot in the Hub's cache consists of links to the blobs of its repository, which are allowed.
     """
-    place, target = folder.resolve(), file.resolve()
-    blobs = [(parent.parent / "blobs").resolve() for parent in place.parents if parent.name == "snapshots"]
-    if not any(target.is_relative_to(allowed) for allowed in (place, *blobs)):
+    inside, target = folder.resolve(), file.resolve()
+    blobs = [(parent.parent / "blobs").resolve() for parent in inside.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in (inside, *blobs)):
         raise ValueError(
-            f"{file}: a link to {target}, outside of the folder, is not followed: give the path of that file itself, "
-            "or put a copy here."
+            f"{file}: the link to {target}, outside of the folder, is not followed: pass the path of that file, or "
+            "replace the link with a copy."
         )
 
 
 def _of_shards(index: Path, find: Callable[[str], Path | None]) -> Tensors:
     shards = read_json(index).get("weight_map", {})
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index}: expected a weight_map from names of tensors to names of files.")
+        raise ValueError(f"{index}: expected a weight_map from tensor names to file names.")
     names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name or name == "..":
-            raise ValueError(f"{index}: the shard {name!r} lies outside of the folder.")
+            raise ValueError(f"{index}: the shard {name!r} is outside of the folder.")
     found = {name: find(name) for name in names}
     missing = [name for name, path in found.items() if path is None]
     if missing or not names:
-        raise ValueError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
+        raise ValueError(f"{index}: these shards are missing: {', '.join(missing) or 'all, since it names none'}.")
     tensors: Tensors = {}
     for name, path in found.items():
         assert path is not None
         here = read_tensors(path)
         if twice := tensors.keys() & here.keys():
-            raise ValueError(f"{path}: {min(twice)!r} is in another shard, too.")
+            raise ValueError(f"{path}: {min(twice)!r} is also in another shard.")
         if lost := {_without_wrappers(tensor) for tensor, shard in shards.items() if shard == name} - here.keys():
-            raise ValueError(f"{path}: {min(lost)!r} is not in it, where {index.name} says that it is.")
+            raise ValueError(f"{path}: {min(lost)!r} is not in this file, contrary to {index.name}.")
         tensors.update(here)
     return tensors
 
 
 def _source(name: str, tensors: Tensors, weights: Path, beside: dict[str, Path]) -> Source:
     if not tensors:
-        raise ValueError(f"{name}: no tensors in it.")
+        raise ValueError(f"{name}: it holds no tensors.")
     config = read_json(beside["config.json"]) if "config.json" in beside else {}
     return Source(name, tensors, config, next((path.parent for path in beside.values()), weights.parent))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a file holds.
+    """Return the JSON object in a file.
 
     Raises:
-        ValueError: If it holds none; names the file.
+        ValueError: If the file holds something else; names it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -224,23 +220,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """List the tensors of one file, in any of the formats.
+    """List the tensors of one file in any of the formats.
 
     Raises:
-        ValueError: If it is none of them, is damaged, or holds more than tensors; names the file.
+        ValueError: If it has another format, is corrupt, or holds more than tensors; names the file.
     """
     readers = {"safetensors": _of_safetensors, "npz": _of_npz, "torch": _of_torch}
-    kind = _kind(path)
+    name = _format_of(path)
     try:
-        return readers[kind](path)
-    except Exception as error:  # a damaged file can fail in any way
+        return readers[name](path)
+    except Exception as error:  # a corrupt file can fail in any way
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"{path}: damaged, or no {kind} file ({reason[0]}).") from error
+        raise ValueError(f"{path}: corrupt, or not a {name} file ({reason[0]}).") from error
 
 
-def _kind(path: Path) -> str:
+def _format_of(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:] == b"{":  # eight bytes of length, then JSON
@@ -248,43 +244,43 @@ def _kind(path: Path) -> str:
     if head.startswith(b"PK"):
         try:
             members = zipfile.ZipFile(path).infolist()
-        except Exception as error:  # a damaged directory can fail in any way
-            raise ValueError(f"{path}: a damaged or truncated zip ({error}).") from error
+        except Exception as error:  # a corrupt directory can fail in any way
+            raise ValueError(f"{path}: a corrupt or truncated zip file ({error}).") from error
         packed, unpacked = path.stat().st_size, sum(member.file_size for member in members)
         if unpacked > max(LARGEST_UNPACKED, MOST_UNPACKED * packed):
-            raise ValueError(f"{path}: {packed} bytes unpack to {unpacked}, which no weights do; that is not read.")
+            raise ValueError(f"{path}: {packed} bytes unpack to {unpacked}, far more than any weights: not read.")
         return "npz" if any(member.filename.endswith(".npy") for member in members) else "torch"
     if head[:1] == b"\x80":  # pickle, as torch wrote it before version 1.6
         return "torch"
-    raise ValueError(f"{path}: no checkpoint; expected safetensors, npz, or a file of torch.save.")
+    raise ValueError(f"{path}: not a checkpoint; expected safetensors, npz, or a file written by torch.save.")
 
 
 def _of_safetensors(path: Path) -> Tensors:
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         if length > min(LARGEST_HEADER, path.stat().st_size):
-            raise ValueError(f"{path}: damaged: its header would have {length} bytes.")
+            raise ValueError(f"{path}: corrupt: its header states a length of {length} bytes.")
         header = raw.read(length)
     tensors = {}
     with safe_open(path, framework="pt") as file:
-        json.loads(header, object_pairs_hook=partial(_refuse_twice, path))  # the library takes the last
+        json.loads(header, object_pairs_hook=partial(_check_unique, path))  # the library uses the last of duplicates
         for name in list(file.keys()):
             view = file.get_slice(name)
             if view.get_dtype() not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{path}: {name!r} has the type {view.get_dtype()}, which is not read.")
+                raise ValueError(f"{path}: {name!r} has the type {view.get_dtype()}, which is not supported.")
             dtype = SAFETENSORS_DTYPES[view.get_dtype()]
             tensors[name] = Stored(tuple(view.get_shape()), dtype, partial(read_safetensor, path, name))
     return tensors
 
 
-def _refuse_twice(path: Path, pairs: list[tuple[str, Any]]) -> None:
+def _check_unique(path: Path, pairs: list[tuple[str, Any]]) -> None:
     (name, number), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
     if number > 1:
-        raise ValueError(f"{path}: {name!r} is in it twice.")
+        raise ValueError(f"{path}: {name!r} occurs twice.")
 
 
 def read_safetensor(path: Path, name: str) -> Tensor:
-    """Read one tensor; the file is opened anew, since all that was read of an open one stays in memory."""
+    """Read one tensor. The file is opened each time, since all tensors read from an open file stay in memory."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
@@ -292,7 +288,7 @@ def read_safetensor(path: Path, name: str) -> Tensor:
 def _of_npz(path: Path) -> Tensors:
     archive = zipfile.ZipFile(path)
     members = archive.infolist()
-    _refuse_twice(path, [(member.filename, None) for member in members])
+    _check_unique(path, [(member.filename, None) for member in members])
     tensors = {}
     for member in members:
         with archive.open(member) as file:
@@ -304,16 +300,16 @@ def _of_npz(path: Path) -> Tensors:
             header_size = file.tell()
         name = member.filename.removesuffix(".npy")
         if dtype.kind not in "biufcV":
-            raise ValueError(f"{path}: {name!r} holds {dtype}, not numbers; that is not read.")
+            raise ValueError(f"{path}: {name!r} holds {dtype}, expected numbers.")
         if header_size + dtype.itemsize * prod(shape) != member.file_size:
-            raise ValueError(f"{path}: damaged: {name!r} has {member.file_size} bytes, which are not {list(shape)}.")
+            raise ValueError(f"{path}: corrupt: {name!r} has {member.file_size} bytes, but the shape {list(shape)}.")
         if member.compress_type == zipfile.ZIP_STORED:
-            # Where the numbers start: behind the member's own header, whose two lengths are its bytes 26 to 30.
+            # The numbers start after the member's header, whose two variable lengths are in its bytes 26 to 30.
             with path.open("rb") as raw:
                 raw.seek(member.header_offset + 26)
                 start = member.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4))) + header_size
             if start + dtype.itemsize * prod(shape) > path.stat().st_size:
-                raise ValueError(f"{path}: truncated inside {name!r}.")
+                raise ValueError(f"{path}: truncated in {name!r}.")
             read = partial(_map_array, path, start, shape, dtype, "F" if is_fortran else "C")
         else:
             read = partial(_unpack_array, path, member.filename)
@@ -324,7 +320,7 @@ def _of_npz(path: Path) -> Tensors:
 def _map_array(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype, order: Any) -> Tensor:
     if 0 in shape:
         return _tensor(np.empty(shape, dtype))
-    return _tensor(np.memmap(path, dtype, mode="c", offset=start, shape=shape, order=order))  # "c": our own copy
+    return _tensor(np.memmap(path, dtype, mode="c", offset=start, shape=shape, order=order))  # "c": copy on write
 
 
 def _unpack_array(path: Path, member: str) -> Tensor:
@@ -333,7 +329,7 @@ def _unpack_array(path: Path, member: str) -> Tensor:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    if array.dtype == np.dtype("V2"):  # bfloat16, which numpy does not know by name
+    if array.dtype == np.dtype("V2"):  # bfloat16, for which numpy has no type
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
@@ -341,8 +337,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 def _of_torch(path: Path) -> Tensors:
     if zipfile.is_zipfile(path):
         for member in zipfile.ZipFile(path).infolist():
-            if member.compress_type != zipfile.ZIP_STORED:  # mapped into memory, it would be taken for numbers
-                raise ValueError(f"{path}: {member.filename!r} is compressed, which torch never does: save it anew.")
+            if member.compress_type != zipfile.ZIP_STORED:  # mapped into memory, it would be read as numbers
+                raise ValueError(f"{path}: {member.filename!r} is compressed, unlike files of torch: save it again.")
     file, tensors = TorchFile(path), {}
     for name, value in file.content.items():
         if not isinstance(value, Tensor):
@@ -350,13 +346,13 @@ def _of_torch(path: Path) -> Tensors:
         if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
             raise ValueError(f"{path}: {name!r} is {value.layout} on {value.device}, expected a dense tensor.")
         if value.numel() * value.itemsize > path.stat().st_size:
-            raise ValueError(f"{path}: {name!r} is {list(value.shape)}, which is larger than the file.")
+            raise ValueError(f"{path}: {name!r} has the shape {list(value.shape)}, which is larger than the file.")
         tensors[name] = Stored(tuple(value.shape), value.dtype, partial(file.read, name))
     return tensors
 
 
 class TorchFile:
-    """A state dict of torch, mapped into memory; anew after some reading, since all that was read stays in memory."""
+    """A state dict of torch, mapped into memory. It is mapped again after some reads, since they stay in memory."""
 
     LIMIT = 128 * 2**20  # bytes
 
@@ -375,28 +371,28 @@ class TorchFile:
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
-    """Load the state dict of a file; a zip is mapped, the older form is read as a whole."""
+    """Load the state dict of a file; a zip is mapped into memory, the older format is read completely."""
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
     try:
-        # Training scripts keep their arguments beside the weights. What torch warns of, it refuses if need be.
+        # Training scripts store their arguments with the weights. torch raises where its warnings matter.
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, **options)
     except UnpicklingError as error:
         raise ValueError(
-            f"{path}: is damaged, or holds more than tensors, which could be code, and is not opened. If you trust "
-            "its author, load it yourself and save its state_dict with safetensors."
+            f"{path}: it is corrupt, or holds objects other than tensors, which could run code, and is not loaded. If "
+            "you trust its author, load it yourself and save its state_dict with safetensors."
         ) from error
     for name in STATE_DICTS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict.")
+        raise ValueError(f"{path}: it holds a {type(content).__name__}, expected a state dict.")
     return {_without_wrappers(str(name)): value for name, value in content.items()}
 
 
 def _without_wrappers(name: str) -> str:
-    """Remove what DataParallel, torch.compile and averaging put before a name."""
+    """Remove the prefixes of DataParallel, torch.compile and averaging from a name."""
     for wrapper in ("module.", "_orig_mod."):
         name = name.removeprefix(wrapper)
     return name

@@ -1,4 +1,4 @@
-"""`from_pretrained` of our models on other libraries' checkpoints: a folder, a file, or a name on the Hub."""
+"""`from_pretrained` of our models on checkpoints from other libraries: a folder, a file, or a name on the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from transformers.utils import cached_file
 
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
-from . import open_checkpoint
-from .checkpoint import CLASSIFIER, ENCODER
+from .checkpoint import CLASSIFIER, ENCODER, Checkpoint
+from .families import own
 from .files import read_json, read_weights
+from .opening import open_checkpoint
 
 OF_ALL_CONFIGS = ("num_labels", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states")
 OTHER_WEIGHTS = {"variant", "gguf_file", "use_safetensors"}
@@ -20,16 +21,16 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 def read_foreign(
     name: str, class_name: str, options: dict[str, Any]
 ) -> tuple[HFViTConfig, dict[str, Tensor], HFViTImageProcessorPil, dict[str, Any]] | None:
-    """Read a checkpoint that is of another library, for a class of ours.
+    """Read a checkpoint from another library for a model class of ours.
 
     Args:
-        name: As given to `from_pretrained`.
-        class_name: Of the model that will be filled.
-        options: Keywords of `from_pretrained`; fields of the config among them win.
+        name: The argument of `from_pretrained`.
+        class_name: The model class to fill.
+        options: Keywords of `from_pretrained`; config fields among them override the checkpoint's.
 
     Returns:
-        Config, state dict, processor and the keywords that are left, or `None` if it is ours, or for transformers to
-        refuse.
+        Config, state dict, processor and the remaining keywords; `None` if the checkpoint is our own, or does not
+        exist, so that transformers reads it or raises.
     """
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     if not Path(name).is_file():
@@ -38,20 +39,27 @@ def read_foreign(
             return None
         if read_json(Path(found)).get("model_type") == HFViTConfig.model_type:
             if Path(name).is_dir() and not OTHER_WEIGHTS.intersection(options):
-                read_weights(name, hub)  # refuses what transformers would not, or not by the name of the file
+                read_weights(name, hub)  # rejects corrupt files that transformers accepts or reports without a name
             return None
     checkpoint = open_checkpoint(name, **hub)
     rest = {option: value for option, value in options.items() if option not in hub}
     config = rest.pop("config", None)
     if not isinstance(config, HFViTConfig):
-        fields = checkpoint.config.to_dict()
-        labels = rest.get("num_labels") or len(rest.get("id2label") or checkpoint.config.id2label or ())
-        is_new_head = checkpoint.architecture == ENCODER or labels != checkpoint.config.num_labels
-        if class_name == CLASSIFIER and is_new_head:
-            fields["representation_size"] = None  # pre-logits belong to the head of the pre-training
-        changed = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(rest)
-        config = HFViTConfig.from_dict(fields, **{option: rest.pop(option) for option in changed})
+        config, rest = config_for(checkpoint, class_name, rest)
     config.dtype = checkpoint.dtype
     processor = checkpoint.processor()
     processor.set_output_size(config.image_shape)
     return config, checkpoint.state_dict(), processor, rest
+
+
+def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any]) -> tuple[HFViTConfig, dict[str, Any]]:
+    """Return the config of a model class filled from a checkpoint, and the options that are not config fields."""
+    stored, config = checkpoint.config.to_dict(), checkpoint.config
+    labels = options.get("num_labels") or len(options.get("id2label") or config.id2label or ())
+    is_new_head = checkpoint.architecture == ENCODER or labels != config.num_labels
+    if class_name == CLASSIFIER and is_new_head and checkpoint.family != own.FAMILY.name:
+        stored["representation_size"] = None  # pre-logits belong to the head of the pre-training
+    fields = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(options)
+    config = HFViTConfig.from_dict(stored, **{name: options[name] for name in fields})
+    config.dtype = checkpoint.dtype
+    return config, {option: value for option, value in options.items() if option not in fields}

@@ -1,8 +1,8 @@
-"""How tensors of other layouts become ours and back: small reversible steps, and tables of names that use them.
+"""Conversion of tensors between other layouts and ours: reversible steps, and tables of names that use them.
 
-A family is a table of rows: our names, theirs, and the layout between. `{}` stands for the number of a layer, `*` for
-`weight` and `bias`. What the config does not have drops out, so that one table serves every architecture of a family
-in both directions.
+A family is a table of rows: our names, theirs, and the layout between them. `{}` stands for the number of a layer, `*`
+for `weight` and `bias`. Rows of tensors that an architecture does not have drop out, so that one table serves every
+architecture of a family in both directions.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -20,13 +20,13 @@ from ..model.configuration_hf_vit import HFViTConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """A reversible step: `read` makes our tensors of theirs, `write` theirs of ours. Values are never changed."""
+    """A reversible step: `read` converts their tensors to ours, `write` ours to theirs. Values do not change."""
 
     read: Callable[[list[Tensor]], list[Tensor]]
     write: Callable[[list[Tensor]], list[Tensor]]
 
     def then(self, other: "Layout") -> "Layout":
-        """Return the step that reads by this one first, and writes by it last."""
+        """Return the step that reads with this one first, and writes with it last."""
         return Layout(
             lambda theirs: other.read(self.read(theirs)),
             lambda ours: self.write(other.write(ours)),
@@ -34,7 +34,7 @@ class Layout:
 
 
 def each(read: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor]) -> Layout:
-    """Return the step that treats every tensor of a row alike."""
+    """Return the step that converts every tensor of a row in the same way."""
     return Layout(
         lambda theirs: [read(tensor) for tensor in theirs],
         lambda ours: [write(tensor) for tensor in ours],
@@ -47,22 +47,22 @@ def same(config: HFViTConfig) -> Layout:
 
 
 def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Layout:
-    """Change the shape alone."""
+    """Change only the shape."""
     return each(lambda tensor: tensor.reshape(*ours), lambda tensor: tensor.reshape(*theirs))
 
 
 def convolution(config: HFViTConfig) -> Layout:
-    """Patches: a convolution's `[D, C, ph, pw]` to a matrix `[D, C*ph*pw]`."""
+    """The patch convolution `[D, C, ph, pw]` to a matrix `[D, C*ph*pw]`."""
     return each(lambda kernel: kernel.flatten(1), lambda matrix: matrix.unflatten(1, (-1, *config.patch_shape)))
 
 
 def heads_first(config: HFViTConfig, parts: int = 3) -> Layout:
-    """Queries, keys and values one behind the other, `[parts*A*d, ...]`, to rows ordered (head, part, d)."""
+    """Queries, keys and values concatenated, `[parts*A*d, ...]`, to rows ordered (head, part, d)."""
     return packed(parts).then(heads_together(config, parts))
 
 
 def packed(parts: int) -> Layout:
-    """One tensor of `parts` blocks of rows to as many tensors."""
+    """One tensor of `parts` blocks of rows to `parts` tensors."""
     return Layout(
         lambda theirs: list(theirs[0].chunk(parts)),
         lambda ours: [torch.cat(ours)],
@@ -70,7 +70,7 @@ def packed(parts: int) -> Layout:
 
 
 def heads_together(config: HFViTConfig, parts: int = 3) -> Layout:
-    """Queries, keys and values in tensors of their own, `[A*d, ...]` each, to rows ordered (head, part, d)."""
+    """Queries, keys and values in separate tensors, `[A*d, ...]` each, to rows ordered (head, part, d)."""
     heads = config.num_attention_heads
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
@@ -88,9 +88,9 @@ def halves(config: HFViTConfig) -> Layout:
 
 
 def positions(config: HFViTConfig) -> Layout:
-    """One table of all positions, `[1, P+N, D]`, to those of the prefix `[1, P, D]` and of the grid `[1, h, w, D]`.
+    """One table of all positions, `[1, P+N, D]`, to tables of the prefix `[1, P, D]` and of the grid `[1, h, w, D]`.
 
-    Reads the grid that the config is given; without positions of the prefix there is the grid's table alone.
+    The grid is the config's. Without prefix positions, there is only the grid's table.
     """
     prefix, grid = config.num_prefix_positions or 0, config.grid_size
 
@@ -109,7 +109,7 @@ def positions(config: HFViTConfig) -> Layout:
 
 
 class Row(NamedTuple):
-    """A line of a family's table: our names, theirs, and the layout between them, made for a config."""
+    """A row of a family's table: our names, theirs, and a function from a config to the layout between them."""
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
@@ -117,7 +117,7 @@ class Row(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A row for one layer and one kind of tensor."""
+    """A row for one layer, and for weights or biases."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -130,16 +130,16 @@ def rules_of(
     """Apply a family's table to an architecture.
 
     Args:
-        table: Rows with our names as `HFViTModel` and the heads have them. Of several rows for the same names, which
-            are names of several eras, that one counts of which most are available, the first if all are alike.
-        config: The architecture, on the grid that the tensors have.
+        table: Rows with the names of `HFViTModel` and of the heads. Of several rows for the same names, from several
+            eras, the one with the largest share of `available` names is used, and the first of equals.
+        config: The architecture, with the grid of the tensors.
         names: Names of all parameters of the model; a row without any of them drops out.
-        available: Names in the file, for reading.
+        available: Names in the file, when reading.
 
     Raises:
-        AssertionError: If a parameter has no row: the table does not know a feature that the config has.
+        AssertionError: If a parameter has no row, because the table lacks a feature of the config.
     """
-    # The heads keep the encoder under this name; the tables leave it out.
+    # Models with a head have the encoder under this name; the tables omit it.
     full_names = {name.removeprefix("vit."): name for name in names}
     candidates = [rules for row in table if (rules := _expand(row, config, full_names))]
     candidates.sort(key=lambda rules: -_share_available(rules, available))  # stable: the table's order breaks ties
@@ -155,7 +155,7 @@ def rules_of(
 
 
 def _expand(row: Row, config: HFViTConfig, full_names: dict[str, str]) -> list[Rule]:
-    """Return the rules of a row: one for each layer and kind of tensor that the model has."""
+    """Return the rules of a row: one for each layer, and for weights and biases, that the model has."""
     ours, theirs = ((names,) if isinstance(names, str) else names for names in (row.ours, row.theirs))
     rules = []
     for layer in range(config.num_hidden_layers) if "{}" in "".join(ours) else (None,):
@@ -182,28 +182,27 @@ def _fill(name: str, layer: int | None, kind: str | None) -> str:
 def grid_of_table(
     number: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None, what: str
 ) -> tuple[int, int]:
-    """Return the grid of a table that does not say its own: that of the stated image if it fits, else the square,
-    the only guess that all sources make.
+    """Return the grid of a table of `number` positions: the stated image's if it fits, or else a square.
 
     Raises:
-        ValueError: If `number` is neither.
+        ValueError: If neither fits.
     """
     if image_size is not None:
         grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
         if grid[0] * grid[1] == number:
             return grid
     if not is_square(number):
-        raise ValueError(f"{what} has {number} places, which is no square: pass --image-size HxW.")
+        raise ValueError(f"{what} has {number} positions, which are not a square grid: pass --image-size HxW.")
     return isqrt(number), isqrt(number)
 
 
 def is_square(number: int) -> bool:
-    """Say whether `number` cells can be a square grid."""
+    """Return whether `number` patches can form a square grid."""
     return isqrt(number) ** 2 == number
 
 
 def count(names: Iterable[str], template: str, first: int = 0) -> int:
-    """Return how many numbers, from `first` on, put into `template` for `{}`, begin a name."""
+    """Return how many consecutive numbers from `first` on, in place of `{}` in `template`, begin a name."""
     names, number = list(names), first
     while any(name.startswith(template.format(number)) for name in names):
         number += 1
@@ -211,18 +210,18 @@ def count(names: Iterable[str], template: str, first: int = 0) -> int:
 
 
 def resample_patch_projection(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize a projection of patches so that tokens of resized patches stay what they were.
+    """Resample a patch projection so that resized patches give the same tokens (FlexiViT, arXiv:2212.08013, sec. 3.4).
 
-    The pseudo-inverse of the patches' bilinear resize, applied to the weights (section 3.4): for patches that grow the
-    tokens are equal, for others as near as can be in the least-squares sense.
+    The pseudo-inverse of the bilinear resize is applied to the weights. Tokens of larger patches are equal, those of
+    smaller patches are the closest in the least-squares sense.
 
     Args:
-        weight: `[D, C*ph*pw]`, computed in float64, returned in its dtype.
+        weight: `[D, C*ph*pw]`; computed in float64, returned in its dtype.
         old: `(height, width)` of its patches in pixels.
-        new: `(height, width)` wanted.
+        new: `(height, width)` of the new patches in pixels.
 
     Returns:
-        `[D, C*h*w]` of the new patches.
+        `[D, C*h*w]` for the new patches.
     """
     if new == old:
         return weight

@@ -1,4 +1,8 @@
-"""A checkpoint for the labels of other data, or for more pre-training: how fine-tuning begins."""
+"""From a source to a model and its image processor: for inference, for fine-tuning, and for figures.
+
+A source is a file, a folder or a name on the Hub, in any layout. Each function opens it once, and reads every weight
+once, which is when NaN and infinity are found.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,124 +12,145 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..model import model_class
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
-from . import Checkpoint, Options, open_checkpoint
-from .checkpoint import CLASSIFIER, refuse_not_finite
+from ..system.texts import shortened
+from .checkpoint import CLASSIFIER, Checkpoint, Options
+from .families import own
+from .from_pretrained import config_for
+from .opening import open_checkpoint
 
 logger = logging.get_logger(__name__)
 
-# What is learned is float32, whatever was stored: a small step is lost in half precision.
-LOADING: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
+# Training is in float32, whatever the checkpoint stores: half precision loses small updates.
+FINE_TUNING: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.float32}
 
 
-def fields_of_labels(label_names: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a config that say what the classes are, each image having one of them."""
-    return {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-        # Stated, not guessed from the first batch: transformers takes soft labels for several labels an image.
-        "problem_type": "single_label_classification",
-    }
+def load(
+    source: str | Path, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
+) -> tuple[Any, HFViTImageProcessor]:
+    """Load a classifier, or an encoder where the checkpoint has no classifier, and its image processor.
+
+    Args:
+        source: A file, a folder or a name on the Hub, in any layout.
+        image_size: `(height, width)` in pixels; the checkpoint's own by default.
+        checkpoint: The result of `open_checkpoint` for `source`, if it is open already.
+
+    Raises:
+        ValueError: If weights are missing, NaN or infinite.
+    """
+    checkpoint = checkpoint or open_checkpoint(source, Options(image_size=image_size))
+    loaded: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
+    model, report = _fill(loaded, checkpoint)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks weights of {loaded.__name__}: {shortened(missing)}. A model that was only pre-trained "
+            "may have no pooling yet: fine-tune it first."
+        )
+    return model.eval(), _processor(checkpoint, model.config.image_shape)
+
+
+def load_for_figures(
+    checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
+) -> tuple[Any, HFViTImageProcessor]:
+    """Load a model of any architecture in float32 on the accelerator, and a processor that gives one image size.
+
+    Args:
+        checkpoint: The result of `open_checkpoint`.
+        image_size: `(height, width)` in pixels of the processed images; the model's own by default.
+    """
+    model, _ = _fill(model_class(checkpoint.architecture), checkpoint, dtype=torch.float32)
+    processor = _processor(checkpoint, image_size or model.config.image_shape, do_resize=True, packing=None)
+    return model.eval().to(torch.accelerator.current_accelerator(True) or "cpu"), processor
 
 
 def load_classifier(
     source: str | Path, label_names: Sequence[str], **fields: Any
 ) -> tuple[HFViTForImageClassification, HFViTImageProcessor]:
-    """Load a checkpoint as a classifier of `label_names`, with the processor of its images at the model's size.
+    """Load a checkpoint as a classifier of `label_names`, with its image processor at the model's size.
 
-    A head that was made for exactly these labels, in this order, is kept. Any other is replaced by one of zeros, and
-    it is said, even where the number of labels happens to be the same.
+    The head is kept if it was trained for exactly these labels in this order. Otherwise it is replaced by a head of
+    zeros with a warning, even if the number of labels is the same.
 
     Args:
-        source: A folder, a file or a name on the Hub, of this package or another library.
-        label_names: What the classes of the data are called.
-        fields: Fields of `HFViTConfig` that are to be others than the checkpoint's, such as `image_size`.
+        source: A file, a folder or a name on the Hub, in any layout.
+        label_names: Names of the classes, by class index.
+        fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`.
 
     Raises:
-        ValueError: If anything but the head is missing in the checkpoint, has another shape there, or is no number.
+        ValueError: If weights other than the head are missing, have another shape, or are NaN or infinite.
     """
     label_names = list(label_names)
     checkpoint = open_checkpoint(source)
     stored = list((checkpoint.config.id2label or {}).values())
-    loaded: Any = HFViTForImageClassification.from_pretrained(
-        source, **LOADING, **{**fields_of_labels(label_names), **fields}
-    )
-    model, report = loaded
-    _refuse_other_architecture(source, report, "classifier.", fields)
+    of_model = {**fields_of_labels(label_names), **fields}
+    model, report = _fill(HFViTForImageClassification, checkpoint, **FINE_TUNING, **of_model)
+    _require_encoder(source, report, "classifier.", fields)
     if stored != label_names:
         for parameter in model.classifier.parameters():
             nn.init.zeros_(parameter)
         logger.warning(
-            f"New head for {len(label_names)} labels ({_some(label_names)}): classifier.weight and classifier.bias "
-            f"start at zero, since {source} tells others apart ({_some(stored)})."
+            f"New head for {len(label_names)} labels ({shortened(label_names)}): classifier.weight and "
+            f"classifier.bias start at zero, since {source} has other labels ({shortened(stored)})."
         )
-    refuse_not_finite(str(source), model.state_dict())
-    return model, _processor(checkpoint, model)
+    return model, _processor(checkpoint, model.config.image_shape)
 
 
 def load_for_masked_patches(
     source: str | Path, **fields: Any
 ) -> tuple[HFViTForMaskedImageModeling, HFViTImageProcessor]:
-    """Load the encoder of a checkpoint to learn from masked patches; a decoder is new where it has none.
-
-    Args:
-        source, fields: As for `load_classifier`, which says what is raised.
-    """
-    checkpoint = open_checkpoint(source)
-    loaded: Any = HFViTForMaskedImageModeling.from_pretrained(source, **LOADING, **fields)
-    model, report = loaded
-    _refuse_other_architecture(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
-    refuse_not_finite(str(source), model.state_dict())
-    return model, _processor(checkpoint, model)
-
-
-def _refuse_other_architecture(
-    source: str | Path, report: dict[str, Any], head: str | tuple[str, ...], fields: dict[str, Any]
-) -> None:
-    lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if foreign := sorted(name for name in lost if not name.startswith(head)):
-        raise ValueError(
-            f"{source} lacks weights of this model, or has them in another shape: {', '.join(foreign)}. Leave out the "
-            f"fields that change the architecture: {', '.join(fields) or 'none was given'}."
-        )
-
-
-def _processor(checkpoint: Any, model: Any) -> HFViTImageProcessor:
-    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
-    processor.set_output_size(model.config.image_shape)
-    return processor
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def load(
-    source: str, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
-) -> tuple[Any, HFViTImageProcessor]:
-    """Load a classifier, or the encoder of a checkpoint without one, and the processor of its images.
+    """Load the encoder of a checkpoint for masked image modelling; the decoder is new if the checkpoint has none.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
-        image_size: (height, width) in pixels, where it is not the checkpoint's own.
-        checkpoint: What `open_checkpoint` gave for `source`, if it is open already.
+        fields: Fields of `HFViTConfig` that differ from the checkpoint's.
 
     Raises:
-        ValueError: If weights are missing, or are no numbers.
+        ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
-    checkpoint = checkpoint or open_checkpoint(source, Options(image_size=image_size))
-    model_class: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
-    fields = {} if image_size is None else {"image_size": image_size}
-    model, report = model_class.from_pretrained(source, output_loading_info=True, **fields)
-    if missing := sorted(report["missing_keys"]):
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    checkpoint = open_checkpoint(source)
+    model, report = _fill(HFViTForMaskedImageModeling, checkpoint, **FINE_TUNING, **fields)
+    _require_encoder(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
+    return model, _processor(checkpoint, model.config.image_shape)
+
+
+def fields_of_labels(label_names: Sequence[str]) -> dict[str, Any]:
+    """Return the config fields of a classifier with one label per image."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+        # Stated, since transformers would guess several labels per image from soft labels in the first batch.
+        "problem_type": "single_label_classification",
+    }
+
+
+def _fill(loaded: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model of a class with the weights of a checkpoint, and the report of `from_pretrained`."""
+    config, rest = config_for(checkpoint, loaded.__name__, options)
+    weights = checkpoint.state_dict()
+    model, report = loaded.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **rest)
+    model.config.name_or_path = model.name_or_path = checkpoint.source.name
+    if checkpoint.family != own.FAMILY.name:  # our own folders are asked again for theirs when the model is saved
+        model._image_processor = checkpoint.processor()
+        model._image_processor.set_output_size(config.image_shape)
+    return model, report
+
+
+def _require_encoder(
+    source: str | Path, report: dict[str, Any], new: str | tuple[str, ...], fields: dict[str, Any]
+) -> None:
+    """Raise `ValueError` if weights that do not begin with `new` could not be loaded."""
+    lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if lost_encoder := sorted(name for name in lost if not name.startswith(new)):
         raise ValueError(
-            f"{source} lacks weights of {model_class.__name__}: {some}. What was only pre-trained may have no pooling "
-            "yet: train it first."
+            f"{source} lacks weights of this model, or has them in another shape: {', '.join(lost_encoder)}. Remove "
+            f"the fields that change the architecture: {', '.join(fields) or 'none was given'}."
         )
-    refuse_not_finite(source, model.state_dict())
-    processor = HFViTImageProcessor.from_dict(checkpoint.processor().to_dict())
-    processor.set_output_size(model.config.image_shape)
-    return model.eval(), processor
+
+
+def _processor(checkpoint: Checkpoint, image_size: tuple[int, int], **changed: Any) -> HFViTImageProcessor:
+    processor = HFViTImageProcessor.from_dict({**checkpoint.processor().to_dict(), **changed})
+    processor.set_output_size(image_size)
+    return processor

@@ -16,11 +16,11 @@ import typer
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from ..system.texts import one_line, visible, without_tokens
+from ..system.texts import one_line, shortened, visible, without_tokens
 from ..training.recipe import TrainConfig, recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
-    from ..checkpoints import Checkpoint, Options
+    from ..checkpoints.checkpoint import Checkpoint, Options
     from ..data.sources import Sources
     from ..prediction.predict import Summary
     from ..prediction.shards import Settings
@@ -399,7 +399,7 @@ def convert(
     For example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
     """
     with _clear_endings():
-        from ..checkpoints import write_checkpoint
+        from ..checkpoints.folder import write_checkpoint
 
         options = _options(
             image_size,
@@ -502,20 +502,24 @@ def export(
     For example: hf-vit export hf-vit-digits digits.onnx --to onnx --int8 dynamic --data digits
     """
     with _clear_endings():
-        from ..checkpoints.export import TARGETS
-        from ..checkpoints.export import export as write_layout
+        from ..checkpoints.export import TARGETS, export_checkpoint
         from ..graphs.export import export_graph
         from ..graphs.kinds import KINDS
 
+        def measure(checkpoint: "Checkpoint", processor: Any, models: dict[str, Any]) -> list[str]:
+            from ..evaluation.pace import compare
+
+            return compare(model, checkpoint, str(data), processor, models)
+
         if to in KINDS:
-            echo("\n".join(export_graph(model, out, to, int8, data, force)))
+            echo("\n".join(export_graph(model, out, to, int8, None if data is None else measure, force)))
             echo(f"Written to {out} and compared with torch.")
             return
         if to not in TARGETS:
             raise ValueError(f"There is no --to {to!r}: choose one of {', '.join([*KINDS, *TARGETS])}.")
         if int8 is not None or data is not None:
             raise ValueError(f"--int8 and --data belong to {' and '.join(KINDS)}: leave them out for {to}.")
-        for sentence in write_layout(model, out, to, force):
+        for sentence in export_checkpoint(model, out, to, force):
             echo(f"Note: {sentence}")
         echo(f"Written to {out} and read back, bit for bit.")
 
@@ -652,7 +656,7 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
 
 def _options(image_size: str | None, patch_size: str | None, **others: Any) -> "Options":
     """Return what the user says of a checkpoint."""
-    from ..checkpoints import Options
+    from ..checkpoints.checkpoint import Options
 
     image, patch = _size("--image-size", image_size), _size("--patch-size", patch_size)
     return Options(image_size=image, patch_size=patch, **others)
@@ -660,20 +664,23 @@ def _options(image_size: str | None, patch_size: str | None, **others: Any) -> "
 
 def _open_and_describe(source: str, options: "Options", as_json: bool = False) -> "Checkpoint":
     """Open a checkpoint with what the user says of it, and print what it is."""
-    from ..checkpoints import open_checkpoint
+    from ..checkpoints.opening import open_checkpoint
+    from ..inspection.facts import facts
 
     checkpoint = open_checkpoint(source, options)
     if as_json:
-        facts = {"assumed": checkpoint.assumed, "left_out": checkpoint.left_out, "config": checkpoint.config.to_dict()}
-        echo(json.dumps({**checkpoint.describe(), **facts}))
+        rest = {"assumed": checkpoint.assumed, "left_out": checkpoint.left_out, "config": checkpoint.config.to_dict()}
+        echo(json.dumps({**facts(checkpoint), **rest}))
         return checkpoint
-    for name, fact in checkpoint.describe().items():
+    for name, fact in facts(checkpoint).items():
         echo(f"{name:>21}  {fact}")
     for sentence in checkpoint.assumed:
         echo(f"Assumed: {sentence}")
     if checkpoint.left_out:
-        some = ", ".join(checkpoint.left_out[:3]) + (", ..." if len(checkpoint.left_out) > 3 else "")
-        echo(f"Left out: {len(checkpoint.left_out)} tensors that are not of the encoder or its head: {some}")
+        echo(
+            f"Left out: {len(checkpoint.left_out)} tensors that do not belong to the encoder or its head: "
+            f"{shortened(checkpoint.left_out)}"
+        )
     return checkpoint
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints.models import load
+from ..checkpoints.checkpoint import CLASSIFIER
+from ..checkpoints.models import load_for_figures
+from ..checkpoints.opening import open_checkpoint
 from ..data.images import as_seen, normalize
 from ..inspection import attention_maps, attention_rollout, lit
 from ..inspection.gallery import Picture, Subject, name_of, pictures_of_positions
@@ -83,15 +84,12 @@ class Exhibit:
     """
 
     def __init__(self, source: str) -> None:
-        model, processor = load(source)
-        if getattr(model, "classifier", None) is None or not model.config.num_labels:
+        checkpoint = open_checkpoint(source)
+        if checkpoint.architecture != CLASSIFIER or not checkpoint.config.num_labels:
             raise ValueError(NO_CLASSIFIER.format(source))
         self.name = name_of(source)
-        self.config = model.config
-        self.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
-        self.model = model.float().to(self.device)
-        stated = {**processor.to_dict(), "do_resize": True, "packing": None}  # all images to one size
-        self.processor = HFViTImageProcessor.from_dict(stated)
+        self.model, self.processor = load_for_figures(checkpoint)
+        self.config, self.device = self.model.config, self.model.device
 
     @property
     def own_size(self) -> Size:

@@ -8,8 +8,9 @@ from huggingface_hub import SpaceCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints import open_checkpoint, write_checkpoint
 from ..checkpoints.checkpoint import CLASSIFIER
+from ..checkpoints.folder import write_checkpoint
+from ..checkpoints.opening import open_checkpoint
 from ..inspection.gallery import name_of
 from ..system.disk import new_folder
 from ..system.extras import need

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..checkpoints import Options, open_checkpoint
+from ..checkpoints.checkpoint import Options
 from ..checkpoints.models import load
+from ..checkpoints.opening import open_checkpoint
 from ..data.images import EvaluationImages, normalize
 from ..data.labelled import _held_out_by, _recipe_of, load_data
 from ..data.loaders import evaluation_loader, naming_dead_workers

@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from ..checkpoints import Checkpoint
-from ..checkpoints.checkpoint import CLASSIFIER
+from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
+from ..system.texts import shortened
 
 
 def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[int] | None, str]:
@@ -37,18 +37,14 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
         )
     strangers = [name for name in of_data if name not in place]
     return None, (
-        f"The model does not know {len(strangers)} of the data's {len(of_data)} classes ({_some(strangers)}); it "
-        f"tells {len(of_model)} apart ({_some(of_model)}). Name the data's classes as the model does, or choose the "
-        f"--label-column that it was trained for."
+        f"The model does not know {len(strangers)} of the data's {len(of_data)} classes ({shortened(strangers)}); it "
+        f"tells {len(of_model)} apart ({shortened(of_model)}). Name the data's classes as the model does, or choose "
+        f"the --label-column that it was trained for."
     )
 
 
 def _are_numbers(names: list[str]) -> bool:
     return all(name in (str(index), f"LABEL_{index}") for index, name in enumerate(names))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _classes_of(checkpoint: Checkpoint) -> list[str] | None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..checkpoints import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..data.images import EvaluationImages, normalize
 from ..data.labelled import ImageData, _held_out_by, _recipe_of, load_data
 from ..data.loaders import evaluation_loader

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .labels import _some
+from ..system.texts import shortened
 
 LONG, WORST = 20, 10  # with more classes than the one, only so many of the worst are printed
 
@@ -20,7 +20,7 @@ def describe(measured: dict[str, Any]) -> list[str]:
         lines.append(f"Note: {measured['note']}{probes_alone}")
     lines += [f"Assumed: {assumed}" for assumed in measured["assumed"]]
     if broken := measured["broken"]:
-        lines.append(f"Left out, since they cannot be read: {len(broken)} images ({_some(broken)})")
+        lines.append(f"Left out, since they cannot be read: {len(broken)} images ({shortened(broken)})")
     lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
     lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []

@@ -1,14 +1,14 @@
-"""The model as a graph that runs without this package: ONNX, or a program of torch.export.
+"""Export a model as a graph that runs without this package: ONNX, or a program of torch.export.
 
-Batch, height and width are left open, in whole patches: positions are resampled inside the graph. A file is kept only
-if it answers as the model does in torch, for random images and photographs, at several batch sizes and image sizes.
+Batch, height and width are dynamic, in whole patches: positions are resampled inside the graph. A file is kept only if
+its outputs are those of the model in torch, for random images and photographs, at several batch and image sizes.
 
-    8 bits, dynamic: weights per column, and activations of every call in one range; onnxruntime's quantize_dynamic
-    8 bits, weights: weights in blocks, multiplied in float32; onnxruntime's MatMulNBits
+    int8 dynamic: weights per column, activations with one range per call; onnxruntime's quantize_dynamic
+    int8 weights: weights in blocks, multiplied in float32; onnxruntime's MatMulNBits
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,137 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..checkpoints import open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.models import load
-from ..evaluation.pace import compare
+from ..checkpoints.opening import open_checkpoint
 from ..inference.optimize import optimize_for_inference
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.disk import new_file, new_folder
 from ..system.extras import need
-from .kinds import INPUT, KINDS, QUANTIZERS, Answer, Graph, Kind, quiet
+from .kinds import INPUT, KINDS, QUANTIZERS, Graph, Kind, Run, quiet
 from .open_sizes import Model, fixed_size
 
-# How far an answer may be from torch's: the largest difference, as a share of the largest logit where that is above 1.
+# Largest difference from torch's outputs, as a share of the largest output where that is above 1.
 BOUNDS = {None: 1e-4, "weights": 0.1, "dynamic": 0.2}
 
 
-# --------------------------------------------------------------------------------------------------- open sizes
-# Positions in operations that every runtime has. Resize is not one: versions of exporters and runtimes disagree about
-# antialiasing and Keys' a, and some have no cosine of doubles.
+def export_graph(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    int8: str | None = None,
+    measure: Callable[[Checkpoint, HFViTImageProcessor, dict[str, nn.Module]], list[str]] | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Export a model as a graph, and keep it only if its outputs are the model's.
+
+    The file holds label names, preprocessing and config: in `metadata_props` of ONNX, in `metadata.json` of
+    torch.export.
+
+    Args:
+        source: A file, a folder, or a name on the Hub, in any layout.
+        out: The file, with the suffix of its format; or a folder, which also gets config and preprocessing as JSON.
+        to: A key of `KINDS`.
+        int8: For ONNX: `"weights"` stores weights in 8 bits, `"dynamic"` also multiplies in 8 bits.
+        measure: Compares accuracy and speed of the model in torch and as graphs, which are given by name, and returns
+            lines to print.
+        force: Replace what is there.
+
+    Returns:
+        Sentences about what was assumed, inputs and outputs, and the difference from torch; then lines of `measure`.
+
+    Raises:
+        ValueError: If packages are missing, or outputs differ by more than `BOUNDS`; then nothing is written.
+    """
+    kind, out = KINDS[to], Path(out)
+    if int8 is not None and to != "onnx":
+        raise ValueError(f"{to} has no int8: leave it out, or export to onnx.")
+    if int8 is not None and int8 not in QUANTIZERS:
+        raise ValueError(f"Unknown int8 {int8!r}: choose one of {', '.join(QUANTIZERS)}.")
+    need("onnx", *kind.packages)
+    checkpoint = open_checkpoint(source)
+    model, processor = load(source, checkpoint=checkpoint)
+    model.float()
+    is_file = out.suffix == kind.suffix
+    lines = [f"Assumed: {sentence}" for sentence in checkpoint.assumed] + [_description(model)]
+    with (new_file if is_file else new_folder)(out, force) as unfinished:
+        path = unfinished if is_file else unfinished / f"model{kind.suffix}"
+        graphs, differences = _write(kind, path, model, processor, int8)
+        lines += differences
+        if measure is not None:
+            models: dict[str, nn.Module] = {
+                f"torch {precision}": optimize_for_inference(model, precision) for precision in ("fp32", "bf16")
+            }
+            models |= {f"{to} {name}": GraphClassifier(run) for name, run in graphs.items()}
+            lines += measure(checkpoint, processor, models)
+        if not is_file:
+            model.config.to_json_file(unfinished / "config.json")
+            processor.to_json_file(unfinished / "preprocessor_config.json")
+    return lines
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+def _description(model: Model) -> str:
+    height, width = model.config.patch_shape
+    output = Graph(model).output
+    columns = model.config.num_labels if output == "logits" else "features"
+    sizes = fixed_size(model.config) or (
+        f"Height and width can be any multiples of {height} and {width}, at least {2 * height}x{2 * width}."
+    )
+    return (
+        f"Input: {INPUT} [batch, {model.config.num_channels}, height, width]; output: {output} [batch, {columns}]; "
+        f"both float32. {sizes}"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ comparing
+def _write(
+    kind: Kind, path: Path, model: Model, processor: HFViTImageProcessor, int8: str | None
+) -> tuple[dict[str, Run], list[str]]:
+    """Write a file; return the functions that run it and its fp32 original, by precision, and their differences."""
+    metadata = {
+        "config": model.config.to_json_string(),
+        "preprocessor_config": processor.to_json_string(),
+        "id2label": json.dumps(model.config.id2label),
+    }
+    original = path if int8 is None else path.with_name(f"fp32-{path.name}")
+    kind.write(model, original, metadata)
+    run, difference = _checked(kind, original, model, processor, None)
+    runs, differences = {"fp32": run}, [difference]
+    if int8 is not None:
+        with quiet():
+            QUANTIZERS[int8](original, path)
+        runs[f"int8 {int8}"], difference = _checked(kind, path, model, processor, int8)
+        differences.append(difference)
+        for part in original.parent.glob(f"{original.name}*"):
+            part.unlink()
+    return runs, differences
+
+
+def _checked(
+    kind: Kind, path: Path, model: Model, processor: HFViTImageProcessor, int8: str | None
+) -> tuple[Run, str]:
+    """Return the function that runs a file, and a sentence about its difference from torch.
+
+    Raises:
+        ValueError: If the difference is above the bound.
+    """
+    run, bound = kind.read(path), BOUNDS[int8]
+    difference = largest_difference(run, model, processor)
+    precision = "fp32" if int8 is None else f"int8 {int8}"
+    sentence = (
+        f"{precision}: {Graph(model).output} differ from torch's by at most {difference:.1e}; the bound is {bound:g}"
+    )
+    if not difference <= bound:
+        remedy = "please report the model" if int8 is None else "leave --int8 out, or try its other value"
+        raise ValueError(f"{sentence}. Nothing is written: {remedy}.")
+    return run, f"{sentence} (as a share of the largest output if that is above 1; on random and real images)."
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
 
 
 def trials(config: HFViTConfig, processor: HFViTImageProcessor) -> Iterator[np.ndarray]:
-    """Give pixel values to compare answers on: noise and photographs, one to three of them, of the sizes it takes."""
+    """Yield pixel values to compare outputs on: noise and photographs, one to three per batch, of several sizes."""
     (height, width), (patch_height, patch_width) = config.image_shape, config.patch_shape
     shapes = [(1, height, width), (3, height, width)]
     if fixed_size(config) is None:
@@ -61,7 +164,7 @@ def trials(config: HFViTConfig, processor: HFViTImageProcessor) -> Iterator[np.n
 
 @cache
 def sample_images() -> list[np.ndarray]:
-    """Read the two photographs that come with scikit-learn, uint8 `[427, 640, 3]`."""
+    """Read the two photographs of scikit-learn, uint8 `[427, 640, 3]`."""
     from sklearn.datasets import load_sample_images
 
     return load_sample_images().images
@@ -74,130 +177,27 @@ def photographs(processor: HFViTImageProcessor, size: tuple[int, int], number: i
         photos[index % 2].resize(size[::-1], Image.Resampling.BICUBIC, (60 * index, 40 * index, 400, 400))
         for index in range(number)
     ]
-    as_they_are: dict[str, Any] = {"do_resize": False, "do_center_crop": False, "packing": None}
-    return processor(parts, **as_they_are, return_tensors="pt")[INPUT].numpy()
+    unchanged: dict[str, Any] = {"do_resize": False, "do_center_crop": False, "packing": None}
+    return processor(parts, **unchanged, return_tensors="pt")[INPUT].numpy()
 
 
 @torch.no_grad()
-def largest_difference(answer: Answer, model: Model, processor: HFViTImageProcessor) -> float:
-    """Return how far an answer is from the model's at most, as `BOUNDS` counts it."""
+def largest_difference(run: Run, model: Model, processor: HFViTImageProcessor) -> float:
+    """Return the largest difference between a graph's outputs and the model's, in the unit of `BOUNDS`."""
     graph, differences = Graph(model).eval(), []
     for pixel_values in trials(model.config, processor):
-        wanted = graph(torch.from_numpy(pixel_values)).numpy()
-        differences.append(np.abs(answer(pixel_values) - wanted).max() / max(1.0, np.abs(wanted).max()))
-    return float(np.max(differences))  # what is not a number is the largest
+        expected = graph(torch.from_numpy(pixel_values)).numpy()
+        differences.append(np.abs(run(pixel_values) - expected).max() / max(1.0, np.abs(expected).max()))
+    return float(np.max(differences))  # NaN if any difference is
 
 
-class Answering(nn.Module):
-    """A file that answers in the place of a classifier."""
+class GraphClassifier(nn.Module):
+    """A graph with the inputs and outputs of a classifier."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self.answer = answer
+        self.run = run
 
     def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
-        logits: Any = torch.from_numpy(self.answer(pixel_values.numpy()))
+        logits: Any = torch.from_numpy(self.run(pixel_values.numpy()))
         return ImageClassifierOutput(logits=logits)
-
-
-# ---------------------------------------------------------------------------------------------------------- whole
-
-
-def export_graph(
-    source: str | Path,
-    out: str | Path,
-    to: str,
-    int8: str | None = None,
-    data: str | None = None,
-    force: bool = False,
-) -> list[str]:
-    """Write a model as a graph, once it answers as the model does.
-
-    Labels, preprocessing and config are in the file: as `metadata_props` of ONNX, in `metadata.json` of torch.export.
-
-    Args:
-        source: A file, a folder, or a name on the Hub, in any layout.
-        out: The file, by the suffix of its kind; or a folder, that gets config and preprocessing as JSON, too.
-        to: A key of `KINDS`.
-        int8: For ONNX: `"weights"` keeps weights in 8 bits, `"dynamic"` also multiplies in them.
-        data: Labelled images as for `load_data`, to measure accuracy and speed on beside torch.
-        force: Replace what lies there.
-
-    Returns:
-        Sentences: what was assumed, what the graph takes and gives, how far it is from torch, what was measured.
-
-    Raises:
-        ValueError: If packages are missing, or answers differ by more than `BOUNDS`; nothing is left then.
-    """
-    kind, out = KINDS[to], Path(out)
-    if int8 is not None and to != "onnx":
-        raise ValueError(f"There is no int8 for {to}: leave it out, or export to onnx.")
-    if int8 is not None and int8 not in QUANTIZERS:
-        raise ValueError(f"There is no int8 {int8!r}: choose one of {', '.join(QUANTIZERS)}.")
-    need("onnx", *kind.packages)
-    checkpoint = open_checkpoint(source)
-    model, processor = load(str(source), checkpoint=checkpoint)
-    model.float()
-    is_file = out.suffix == kind.suffix
-    said = [f"Assumed: {sentence}" for sentence in checkpoint.assumed] + [_description(model)]
-    with (new_file if is_file else new_folder)(out, force) as unfinished:
-        path = unfinished if is_file else unfinished / f"model{kind.suffix}"
-        answers = _write(kind, path, model, processor, int8, said)
-        if data is not None:
-            models: dict[str, nn.Module] = {
-                f"torch {precision}": optimize_for_inference(model, precision) for precision in ("fp32", "bf16")
-            }
-            models |= {f"{to} {name}": Answering(answer) for name, answer in answers.items()}
-            said += compare(str(source), checkpoint, data, processor, models)
-        if not is_file:
-            model.config.to_json_file(unfinished / "config.json")
-            processor.to_json_file(unfinished / "preprocessor_config.json")
-    return said
-
-
-def _description(model: Model) -> str:
-    height, width = model.config.patch_shape
-    output = Graph(model).output
-    numbers = model.config.num_labels if output == "logits" else "features"
-    sizes = fixed_size(model.config) or (
-        f"Height and width may be any multiples of {height} and {width}, from {2 * height}x{2 * width} on."
-    )
-    return (
-        f"It takes {INPUT} [batch, {model.config.num_channels}, height, width] and gives {output} "
-        f"[batch, {numbers}], both float32. {sizes}"
-    )
-
-
-def _write(
-    kind: Kind, path: Path, model: Model, processor: HFViTImageProcessor, int8: str | None, said: list[str]
-) -> dict[str, Answer]:
-    """Write a file, and return what answers by it, and by the one in fp32 that it was made of, by their precisions."""
-    metadata = {
-        "config": model.config.to_json_string(),
-        "preprocessor_config": processor.to_json_string(),
-        "id2label": json.dumps(model.config.id2label),
-    }
-    whole = path if int8 is None else path.with_name(f"fp32-{path.name}")
-    kind.write(model, whole, metadata)
-    answers = {"fp32": _checked(kind, whole, model, processor, None, said)}
-    if int8 is not None:
-        with quiet():
-            QUANTIZERS[int8](whole, path)
-        answers[f"int8 {int8}"] = _checked(kind, path, model, processor, int8, said)
-        for part in whole.parent.glob(f"{whole.name}*"):
-            part.unlink()
-    return answers
-
-
-def _checked(
-    kind: Kind, path: Path, model: Model, processor: HFViTImageProcessor, int8: str | None, said: list[str]
-) -> Answer:
-    answer, bound = kind.read(path), BOUNDS[int8]
-    difference = largest_difference(answer, model, processor)
-    what = "fp32" if int8 is None else f"int8 {int8}"
-    sentence = f"In {what} {Graph(model).output} are at most {difference:.1e} from torch's, {bound:g} is the bound"
-    if not difference <= bound:
-        remedy = "report the model, please" if int8 is None else "leave --int8 out, or take its other kind"
-        raise ValueError(f"{sentence}: nothing is written; {remedy}.")
-    said.append(f"{sentence} (as a share of the largest, if that is above 1; random and real images).")
-    return answer

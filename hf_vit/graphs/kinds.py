@@ -1,4 +1,4 @@
-"""The graph formats: how each is written, quantised and run."""
+"""The graph formats, ONNX and torch.export: how each is written, quantized and run."""
 
 import json
 import logging
@@ -15,24 +15,16 @@ from torch import Tensor, nn
 from ..model.modeling_hf_vit import HFViTForImageClassification
 from .open_sizes import Model, fixed_size, opened
 
-Answer = Callable[[np.ndarray], np.ndarray]  # from pixel values, float32 [B, C, H, W], to logits or features
-
+Run = Callable[[np.ndarray], np.ndarray]  # from pixel values, float32 [B, C, H, W], to logits or features
 
 OPSET = 20  # the first with GELU as one operation
-
-
 INPUT = "pixel_values"
-
-
-# Of a protobuf, 2 GiB; what is not weights is small.
-MOST_BYTES_INSIDE = 2**31 - 2**24
-
-
+MOST_BYTES_INSIDE = 2**31 - 2**24  # a protobuf is limited to 2 GiB; everything except weights is small
 BLOCK = 64  # weights that share a scale
 
 
 class Graph(nn.Module):
-    """From pixel values to one tensor: the logits of a classifier, or what an encoder pools."""
+    """A model with one output tensor: the logits of a classifier, or the pooled output of an encoder."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -45,7 +37,7 @@ class Graph(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to themselves what exporters say of their own insides; an error still comes through."""
+    """Silence the warnings and logs of exporters; errors are still raised."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -57,7 +49,7 @@ def quiet() -> Iterator[None]:
 
 
 def trace(model: Model) -> Any:
-    """Return a model, of float32, as a `torch.export.ExportedProgram`; batch and, if it can be, size left open."""
+    """Return a float32 model as a `torch.export.ExportedProgram` with dynamic batch and, if possible, image size."""
     config, Dim = model.config, torch.export.Dim
     positions: AbstractContextManager[None]
     rows, columns = config.grid_size
@@ -65,23 +57,23 @@ def trace(model: Model) -> Any:
     open_sizes: dict[int, Any] = {0: Dim("batch")}
     example, positions = torch.zeros(2, config.num_channels, *config.image_shape), nullcontext()
     if fixed_size(config) is None:
-        # An example with sides of their own: equal ones would be taken for one.
+        # The sides of the example differ: torch.export would treat equal sides as one.
         example = torch.zeros(2, config.num_channels, (rows + 1) * height, (rows + columns + 2) * width)
         open_sizes |= {2: height * Dim("rows", min=2), 3: width * Dim("columns", min=2)}
         positions = opened(model)
     with torch.no_grad(), quiet(), positions:
         program = torch.export.export(Graph(model).eval(), (example,), dynamic_shapes={INPUT: open_sizes})
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # names of this machine's folders
+        node.meta.pop("stack_trace", None)  # contains paths of this machine
     return program
 
 
 def write_onnx(model: Model, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a model as ONNX, weights inside; beyond 2 GB they lie beside, in `path` with `.data`."""
+    """Write a model as ONNX with its weights inside; above 2 GB they are in a second file, `path` with `.data`."""
     import onnx_ir
 
     attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # other kinds become the same products, with more around them
+    model.set_attn_implementation("eager")  # the others export the same products with more operations
     program = trace(model)
     model.set_attn_implementation(attention)
     with quiet():
@@ -96,48 +88,48 @@ def write_onnx(model: Model, path: Path, metadata: dict[str, str] | None = None)
     assert written is not None
     graph: Any = written.model.graph
     for node in graph:
-        node.metadata_props.clear()  # how it was made, longer than the graph
-    (given,), (answer,) = graph.inputs, graph.outputs
-    sides = zip(given.shape, ["batch", "channels", "height", "width"], strict=True)
-    given.shape = onnx_ir.Shape([side if isinstance(side, int) else name for side, name in sides])
-    answer.shape = onnx_ir.Shape(["batch", *answer.shape[1:]])
+        node.metadata_props.clear()  # records of the export, longer than the graph
+    (pixel_values,), (output,) = graph.inputs, graph.outputs
+    sides = zip(pixel_values.shape, ["batch", "channels", "height", "width"], strict=True)
+    pixel_values.shape = onnx_ir.Shape([side if isinstance(side, int) else name for side, name in sides])
+    output.shape = onnx_ir.Shape(["batch", *output.shape[1:]])
     written.model.metadata_props.update(metadata or {})
     size = sum(parameter.nbytes for parameter in model.parameters())
     written.save(path, external_data=size > MOST_BYTES_INSIDE)
 
 
 def write_torch_export(model: Model, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a model as a program that `torch.export.load` reads, with `metadata` as JSON in its `metadata.json`."""
+    """Write a model as a program for `torch.export.load`, with `metadata` in its `metadata.json`."""
     with quiet():
         torch.export.save(trace(model), path, extra_files={"metadata.json": json.dumps(metadata or {})})
 
 
 def bytes_of(model: Any) -> int:
-    """Return the bytes of an ONNX model's weights."""
+    """Return the size of an ONNX model's weights in bytes."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
 def quantize_dynamic(source: Path, path: Path) -> None:
-    """Write an ONNX file with products in 8 bits: of weights, and of activations by the range of every call."""
+    """Write an ONNX file that multiplies in 8 bits; the range of activations is measured at every call."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
     is_large = bytes_of(model) > MOST_BYTES_INSIDE
-    del model.graph.value_info[:]  # it transposes weights, and would take their old shapes for a contradiction
+    del model.graph.value_info[:]  # the quantizer transposes weights, and their old shapes would contradict it
     quantize_dynamic(
         model,
         path,
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,
-        weight_type=QuantType.QUInt8,  # signed, sums overflow in 16 bits on processors without VNNI
+        weight_type=QuantType.QUInt8,  # signed sums overflow 16 bits on CPUs without VNNI
         use_external_data_format=is_large,
         extra_options={"MatMulConstBOnly": True},
     )
 
 
 def quantize_weights(source: Path, path: Path) -> None:
-    """Write an ONNX file with the weights of products in 8 bits, `BLOCK` of them with a scale."""
+    """Write an ONNX file with the weights of products in 8 bits, one scale for each `BLOCK` of them."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -149,8 +141,8 @@ def quantize_weights(source: Path, path: Path) -> None:
 QUANTIZERS = {"weights": quantize_weights, "dynamic": quantize_dynamic}
 
 
-def read_onnx(path: Path) -> Answer:
-    """Return what answers by onnxruntime, on as many cores as torch uses."""
+def read_onnx(path: Path) -> Run:
+    """Return a function that runs a file in onnxruntime, with as many threads as torch uses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -159,25 +151,25 @@ def read_onnx(path: Path) -> Answer:
     return lambda pixel_values: session.run(None, {INPUT: pixel_values})[0]
 
 
-def read_torch_export(path: Path) -> Answer:
-    """Return what answers by the program of a file."""
+def read_torch_export(path: Path) -> Run:
+    """Return a function that runs the program in a file."""
     with quiet():
         program = torch.export.load(path).module()
 
     @torch.no_grad()
-    def answer(pixel_values: np.ndarray) -> np.ndarray:
+    def run(pixel_values: np.ndarray) -> np.ndarray:
         return program(torch.from_numpy(pixel_values)).numpy()
 
-    return answer
+    return run
 
 
 class Kind(NamedTuple):
-    """A file that a model can be: what its name ends with, packages that it needs, and how it is written and read."""
+    """A graph format: the suffix of its files, the packages it needs, and how it is written and read."""
 
     suffix: str
     packages: tuple[str, ...]
     write: Callable[[Model, Path, dict[str, str]], None]
-    read: Callable[[Path], Answer]
+    read: Callable[[Path], Run]
 
 
 KINDS = {

@@ -1,4 +1,8 @@
-"""Position embeddings that resample inside a graph, for any image size."""
+"""Position embeddings that are resampled inside a graph, for any image size.
+
+They use only operations that all runtimes agree on. Resize is not one: versions of exporters and runtimes differ in
+antialiasing and in Keys' coefficient, and some runtimes have no cosine of doubles.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,31 +16,29 @@ from ..model.positions_hf_vit import HFViTPositionTable, HFViTSinCos2DPositions
 
 Model = HFViTForImageClassification | HFViTModel
 
-
-# Of a bicubic kernel in torch, with antialiasing and without.
-KEYS = {True: -0.5, False: -0.75}
+KEYS = {True: -0.5, False: -0.75}  # coefficient of torch's bicubic kernel with and without antialiasing
 
 
 def resampling_weights(old: int, new: int, mode: str, antialias: bool = False, align_corners: bool = False) -> Tensor:
-    """Return the matrix `[new, old]` that resamples a line as `torch.nn.functional.interpolate` does.
+    """Return the matrix `[new, old]` that resamples one dimension as `torch.nn.functional.interpolate` does.
 
-    `new` may be a symbol. Arguments are those of `interpolate`.
+    `new` may be symbolic. The arguments are those of `interpolate`.
     """
-    places = torch.arange(new, dtype=torch.float32)  # [new]
-    number = places[-1:] + 1  # as a tensor: a symbol has no minimum everywhere
-    corners = places * (old - 1) / (number - 1).clamp(min=1)
-    centers = corners if align_corners else (places + 0.5) * old / number - 0.5
+    points = torch.arange(new, dtype=torch.float32)  # [new]
+    number = points[-1:] + 1  # `new` as a tensor: not every runtime has a minimum of symbolic sizes
+    corners = points * (old - 1) / (number - 1).clamp(min=1)
+    centers = corners if align_corners else (points + 0.5) * old / number - 0.5
     taps = torch.arange(-2, old + 2)
     distances = (centers.unsqueeze(1) - taps).abs()  # [new, old + 4]
     if antialias:
         weights = kernel(distances * number.clamp(max=old) / old, mode, antialias)[:, 2:-2]
         return weights / weights.sum(dim=1, keepdim=True)
-    outside_in = nn.functional.one_hot(taps.clamp(0, old - 1), old).float()  # what lies outside is the border's cell
+    outside_in = nn.functional.one_hot(taps.clamp(0, old - 1), old).float()  # the border is repeated
     return (outside_in.T @ kernel(distances, mode, antialias).T).T
 
 
 def kernel(distances: Tensor, mode: str, antialias: bool) -> Tensor:
-    """Return the weights of cells that are so far away: Keys' cubic convolution, or a triangle."""
+    """Return the weights of points at these distances: Keys' cubic convolution, or a triangle."""
     if mode == "bilinear":
         return (1 - distances).clamp(min=0)
     a = KEYS[antialias]
@@ -46,21 +48,21 @@ def kernel(distances: Tensor, mode: str, antialias: bool) -> Tensor:
 
 
 class OpenPositionTable(HFViTPositionTable):
-    """The same table, resampled by products of matrices to a grid of symbols."""
+    """The same table, resampled to a symbolic grid by matrix products."""
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        cells = self.weight.permute(0, 3, 1, 2)  # [K, D, rows, columns]
+        table = self.weight.permute(0, 3, 1, 2)  # [K, D, rows, columns]
         how = POSITION_INTERPOLATIONS[self.interpolation]
-        # The table is a left factor, as all constants here: right ones are what int8 takes for weights.
-        if cells.shape[3] > 1:
-            cells = cells @ resampling_weights(cells.shape[3], grid[1], **how).T
-        if cells.shape[2] > 1:
-            cells = resampling_weights(cells.shape[2], grid[0], **how) @ cells
-        return cells.permute(0, 2, 3, 1)
+        # All constants are left factors: int8 quantizes constant right factors as weights.
+        if table.shape[3] > 1:
+            table = table @ resampling_weights(table.shape[3], grid[1], **how).T
+        if table.shape[2] > 1:
+            table = resampling_weights(table.shape[2], grid[0], **how) @ table
+        return table.permute(0, 2, 3, 1)
 
 
 class OpenSinCos2DPositions(HFViTSinCos2DPositions):
-    """The same angles, in float32: off by some 1e-6, where doubles have no sine."""
+    """The same angles in float32, with an error of about 1e-6, since some runtimes have no sine of doubles."""
 
     ANGLES = torch.float32
 
@@ -73,7 +75,7 @@ OPEN: dict[type[nn.Module], type[nn.Module]] = {
 
 @contextmanager
 def opened(model: Model) -> Iterator[None]:
-    """Let positions of a model be those for open sizes."""
+    """Replace the position embeddings of a model by those for dynamic sizes, temporarily."""
     changed = [(module, type(module)) for module in model.modules() if type(module) in OPEN]
     for module, kind in changed:
         module.__class__ = OPEN[kind]
@@ -85,12 +87,10 @@ def opened(model: Model) -> Iterator[None]:
 
 
 def fixed_size(config: HFViTConfig) -> str | None:
-    """Say why a graph of this model is for its own size alone; `None` where it takes any."""
+    """Return why a graph of this model has a fixed image size; `None` if the size is dynamic."""
     height, width = config.image_shape
     if config.stem_layers is not None:
-        return (
-            f"The padding of the ResNet stem goes by the size of the image: the graph is for {height}x{width} alone."
-        )
+        return f"The padding of the ResNet stem depends on the image size: the graph accepts {height}x{width} only."
     if min(config.grid_size) < 2:
-        return f"The model's own grid is one patch wide or high: the graph is for {height}x{width} alone."
+        return f"The model's grid is one patch wide or high: the graph accepts {height}x{width} only."
     return None

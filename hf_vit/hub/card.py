@@ -1,4 +1,4 @@
-"""Write the model card of a repository."""
+"""Write the model card of a saved model."""
 
 import json
 import math
@@ -15,13 +15,12 @@ from safetensors import safe_open
 from ..model.configuration_hf_vit import HFViTConfig
 from ..system.machine import versions
 from ..system.texts import markdown, visible, without_tokens
-from .folder import _weights
+from .folder import weight_files
 
-# What a figure needs to be measured again.
+# What is needed to reproduce a result.
 PROVENANCE = ("command", "hardware", "seeds")
 
-
-# Identifiers that the Hub knows; "other" takes a licence of its own.
+# Identifiers of the Hub; "other" is for any other licence.
 LICENSES = """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
@@ -50,62 +49,58 @@ def write_card(
     license: str = "apache-2.0",
     base_model: str | None = None,
 ) -> Path:
-    """Write `folder/README.md`, in place of the card that `save_pretrained` wrote.
+    """Write the model card `folder/README.md`, replacing the one that `save_pretrained` wrote.
 
     Args:
-        folder: What `save_pretrained` wrote; architecture, labels and number of parameters are read there.
-        title: Heading; the folder's name if not given.
-        description: First paragraph, Markdown.
-        results: Figures that were measured on this very model, by the Hub's name of the metric: `{"accuracy": 0.981}`.
-        measured: How: `command`, `hardware` (see `machine`) and `seeds` at least; versions are added.
-        dataset: Name of the data for people; needed for results.
-        dataset_id: Its name on the Hub, if it has one.
-        split: Part of the data that the results were measured on.
-        sections: More text by heading, Markdown.
-        images: Names of pictures in the folder, shown at the end.
+        folder: Folder written by `save_pretrained`; architecture, labels and number of parameters are read from it.
+        title: Heading; by default the folder's name.
+        description: First paragraph, in Markdown.
+        results: Metrics measured on this model, by their names on the Hub, such as `{"accuracy": 0.981}`.
+        measured: How they were measured: at least `command`, `hardware` (see `machine`) and `seeds`. Versions are
+            added.
+        dataset: Name of the data set for readers; required for results.
+        dataset_id: Name of the data set on the Hub, if it has one.
+        split: Split that the results were measured on.
+        sections: Further text in Markdown, by heading.
+        images: Names of image files in the folder, shown at the end.
         license: The Hub's identifier of the licence of the weights.
         base_model: Name on the Hub of the model that this one was fine-tuned from.
 
+    Returns:
+        The path of the card.
+
     Raises:
-        ValueError: For figures without their origin, and for front matter that the Hub would refuse.
+        ValueError: For results without their provenance, and for metadata that the Hub would reject.
     """
     folder = Path(folder)
     results, measured = dict(results or {}), dict(measured or {})
     _check_results(results, measured, dataset)
     _check_front_matter(license, dataset_id, base_model)
     if missing := [image for image in images if not (folder / image).is_file()]:
-        raise ValueError(f"Pictures that are not in {folder}: {', '.join(missing)}. Save them there first.")
+        raise ValueError(f"These images are not in {folder}: {', '.join(missing)}. Save them there first.")
 
     config = HFViTConfig.from_pretrained(folder)
     is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
-    task = "image-classification" if is_classifier else "image-feature-extraction"
     title = title or folder.resolve().name
-    evaluations = [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset_id or "custom",
-            dataset_name=str(dataset),
-            dataset_split=split,
-            metric_type=metric,
-            metric_value=value,
-        )
-        for metric, value in results.items()
-    ]
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        tags=["vision-transformer", "hf_vit"],
+        datasets=[dataset_id] if dataset_id else None,
+        base_model=base_model,
+    )
+    if results:
+        data.metrics, data.model_name = list(results), title
+        about = (data.pipeline_tag, dataset_id or "custom", str(dataset))
+        data.eval_results = [
+            EvalResult(*about, metric, value, dataset_split=split) for metric, value in results.items()
+        ]
     card = ModelCard.from_template(
-        ModelCardData(
-            license=license,
-            library_name="transformers",
-            pipeline_tag=task,
-            tags=["vision-transformer", "hf_vit"],
-            datasets=[dataset_id] if dataset_id else None,
-            base_model=base_model,
-            metrics=list(results) or None,
-            model_name=title if results else None,
-            eval_results=evaluations or None,
-        ),
+        data,
         template_str=(files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
         title=markdown(title),
-        name=_in_quotes(folder.resolve().name),
+        name=in_quotes(folder.resolve().name),
         description=description,
         config=config,
         image_shape=config.image_shape,
@@ -129,17 +124,17 @@ def _check_results(results: Mapping[str, float], measured: Mapping[str, str], da
         return
     if missing := [name for name in PROVENANCE if name not in measured]:
         raise ValueError(
-            f"Results need to say how they were measured: `measured` has {sorted(measured)} and lacks "
-            f"{missing}. Give all of {list(PROVENANCE)}, or leave the results out."
+            f"Results need their provenance: `measured` has {sorted(measured)} and lacks {missing}. Pass all of "
+            f"{list(PROVENANCE)}, or leave the results out."
         )
     if dataset is None:
-        raise ValueError("Results need the name of the data they were measured on: set `dataset`.")
+        raise ValueError("Results need the name of the data set that they were measured on: set `dataset`.")
     if broken := [metric for metric, value in results.items() if not math.isfinite(value)]:
-        raise ValueError(f"Results must be finite numbers; these are not: {broken}. Look into the run before pushing.")
+        raise ValueError(f"Results must be finite numbers; these are not: {broken}. Check the run before pushing.")
 
 
 def _check_front_matter(license: str, dataset_id: str | None, base_model: str | None) -> None:
-    # The Hub refuses a card at the push, behind the training; here it costs nothing.
+    # The Hub would reject the card only at the push, after the training.
     if license not in LICENSES.split():
         raise ValueError(
             f"license must be an identifier of the Hub such as 'apache-2.0' or 'cc-by-nc-4.0', got {license!r}; "
@@ -155,12 +150,12 @@ def _check_front_matter(license: str, dataset_id: str | None, base_model: str | 
 
 def _parameters(folder: Path) -> Iterator[int]:
     """Yield the number of elements of every tensor in the folder's weights."""
-    for name in _weights(folder):
+    for name in weight_files(folder):
         with safe_open(folder / name, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 -- not a dictionary
                 yield math.prod(tensors.get_slice(key).get_shape())
 
 
-def _in_quotes(name: str) -> str:
-    """Return a name as it stands between the double quotes of code."""
+def in_quotes(name: str) -> str:
+    """Return a name escaped for double quotes in code."""
     return json.dumps(visible(name), ensure_ascii=False)[1:-1]

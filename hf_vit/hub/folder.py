@@ -1,4 +1,4 @@
-"""Which files of a folder are uploaded, and whether the folder is complete."""
+"""Check that a folder is complete, and select the files to upload."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..model.configuration_hf_vit import CLASSES
 from ..system.texts import has_token
 
-# Files that a repository of a model may have, beside its code. Anything else is refused: optimizer states are large,
-# and pickles such as Trainer's training_args.bin hold the user's token in plain text.
-TRAVELS = (
+# Files of a model's repository apart from its code. All others are rejected: optimizer states are large, and pickles
+# such as Trainer's training_args.bin hold the user's token in plain text.
+UPLOADED = (
     "README.md",
     "LICENSE*",
     ".gitattributes",
@@ -32,63 +32,59 @@ TRAVELS = (
     "images/*.jpg",
 )
 
+# Folders that are ignored: the run that a model came from, and files of git and of the Hub's client.
+IGNORED = ("adapter", "checkpoints", "checkpoint-*", "runs", ".git", ".cache")
 
-# Folders beside a model that are left where they are: the run that it came from, and the client's own notes.
-STAYS = ("adapter", "checkpoints", "checkpoint-*", "runs", ".git", ".cache")
-
-
-# Names of files that hold secrets; they are refused by a sentence of their own.
+# Names of files that may hold secrets, which have an error of their own.
 SECRETS = (
     ".env*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", ".netrc", ".git-credentials", ".npmrc",
     ".pypirc", "*credential*", "*secret*", "*token*",
 )  # fmt: skip
 
-
 PROCESSOR_BACKENDS = ("torchvision", "pil")
 
 
 def check_folder(folder: str | Path) -> list[str]:
-    """Return the names of the files in a folder that is fit for the Hub.
+    """Check that a folder can be uploaded, and return the names of its files.
 
-    Fit is: weights that can be read, a config and a processor with a full `auto_map`, all the code that these name,
-    a card, and nothing else but what `TRAVELS` lists; no token in any of it. Folders that `STAYS` lists are passed
-    over.
+    It must have readable weights, config and processor with a complete `auto_map`, all code that these name, and a
+    model card. It must have no other files than `UPLOADED`, and no token in any of them. It skips `IGNORED` folders.
 
     Raises:
-        ValueError: Names everything that is missing or must not travel, and what to do.
+        ValueError: Names everything that is missing or must not be uploaded, and what to do.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the one that `save_pretrained` wrote.")
+        raise ValueError(f"{folder} is not a folder: pass one that `save_pretrained` wrote.")
     code, problems = _code(folder)
     problems += _unreadable_weights(folder)
     if not (folder / "README.md").is_file():
-        problems.append("README.md, the card, is missing")
-    names = _names_in(folder)
-    if secret := [name for name in names if _is_secret(name) and name not in code and not _travels(name)]:
-        problems.append(f"these look like secrets, which must never leave the machine: {', '.join(secret)}")
-    ours = [name for name in names if name in code or _travels(name)]
+        problems.append("README.md, the model card, is missing")
+    names = files_in(folder)
+    if secret := [name for name in names if _is_secret(name) and name not in code and not _is_uploaded(name)]:
+        problems.append(f"these look like secrets, which must not be uploaded: {', '.join(secret)}")
+    ours = [name for name in names if name in code or _is_uploaded(name)]
     if leaking := [name for name in ours if _has_token(folder / name)]:
-        problems.append(f"a token stands in {', '.join(leaking)}: remove it there, and revoke it")
+        problems.append(f"there is a token in {', '.join(leaking)}: remove it from there, and revoke it")
     if foreign := [name for name in names if name not in ours and name not in secret]:
-        problems.append(f"these must not travel, since training state may hold your token: {', '.join(foreign)}")
+        problems.append(f"these must not be uploaded, since training state may hold your token: {', '.join(foreign)}")
     if problems:
         raise ValueError(
-            f"{folder} is not fit for the Hub:\n- "
+            f"{folder} cannot be uploaded to the Hub:\n- "
             + "\n- ".join(problems)
-            + "\nMove out what does not belong there, or write a fresh folder by `model.save_pretrained(folder)` and "
+            + "\nMove other files out of the folder, or write a new one with `model.save_pretrained(folder)` and "
             "`processor.save_pretrained(folder)`."
         )
     return names
 
 
 def copy_of_ours(source: str | Path, folder: str | Path) -> list[str]:
-    """Copy from one folder into another what may travel, and return the names of what was left where it is."""
+    """Copy the files that can be uploaded to another folder, and return the names of the others."""
     source, folder = Path(source), Path(folder)
     code, _ = _code(source)
     left = []
-    for name in _names_in(source):
-        if name not in code and not _travels(name):
+    for name in files_in(source):
+        if name not in code and not _is_uploaded(name):
             left.append(name)
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -96,13 +92,13 @@ def copy_of_ours(source: str | Path, folder: str | Path) -> list[str]:
     return left
 
 
-def _names_in(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [path.as_posix() for path in paths if not _stays(path)]
+    return [path.as_posix() for path in paths if not _is_ignored(path)]
 
 
-def _stays(path: Path) -> bool:
-    return len(path.parts) > 1 and any(fnmatch(path.parts[0], pattern) for pattern in STAYS)
+def _is_ignored(path: Path) -> bool:
+    return len(path.parts) > 1 and any(fnmatch(path.parts[0], pattern) for pattern in IGNORED)
 
 
 def _is_secret(name: str) -> bool:
@@ -110,7 +106,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _has_token(path: Path) -> bool:
-    """Say whether a token stands in a file: anywhere, but of weights in what describes them alone."""
+    """Return whether a file contains a token; of safetensors, only the header is searched."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
         file.seek(0)
@@ -118,13 +114,13 @@ def _has_token(path: Path) -> bool:
     return has_token(data.decode("utf-8", errors="replace"))
 
 
-def _travels(name: str) -> bool:
-    # A star in a pattern would match the slash of a folder, too.
-    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in TRAVELS)
+def _is_uploaded(name: str) -> bool:
+    # A star in a pattern would also match the slash after a folder.
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in UPLOADED)
 
 
 def _code(folder: Path) -> tuple[set[str], list[str]]:
-    """Return the files of code that config and processor name, with all they import, and what is wrong there."""
+    """Return the code files that config and processor name, with their imports, and a list of problems."""
     problems = []
     classes = _read(folder / "config.json").get("auto_map", {})
     if missing := sorted(CLASSES.keys() - classes):
@@ -142,18 +138,19 @@ def _code(folder: Path) -> tuple[set[str], list[str]]:
         try:
             code.update(Path(file).name for file in get_relative_import_files(entry))
         except FileNotFoundError as error:
-            problems.append(f"{Path(error.filename).name}, code of {reference}, is missing")
+            problems.append(f"{Path(error.filename).name}, the code of {reference}, is missing")
     return code, list(dict.fromkeys(problems))
 
 
-def _weights(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files with a model's weights, in one file or in shards."""
     index = _read(folder / "model.safetensors.index.json")
     return sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
 
 
 def _unreadable_weights(folder: Path) -> list[str]:
     problems = []
-    for name in _weights(folder):
+    for name in weight_files(folder):
         try:
             with safe_open(folder / name, framework="pt"):
                 pass

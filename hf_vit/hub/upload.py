@@ -1,6 +1,6 @@
-"""To the Hub: a folder's card, what must be in it, what must not, its upload, also while a run goes on.
+"""Push a folder to the Hub, also in the background of a run.
 
-The folder itself is what `save_pretrained` of any model of this package writes: weights, config, processors, code.
+The folder is what `save_pretrained` of any model of this package writes: weights, config, processors, code.
 """
 
 import re
@@ -13,44 +13,33 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_session,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.utils import disable_progress_bars
 from transformers.utils import logging
 
 from ..system.network import is_final, pause_after, sentence_of
 from ..system.texts import one_line, shell_word, without_tokens
-from .card import _in_quotes
+from .card import in_quotes
 from .folder import check_folder
 
 logger = logging.get_logger(__name__)
 
-# Left over in a repository from an earlier push, these would be loaded or run in place of the new ones.
+# Files of an earlier push that would be loaded or run instead of the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
-SILENCE = 120  # seconds without a byte after which a connection is given up
-
-
-# ---------------------------------------------------------------------------------------------------- the card
-
-
-# ---------------------------------------------------------------------------------------------------- the push
+SILENCE = 120  # seconds without a byte until a connection is closed
 
 
 class BackgroundPush:
-    """Pushes to one repository from a thread, so that a run neither waits for the Hub nor ends by it.
+    """Push to one repository from a thread, so that a run neither waits for the Hub nor fails with it.
 
-    One push is under way and at most one waits: a newer state takes the place of an older one that waits, or that
-    failed and would be tried again. A push that fails is tried again after each of `waits`, unless it would fail
-    again for certain; then it is said and given up, and the next state has its own tries.
+    At most one push runs and one waits: a newer state replaces an older one that waits or would be retried. A failed
+    push is retried after each of `waits`, unless the error is permanent. Then the error is printed, and the next state
+    starts with all retries.
 
     Args:
-        repo_id: As for `push`, as are `private` and `token`.
+        repo_id: As for `push`, like `private` and `token`.
         say: Prints a line.
-        waits: Seconds before each new try; the client itself tries single requests for about half a minute.
+        waits: Seconds before each retry; the client itself retries single requests for about half a minute.
     """
 
     def __init__(
@@ -66,19 +55,19 @@ class BackgroundPush:
         self.state = threading.Condition()
         self.waiting: tuple[Path, str] | None = None
         self.is_busy = False
-        self.is_current = False  # whether the newest state that was submitted is on the Hub
+        self.is_current = False  # whether the newest submitted state is on the Hub
         self.snapshots = tempfile.mkdtemp(prefix="hf-vit-push-")
-        weakref.finalize(self, shutil.rmtree, self.snapshots, ignore_errors=True)  # at the end of the process, too
-        # A daemon: the end of the process does not wait for the Hub.
+        weakref.finalize(self, shutil.rmtree, self.snapshots, ignore_errors=True)  # also at the end of the process
+        # A daemon, so that the process can end without waiting for the Hub.
         threading.Thread(target=self._work, name="push", daemon=True).start()
 
     def submit(self, write: Callable[[Path], None], message: str) -> None:
-        """Have `write` fill an empty folder with what is to be pushed, and push that when its turn comes."""
+        """Call `write` with an empty folder, and queue its content to be pushed."""
         folder = None
         try:
             folder = Path(tempfile.mkdtemp(dir=self.snapshots))
             write(folder)
-        except Exception as error:  # a full disk, say: no reason to end a run
+        except Exception as error:  # such as a full disk, which must not end the run
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             self._give_up(message, error)
@@ -93,7 +82,7 @@ class BackgroundPush:
             self.state.notify_all()
 
     def finish(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is under way, `timeout` seconds at most; say whether the newest state is on the Hub."""
+        """Wait up to `timeout` seconds for all pushes, and return whether the newest state is on the Hub."""
         with self.state:
             self.state.wait_for(lambda: self.waiting is None and not self.is_busy, timeout)
             return self.is_current
@@ -112,12 +101,12 @@ class BackgroundPush:
                 self.state.notify_all()
 
     def _try(self, folder: Path, message: str) -> bool:
-        disable_progress_bars()  # a bar for every upload would break up that of the run
+        disable_progress_bars()  # bars of uploads would interrupt the run's progress bar
         for wait in (*self.waits, None):
             try:
                 self.url = push(folder, self.repo_id, private=self.private, message=message, token=self.token)
                 return True
-            except Exception as error:  # whatever it is, the run is worth more than the push
+            except Exception as error:  # no failed push may end the run
                 if wait is None or is_final(error):
                     self._give_up(message, error)
                     return False
@@ -129,7 +118,7 @@ class BackgroundPush:
 
     def _give_up(self, message: str, error: Exception) -> None:
         reason = sentence_of(error) or f"{type(error).__name__}: {error}"
-        line = f"{message} was not pushed to {self.repo_id}, the run goes on. {reason}"
+        line = f"{message} was not pushed to {self.repo_id}; the run continues. {reason}"
         self.say(one_line(without_tokens(line, self.token)))
 
 
@@ -142,30 +131,29 @@ def push(
     message: str = "Upload model",
     token: str | None = None,
 ) -> str:
-    """Upload a folder to the Hub and return the address of the repository.
+    """Upload a folder to the Hub and return the URL of the repository.
 
-    The repository is created if need be; weights and code that it held from an earlier push and that the folder has
-    not are removed in the same commit. All of it is one commit, on top of what was there when the push began: whatever
-    interrupts a push, the repository is as before or as the folder, and the same push may be done again. The example
-    on the card there names the repository.
+    The repository is created if it does not exist. The push is a single commit, which also deletes weights and code
+    of an earlier push that are not in the folder: an interrupted push leaves the repository unchanged and can be
+    repeated. The examples in the uploaded model card name the repository.
 
     Args:
-        folder: What `save_pretrained` wrote, with a card; see `check_folder`.
-        repo_id: `"user/name"`, or `"name"` for the user that the token belongs to.
-        private: Whether a new repository is private; one that exists is left as it is.
-        revision: Branch to push to, made if need be; the main one if not given.
-        message: Of the commit.
-        token: To write with; the one of `hf auth login` or `HF_TOKEN` if not given.
+        folder: Folder written by `save_pretrained`, with a model card; see `check_folder`.
+        repo_id: `"user/name"`, or `"name"` for the owner of the token.
+        private: Whether a new repository is private; an existing one is not changed.
+        revision: Branch to push to, created if it does not exist; `main` by default.
+        message: Commit message.
+        token: Token with write access; by default that of `hf auth login` or `HF_TOKEN`.
 
     Raises:
-        ValueError: If the folder is not complete, or holds what must not travel.
-        HfHubHTTPError: If the Hub refuses; 412 where somebody else has pushed meanwhile.
+        ValueError: If the folder is incomplete, or has files that must not be uploaded.
+        HfHubHTTPError: If the Hub rejects the push; 412 if there was another push at the same time.
     """
     folder = Path(folder)
     names = check_folder(folder)
     api = HfApi(token=token)
     client = get_session()
-    if client.timeout.read is None:  # a Hub that falls silent would be waited for without end
+    if client.timeout.read is None:  # without it, a Hub that stops responding would block forever
         client.timeout = SILENCE
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
@@ -178,23 +166,23 @@ def push(
     additions = [CommitOperationAdd(name, contents.get(name, folder / name)) for name in names]
     for addition in additions:
         if addition.path_in_repo.endswith(".safetensors"):
-            # One by one: several at once would go by threads that the end of the process waits for.
+            # One at a time: several would use threads that block the end of the process.
             api.preupload_lfs_files(url.repo_id, [addition], revision=revision)
     api.create_commit(
         url.repo_id,
         [*(CommitOperationDelete(name) for name in stale), *additions],
         commit_message=message,
         revision=revision,
-        parent_commit=before.sha,  # two pushes at once must not become a mixture
+        parent_commit=before.sha,  # two pushes at once must not be mixed
     )
     return str(url)
 
 
 def _card_for(card: str, folder: Path, repo_id: str) -> str:
-    """Return a card whose examples name the repository instead of the folder that it was written for."""
+    """Return a model card whose examples name the repository instead of the local folder."""
     example = re.search(r'pipeline\("[a-z-]+", "((?:[^"\\/]|\\.)+)"', card)
-    name = example[1] if example else _in_quotes(folder.resolve().name)
+    name = example[1] if example else in_quotes(folder.resolve().name)
     in_code, in_shell = re.escape(f'"{name}"'), re.escape(shell_word(name))
-    # As an argument alone: a label, or a task, may have the same name.
+    # Only as an argument: a label or a task may have the same name.
     calls = rf'(pipeline\("[a-z-]+", |from_pretrained\(){in_code}|(--model ){in_shell}'
     return re.sub(calls, lambda match: f'{match[1] or match[2]}"{repo_id}"', card)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, Options, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, Options
+from ..checkpoints.models import load_for_figures
+from ..checkpoints.opening import open_checkpoint
 from ..data.images import as_seen, normalize
 from ..data.sources import files_of
 from ..inference.threads import BATCH_OF_CPU
-from ..model import model_class
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
 from ..system.texts import one_line
@@ -33,6 +34,7 @@ from .attention import (
     uniform_distance,
 )
 from .drawing import caption, save
+from .facts import facts
 from .features import feature_components, plot_token_norms, token_norms
 from .filters import patch_filters, plot_filters, stem_filters
 from .layers import layer_number
@@ -173,12 +175,12 @@ def draw(
     """
     options, folder = options or Options(), Path(folder)
     checkpoint = _at_its_own_size(source, options)
-    model = _model_of(checkpoint)
+    model, processor = load_for_figures(checkpoint, options.image_size)
     subject = Subject(
         model, name_of(source), options.image_size or model.config.image_shape, layer_number(model, layer)
     )
     assert model.config.grid_of(*subject.size)  # raises if the patch does not divide it
-    photos = _read(subject, _processor_of(checkpoint, subject.size), images) if images else None
+    photos = _read(subject, processor, images) if images else None
 
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -189,7 +191,7 @@ def draw(
     np.savez_compressed(folder / ARRAYS, **subject.arrays)  # type: ignore[arg-type] # mypy: its flag is no array
     written = [*(entry.path for entry in entries), folder / ARRAYS]
     if with_page:
-        write_page(folder / PAGE, f"What {subject.name} learned", checkpoint.describe(), entries, subject.notes)
+        write_page(folder / PAGE, f"What {subject.name} learned", facts(checkpoint), entries, subject.notes)
         written.append(folder / PAGE)
     return written
 
@@ -214,20 +216,6 @@ def _at_its_own_size(source: str, options: Options) -> Checkpoint:
         return open_checkpoint(source, replace(options, image_size=None))
     except ValueError:  # of a file without a grid the size is a fact, and anything else is said again
         return open_checkpoint(source, options)
-
-
-def _model_of(checkpoint: Checkpoint) -> Any:
-    with torch.device("meta"):
-        model = model_class(checkpoint.architecture)(checkpoint.config)
-    model.load_state_dict({name: weight.float() for name, weight in checkpoint.weights()}, assign=True)
-    return model.eval().to(torch.accelerator.current_accelerator(True) or "cpu")
-
-
-def _processor_of(checkpoint: Checkpoint, size: tuple[int, int]) -> HFViTImageProcessor:
-    stated = {**checkpoint.processor().to_dict(), "do_resize": True, "packing": None}  # all images to one size
-    processor = HFViTImageProcessor.from_dict(stated)
-    processor.set_output_size(size)
-    return processor
 
 
 def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[str]) -> Photos:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from collections.abc import Sequence
 
 # Characters that terminals and text viewers execute instead of showing: control characters, line separators, changes
 # of the writing direction; and lone surrogates, which cannot be encoded. Newline and tab are allowed.
@@ -35,6 +36,11 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """Replace line breaks and tabs by spaces, and other control characters as `visible` does."""
     return visible(BREAK.sub(" ", text))
+
+
+def shortened(names: Sequence[object], most: int = 3) -> str:
+    """Return the first `most` names, separated by commas, with "..." for the others."""
+    return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
 
 
 def markdown(text: str) -> str:

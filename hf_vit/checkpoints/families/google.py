@@ -1,16 +1,18 @@
 """The paper's own checkpoints: npz files of google-research/vision_transformer and of google-research/big_vision.
 
-Facts from vit_jax/models_vit.py, models_resnet.py and checkpoint.py, and from big_vision/models/vit.py and
+Sources: vit_jax/models_vit.py, models_resnet.py and checkpoint.py, and big_vision/models/vit.py and
 models/proj/flexi/vit.py. Both use flax: LayerNorm with epsilon 1e-6, GELU in its tanh form, dense kernels `[in, out]`,
 convolutions `[h, w, in, out]`, attention kernels `[D, A, d]` and `[A, d, D]`.
 
-Names by era: before flax's linen a block counted its parts together (LayerNorm_0, MultiHeadDotProductAttention_1,
-LayerNorm_2, MlpBlock_3), since then each kind by itself. Positions moved from Transformer/posembed_input over
-Transformer/ to the top; until 2022 they had a row for the class token, since then they have none.
+Before flax's linen, the parts of a block were numbered together (LayerNorm_0, MultiHeadDotProductAttention_1,
+LayerNorm_2, MlpBlock_3); since then, each type is numbered separately. Positions moved from
+Transformer/posembed_input to Transformer/ and then to the top level. Until 2022 they had a row for the class token.
 """
 
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ...model.configuration_hf_vit import HFViTConfig
 from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
@@ -19,11 +21,11 @@ from ..layouts import Layout, Row, count, each, grid_of_table, heads_together, i
 
 PRE_LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
 LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
-PLACES = ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding")
+POSITION_NAMES = ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding")
 TABLE = "embeddings.position_embeddings.table.weight"
-# Where the image model lies in a file: as a tower of two, in a training checkpoint, in an older one, alone.
+# Prefixes of the image model: one of two towers, in a training checkpoint, in an older one, alone.
 ROOTS = ("params/img/", "opt/target/img/", "img/", "params/", "opt/target/", "")
-# Optimizer, counters, and the other tower with its temperature and bias.
+# Optimizer, counters, and the text tower with temperature and bias.
 LEFT_OUT = (r"opt/(?!target/).*", r"(extra|chrono)/.*", r"((params|opt/target)/)?(txt/.*|t|b)")
 
 
@@ -38,7 +40,7 @@ def convolution(config: HFViTConfig) -> Layout:
 
 
 def patches(config: HFViTConfig) -> Layout:
-    """The convolution of patches, to a matrix."""
+    """The patch convolution, to a matrix."""
     shape = tuple(size // config.stem_stride for size in config.patch_shape)
     matrix = each(lambda kernel: kernel.flatten(1), lambda weight: weight.unflatten(1, (-1, *shape)))
     return convolution(config).then(matrix)
@@ -70,7 +72,7 @@ def flat(config: HFViTConfig) -> Layout:
 
 
 def without_first(config: HFViTConfig) -> Layout:
-    """Positions with a row for a class token that the model does not have."""
+    """Positions with a row for a class token in a model without one."""
     joined = positions(config)
     return Layout(lambda theirs: joined.read([theirs[0][:, 1:]]), joined.write)
 
@@ -100,7 +102,7 @@ def _attention(ours: str, theirs: str, parts: dict[str, tuple[str, ...]]) -> lis
 
 
 def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False) -> list[Row]:
-    """Return our names and those of every era; the first of each are what is written today."""
+    """Return our names and those of every era; of several rows for the same names, the first is written."""
     rows = [
         Row("embeddings.cls_token", f"{root}cls"),
         Row("embeddings.patch_embeddings.projection.weight", f"{root}embedding/kernel", patches),
@@ -109,17 +111,17 @@ def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False)
         *_dense("pooler.pre_logits", f"{root}pre_logits"),
         *_dense("classifier", f"{root}head"),
     ]
-    # vit_jax reads its own place alone, big_vision all of them; what only big_vision has goes to its place.
-    places = PLACES[::-1] if is_of_big_vision(config) else PLACES
+    # vit_jax reads only its own name of the positions, big_vision reads all; models of big_vision get its name.
+    names = POSITION_NAMES[::-1] if is_of_big_vision(config) else POSITION_NAMES
     layout = without_first if has_spare_position else positions
-    rows += [Row(("embeddings.position_embeddings.prefix", TABLE), f"{root}{place}", layout) for place in places]
+    rows += [Row(("embeddings.position_embeddings.prefix", TABLE), f"{root}{name}", layout) for name in names]
     for before, attention, after, mlp in (LINEN, PRE_LINEN):
         block = f"{root}Transformer/encoderblock_{{}}"
         rows += _norm("layers.{}.layernorm_before", f"{block}/{before}")
         rows += _attention("layers.{}.attention", f"{block}/{attention}", {"qkv": ("query", "key", "value")})
         rows += _norm("layers.{}.layernorm_after", f"{block}/{after}")
         rows += _mlp("layers.{}.mlp", f"{block}/{mlp}")
-    for head in (f"{root}MAPHead_0/", root):  # inlined while ViT-g was being made
+    for head in (f"{root}MAPHead_0/", root):  # without a module of its own at the time of ViT-g
         pooling = "pooler.pooling"
         parts = {"query": ("query",), "key_value": ("key", "value")}
         rows.append(Row(f"{pooling}.probe", f"{head}probe"))
@@ -130,7 +132,7 @@ def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False)
 
 
 def is_of_big_vision(config: HFViTConfig) -> bool:
-    """Say whether only big_vision has a model's head: attention pooling, or a class token without position."""
+    """Return whether only big_vision has this model: attention pooling, or a class token without position."""
     return config.pooling == "attention" or bool(config.use_cls_token and not config.num_prefix_positions)
 
 
@@ -159,7 +161,7 @@ def _recognises(source: Source) -> bool:
 
 
 def _root(source: Source) -> str | None:
-    """Return what stands before the image model's names, also where some of them are missing."""
+    """Return the prefix of the image model's names, even if some of them are missing."""
     marks = ("embedding/kernel", "Transformer/encoder_norm/scale", "Transformer/encoder_norm/bias")
     found = {root: sum(f"{root}{mark}" in source.tensors for mark in marks) for root in ROOTS}
     best = max(found, key=lambda root: found[root])
@@ -167,18 +169,18 @@ def _root(source: Source) -> str | None:
 
 
 def _unstacked(source: Source, root: str) -> Source:
-    """Take the blocks of a scan, stacked along a first axis, apart."""
+    """Split the blocks of a scan, which are stacked along the first axis."""
     stack = f"{root}Transformer/encoderblock/"
     tensors = {name: stored for name, stored in source.tensors.items() if not name.startswith(stack)}
     for name, stored in source.tensors.items():
         if name.startswith(stack):
             for number in range(stored.shape[0] if stored.shape else 0):
                 block = f"{root}Transformer/encoderblock_{number}/{name.removeprefix(stack)}"
-                tensors[block] = Stored(stored.shape[1:], stored.dtype, partial(_block, stored, number))
+                tensors[block] = Stored(stored.shape[1:], stored.dtype, partial(_read_block, stored, number))
     return Source(source.name, tensors, source.config, source.folder)
 
 
-def _block(stored: Stored, number: int) -> Any:
+def _read_block(stored: Stored, number: int) -> Tensor:
     return stored.read()[number]
 
 
@@ -231,39 +233,39 @@ def _pooling(names: set[str]) -> str:
 
 
 def _read_positions(source: Source, root: str, names: set[str], fields: dict[str, Any], options: Options) -> bool:
-    """Add kind and grid of the positions to `fields`; return whether they have a row that the model does not use.
+    """Add type and grid of the positions to `fields`; return whether they have a row that the model does not use.
 
     Raises:
-        ValueError: If the file leaves the grid open.
+        ValueError: If the file does not determine the grid.
     """
     patch_size, use_cls_token = fields["patch_size"], fields["use_cls_token"]
-    name = next((place for place in PLACES if place in names), None)
+    name = next((name for name in POSITION_NAMES if name in names), None)
     if name is None:
         if options.image_size is None:
             raise ValueError(
-                f"{source.name}: no {' or '.join(repr(root + place) for place in PLACES)}: its positions are sines "
-                "and cosines, which are not in the file, nor is their grid: pass --image-size HxW."
+                f"{source.name}: no {' or '.join(repr(root + name) for name in POSITION_NAMES)}: the positions are "
+                "sines and cosines, and the file does not store their grid: pass --image-size HxW."
             )
         if options.patch_size not in (None, patch_size):
-            raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are sines and cosines.")
+            raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are fixed (sin-cos).")
         fields.update(position_embedding_type="sincos_2d", image_size=options.image_size)
         return False
     number = source.shape(f"{root}{name}", 3)[1]
     stated = options.image_size if options.patch_size in (None, patch_size) else None
-    cells = None if stated is None else stated[0] // patch_size[0] * (stated[1] // patch_size[1])
-    if name == PLACES[0]:  # the paper's code has a row for the class token if there is one, and only then
+    patches = None if stated is None else stated[0] // patch_size[0] * (stated[1] // patch_size[1])
+    if name == POSITION_NAMES[0]:  # the paper's code has a row for the class token if and only if there is one
         prefix = int(use_cls_token)
-        if not prefix and cells != number and not is_square(number) and is_square(number - 1):
+        if not prefix and patches != number and not is_square(number) and is_square(number - 1):
             raise ValueError(
                 f"{source.name}: {root + name!r} has a row for a class token: {root + 'cls'!r} is missing."
             )
     else:
-        prefix = 0 if number == cells or is_square(number) else 1
+        prefix = 0 if number == patches or is_square(number) else 1
     rows, columns = grid_of_table(number - prefix, patch_size, stated, f"{source.name}: {root}{name}")
     fields.update(
         image_size=(rows * patch_size[0], columns * patch_size[1]),
         num_prefix_positions=prefix if use_cls_token else 0,
-        # FlexiViT resizes positions in its forward, by jax.image.resize; the others at loading, by scipy.ndimage.zoom.
+        # FlexiViT resizes positions with jax.image.resize, the others with scipy.ndimage.zoom.
         position_interpolation="bilinear_antialias" if options.patch_size else "bilinear_corners",
     )
     return bool(prefix) and not use_cls_token

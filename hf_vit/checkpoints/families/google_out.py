@@ -8,37 +8,35 @@ import torch
 from torch import Tensor
 
 from ...system.disk import new_file
-from .. import Checkpoint, Options
-from ..layouts import Row, Rule
-from ..writing import translated, verify
+from ..checkpoint import CLASSIFIER, ENCODER, Checkpoint, Options
+from ..layouts import Rule
+from ..writing import Target, plain_except, translated, verify
 from . import google
 
 
-def _npz_misfits(checkpoint: Checkpoint) -> list[str]:
-    config = checkpoint.config
-    misfits = []
+def unsupported(checkpoint: Checkpoint) -> list[str]:
+    """Return the features that the file cannot hold."""
+    config, features = checkpoint.config, []
     if config.pooling in ("mean", "attention") and config.use_cls_token:
-        misfits.append(f"pooling={config.pooling!r} beside a class token")
-    # Stems are of one of the two codes, these of the other.
+        features.append(f"pooling={config.pooling!r} with a class token")
+    # Only the paper's code has a stem, and only big_vision has these.
     is_of_big_vision = google.is_of_big_vision(config)
     if config.stem_layers is not None and (is_of_big_vision or config.position_embedding_type == "sincos_2d"):
-        misfits.append("stem_layers with attention pooling, sincos_2d, or a class token without position")
-    return misfits
+        features.append("stem_layers with attention pooling, sincos_2d, or a class token without position")
+    return features
 
 
-def _npz_notes(checkpoint: Checkpoint) -> list[str]:
+def notes(checkpoint: Checkpoint) -> list[str]:
+    """Return how to read the file if its tensors do not determine the grid."""
     height, width = checkpoint.config.image_shape
     rows, columns = checkpoint.config.grid_size
     if checkpoint.config.position_embedding_type == "learned" and rows == columns:
         return []
-    return [f"The file does not say its grid: read it with --image-size {height}x{width}."]
+    return [f"The file does not store its grid: read it with --image-size {height}x{width}."]
 
 
-def _npz_table(checkpoint: Checkpoint) -> list[Row]:
-    return google.table(checkpoint.config)
-
-
-def _write_npz(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> None:
+def write(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> None:
+    """Write the file and verify it."""
     sums: dict[str, int] = {}
     with new_file(out, force) as unfinished:
         with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
@@ -52,3 +50,21 @@ def _array(tensor: Tensor) -> np.ndarray:
     """Return an array; bfloat16, which numpy does not have, as JAX writes it."""
     tensor = tensor.contiguous()
     return tensor.view(torch.int16).numpy().view("V2") if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+TARGET = Target(
+    architectures=(CLASSIFIER, ENCODER),
+    required=plain_except(
+        "stem_layers",
+        "representation_size",
+        position_embedding_type=("learned", "sincos_2d"),
+        pooling=("cls", "mean", "attention"),
+        hidden_act=("gelu_pytorch_tanh",),
+        layer_norm_eps=(1e-6,),
+    ),
+    unsupported=unsupported,
+    notes=notes,
+    table=lambda checkpoint: google.table(checkpoint.config),
+    write=write,
+    carries=("bilinear_corners",),
+)

@@ -1,7 +1,7 @@
-"""This package's own folders: nothing to convert, but sizes and heads can be changed as for all others."""
+"""This package's own folders. Names are the same; sizes and head can be changed as for every family."""
 
 from ...model.configuration_hf_vit import CLASSES, HFViTConfig
-from ..checkpoint import ENCODER, Family, Options, Reading, parameters_of, processor_beside, refuse_depth
+from ..checkpoint import ENCODER, Family, Options, Reading, check_depth, parameters_of, processor_beside
 from ..files import Source
 from ..layouts import Row
 
@@ -20,7 +20,7 @@ def _read(source: Source, options: Options) -> Reading:
             f"{source.name}: config.json names the architecture {architecture!r}, expected one of "
             f"{', '.join(ARCHITECTURES)}."
         )
-    refuse_depth(source, config)
+    check_depth(source, config)
     names = parameters_of(architecture, config)
     table = [Row(name.removeprefix("vit."), name) for name in names]
     return Reading(source.config, architecture, table, processor=processor_beside(source))

@@ -10,28 +10,22 @@ import numpy as np
 from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_pil_hf_vit import HFViTImageProcessorPil, Image
 from ...system.disk import new_folder
-from .. import Checkpoint
-from ..checkpoint import CLASSIFIER, ENCODER
+from ..checkpoint import CLASSIFIER, ENCODER, Checkpoint
 from ..layouts import Row, Rule
-from ..writing import _write_folder
-from . import timm
-from .transformers_out import ROUNDED_CROP, _number_if_square, _size_misfits
+from ..writing import Target, differing, write_layout
+from . import timm_facts, timm_names
+from .transformers_out import ROUNDED_CROP, number_if_square, unsupported_size
 
-TIMM_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(timm.ACTIVATIONS.items())}
-
-
-TIMM_POOLINGS = {
-    "cls": "token",
-    "mean": "avg",
-    "mean_all": "avg",
-    "attention": "map",
-    "attention_patches": "map",
-    "cls_and_distillation": "token",
+ACTIVATIONS = {ours: theirs for theirs, ours in reversed(timm_facts.ACTIVATIONS.items())}
+POOLINGS = {
+    **{ours: theirs for theirs, ours in timm_facts.POOLINGS.items()},
+    **{"mean_all": "avg", "attention_patches": "map", "cls_and_distillation": "token"},
 }
+# Architectures of timm by their epsilon: config.json can name a norm, but not its epsilon.
+EPSILONS = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 
-
-# What must be where, in the classes that timm has for these.
-TIMM_SPECIAL: dict[str, dict[str, tuple[Any, ...]]] = {
+# Values that timm's classes for these features require.
+SPECIAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "relative positions": {
         "pooling": ("cls", "mean"),
         "num_register_tokens": (0,),
@@ -48,66 +42,62 @@ TIMM_SPECIAL: dict[str, dict[str, tuple[Any, ...]]] = {
         "layer_norm_eps": (1e-6,),
     },
     "a gated MLP": {
-        "pooling": ("cls", "mean", "mean_all"),  # it would gate the MLP of the attention pooling, too
+        "pooling": ("cls", "mean", "mean_all"),  # timm would also gate the MLP of attention pooling
         "layer_norm_eps": (1e-6,),
     },
 }
 
 
-# An architecture of timm with each epsilon: config.json can name a norm, but not its epsilon.
-TIMM_EPSILONS = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
-
-
-def _timm_misfits(checkpoint: Checkpoint) -> list[str]:
-    config, misfits = checkpoint.config, []
+def unsupported(checkpoint: Checkpoint) -> list[str]:
+    """Return the features of model and processor that timm's classes do not have."""
+    config, features = checkpoint.config, []
     positions, prefix = config.num_prefix_positions, config.num_prefix_tokens
     if config.layer_scale_init_value == 0:
-        misfits.append("layer_scale_init_value=0 (which there is none)")
+        features.append("layer_scale_init_value=0 (timm has no LayerScale then)")
     if config.use_distillation_token and config.pooling != "cls_and_distillation":
-        misfits.append("a distillation token without its classifier")
+        features.append("a distillation token without its classifier")
     if config.position_embedding_type in ("learned", "relative") and positions not in (0, prefix):
-        misfits.append(f"num_prefix_positions={positions} (only 0 or {prefix})")
+        features.append(f"num_prefix_positions={positions} (only 0 or {prefix})")
     if config.patch_bias == config.use_pre_layernorm:
-        misfits.append(f"patch_bias={config.patch_bias} with use_pre_layernorm={config.use_pre_layernorm}")
+        features.append(f"patch_bias={config.patch_bias} with use_pre_layernorm={config.use_pre_layernorm}")
     if config.proj_bias != config.mlp_bias:
-        misfits.append(f"proj_bias={config.proj_bias} with mlp_bias={config.mlp_bias}")
-    special = [what for what in TIMM_SPECIAL if _is_special(config, what)]
-    for what in special:
-        misfits += [
-            f"{name}={getattr(config, name)!r} with {what} (only {' or '.join(map(repr, values))})"
-            for name, values in TIMM_SPECIAL[what].items()
-            if getattr(config, name) not in values
-        ]
+        features.append(f"proj_bias={config.proj_bias} with mlp_bias={config.mlp_bias}")
+    special = special_features(config)
+    for feature in special:
+        features += differing(config, SPECIAL[feature], f" with {feature}")
     if len(special) > 1:
-        misfits.append(" and ".join(special))
+        features.append(" and ".join(special))
     if "relative positions" in special and positions != prefix:
-        misfits.append("relative positions with a class token that has none")
+        features.append("relative positions with a class token that has none")
     if "a distillation token" in special and not positions:
-        misfits.append("num_prefix_positions=0 with a distillation token (only 2)")
-    return misfits + _timm_processor_misfits(checkpoint.processor().to_dict(), config)
+        features.append("num_prefix_positions=0 with a distillation token (only 2)")
+    return features + unsupported_preprocessing(checkpoint.processor().to_dict(), config)
 
 
-def _is_special(config: HFViTConfig, what: str) -> bool:
-    return {
+def special_features(config: HFViTConfig) -> list[str]:
+    """Return the keys of `SPECIAL` that an architecture has."""
+    has = {
         "relative positions": config.position_embedding_type == "relative",
         "a distillation token": config.pooling == "cls_and_distillation",
         "a gated MLP": config.use_gated_mlp,
-    }[what]
+    }
+    return [feature for feature in SPECIAL if has[feature]]
 
 
-def _timm_processor_misfits(processor: dict[str, Any], config: HFViTConfig) -> list[str]:
-    misfits = _size_misfits(processor, config)
+def unsupported_preprocessing(processor: dict[str, Any], config: HFViTConfig) -> list[str]:
+    """Return what timm's transforms cannot do."""
+    features = unsupported_size(processor, config)
     if not processor["do_resize"]:
-        misfits.append("do_resize=False of the processor")
+        features.append("do_resize=False of the processor")
     if not processor["do_rescale"] or processor["rescale_factor"] != 1 / 255:
-        misfits.append("a processor's do_rescale or rescale_factor (only 1/255)")
-    if not misfits and _timm_crop(processor, config.image_shape) is None:
-        misfits.append(f"a crop of {config.image_shape} from {dict(processor['size'])} by the processor")
-    return misfits
+        features.append("a processor's do_rescale or rescale_factor (only 1/255)")
+    if not features and crop(processor, config.image_shape) is None:
+        features.append(f"a crop of {config.image_shape} from {dict(processor['size'])} by the processor")
+    return features
 
 
-def _timm_crop(processor: dict[str, Any], image: tuple[int, int]) -> tuple[float, str] | None:
-    """Return timm's crop_pct and crop_mode; `None` if they cannot say what the processor does."""
+def crop(processor: dict[str, Any], image: tuple[int, int]) -> tuple[float, str] | None:
+    """Return timm's crop_pct and crop_mode; `None` if they cannot express what the processor does."""
     if processor.get("crop_pct") is not None:
         return processor["crop_pct"], "center"
     if not processor.get("do_center_crop"):
@@ -123,35 +113,61 @@ def _timm_crop(processor: dict[str, Any], image: tuple[int, int]) -> tuple[float
     return (share, mode) if share <= 1 and tuple(math.floor(side / share) for side in image) == edges else None
 
 
-def _timm_notes(checkpoint: Checkpoint) -> list[str]:
-    said, processor = [], checkpoint.processor()
+def notes(checkpoint: Checkpoint) -> list[str]:
+    """Return what a user of timm must know."""
+    sentences, processor = [], checkpoint.processor()
     if processor.do_grayscale:
-        said.append("Images must be gray (Pillow's mode L) before they come to its transforms.")
+        sentences.append("timm's transforms need grayscale images (Pillow's mode L).")
     if processor.do_center_crop:
-        said.append(ROUNDED_CROP.replace("up or left", "down or right"))
+        sentences.append(ROUNDED_CROP.replace("up or left", "down or right"))
     if checkpoint.architecture == ENCODER and checkpoint.config.pooling == "cls_and_distillation":
-        said.append("Without classifiers it gives the average of both tokens, not one behind the other.")
-    return said
+        sentences.append("Without classifiers timm returns the average of both tokens, not their concatenation.")
+    return sentences
 
 
-def _timm_architecture(config: HFViTConfig) -> str:
-    """Return a name that timm's code has what arguments cannot say under."""
+def table(checkpoint: Checkpoint) -> list[Row]:
+    """Return our names and timm's; its named architectures pack gate and hidden layer, the gate first."""
+    split = ("blocks.{}.mlp.fc1_g.*", "blocks.{}.mlp.fc1_x.*")
+    return [row for row in timm_names.table(checkpoint.config) if row.theirs not in split]
+
+
+def write(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> None:
+    """Write weights and config, and verify them."""
+    config = checkpoint.config
+    stated = preprocessing(checkpoint.processor(), config)
+    number = stated["num_classes"] = config.num_labels if checkpoint.architecture == CLASSIFIER else 0
+    if number:
+        stated["label_names"] = [name for _, name in sorted((config.id2label or {}).items())]
+    described = {
+        "architecture": architecture(config),
+        "num_classes": number,
+        "num_features": config.hidden_size,
+        "global_pool": POOLINGS[config.pooling],
+        "model_args": arguments(config),
+        "pretrained_cfg": stated,
+    }
+    with new_folder(out, force) as folder:
+        write_layout(checkpoint, rules, folder, described)
+
+
+def architecture(config: HFViTConfig) -> str:
+    """Return the name of an architecture whose code has what timm's arguments cannot state."""
     if config.position_embedding_type == "relative":
         return "vit_relpos_base_patch16_224"
     if config.pooling == "cls_and_distillation":
         return "deit_base_distilled_patch16_224"
-    return "vit_giant_patch14_dinov2" if config.use_gated_mlp else TIMM_EPSILONS[config.layer_norm_eps]
+    return "vit_giant_patch14_dinov2" if config.use_gated_mlp else EPSILONS[config.layer_norm_eps]
 
 
-def _timm_arguments(config: HFViTConfig) -> dict[str, Any]:
+def arguments(config: HFViTConfig) -> dict[str, Any]:
     """Return the arguments of timm's constructor."""
     hidden = config.intermediate_size * (2 if config.use_gated_mlp else 1)  # timm counts the gate
     ratio = hidden / config.hidden_size
     if int(config.hidden_size * ratio) != hidden:  # timm rounds down
         ratio = float(np.nextafter(ratio, np.inf))
-    arguments: dict[str, Any] = {
+    common: dict[str, Any] = {
         "img_size": list(config.image_shape),
-        "patch_size": _number_if_square(config.patch_shape),
+        "patch_size": number_if_square(config.patch_shape),
         "in_chans": config.num_channels,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
@@ -161,14 +177,14 @@ def _timm_arguments(config: HFViTConfig) -> dict[str, Any]:
         "qk_norm": config.use_qk_norm,
         "init_values": config.layer_scale_init_value,
         "class_token": config.use_cls_token,
-        "global_pool": TIMM_POOLINGS[config.pooling],
+        "global_pool": POOLINGS[config.pooling],
         "fc_norm": config.final_layernorm == "pooled",
     }
     if config.position_embedding_type == "relative":
-        return {**arguments, "rel_pos_type": "bias", "shared_rel_pos": False}
+        return {**common, "rel_pos_type": "bias", "shared_rel_pos": False}
     return {
-        **arguments,
-        "act_layer": TIMM_ACTIVATIONS[config.hidden_act],
+        **common,
+        "act_layer": ACTIVATIONS[config.hidden_act],
         "proj_bias": config.proj_bias,
         "pos_embed": "learn" if config.position_embedding_type == "learned" else "none",
         "no_embed_class": not config.num_prefix_positions,
@@ -179,17 +195,18 @@ def _timm_arguments(config: HFViTConfig) -> dict[str, Any]:
     }
 
 
-def _timm_preprocessing(processor: HFViTImageProcessorPil, config: HFViTConfig) -> dict[str, Any]:
-    described, channels = processor.to_dict(), config.num_channels
-    crop = _timm_crop(described, config.image_shape)
-    assert crop is not None
-    mean, std = (described["image_mean"], described["image_std"]) if described["do_normalize"] else (0.0, 1.0)
+def preprocessing(processor: HFViTImageProcessorPil, config: HFViTConfig) -> dict[str, Any]:
+    """Return timm's `pretrained_cfg`."""
+    ours, channels = processor.to_dict(), config.num_channels
+    found = crop(ours, config.image_shape)
+    assert found is not None
+    mean, std = (ours["image_mean"], ours["image_std"]) if ours["do_normalize"] else (0.0, 1.0)
     return {
         "input_size": [channels, *config.image_shape],
         "fixed_input_size": True,
-        "interpolation": Image.Resampling(described["resample"]).name.lower(),
-        "crop_pct": crop[0],
-        "crop_mode": crop[1],
+        "interpolation": Image.Resampling(ours["resample"]).name.lower(),
+        "crop_pct": found[0],
+        "crop_mode": found[1],
         "mean": _for_each_channel(mean, channels),
         "std": _for_each_channel(std, channels),
         "pool_size": None,
@@ -203,25 +220,21 @@ def _for_each_channel(values: float | Sequence[float], channels: int) -> list[fl
     return values[:1] * channels if len(set(values)) == 1 else values
 
 
-def _write_timm(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> None:
-    config = checkpoint.config
-    preprocessing = _timm_preprocessing(checkpoint.processor(), config)
-    number = preprocessing["num_classes"] = config.num_labels if checkpoint.architecture == CLASSIFIER else 0
-    if number:
-        preprocessing["label_names"] = [name for _, name in sorted((config.id2label or {}).items())]
-    described = {
-        "architecture": _timm_architecture(config),
-        "num_classes": number,
-        "num_features": config.hidden_size,
-        "global_pool": TIMM_POOLINGS[config.pooling],
-        "model_args": _timm_arguments(config),
-        "pretrained_cfg": preprocessing,
-    }
-    with new_folder(out, force) as folder:
-        _write_folder(checkpoint, rules, folder, described)
-
-
-def _timm_table(checkpoint: Checkpoint) -> list[Row]:
-    # timm's named architectures pack the gate and the hidden layer, the gate first.
-    split = ("blocks.{}.mlp.fc1_g.*", "blocks.{}.mlp.fc1_x.*")
-    return [row for row in timm.table(checkpoint.config) if row.theirs not in split]
+TARGET = Target(
+    architectures=(CLASSIFIER, ENCODER),
+    required={
+        "position_embedding_type": ("learned", "relative", "none"),
+        "pooling": tuple(POOLINGS),
+        "hidden_act": tuple(ACTIVATIONS),
+        "layer_norm_eps": tuple(EPSILONS),
+        "stem_layers": (None,),
+        "representation_size": (None,),
+        "use_patch_layernorm": (False,),
+        "use_output_projection": (True,),
+    },
+    unsupported=unsupported,
+    notes=notes,
+    table=table,
+    write=write,
+    carries=("labels", "processor", "bicubic_antialias"),
+)

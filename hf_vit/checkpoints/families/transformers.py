@@ -1,8 +1,8 @@
-"""transformers' own Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2, DINOv3, and the towers of SigLIP and CLIP.
+"""transformers' Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2, DINOv3, and the towers of SigLIP and CLIP.
 
-Names and forwards are those of transformers 5.23, `models/*/modeling_*.py`. Names on disk are of two eras, with or
-without the prefix of the class that saved them; the table has them all. What a `config.json` leaves out is the default
-of transformers' config class.
+Names and forwards are those of transformers 5.23, `models/*/modeling_*.py`. Files have the names of two eras, with or
+without the prefix of the class that saved them; the table has them all. Fields that are missing in `config.json` have
+the defaults of transformers' config class.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ QUERIES_KEYS_VALUES = (
 
 
 def token(config: HFViTConfig) -> Layout:
-    """A token `[1, 1, D]` that is stored as `[D]`."""
+    """A token `[1, 1, D]`, stored as `[D]`."""
     return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
 
 
@@ -61,7 +61,7 @@ def flat_positions(config: HFViTConfig) -> Layout:
 
 
 def without_key_bias(config: HFViTConfig) -> Layout:
-    """Biases of queries and values alone; ours of the keys are zeros."""
+    """Biases of queries and values only; our biases of keys are zeros."""
     joined = heads_together(config)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
@@ -75,7 +75,7 @@ def without_key_bias(config: HFViTConfig) -> Layout:
 
 
 def pixel_decoder(config: HFViTConfig) -> Layout:
-    """A 1x1 convolution before a pixel shuffle, which orders its channels as our patches are."""
+    """A 1x1 convolution before a pixel shuffle, whose channels have the order of the pixels in our patches."""
     return Layout(
         lambda theirs: [theirs[0].flatten(1) if theirs[0].ndim == 4 else theirs[0]],
         lambda ours: [ours[0][..., None, None] if ours[0].ndim == 2 else ours[0]],
@@ -83,9 +83,11 @@ def pixel_decoder(config: HFViTConfig) -> Layout:
 
 
 def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row]:
-    """Return our names and theirs; the first of each are what transformers' `ViT` saves."""
+    """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first."""
     tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
     projection = "embeddings.patch_embeddings.projection"
+    gate_and_fc1 = ("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*")
+    query_key_value = ("pooler.pooling.query.*", "pooler.pooling.key_value.*")
     rows = []
     for prefix in prefixes:
         rows += [
@@ -103,11 +105,7 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
             Row("pooler.layernorm.*", f"{prefix}post_layernorm.*"),
             Row("pooler.pre_logits.*", f"{prefix}pooler.dense.*"),
             Row("pooler.pooling.probe", f"{prefix}head.probe"),
-            Row(
-                ("pooler.pooling.query.*", "pooler.pooling.key_value.*"),
-                f"{prefix}head.attention.in_proj_*",
-                pooling_attention,
-            ),
+            Row(query_key_value, f"{prefix}head.attention.in_proj_*", pooling_attention),
             Row("pooler.pooling.o_proj.*", f"{prefix}head.attention.out_proj.*"),
             Row("pooler.pooling.layernorm.*", f"{prefix}head.layernorm.*"),
             Row("pooler.pooling.mlp.fc1.*", f"{prefix}head.mlp.fc1.*"),
@@ -119,26 +117,13 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
         for layer in LAYERS:
             for ours, names in OF_A_LAYER.items():
                 rows += [Row(f"layers.{{}}.{ours}", f"{prefix}{layer}{theirs}") for theirs in names]
-            rows.append(
-                Row(("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*"), f"{prefix}{layer}mlp.weights_in.*", halves)
-            )
+            rows.append(Row(gate_and_fc1, f"{prefix}{layer}mlp.weights_in.*", halves))
             for names in QUERIES_KEYS_VALUES:
                 query, key, value = (f"{prefix}{layer}{name}" for name in names)
                 if not key_bias:
-                    rows.append(
-                        Row("layers.{}.attention.qkv.bias", (f"{query}.bias", f"{value}.bias"), without_key_bias)
-                    )
-                    rows.append(
-                        Row(
-                            "layers.{}.attention.qkv.weight",
-                            (f"{query}.weight", f"{key}.weight", f"{value}.weight"),
-                            heads_together,
-                        )
-                    )
-                else:
-                    rows.append(
-                        Row("layers.{}.attention.qkv.*", (f"{query}.*", f"{key}.*", f"{value}.*"), heads_together)
-                    )
+                    biases = (f"{query}.bias", f"{value}.bias")
+                    rows.append(Row("layers.{}.attention.qkv.bias", biases, without_key_bias))
+                rows.append(Row("layers.{}.attention.qkv.*", (f"{query}.*", f"{key}.*", f"{value}.*"), heads_together))
     return [
         *rows,
         Row("classifier.*", "classifier.*"),
@@ -149,7 +134,7 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
 
 
 def pooling_attention(config: HFViTConfig) -> Layout:
-    """The one tensor of `torch.nn.MultiheadAttention` to ours: the query's, and rows ordered (head, k/v, d)."""
+    """The packed tensor of `torch.nn.MultiheadAttention`, to our query and to rows ordered (head, k/v, d)."""
     pair = heads_first(config, 2)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
@@ -161,26 +146,15 @@ def pooling_attention(config: HFViTConfig) -> Layout:
 
 # ---------------------------------------------------------------------------------------------------- the configs
 
+# Fields that have the same name and meaning in `ViTConfig`, and in all configs of the models below.
+STOCK_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "num_channels"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "qkv_bias"),
+)
 SAME_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-    "drop_path_rate",
-    "num_register_tokens",
-    "rope_theta",
-    "proj_bias",
-    "mlp_bias",
+    *STOCK_FIELDS,
+    *("image_size", "patch_size", "drop_path_rate", "num_register_tokens", "rope_theta", "proj_bias", "mlp_bias"),
     "use_gated_mlp",
-    "intermediate_size",
 )
 
 
@@ -193,7 +167,7 @@ def _vit(config: Any, source: Source) -> dict[str, Any]:
     dense = next((stored for name, stored in source.tensors.items() if name.endswith("pooler.dense.weight")), None)
     if dense is not None and not any("classifier." in name for name in source.tensors):
         if config.pooler_act != "tanh":
-            raise ValueError(f"{source.name}: pooler_act={config.pooler_act!r}; pre-logits here have a tanh.")
+            raise ValueError(f"{source.name}: pooler_act={config.pooler_act!r} is not supported, only 'tanh'.")
         fields["representation_size"] = dense.shape[0]
     return fields
 
@@ -208,7 +182,7 @@ def _dinov2(config: Any, source: Source) -> dict[str, Any]:
         "position_interpolation": "bicubic_antialias" if hasattr(config, "num_register_tokens") else "bicubic",
         "layer_scale_init_value": config.layerscale_value,
         "use_gated_mlp": config.use_swiglu_ffn,
-        # transformers keeps two thirds of a gated layer, rounded up to a multiple of 8
+        # transformers uses two thirds of the width for a gated MLP, rounded up to a multiple of 8
         "intermediate_size": (int(width * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else int(width),
         **({"hidden_act": "silu"} if config.use_swiglu_ffn else {}),
         **({"pooling": "cls_and_mean"} if "classifier.weight" in source.tensors else {}),
@@ -217,7 +191,7 @@ def _dinov2(config: Any, source: Source) -> dict[str, Any]:
 
 def _dinov3(config: Any, source: Source) -> dict[str, Any]:
     if not (config.query_bias == config.value_bias):
-        raise ValueError(f"{source.name}: a bias of queries or of values alone has no place here.")
+        raise ValueError(f"{source.name}: a bias of only queries or only values is not supported.")
     return {
         "position_embedding_type": "rotary",
         "layer_scale_init_value": config.layerscale_value,
@@ -259,7 +233,7 @@ TEXT = (
     r".*position_ids",
 )
 MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]]] = {
-    # How the config is read, and which tensors do not belong to the encoder.
+    # Reads the config; names of tensors that do not belong to the encoder.
     "vit": (_vit, (r".*pooler\.dense\..*",)),
     "deit": (_vit, (r".*pooler\.dense\..*",)),
     "vit_mae": (_plain, (r"decoder\..*", r"mask_token")),
@@ -281,12 +255,12 @@ def _recognises(source: Source) -> bool:
 
 
 def _stems(source: Source) -> set[str]:
-    """Return the names without prefix."""
+    """Return the names of the tensors without the prefix of a class."""
     return {name.removeprefix(prefix) for name in source.tensors for prefix in PREFIXES if name.startswith(prefix)}
 
 
 def _type_of_bare(source: Source) -> str | None:
-    """Tell a ViT or DeiT without config.json; the others need one, since their tensors leave too much open."""
+    """Recognise a ViT or DeiT without config.json; the tensors of the others do not determine enough."""
     names = _stems(source)
     if not {"embeddings.cls_token", "embeddings.position_embeddings", "layernorm.weight"} <= names:
         return None
@@ -294,7 +268,7 @@ def _type_of_bare(source: Source) -> str | None:
 
 
 def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[str, Any]:
-    """Derive what a missing config.json would say."""
+    """Derive the content of a missing config.json from the tensors."""
     sizes = {
         name.removeprefix(prefix): source.shape(name)
         for prefix in PREFIXES[::-1]
@@ -315,9 +289,9 @@ def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[s
     heads = options.num_heads
     if heads is None:
         if width % 64:
-            raise ValueError(f"{source.name}: no config.json says how many heads there are: pass --num-heads.")
+            raise ValueError(f"{source.name}: there is no config.json with the number of heads: pass --num-heads.")
         heads = width // 64
-        assumed.append(f"{heads} heads: no config.json says, and 64 a head is the convention (--num-heads).")
+        assumed.append(f"{heads} heads: there is no config.json, and 64 dimensions per head are usual (--num-heads).")
     assumed.append("hidden_act gelu and layer_norm_eps 1e-12, transformers' defaults: there is no config.json.")
     label = next(
         (stored.shape[0] for name, stored in source.tensors.items() if name.endswith("classifier.weight")), None

@@ -1,7 +1,7 @@
-"""vit-pytorch (github.com/lucidrains/vit-pytorch): its `ViT` and `SimpleViT`, of release 0.7 to 1.26.
+"""`ViT` and `SimpleViT` of vit-pytorch (github.com/lucidrains/vit-pytorch), releases 0.7 to 1.26.
 
-Files are bare state dicts. What they leave open (heads, the pooling of older files, the grid of `SimpleViT`) an option
-says, or the library's default, which `assumed` then names.
+Files are bare state dicts. They do not determine the heads, the pooling of older files, and the grid of `SimpleViT`:
+an option does, or the library's default, which `assumed` then names.
 """
 
 from math import isqrt, prod
@@ -18,7 +18,7 @@ HEAD_DIM = 64  # the library's default `dim_head`
 
 
 class Era(NamedTuple):
-    """What the releases of some years call the parts of a layer, the final LayerNorm and the head."""
+    """Names of the parts of a layer, of the final LayerNorm and of the head in a range of releases."""
 
     layernorm_before: str
     qkv: str
@@ -31,14 +31,14 @@ class Era(NamedTuple):
 
 
 ERAS = (
-    # ViT: from 1.4 on, from 0.10 on (`PreNorm`), from 0.7 on (`Residual(PreNorm)`)
+    # ViT since 1.4, since 0.10 (`PreNorm`), since 0.7 (`Residual(PreNorm)`)
     Era("0.norm", "0.to_qkv", "0.to_out.0", "1.net.0", "1.net.1", "1.net.4", "transformer.norm", "mlp_head"),
     Era("0.norm", "0.fn.to_qkv", "0.fn.to_out.0", "1.norm", "1.fn.net.0", "1.fn.net.3", "mlp_head.0", "mlp_head.1"),
     Era(
         *("0.fn.norm", "0.fn.fn.to_qkv", "0.fn.fn.to_out.0", "1.fn.norm", "1.fn.fn.net.0", "1.fn.fn.net.3"),
         *("mlp_head.0", "mlp_head.1"),
     ),
-    # SimpleViT: from 1.4 on, and before
+    # SimpleViT since 1.4, and before
     Era("0.norm", "0.to_qkv", "0.to_out", "1.net.0", "1.net.1", "1.net.3", "transformer.norm", "linear_head"),
     Era("0.norm", "0.to_qkv", "0.to_out", "1.net.0", "1.net.1", "1.net.3", "linear_head.0", "linear_head.1"),
 )
@@ -51,15 +51,15 @@ def table(era: Era, is_pooled: bool, has_patch_layernorm: bool, leading: tuple[i
 
     Args:
         era: Names of the release.
-        is_pooled: Whether the final LayerNorm stands behind the pooling.
-        has_patch_layernorm: Whether the projection of patches stands between two LayerNorms.
-        leading: What stands before `[N, D]` in the shape of positions and the class token: `(1,)` up to 1.16.0.
+        is_pooled: Whether the final LayerNorm follows the pooling.
+        has_patch_layernorm: Whether the patch projection is between two LayerNorms.
+        leading: Dimensions before `[N, D]` of positions and class token: `(1,)` up to 1.16.0.
     """
 
     def token(config: HFViTConfig) -> Layout:
         return reshaped((1, 1, config.hidden_size), (*leading, 1, config.hidden_size))
 
-    def places(config: HFViTConfig) -> Layout:
+    def all_positions(config: HFViTConfig) -> Layout:
         return reshaped((1, -1, config.hidden_size), (*leading, -1, config.hidden_size)).then(positions(config))
 
     tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
@@ -67,7 +67,7 @@ def table(era: Era, is_pooled: bool, has_patch_layernorm: bool, leading: tuple[i
     projection = f"to_patch_embedding.{2 if has_patch_layernorm else 1}"
     return [
         Row("embeddings.cls_token", "cls_token", token),
-        Row(tables, "pos_embedding", places),
+        Row(tables, "pos_embedding", all_positions),
         Row(f"{patches}.layernorm_before.*", "to_patch_embedding.1.*", channels_first),
         Row(f"{patches}.projection.weight", f"{projection}.weight", channels_first),
         Row(f"{patches}.projection.bias", f"{projection}.bias"),
@@ -84,7 +84,7 @@ def table(era: Era, is_pooled: bool, has_patch_layernorm: bool, leading: tuple[i
 
 
 def channels_first(config: HFViTConfig) -> Layout:
-    """The pixels of a patch, last dimension: theirs ordered (row, column, channel), ours (channel, row, column)."""
+    """Pixels of a patch in the last dimension, from (row, column, channel) to our order (channel, row, column)."""
     patch, channels = config.patch_shape, config.num_channels
     return each(
         lambda theirs: theirs.unflatten(-1, (*patch, channels)).movedim(-1, -3).flatten(-3),
@@ -101,24 +101,26 @@ def _recognises(source: Source) -> bool:
 
 
 def _read(source: Source, options: Options) -> Reading:
-    assumed = ["The images' mean and standard deviation are 0.5: the file does not say (processor 'original')."]
+    assumed = ["The images' mean and standard deviation are 0.5: the file does not store them (processor 'original')."]
     era = _era(source)
     is_simple = era.head.startswith("linear_head")
     is_pooled = era.final_layernorm != "transformer.norm"
     has_patch_layernorm = "to_patch_embedding.2.weight" in source.tensors
     projection = source.shape(f"to_patch_embedding.{2 if has_patch_layernorm else 1}.weight")
     if len(projection) != 2:
-        raise ValueError(f"{source.name}: the projection of patches is {list(projection)}, expected a matrix.")
+        raise ValueError(f"{source.name}: the patch projection has the shape {list(projection)}, expected a matrix.")
     width, pixels = projection
     patch_size, channels = _patch(source, pixels, options)
     leading: tuple[int, ...] = ()
     use_cls_token = False
     if not is_simple:
-        places, token = source.shape("pos_embedding"), source.shape("cls_token")
-        if len(places) != len(token) or len(places) < 2:  # ViTDetPool, all of whose names are ViT's
-            raise ValueError(f"{source.name}: 'pos_embedding' {list(places)} and 'cls_token' {list(token)}: no ViT.")
-        # Lately a model without class token keeps an empty one; before, every model had one.
-        leading, use_cls_token = places[:-2], 0 not in token
+        table_shape, token = source.shape("pos_embedding"), source.shape("cls_token")
+        if len(table_shape) != len(token) or len(table_shape) < 2:  # ViTDetPool, which has all names of ViT
+            raise ValueError(
+                f"{source.name}: 'pos_embedding' {list(table_shape)} and 'cls_token' {list(token)}: no ViT."
+            )
+        # Recent models without a class token store an empty one; older models all have one.
+        leading, use_cls_token = table_shape[:-2], 0 not in token
     fields: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": count(source.tensors, LAYER),
@@ -139,7 +141,7 @@ def _read(source: Source, options: Options) -> Reading:
     }
     if use_cls_token and leading and options.pooling is None:
         assumed.append(
-            "The class token is read: of older releases, models that average all tokens have the same file "
+            "pooling cls: in older releases, models that average all tokens have the same tensors "
             "(--pooling mean_all)."
         )
     architecture = ENCODER
@@ -152,40 +154,41 @@ def _read(source: Source, options: Options) -> Reading:
 def _era(source: Source) -> Era:
     if "patch_to_embedding.weight" in source.tensors:
         raise ValueError(
-            f"{source.name}: of vit-pytorch before 0.7. Its attention divides by the root of the model's width up to "
-            "0.6.6 and of a head's from 0.6.7 on, and nothing in the file tells them apart."
+            f"{source.name}: vit-pytorch before 0.7 is not supported. Up to 0.6.6 attention is scaled by the model's "
+            "width, since 0.6.7 by a head's, and the file does not determine which."
         )
     for era in ERAS:
         marks = (f"{FIRST_LAYER}{era.qkv}.weight", f"{FIRST_LAYER}{era.fc2}.weight", f"{era.final_layernorm}.weight")
         if all(mark in source.tensors for mark in marks):
             return era
-    raise ValueError(f"{source.name}: neither ViT nor SimpleViT of a release of vit-pytorch that is known here.")
+    raise ValueError(f"{source.name}: neither ViT nor SimpleViT of a known release of vit-pytorch.")
 
 
 def _heads(source: Source, era: Era, width: int, options: Options, assumed: list[str]) -> dict[str, Any]:
-    """Return the fields that the width of queries, keys and values leaves to be told."""
+    """Return the number of heads, their width, and whether there is an output projection."""
     inner = source.shape(f"{FIRST_LAYER}{era.qkv}.weight", 2)[0] // 3
     if f"{FIRST_LAYER}{era.o_proj}.weight" not in source.tensors:
-        # The library leaves it out for a single head as wide as the model.
+        # The library has no output projection for a single head as wide as the model.
         if options.num_heads not in (None, 1):
-            raise ValueError(
-                f"{source.name}: an attention without output projection has 1 head, whatever --num-heads."
-            )
+            raise ValueError(f"{source.name}: attention without output projection has 1 head: leave --num-heads out.")
         return {"num_attention_heads": 1, "use_output_projection": False}
     heads = options.num_heads
     if heads is None and inner % HEAD_DIM == 0:
         heads = inner // HEAD_DIM
-        assumed.append(f"{heads} heads: the file does not say, and {HEAD_DIM} a head is the default (--num-heads).")
+        assumed.append(
+            f"{heads} heads: the file does not store the number, and {HEAD_DIM} dimensions per head are the default "
+            "(--num-heads)."
+        )
     if heads is None or inner % heads:
+        divisor = f"{HEAD_DIM}, the default width of a head" if heads is None else f"{heads}, the heads given"
         raise ValueError(
-            f"{source.name}: heads of {HEAD_DIM}, the library's default, or the number given do not divide the "
-            f"attention's width {inner}: pass a --num-heads that does."
+            f"{source.name}: the attention's width of {inner} is no multiple of {divisor}: pass another --num-heads."
         )
     return {"num_attention_heads": heads, "head_dim": None if inner == width else inner // heads}
 
 
 def _patch(source: Source, pixels: int, options: Options) -> tuple[tuple[int, int], int]:
-    """Return size and channels of a patch, of which the file has the product."""
+    """Return size and channels of a patch; the file only has their product."""
     stated, side = options.patch_size, isqrt(pixels // 3)
     if stated is not None and 3 * prod(stated) == pixels:
         return stated, 3
@@ -193,7 +196,7 @@ def _patch(source: Source, pixels: int, options: Options) -> tuple[tuple[int, in
         return (side, side), 3
     if stated is not None and pixels % prod(stated) == 0:
         return stated, pixels // prod(stated)
-    raise ValueError(f"{source.name}: a patch of {pixels} values is no square of 3 channels: pass --patch-size HxW.")
+    raise ValueError(f"{source.name}: a patch of {pixels} values is no square with 3 channels: pass --patch-size HxW.")
 
 
 def _image_size(source: Source, patch_size: tuple[int, int], use_cls_token: bool, options: Options) -> tuple[int, int]:
@@ -204,11 +207,11 @@ def _image_size(source: Source, patch_size: tuple[int, int], use_cls_token: bool
         return grid[0] * patch_size[0], grid[1] * patch_size[1]
     if options.image_size is None:
         raise ValueError(
-            f"{source.name}: the positions of SimpleViT are sines and cosines, which are not in the file, nor is "
+            f"{source.name}: the positions of SimpleViT are sines and cosines, and the file does not store "
             "their grid: pass --image-size HxW."
         )
     if stated is None:
-        raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are sines and cosines.")
+        raise ValueError(f"{source.name}: --patch-size resamples learned positions; these are fixed (sin-cos).")
     return stated
 
 

@@ -1,0 +1,118 @@
+"""What is known about a timm checkpoint apart from its tensors: its config.json, and facts from timm's code.
+
+A config.json names an architecture. What neither tensors nor config.json state is in timm's code for that name:
+`FACTS` has it, and a test compares it with timm. Architectures with another forward for the same tensors are in
+`OTHERS`.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ..checkpoint import Options
+from ..files import Source
+
+KNOWN = r"(vit|deit3?|flexivit|eva_large|test_vit\d?)_\w+|test_vit\d?"
+
+# Architectures that have the tensor names of a plain ViT but another forward, and what differs.
+OTHERS = {
+    r"_rpn_": "LayerNorm after attention and MLP (residual post-norm)",
+    r"_rope|_dinov3|_pe_|^eva02": "rotary positions of timm's Eva",
+    r"^aimv2|_xp_|^test_vit4": "RMSNorm",
+    r"^beit3": "LayerNorm inside attention and MLP",
+    r"^beit|^samvit": "another block",
+    r"_18x2_|_d?pwee_|_xp_": "attention and MLP in parallel",
+    r"_dwee_|_dlittle_": "differential attention",
+    r"^naflex|_naflex": "NaFlex",
+    r"_r\d+_|_resnet\d+|_hybrid": "a convolutional stem",
+}
+
+# Fields that the tensors do not determine. Later rows override earlier ones; other architectures have a `head_dim` of
+# 64 and timm's defaults.
+FACTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"_huge_", {"head_dim": 80}),
+    (r"_giant_", {"head_dim": 88}),
+    (r"_giant_.*(_dinov2|_tipsv2|_radio_)", {"head_dim": 64}),
+    (r"_gigantic_", {"head_dim": 104}),
+    (r"_giantopt_", {"head_dim": 96}),
+    (r"_so400m_", {"head_dim": 72}),
+    (r"^vit_base_patch16_gap_", {"head_dim": 48}),
+    (r"^test_vit", {"head_dim": 32}),
+    (r"^test_vit3", {"pooling": "attention"}),  # over all tokens: its pool_include_prefix is true
+    (r"_clip_", {"layer_norm_eps": 1e-5}),
+    (r"_clip_quickgelu_", {"hidden_act": "quick_gelu"}),
+    (
+        r"_(patch32|giantopt_patch16|so400m_patch16)_siglip_|_large_patch16_siglip_(gap_)?512",
+        {"hidden_act": "gelu_pytorch_tanh"},
+    ),
+    (r"_giant_patch14(_reg\d)?_(dinov2|tipsv2)", {"hidden_act": "silu", "mlp_gate": "first"}),
+)
+
+# timm's names, and the equivalent activation of transformers, epsilon of LayerNorm, or pooling of ours.
+SAME_NAME = ("gelu", "quick_gelu", "silu", "relu", "relu6", "leaky_relu", "mish", "sigmoid", "tanh")
+ACTIVATIONS = {**{name: name for name in SAME_NAME}, "gelu_tanh": "gelu_pytorch_tanh", "swish": "silu"}
+EPSILONS = {"layernorm": 1e-6}
+POOLINGS = {"token": "cls", "avg": "mean", "map": "attention"}
+
+
+class Stated:
+    """What is stated about a checkpoint apart from its tensors: options, then `model_args`, then the architecture."""
+
+    def __init__(self, source: Source, options: Options) -> None:
+        # Without an architecture, config.json was not written by timm.
+        self.config = source.config if "architecture" in source.config else {}
+        self.architecture = str(self.config.get("architecture", "")).partition(".")[0]
+        self.preprocessing = self.config.get("pretrained_cfg") or self.config
+        self.arguments = self.config.get("model_args") or {}
+        self.is_known = re.fullmatch(KNOWN, self.architecture) is not None
+        self.facts: dict[str, Any] = {"head_dim": 64, "layer_norm_eps": 1e-6}
+        for pattern, known in FACTS:
+            if self.is_known and re.search(pattern, self.architecture):
+                self.facts.update(known)
+        self.options = options
+        self.source = source
+        self.assumed: list[str] = []
+        for pattern, difference in OTHERS.items():
+            if re.search(pattern, self.architecture):
+                raise ValueError(
+                    f"{source.name}: timm's {self.architecture!r} is not a plain ViT: it has {difference}."
+                )
+
+    def assume(self, sentence: str) -> None:
+        """Record an assumption, unless timm's code for a known architecture confirms it."""
+        if not self.is_known:
+            self.assumed.append(sentence)
+
+    def named(self, argument: str, names: dict[str, Any], option: str) -> Any:
+        """Return our equivalent of one of timm's arguments that is a name; `None` if it is not given.
+
+        Raises:
+            ValueError: If the name is unknown; `option` overrides it.
+        """
+        name = self.arguments.get(argument)
+        if name is None:
+            return None
+        if name not in names:
+            raise ValueError(f"{self.source.name}: {argument}={name!r} is unknown: pass {option}.")
+        return names[name]
+
+    def note_margin(self, size: tuple[int, int], grid: tuple[int, int], patch: tuple[int, int]) -> None:
+        """Record that timm ignores the last pixels of an image whose size the patch does not divide."""
+        height, width = grid[0] * patch[0], grid[1] * patch[1]
+        if size != (height, width):
+            self.assumed.append(
+                f"Images are resized to {height}x{width}: timm resizes to {size[0]}x{size[1]} and ignores the pixels "
+                "beyond the last patches."
+            )
+
+    @property
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Stated image sizes, the most likely first."""
+        size = self.arguments.get("img_size")
+        if size is not None:
+            yield (size, size) if isinstance(size, int) else (size[0], size[1])
+        size = self.preprocessing.get("input_size")
+        if size is not None:
+            yield (size[-2], size[-1])
+        if self.options.image_size is not None and self.options.patch_size is None:
+            yield self.options.image_size

@@ -1,0 +1,172 @@
+"""timm's names of tensors, and its layouts of relative positions.
+
+Names are those of timm 1.0.31, models/vision_transformer.py, deit.py and vision_transformer_relpos.py. The authors of
+DeiT III, MAE and DINOv2 use the same names with a few exceptions, which the table includes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import log
+
+import torch
+from torch import Tensor
+
+from ...model.configuration_hf_vit import HFViTConfig
+from ..layouts import Layout, Row, convolution, halves, heads_first, packed, positions
+
+POSITIONS = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
+RELATIVE = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.offsets.weight")
+OF_A_LAYER = {
+    "layernorm_before.*": ("norm1.*",),
+    "layernorm_after.*": ("norm2.*",),
+    "attention.q_norm.*": ("attn.q_norm.*",),
+    "attention.k_norm.*": ("attn.k_norm.*",),
+    "attention.o_proj.*": ("attn.proj.*",),
+    "attention_scale.weight": ("ls1.gamma", "gamma_1"),  # the second: DeiT III
+    "mlp_scale.weight": ("ls2.gamma", "gamma_2"),
+    "mlp.fc2.*": ("mlp.fc2.*", "mlp.w3.*"),  # the second: DINOv2
+}
+OF_THE_POOLING = {
+    "probe": "latent",
+    "query.*": "q.*",
+    "o_proj.*": "proj.*",
+    "layernorm.*": "norm.*",
+    "mlp.fc1.*": "mlp.fc1.*",
+    "mlp.fc2.*": "mlp.fc2.*",
+}
+# Buffers that older versions saved, and the decoder of masked pre-training.
+LEFT_OUT = (r".*\.relative_position_index", r".*\.rel_coords_log", r"mask_token", r"decoder_.*")
+
+
+def table(config: HFViTConfig, is_gate_first: bool = True) -> list[Row]:
+    """Return our names and timm's; of several rows for the same names, timm writes the first today.
+
+    Args:
+        config: The architecture; its positions and MLP determine some of the rows.
+        is_gate_first: Whether the first half of a packed projection is the gate.
+    """
+    rows = [
+        Row("embeddings.cls_token", "cls_token"),
+        Row("embeddings.distillation_token", "dist_token"),
+        Row("embeddings.register_tokens", "reg_token"),
+        Row("embeddings.register_tokens", "register_tokens"),  # DINOv2
+        Row("embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight", convolution),
+        Row("embeddings.patch_embeddings.projection.bias", "patch_embed.proj.bias"),
+        Row("pre_layernorm.*", "norm_pre.*"),
+        Row("layernorm.*", "norm.*"),
+        Row("pooler.layernorm.*", "fc_norm.*"),
+        Row("classifier.*", "head.*"),
+        Row("classifier.cls.*", "head.*"),
+        Row("classifier.distillation.*", "head_dist.*"),
+        Row("layers.{}.attention.qkv.*", "blocks.{}.attn.qkv.*", heads_first),
+        Row("pooler.pooling.key_value.*", "attn_pool.kv.*", partial(heads_first, parts=2)),
+    ]
+    rows += [Row(f"pooler.pooling.{ours}", f"attn_pool.{theirs}") for ours, theirs in OF_THE_POOLING.items()]
+    for ours, names in OF_A_LAYER.items():
+        rows += [Row(f"layers.{{}}.{ours}", f"blocks.{{}}.{theirs}") for theirs in names]
+    if config.use_gated_mlp:
+        both = ("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*")
+        rows += [
+            Row("layers.{}.mlp.gate.*", "blocks.{}.mlp.fc1_g.*"),
+            Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.fc1_x.*"),
+            Row(both, "blocks.{}.mlp.fc1.*", halves if is_gate_first else gate_last),
+            Row(both, "blocks.{}.mlp.w12.*", halves),  # DINOv2
+        ]
+    else:
+        rows.append(Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.fc1.*"))
+    if config.position_embedding_type == "learned":
+        rows.append(Row(POSITIONS, "pos_embed", positions))
+    if config.position_embedding_type == "relative":
+        of_layers = tuple(f"blocks.{layer}.attn.rel_pos" for layer in range(config.num_hidden_layers))
+        rows += _relative_rows(of_layers, offsets) + _relative_rows(("shared_rel_pos",), shared_offsets)
+    return rows
+
+
+def _relative_rows(modules: tuple[str, ...], biases: Callable[[HFViTConfig], Layout]) -> list[Row]:
+    """Return the rows of relative positions stored in `modules`: a table, or one of two kinds of MLP."""
+    layouts = {
+        ("relative_position_bias_table",): biases,
+        ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"): continuous_offsets,
+        ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight"): swin_offsets,
+    }
+    return [
+        Row(RELATIVE, tuple(f"{module}.{kind}" for module in modules for kind in kinds), layout)
+        for kinds, layout in layouts.items()
+    ]
+
+
+def gate_last(config: HFViTConfig) -> Layout:
+    """The hidden layer and the gate of an MLP in one projection."""
+    swapped = Layout(lambda theirs: theirs[::-1], lambda ours: ours[::-1])
+    return packed(2).then(swapped)
+
+
+def offsets(config: HFViTConfig) -> Layout:
+    """Biases per offset `[(2h-1)*(2w-1) + 3, A]`, one table per layer or one for all, to `[layers, 2h-1, 2w-1, A]`.
+
+    With a class token there are three more rows, in our order: class token to patches, patches to it, and to itself.
+    """
+    rows, columns = config.grid_size
+    layers, prefix = config.num_hidden_layers, 3 if config.num_prefix_positions else 0
+
+    def read(theirs: list[Tensor]) -> list[Tensor]:
+        tables = torch.stack(theirs).expand(layers, -1, -1)
+        number = tables.shape[1] - prefix
+        of_grid = tables[:, :number].unflatten(1, (2 * rows - 1, 2 * columns - 1))
+        return [tables[:, number:], of_grid] if prefix else [of_grid]
+
+    def write(ours: list[Tensor]) -> list[Tensor]:
+        return list(torch.cat([ours[-1].flatten(1, 2), *ours[:-1]], dim=1).unbind(0))
+
+    return Layout(read, write)
+
+
+def shared_offsets(config: HFViTConfig) -> Layout:
+    """Biases per offset that all layers share.
+
+    Raises:
+        ValueError: When writing layers with different biases.
+    """
+    joined = offsets(config)
+
+    def write(ours: list[Tensor]) -> list[Tensor]:
+        first, *others = joined.write(ours)
+        if any(not torch.equal(first, other) for other in others):
+            raise ValueError("Relative positions differ between layers, so they are no shared table.")
+        return [first]
+
+    return Layout(joined.read, write)
+
+
+def continuous_offsets(config: HFViTConfig, is_swin: bool = False) -> Layout:
+    """An MLP of log-spaced offsets (arXiv:2111.09883), one per layer or one for all, evaluated on the grid."""
+    grid = config.grid_size
+    layers, parts = config.num_hidden_layers, 3 if is_swin else 4
+
+    def read(theirs: list[Tensor]) -> list[Tensor]:
+        tables = [_evaluate(theirs[start : start + parts], grid) for start in range(0, len(theirs), parts)]
+        return [torch.stack(tables).expand(layers, -1, -1, -1)]
+
+    def write(ours: list[Tensor]) -> list[Tensor]:
+        raise ValueError("Relative positions are stored as a table and cannot become an MLP of offsets again.")
+
+    return Layout(read, write)
+
+
+def swin_offsets(config: HFViTConfig) -> Layout:
+    """The MLP of Swin V2: offsets are relative to the grid, and biases lie between 0 and 16."""
+    return continuous_offsets(config, is_swin=True)
+
+
+def _evaluate(mlp: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Return the biases of all offsets, float32 `[2h-1, 2w-1, A]`."""
+    weight, bias, out_weight, *out_bias = (tensor.float() for tensor in mlp)
+    axes = [torch.arange(1 - size, size, dtype=torch.float32, device=weight.device) for size in grid]
+    if not out_bias:
+        axes = [8 * axis / (size - 1) for axis, size in zip(axes, grid, strict=True)]
+    logarithms = [axis.sign() * (1 + axis.abs()).log() for axis in axes]
+    if not out_bias:
+        logarithms = [axis / log(8) for axis in logarithms]
+    coordinates = torch.stack(torch.meshgrid(*logarithms, indexing="ij"), dim=-1)  # [2h-1, 2w-1, 2]
+    biases = (coordinates @ weight.T + bias).relu() @ out_weight.T
+    return biases + out_bias[0] if out_bias else 16 * biases.sigmoid()

@@ -1,0 +1,64 @@
+"""The facts about a checkpoint that `hf-vit inspect` and `hf-vit convert` print."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
+from ..model.configuration_hf_vit import HFViTConfig
+from ..variants import variant_of
+
+# Config fields that have a line in `facts`, or that follow from fields that do.
+LISTED = {
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "hidden_act"),
+    *("use_gated_mlp", "image_size", "patch_size", "position_embedding_type", "position_interpolation"),
+    *("num_prefix_positions", "use_cls_token", "use_distillation_token", "num_register_tokens", "pooling"),
+    *("layer_norm_eps", "_out_features", "_out_indices"),
+}
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the family, architecture, sizes and number of parameters of a checkpoint, by the names to print."""
+    config = checkpoint.config
+    listed: dict[str, Any] = {
+        "family": checkpoint.family,
+        "variant": variant_of(config),
+        "architecture": checkpoint.architecture,
+        "image size": dimensions(config.image_shape),
+        "patch size": f"{dimensions(config.patch_shape)}, a grid of {dimensions(config.grid_size)}",
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": f"{config.num_attention_heads} of {config.head_width}",
+        "MLP": f"{config.intermediate_size}, {'gated ' if config.use_gated_mlp else ''}{config.hidden_act}",
+        "positions": _positions(config),
+        "tokens before patches": _prefix(config),
+        "pooling": config.pooling,
+        "LayerNorm eps": f"{config.layer_norm_eps:g}",
+        "labels": config.num_labels if checkpoint.architecture == CLASSIFIER else "no head",
+        "parameters": f"{checkpoint.num_parameters:,} ({str(checkpoint.dtype).removeprefix('torch.')})",
+    }
+    default = HFViTConfig()
+    names = [name for name in HFViTConfig.__annotations__ if name not in LISTED]
+    changed = [name for name in names if getattr(config, name) != getattr(default, name)]
+    if changed:
+        listed["also"] = ", ".join(f"{name}={getattr(config, name)}" for name in changed)
+    return listed
+
+
+def dimensions(size: Sequence[int]) -> str:
+    """Return a size as `"224x320"`."""
+    return "x".join(map(str, size))
+
+
+def _positions(config: HFViTConfig) -> str:
+    kind = config.position_embedding_type
+    has_table = kind in ("learned", "learned_2d", "relative")
+    return f"{kind}, resampled {config.position_interpolation}" if has_table else kind
+
+
+def _prefix(config: HFViTConfig) -> str:
+    counts = {
+        "class": config.use_cls_token,
+        "distillation": config.use_distillation_token,
+        "register": config.num_register_tokens,
+    }
+    return ", ".join(f"{int(number)} {name}" for name, number in counts.items() if number) or "none"

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from math import gcd, lcm
 from operator import sub
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..inspection.drawing import bare, new_figure
+from ..inspection.drawing import Figure, bare, new_figure
 from ..training.recipe import TrainConfig
 from ..training.tasks import architecture_of, build_model
 from .figures import ACCURACY, draw_series, number, percent
@@ -22,9 +22,6 @@ from .study import (
     with_architecture,
     with_share,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FEWEST, ALL = SHARES[0], SHARES[-1]
@@ -55,8 +52,8 @@ class DataSize(Study):
         "million images of JFT-300M, and better on 90 million. Hybrids, which feed the features of a ResNet to a "
         "ViT, are slightly better than a ViT at small compute budgets (figure 5). Here all models are trained for "
         "the same number of steps on nested shares of the images. The ResNet is a BiT whose width is chosen to "
-        "match the ViT's FLOPs; the hybrid has ResNet stages in place of one layer. The share is the same for all "
-        "seeds."
+        "match the ViT's FLOPs; the hybrid has ResNet stages in place of one layer. All seeds use the same "
+        "images."
     )
 
     def cells(self, config: TrainConfig) -> Iterator[Cell]:
@@ -82,7 +79,7 @@ class DataSize(Study):
             )
         return rows
 
-    def plot(self, results: Results) -> "Figure":
+    def plot(self, results: Results) -> Figure:
         figure = new_figure(6.4, 4.0)
         axis = bare(figure.subplots(), grid="both")
         known = {share: images for share in SHARES if (images := results.train_images(share=share))}

@@ -2,13 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from math import log10
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..inspection.drawing import MARKERS, SERIES
+from ..inspection.drawing import MARKERS, SERIES, Axes
 from .study import Results, Spread
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ACCURACY = "accuracy, % (mean ± SD)"
 DASH = "–"
@@ -30,7 +27,7 @@ def exponent_of(results: Results) -> int:
     return 3 * int(log10(max(costs)) // 3) if costs else 0
 
 
-def draw_series(axis: "Axes", x: Sequence[Any], spreads: Sequence[Spread | None], label: str, index: int) -> None:
+def draw_series(axis: Axes, x: Sequence[Any], spreads: Sequence[Spread | None], label: str, index: int) -> None:
     """Draw shares as a line with error bars, skipping what is missing; `index` selects colour and marker."""
     known = [(place, spread) for place, spread in zip(x, spreads, strict=True) if spread is not None]
     axis.errorbar(
@@ -46,7 +43,7 @@ def draw_series(axis: "Axes", x: Sequence[Any], spreads: Sequence[Spread | None]
     )
 
 
-def draw_dots(axis: "Axes", y: float, values: Iterable[float], color: str) -> None:
+def draw_dots(axis: Axes, y: float, values: Iterable[float], color: str) -> None:
     """Draw the shares of one cell on a row: every seed, and the mean with its deviation."""
     values = list(values)
     axis.scatter([100 * value for value in values], [y] * len(values), color=color, s=14, alpha=0.4, lw=0)

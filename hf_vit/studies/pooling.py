@@ -2,16 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..inspection.drawing import SERIES, bare, new_figure
+from ..inspection.drawing import SERIES, Axes, Figure, bare, new_figure
 from ..training.recipe import TrainConfig
 from .figures import ACCURACY, draw_series, percent
 from .study import Cell, Difference, Finding, Results, Spread, Study, are_alike, is_more, with_architecture
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 POOLINGS = {"cls": "class token", "mean": "mean pooling"}
 DOUBLINGS = range(-3, 4)  # powers of 2 by which the recipe's learning rate is multiplied
@@ -45,7 +41,7 @@ class Pooling(Study):
             rows.append([f"{rate:.2g}", *measured])
         return rows
 
-    def plot(self, results: Results) -> "Figure":
+    def plot(self, results: Results) -> Figure:
         figure = new_figure(9.5, 3.8)
         over_rates, over_epochs = figure.subplots(1, 2, sharey=True)
         _draw_rates(over_rates, results)
@@ -151,7 +147,7 @@ def _is_worse_at_its_rate(results: Results) -> Finding:
     return is_more(claim, difference, "class token minus mean pooling, each seed at the best rate of the other seeds")
 
 
-def _draw_rates(axis: "Axes", results: Results) -> None:
+def _draw_rates(axis: Axes, results: Results) -> None:
     rates = rates_of(results)
     for index, (pooling, name) in enumerate(POOLINGS.items()):
         spreads = {rate: results.spread(**cell(pooling, rate)) for rate in rates}
@@ -168,7 +164,7 @@ def _draw_rates(axis: "Axes", results: Results) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_curve(axis: "Axes", results: Results, pooling: str, rate: float | None, index: int) -> None:
+def _draw_curve(axis: Axes, results: Results, pooling: str, rate: float | None, index: int) -> None:
     """Draw the accuracy of a cell by epoch; all its runs are evaluated after the same epochs."""
     curves = list(results.by_seed("curve", **cell(pooling, rate)).values())
     epochs = [epoch for epoch, *_ in curves[0]] if curves else []

@@ -1,15 +1,11 @@
 """Does a ViT need position embeddings, and of which kind? The paper's appendix D.4."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from ..inspection.drawing import BLUE, GRAY, MARKERS, ORANGE, bare, new_figure
+from ..inspection.drawing import BLUE, GRAY, MARKERS, ORANGE, Figure, bare, new_figure
 from ..training.recipe import TrainConfig
 from .figures import ACCURACY, DASH, draw_dots, percent
 from .study import Cell, Finding, Results, Study, are_alike, is_more, with_architecture
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 KINDS = {"none": "none", "learned": "1-D", "learned_2d": "2-D", "relative": "relative"}
 PLACEMENTS = {"input": "at the input", "every_layer": "every layer", "every_layer_shared": "every layer, shared"}
@@ -50,7 +46,7 @@ class Positions(Study):
             rows.append([KINDS[kind], added, percent(ours), f"{100 * theirs:.1f}"])
         return rows
 
-    def plot(self, results: Results) -> "Figure":
+    def plot(self, results: Results) -> Figure:
         names = [
             KINDS[kind] + (f", {PLACEMENTS[placement]}" if kind.startswith("learned") else "")
             for kind, placement in PAPER

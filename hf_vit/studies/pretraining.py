@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,15 +12,12 @@ from ..data.images import EvaluationImages, normalize
 from ..data.loaders import evaluation_loader
 from ..evaluation.figures import extract
 from ..evaluation.probing import few_shot
-from ..inspection.drawing import BLUE, GRAY, ORANGE, bare, new_figure
+from ..inspection.drawing import BLUE, GRAY, ORANGE, Figure, bare, new_figure
 from ..model.modeling_hf_vit import HFViTModel
 from ..training.loop import Run, data_of
 from ..training.recipe import TrainConfig
 from .figures import ACCURACY, DASH, draw_dots, percent
 from .study import Cell, Finding, Results, Study, is_more, with_architecture
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNTRAINED, SUPERVISED, MASKED = "untrained", "supervised", "masked patches"
 BOTH, LONGER = "masked patches, then supervised", "supervised, twice as long"
@@ -72,7 +69,7 @@ class Pretraining(Study):
             rows.append([training, DASH if seen is None else f"{seen:,}", *accuracies])
         return rows
 
-    def plot(self, results: Results) -> "Figure":
+    def plot(self, results: Results) -> Figure:
         drawing = new_figure(9.5, 2.9)
         axes = drawing.subplots(1, len(FIGURES), sharey=True)
         for axis, (figure, name) in zip(axes, FIGURES.items(), strict=True):

@@ -1,12 +1,12 @@
 """Which regularisation and augmentation help a ViT on few images? The question of "How to train your ViT?"."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import sub
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..inspection.drawing import INK, MARKERS, SERIES, bare, new_figure
+from ..inspection.drawing import INK, MARKERS, SERIES, Figure, bare, new_figure
 from ..training.recipe import TrainConfig
 from .figures import DASH, percent
 from .study import (
@@ -23,32 +23,21 @@ from .study import (
     with_share,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 FEW, ALL = 0.1, 1.0  # shares of the images
 NONE = "none"
 
 
-@dataclass(frozen=True)
-class Method:
-    """Fields of the architecture and of the recipe that a method changes."""
-
-    architecture: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-
-
+# Fields of the architecture that a method changes, and fields of the recipe.
 REGULARIZATION = {
-    "stochastic depth 0.1": Method(architecture={"drop_path_rate": 0.1}),
-    "dropout 0.1": Method(architecture={"hidden_dropout_prob": 0.1}),
+    "stochastic depth 0.1": {"drop_path_rate": 0.1},
+    "dropout 0.1": {"hidden_dropout_prob": 0.1},
 }
-AUGMENTATION = {
-    "mixup 0.2": Method(recipe={"mixup": 0.2}),
-    # The operations of the augmentation set, without its mixup.
-    "RandAugment (2, 10)": Method(recipe={"augmentation": "augreg_light2", "mixup": 0.0}),
+AUGMENTATION: dict[str, dict[str, Any]] = {
+    "mixup 0.2": {"mixup": 0.2},
+    "RandAugment (2, 10)": {"augmentation": "augreg_light2", "mixup": 0.0},  # without the mixup of that set
 }
-METHODS = {NONE: Method(), **REGULARIZATION, **AUGMENTATION}
-OTHERS = [name for name in METHODS if name != NONE]
+OTHERS = [*REGULARIZATION, *AUGMENTATION]
+METHODS = [NONE, *OTHERS]
 
 
 class Regularization(Study):
@@ -65,8 +54,9 @@ class Regularization(Study):
         # The recipe without any of the methods.
         base = with_architecture(replace(config, mixup=0.0), drop_path_rate=0.0, hidden_dropout_prob=0.0)
         for share in (FEW, ALL):
-            for name, method in METHODS.items():
-                recipe = replace(with_architecture(base, **method.architecture), **method.recipe)
+            for name in METHODS:
+                recipe = with_architecture(base, **REGULARIZATION.get(name, {}))
+                recipe = replace(recipe, **AUGMENTATION.get(name, {}))
                 yield Cell(cell(name, share), with_share(recipe, share))
 
     def table(self, results: Results) -> list[list[str]]:
@@ -82,7 +72,7 @@ class Regularization(Study):
             rows.append(row)
         return rows
 
-    def plot(self, results: Results) -> "Figure":
+    def plot(self, results: Results) -> Figure:
         figure = new_figure(7.6, 3.4)
         axis = bare(figure.subplots(), grid="x")
         axis.axvline(0, color=INK, lw=1)

@@ -3,16 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from operator import add
-from typing import TYPE_CHECKING
 
-from ..inspection.drawing import bare, new_figure
+from ..inspection.drawing import Figure, bare, new_figure
 from ..training.recipe import TrainConfig
 from ..training.tasks import architecture_of
 from .figures import ACCURACY, DASH, draw_series, exponent_of, number, percent
 from .study import Cell, Factors, Finding, Results, Spread, Study, is_more, over_seeds
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Image sizes relative to the recipe's, which is the largest: many data sets have no more detail.
 SCALES = (0.5, 0.75, 1.0)
@@ -63,7 +59,7 @@ class Resolution(Study):
             rows.append([*factors, percent(results.spread(**model)), flops, seconds])
         return rows
 
-    def plot(self, results: Results) -> "Figure":
+    def plot(self, results: Results) -> Figure:
         figure = new_figure(9.5, 3.8)
         by_size, by_compute = figure.subplots(1, 2, sharey=True)
         sizes, exponent = results.levels("size"), exponent_of(results)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from math import inf, log2
 from statistics import correlation, linear_regression
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..inspection.drawing import GRAY, INK, MARKERS, SERIES, bare, new_figure
+from ..inspection.drawing import GRAY, INK, MARKERS, SERIES, Axes, Figure, bare, new_figure
 from ..training.recipe import TrainConfig
 from ..training.tasks import architecture_of
 from .figures import ACCURACY, draw_series, exponent_of, number, percent
@@ -22,10 +22,6 @@ from .study import (
     is_more,
     with_architecture,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BASE, DIMENSIONS = "base", ("depth", "width", "MLP", "patch")
 SCALES = (0.5, 2.0)
@@ -64,7 +60,7 @@ class Scaling(Study):
                 rows.append([dimension, model["size"], *costs, percent(results.spread(**model)), gain])
         return rows
 
-    def plot(self, results: Results) -> "Figure":
+    def plot(self, results: Results) -> Figure:
         figure = new_figure(11.5, 3.8)
         by_dimension, by_compute, by_time = figure.subplots(1, 3, sharey=True)
         _draw_dimensions(by_dimension, results)
@@ -176,7 +172,7 @@ def front_of(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 # ------------------------------------------------------------------------------------------------------- drawing
 
 
-def _draw_dimensions(axis: "Axes", results: Results) -> None:
+def _draw_dimensions(axis: Axes, results: Results) -> None:
     base = min((cost_of(results, model) for model in models_of(results, [BASE])), default=inf)
     for index, dimension in enumerate(DIMENSIONS):
         models = models_of(results, [BASE, dimension]) if base < inf else []
@@ -188,7 +184,7 @@ def _draw_dimensions(axis: "Axes", results: Results) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_front(axis: "Axes", results: Results, figure: str, scale: float) -> None:
+def _draw_front(axis: Axes, results: Results, figure: str, scale: float) -> None:
     """Draw all models by their cost, and the Pareto front as a step line."""
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from math import inf, sqrt
 from operator import sub
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..inspection.drawing import Figure
 from ..training.loop import Run
 from ..training.recipe import TrainConfig
 from ..training.tasks import build_model
 from .catalogue import CATALOGUE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Factors = Mapping[str, Any]
 BySeed = Mapping[int, float]
@@ -87,7 +85,7 @@ class Study:
         """Return the measurements as rows of a table, heading first."""
         raise NotImplementedError
 
-    def plot(self, results: "Results") -> "Figure":
+    def plot(self, results: "Results") -> Figure:
         """Draw the measurements."""
         raise NotImplementedError
 

@@ -49,8 +49,8 @@ def position_similarity(model: Any, grid: tuple[int, int] | None = None, layer: 
 def position_bias(model: Any, layer: int = -1, grid: tuple[int, int] | None = None) -> np.ndarray:
     """Return what relative positions add to the attention scores of a layer, `[A, 2*rows-1, 2*columns-1]`.
 
-    Entry `[a, rows-1 + r, columns-1 + c]` is the bias of head a for a key patch r rows below and c columns right of the
-    query patch; the centre is the query patch itself.
+    Entry `[a, rows-1 + r, columns-1 + c]` is the bias of head a for a key patch r rows below and c columns right of
+    the query patch; the centre is the query patch itself.
 
     Args:
         model: Any model class of this package with `position_embedding_type="relative"`.

@@ -1,9 +1,9 @@
-"""Run one of the paper's experiments again; the options are those of `hf-vit study`.
+"""Reproduce one of the paper's experiments, with the options of `hf-vit study`.
 
-    python scripts/reproduce.py                                            (lists them)
+    python scripts/reproduce.py                       # lists the studies
     python scripts/reproduce.py positions --quick
 
-What is done is kept: the same command goes on with a study that was stopped.
+The same command resumes an interrupted study.
 """
 
 import sys

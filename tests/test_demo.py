@@ -32,11 +32,12 @@ from hf_vit.demo import Exhibit, export_space
 from hf_vit.demo.exhibit import File
 from hf_vit.demo.markup import by
 from hf_vit.inspection import attention_maps, attention_rollout
+from hf_vit.inspection.gallery import at_one_size
 from hf_vit.model.image_reading_hf_vit import read_image
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 LABELS = [HOSTILE, "a\nb \u202e${1+1}", "rose", "rose", "@sum"]
-LIT, POSITIONS = "The image in the light of attention", "What the model found out about where its patches lie"
+LIT, POSITIONS = "The image lit by attention", "Learned position embeddings"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_answers_are_the_model_s_at_any_size(exhibit: Exhibit, folder: Path) -> 
     file = File(folder / "photo.png", "mine.png")
     for size in (None, *exhibit.sizes):
         answer = exhibit.answer(file, size)
-        processor = exhibit._processor(answer.size)
+        processor = at_one_size(exhibit.processor, answer.size)
         with torch.no_grad():
             pixels = as_seen(read_image(file.path), processor)[None]
             expected = exhibit.model(normalize(pixels, processor)).logits[0].softmax(-1).sort(descending=True)
@@ -133,7 +134,7 @@ def test_attention_is_that_of_the_layer_and_head(exhibit: Exhibit, folder: Path)
     assert not any(np.array_equal(pictures[0], other) for other in pictures[1:])
     for layer, head in ((4, None), (1, 5)):
         for view in ("rollout", "layer"):
-            with pytest.raises(ValueError, match="There are"):
+            with pytest.raises(ValueError, match=r"Expected a (layer|head) from 1 to"):
                 exhibit.attention(file, view, layer, head)
 
 
@@ -158,7 +159,7 @@ def test_positions_are_drawn_or_it_says_why_not(
 
 def test_texts_from_outside_are_harmless(exhibit: Exhibit, page: Any, folder: Path) -> None:
     shown = page.show_answer(exhibit, uploaded(folder / "photo.png"))
-    assert len(re.findall("<li>", shown)) == 5 and "%" in shown and " ms from the file" in shown
+    assert len(re.findall("<li>", shown)) == 5 and "%" in shown and " ms from file" in shown
     assert "<img" not in shown and "&lt;img src=x" in shown
     assert "\u202e" not in shown and "\\u202e" in shown
     refused = page.show_answer(exhibit, uploaded(folder / "page.jpg", f"{HOSTILE}.jpg"))
@@ -258,7 +259,7 @@ def test_a_port_that_is_taken_is_named(page: Any, folder: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         done = CliRunner().invoke(app, ["demo", str(folder / "first"), "--port", port])
-    assert done.exit_code == 2 and f"No page can be served at 127.0.0.1, port {port}: it is taken" in done.stderr
+    assert done.exit_code == 2 and f"Cannot serve a page at 127.0.0.1, port {port}: the port is in use" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- the Space
@@ -289,7 +290,7 @@ def test_a_space_holds_what_it_needs(folder: Path, tmp_path: Path) -> None:
     ("model", "message"),
     [
         ("encoder", "has no classifier"),
-        ("no/such/place/here", "is no name on the Hub"),
+        ("no/such/place/here", "is not a valid name on the Hub"),
         ("page.jpg", "page.jpg"),
     ],
 )
@@ -308,7 +309,7 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_has_nothing_to_show(folder: Path) -> None:
-    with pytest.raises(ValueError, match="has no classifier, so it has no answers to show"):
+    with pytest.raises(ValueError, match="has no classifier, so there are no predictions to show"):
         Exhibit(str(folder / "encoder"))
 
 
@@ -387,7 +388,7 @@ def test_an_image_is_answered_and_controls_change_what_is_seen(visit: Visit, fol
     visit.page.keyboard.press("ArrowLeft")
     expect(lit).not_to_have_attribute("src", re.compile("|".join(map(re.escape, seen))))
     seen.add(lit.get_attribute("src"))
-    visit.tab.get_by_label("This layer alone").check()
+    visit.tab.get_by_label("The selected layer only").check()
     expect(lit).not_to_have_attribute("src", re.compile("|".join(map(re.escape, seen))))
 
     visit.tab.get_by_label("64 × 96").check()
@@ -415,13 +416,13 @@ def test_many_images_and_two_models(visit: Visit, folder: Path, exhibit: Exhibit
     expect(visit.tab.get_by_text("4 images, ")).to_contain_text("1 broken")
     expect(visit.page.locator("img[src=x]")).to_have_count(0)
     taken = {}
-    for kind in ("CSV", "parquet"):
+    for kind in ("CSV", "Parquet"):
         with visit.page.expect_download() as download:
             visit.tab.get_by_role("button", name=f"Download as {kind}").click()
         taken[kind] = site.home / download.value.suggested_filename
         download.value.save_as(taken[kind])
         assert "results" not in download.value.url  # a copy, which the next batch of somebody else does not replace
-    table = pq.read_table(taken["parquet"])
+    table = pq.read_table(taken["Parquet"])
     assert table["file"].to_pylist() == names
     assert table["score"][0].as_py() == round(exhibit.answer(File(folder / names[0], "")).prediction.scores[0], 4)
     assert len(taken["CSV"].read_text().splitlines()) == 5
@@ -430,7 +431,7 @@ def test_many_images_and_two_models(visit: Visit, folder: Path, exhibit: Exhibit
     visit.drop(folder / "photo.png")
     expect(visit.tab.locator(".vit-card h3")).to_have_text(["first", "second"])
     for name in ("first", "second"):
-        expect(visit.picture(f"What {name} looks at (rollout)")).to_be_visible()
+        expect(visit.picture(f"Attention of {name} (rollout)")).to_be_visible()
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_images_give_maps_and_all_arrays(saved: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(gallery_module, "save", lambda figure, path: path.write_text(path.name))
     result = inspect(model, photos)
     assert result.exit_code == 0, result.output
-    assert f"Left out: {photos / 'broken.png'} is not an image" in result.output
+    assert f"Skipped: {photos / 'broken.png'} is not an image" in result.output
     out = tmp_path / "tiny-pictures"
     heads = {"heads-01-0.png", "heads-02-1.png"}
     assert names_in(out) == OF_WEIGHTS | {f"{name}.png" for name in OF_IMAGES} | heads
@@ -180,8 +180,8 @@ def test_other_families(undrawn: None, tmp_path: Path) -> None:
         ({"position_embedding_type": "relative"}, "position_bias", None),
         ({"position_embedding_type": "sincos_2d"}, "position_similarity", None),
         ({"position_placement": "every_layer"}, "position_similarity", None),
-        ({"position_embedding_type": "rotary"}, None, "Positions are left out: rotary ones are not learned"),
-        ({"position_embedding_type": "none"}, None, "Positions are left out: the model has none."),
+        ({"position_embedding_type": "rotary"}, None, "Positions are not drawn: rotary positions are not learned"),
+        ({"position_embedding_type": "none"}, None, "Positions are not drawn: the model has none."),
         ({"stem_layers": [1], "stem_width": 32}, "stem_filters", None),
         ({"num_channels": 1}, "patch_filters", None),
         ({"pooling": "attention", "num_register_tokens": 2}, "prefix_norms", None),
@@ -240,10 +240,10 @@ def test_the_layer_of_maps_is_chosen(saved: Any, undrawn: None, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.png", "--layer", "2"], "There are layers 1 to 1, or -1 to -1 from the end; got 2"),
+        (["a.png", "--layer", "2"], "Expected a layer from 1 to 1, or -1 to -1 from the end, got 2"),
         (["missing.png"], "There is no file or folder missing.png"),
-        (["notes.txt"], "There is no image that can be read in notes.txt (1 files)"),
-        (["empty"], "There is no image that can be read in empty (0 files)"),
+        (["notes.txt"], "Expected readable images in notes.txt, got none (1 files)"),
+        (["empty"], "Expected readable images in empty, got none (0 files)"),
         (["a.png", "--image-size", "33"], "does not divide into patches of 8x8"),
         (["a.png", "-o", "notes.txt"], "notes.txt"),
     ],

@@ -82,14 +82,14 @@ def test_layers_with_positions_of_their_own(tiny_config: Any) -> None:
     model = HFViTModel(tiny_config(position_placement="every_layer", initializer_range=1.0))
     first, last = position_similarity(model), position_similarity(model, layer=-1)
     assert first.shape == last.shape == (4, 6, 4, 6) and not np.allclose(first, last)
-    with pytest.raises(ValueError, match="There are layers 1 to 3, or -1 to -3 from the end; got 4"):
+    with pytest.raises(ValueError, match="Expected a layer from 1 to 3, or -1 to -3 from the end, got 4"):
         position_similarity(model, layer=4)
 
 
 @pytest.mark.parametrize("kind", ["relative", "rotary", "none"])
 def test_no_vectors_to_compare(kind: str, tiny_config: Any) -> None:
     model = HFViTModel(tiny_config(position_embedding_type=kind))
-    with pytest.raises(ValueError, match=f"position_embedding_type='{kind}' has no vector for each patch"):
+    with pytest.raises(ValueError, match=f"one position vector per patch, got position_embedding_type='{kind}'"):
         position_similarity(model)
 
 
@@ -111,7 +111,7 @@ def test_bias_of_positions_says_where_attention_goes(grid: tuple[int, int], tiny
 def test_bias_is_of_relative_positions_alone(tiny_config: Any) -> None:
     with pytest.raises(ValueError, match="position_embedding_type='learned' adds nothing to attention scores"):
         position_bias(HFViTModel(tiny_config()))
-    with pytest.raises(ValueError, match="at least one row and one column of patches, got 0x3"):
+    with pytest.raises(ValueError, match="at least one row and one column, got 0x3"):
         position_similarity(HFViTModel(tiny_config()), (0, 3))
 
 
@@ -146,9 +146,9 @@ def test_filters_of_a_hybrid_are_those_of_its_stem(tiny_config: Any) -> None:
     filters = stem_filters(model)
     assert filters.shape == (32, 7, 7, 3)
     np.testing.assert_allclose(filters.mean(axis=(1, 2, 3)), 0, atol=1e-6)
-    with pytest.raises(ValueError, match="patches of a hybrid are of features, not of pixels"):
+    with pytest.raises(ValueError, match="got a hybrid, which projects features of its stem: use stem_filters"):
         patch_filters(model)
-    with pytest.raises(ValueError, match="has no stem in front of its patches: patch_filters"):
+    with pytest.raises(ValueError, match="got a model without a stem: use patch_filters"):
         stem_filters(HFViTModel(tiny_config()))
 
 
@@ -180,7 +180,7 @@ def test_components_are_those_of_all_images_together(tiny_config: Any, pixel_val
         inner = (components[:, number] > 0) & (components[:, number] < 1)  # what the ends did not cut off
         assert inner.sum() > 40
         assert abs(np.corrcoef(components[inner, number], left[inner, number])[0, 1]) == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="gives 1 to 32 components, got 33"):
+    with pytest.raises(ValueError, match="Expected 1 to 32 components, the width of the model, got 33"):
         feature_components(model, pixel_values, components=33)
 
 
@@ -353,7 +353,7 @@ def test_only_images_that_are_shown_are_read(tmp_path: Path) -> None:
     assert read == shown_predictions(predictions) and len(read) == 32
     assert read[16:] == list(range(196, 132, -4))
     titles = [axis.get_title() for part in figure.subfigs for axis in part.axes]
-    assert titles[16] == "c  98%\nis b" and titles[31] == "c  68%\nis b"
+    assert titles[16] == "c  98%\ntrue: b" and titles[31] == "c  68%\ntrue: b"
     draw(figure, tmp_path / "predictions.png")
 
 

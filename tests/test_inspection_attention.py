@@ -98,7 +98,7 @@ def test_layers_are_chosen_by_number(tiny_config: Any, pixel_values: torch.Tenso
         layer.register_forward_hook(lambda *_, number=number: passed.append(number))
     assert [number for number, _ in attention_weights(model, pixel_values, [-2])] == [2] and passed == [1, 2]
     for layer in (0, 4, -4):
-        with pytest.raises(ValueError, match=f"There are layers 1 to 3, or -1 to -3 from the end; got {layer}"):
+        with pytest.raises(ValueError, match=f"Expected a layer from 1 to 3, or -1 to -3 from the end, got {layer}"):
             next(attention_weights(model, pixel_values, [layer]))
     with pytest.raises(ValueError, match="layers is empty"):
         next(attention_weights(model, pixel_values, []))
@@ -169,7 +169,7 @@ def test_what_cannot_be_walked_is_refused(tiny_config: Any, pixel_values: torch.
         next(attention_weights(model, torch.randn(24, 192)))
     with pytest.raises(ValueError, match="An image of 33x48 pixels"):
         attention_maps(model, torch.randn(1, 3, 33, 48))
-    with pytest.raises(ValueError, match="got InferenceModel: inspect it before it is wrapped"):
+    with pytest.raises(ValueError, match="got InferenceModel: inspect the model before wrapping"):
         attention_distance(optimize_for_inference(model, "fp32"), [pixel_values])
     with pytest.raises(ValueError, match=r"got MergingLayer: .* merge_tokens\(model, 0\)"):
         token_norms(merge_tokens(model, 4), pixel_values)
@@ -220,7 +220,7 @@ def test_distance_is_the_mean_of_all_images(tiny_config: Any) -> None:
 
 def test_distance_of_no_image_and_of_one_patch(tiny_config: Any) -> None:
     model = HFViTModel(tiny_config())
-    with pytest.raises(ValueError, match="there is none: give at least one batch"):
+    with pytest.raises(ValueError, match="at least one batch of images, got none"):
         attention_distance(model, [])
     assert not attention_distance(model, [torch.randn(1, 3, 8, 8)]).any()
 
@@ -305,7 +305,7 @@ def test_rollout_ends_at_any_layer_and_its_heads_make_up_the_whole(
     np.testing.assert_allclose(heads.mean(axis=0), whole, atol=1e-7)
     assert np.abs(heads - whole).max() > 1e-4
     for layer, head in ((4, None), (0, None), (1, 0), (1, 5)):
-        with pytest.raises(ValueError, match=r"There are (layers|heads) 1 to"):
+        with pytest.raises(ValueError, match=r"Expected a (layer|head) from 1 to"):
             attention_rollout(model, pixel_values, layer, head)
 
 

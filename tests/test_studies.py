@@ -18,7 +18,7 @@ from hf_vit.cli.main import app
 from hf_vit.studies import SIZES, STUDIES, read_rows, run_study, write_page
 from hf_vit.studies.page import summary
 from hf_vit.studies.positions import PAPER, Positions
-from hf_vit.studies.running import RUNS, Planned, ResultsFile
+from hf_vit.studies.running import RUNS, PlannedRun, ResultsFile
 from hf_vit.studies.study import Cell, Difference, Results, Spread, are_alike, is_more
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.tasks import Classification, build_model
@@ -83,7 +83,11 @@ def test_claims_are_judged_by_their_intervals() -> None:
     less = Difference.of([(0.5, 0.62), (0.5, 0.6), (0.5, 0.61)])
     noisy = Difference.of([(0.9, 0.5), (0.2, 0.5), (0.61, 0.5)])
     same = Difference.of([(0.501, 0.5), (0.5, 0.501), (0.5, 0.5)])
-    assert [is_more("", d, "").verdict for d in (more, less, noisy)] == ["agrees", "does not agree", "not told apart"]
+    assert [is_more("", d, "").verdict for d in (more, less, noisy)] == [
+        "agrees",
+        "does not agree",
+        "no significant difference",
+    ]
     assert is_more("", None, "").holds is None
     assert [are_alike("", {"": d}, 0.01).holds for d in (same, more, noisy)] == [True, False, None]
     assert (
@@ -158,7 +162,13 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     results = Results([*position_rows(0.5, 0.55), row(3, failed="Step 3", positions="none", placement="input")])
     text = write_page(Positions(), results, tmp_path).read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "picture.png"}
-    for words in ("50.1 ± 0.1", "| claim | here | measured |", "**agrees**", "of 4 seeds", "1 runs ended since"):
+    for words in (
+        "50.1 ± 0.1",
+        "| claim | here | measured |",
+        "**agrees**",
+        "over 4 seeds",
+        "failed because the loss was not finite: 1",
+    ):
         assert words in text, words
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write_page(Positions(), results, tmp_path)
@@ -182,18 +192,18 @@ def test_a_study_is_shown_from_one_run(study: Any, tmp_path: Path) -> None:
 
 def test_a_run_has_its_row(tmp_path: Path) -> None:
     cell = next(iter(Positions().cells(tiny())))
-    run = Planned(Positions(), cell, 1, tmp_path / RUNS)
+    run = PlannedRun(Positions(), cell, 1, tmp_path / RUNS)
     file = ResultsFile(tmp_path / "results.jsonl", {"command": "c"})
-    file.add(run, run.do())
+    file.add(run, run.execute())
     (stored,) = read_rows(tmp_path / "results.jsonl")
     assert stored["factors"] == {"positions": "none", "placement": "input"} and stored["seed"] == 1
     assert stored["images_seen"] == 32 and stored["test_images"] == 359 and stored["train_images"] == 143
     assert stored["training_flops"] > 32 * 2 * stored["forward_flops"] > 0
     assert str(tmp_path) not in json.dumps(stored)
     again = ResultsFile(tmp_path / "results.jsonl", {"command": "c"})
-    assert again.holds(run) and not again.holds(replace(run, seed=2))
+    assert again.is_done(run) and not again.is_done(replace(run, seed=2))
     with pytest.raises(ValueError, match=r"other settings \(max_steps 2 -> 3\): choose another --output-dir"):
-        again.holds(replace(run, cell=replace(cell, config=replace(cell.config, max_steps=3))))
+        again.is_done(replace(run, cell=replace(cell, config=replace(cell.config, max_steps=3))))
 
 
 def test_a_line_that_was_cut_off_is_removed(tmp_path: Path) -> None:
@@ -220,14 +230,14 @@ def test_runs_are_done_once_and_one_can_begin_from_another(tmp_path: Path) -> No
     said: list[str] = []
     results = run_study(Relay(), tiny(), tmp_path, 2, "hf-vit study relay", jobs=2, say=said.append)
     assert len(results.rows) == 4 and not (tmp_path / RUNS).exists()
-    assert said[0] == "Position embeddings: 0 of 4 runs are done, 4 are to do." and said[-1].startswith("[4/4]")
+    assert said[0] == "Position embeddings: 0 of 4 runs done, 4 to run." and said[-1].startswith("[4/4]")
     written = (tmp_path / "results.jsonl").read_text()
     said.clear()
     assert run_study(Relay(), tiny(), tmp_path, 2, "again", say=said.append).rows == results.rows
     assert not said and (tmp_path / "results.jsonl").read_text() == written
     # A third seed needs its own first leg, whose model is gone with the others'.
     assert len(run_study(Relay(), tiny(), tmp_path, 3, "more", say=said.append).rows) == 6
-    assert said[0].endswith("4 of 6 runs are done, 2 are to do.")
+    assert said[0].endswith("4 of 6 runs done, 2 to run.")
     # A run does not depend on what is done beside it: here the second waits alone for the first.
     alone = run_study(Relay(), tiny(), tmp_path / "alone", 1, "alone", jobs=2, say=said.append)
     figures = ("accuracy", "loss", "curve", "parameters")
@@ -238,7 +248,7 @@ def test_runs_are_done_once_and_one_can_begin_from_another(tmp_path: Path) -> No
 def test_a_run_that_cannot_be_done_leaves_the_others(tmp_path: Path) -> None:
     study, said = Relay(), []
     study.broken = True
-    with pytest.raises(ValueError, match="1 of 3 runs could not be done"):
+    with pytest.raises(ValueError, match="1 of 3 runs could not be completed"):
         run_study(study, tiny(), tmp_path, 1, "c", jobs=2, say=said.append)
     assert len(read_rows(tmp_path / "results.jsonl")) == 2
     assert "nowhere/at/all" in "".join(path.read_text() for path in (tmp_path / RUNS).glob("*.log"))
@@ -268,7 +278,7 @@ def test_every_study_is_run_from_its_command(name: str, tmp_path: Path) -> None:
     assert str(tmp_path) not in text.replace(f"--output-dir {tmp_path}", "")
     page.unlink()
     drawn = CliRunner().invoke(app, command)
-    assert drawn.exit_code == 0 and "runs are done" not in drawn.output, drawn.output
+    assert drawn.exit_code == 0 and "runs done" not in drawn.output, drawn.output
     assert page.read_text() == text and (tmp_path / "picture.png").read_bytes() == picture
 
 

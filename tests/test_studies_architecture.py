@@ -14,10 +14,11 @@ from test_studies import TINY, row
 
 from hf_vit import HFViTForImageClassification
 from hf_vit.studies import SIZES
+from hf_vit.studies.figures import ACCURACY
 from hf_vit.studies.page import write_page
 from hf_vit.studies.pooling import DOUBLINGS, Pooling, best_rate, cell, peak_of
 from hf_vit.studies.resolution import KEPT, NEW, RESAMPLED, SCRATCH, Resolution, scratch, spent, tuned
-from hf_vit.studies.running import Planned, key_of
+from hf_vit.studies.running import PlannedRun, key_of
 from hf_vit.studies.scaling import BASE, DIMENSIONS, Scaling, explained, front_of, scaled, slopes_of
 from hf_vit.studies.study import Results, Study
 from hf_vit.training.recipe import TrainConfig
@@ -96,7 +97,7 @@ def test_page_of_a_study(study: Study, tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").stat().st_size > 5000
     drawn = study.plot(results)
     assert all(axis.get_xlabel() and axis.get_title() for axis in drawn.axes)
-    assert drawn.axes[0].get_ylabel() == "accuracy, % (mean, deviation)"
+    assert drawn.axes[0].get_ylabel() == ACCURACY
 
 
 # Of all runs: one seed, half of them, those of them that did not fail, or none at all.
@@ -136,7 +137,7 @@ def test_noise_is_seldom_told_apart(study: Study) -> None:
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_one_seed_tells_nothing_apart(study: Study) -> None:
     rows = rows_of(study, lambda factors, work: 0.5, seeds=1)
-    assert set(verdicts(study, rows)) == {"not told apart"}
+    assert {finding.holds for finding in study.findings(Results(rows))} == {None}
 
 
 # --------------------------------------------------------------------------------------- class token or mean pooling
@@ -169,8 +170,8 @@ def test_peak_where_a_neighbour_is_missing() -> None:
     [
         (1.0, -1.0, 0.0, ["agrees", "agrees", "agrees"]),
         (-1.0, 1.0, 0.0, ["agrees", "does not agree", "agrees"]),
-        (0.0, 0.0, 0.1, ["does not agree", "not told apart", "does not agree"]),
-        (3.0, -1.0, 0.0, ["agrees", "not told apart", "agrees"]),  # the sweep ends where the class token is best
+        (0.0, 0.0, 0.1, ["does not agree", "no significant difference", "does not agree"]),
+        (3.0, -1.0, 0.0, ["agrees", "inconclusive", "agrees"]),  # the sweep ends where the class token is best
     ],
 )
 def test_poolings_and_their_rates(cls: float, mean: float, higher: float, expected: list[str]) -> None:
@@ -181,9 +182,9 @@ def test_poolings_and_their_rates(cls: float, mean: float, higher: float, expect
 
 def test_doublings_between_the_best_rates() -> None:
     findings = Pooling().findings(Results(pooled(1.2, -0.7, noise=0.0)))
-    assert findings[1].measured == "class token's less mean pooling's: +1.9 doublings (+1.9 to +1.9)"
+    assert findings[1].measured == "class token minus mean pooling: +1.9 doublings (+1.9 to +1.9)"
     ends = Pooling().findings(Results(pooled(3.0, -1.0)))[1].measured
-    assert ends.endswith("3 of 6 lie at an end of the sweep, or beyond")
+    assert ends.endswith("3 of 6 best rates are at or beyond an end of the range")
 
 
 def test_a_rate_at_which_runs_fail_is_not_the_best_one() -> None:
@@ -197,7 +198,7 @@ def test_a_rate_at_which_runs_fail_is_not_the_best_one() -> None:
     rows = [failed(item) if fails_here else item for item, fails_here in zip(rows, fails, strict=True)]
     assert best_rate(Results(rows), "mean") == base and best_rate(Results(rows), "cls") == 2 * base
     finding = Pooling().findings(Results(rows))[2]
-    assert finding.verdict == "agrees" and finding.measured == "1 runs of mean pooling failed at it"
+    assert finding.verdict == "agrees" and finding.measured == "1 runs of mean pooling failed at that rate"
     table = {line[0]: line[1:] for line in Pooling().table(Results(rows))}
     assert table["0.004"][0].endswith("(best)") and table["0.002"][1].endswith("(best)")
     assert table["0.004"][1].endswith("(1 failed)") and "failed" not in "".join(table["0.002"])
@@ -244,7 +245,7 @@ def test_gains_are_those_that_were_put_in() -> None:
     [
         (AS_IN_THE_PAPER, ["agrees"] * 4),
         ({**AS_IN_THE_PAPER, "depth": 0.03}, ["does not agree", "agrees", "agrees", "agrees"]),
-        ({**AS_IN_THE_PAPER, "MLP": 0.06}, ["not told apart", "agrees", "agrees", "agrees"]),
+        ({**AS_IN_THE_PAPER, "MLP": 0.06}, ["no significant difference", "agrees", "agrees", "agrees"]),
         (
             {"depth": 0.01, "width": 0.06, "MLP": 0.05, "patch": -0.03},
             ["does not agree", "does not agree", "does not agree", "does not agree"],
@@ -326,7 +327,7 @@ def tuned_rows(resampled: float, new: float, kept: float = 0.5, large: float = 0
     [
         (0.6, 0.55, ["agrees", "agrees", "agrees"]),
         (0.4, 0.45, ["does not agree", "does not agree", "does not agree"]),
-        (0.59, 0.59, ["not told apart", "agrees", "not told apart"]),
+        (0.59, 0.59, ["no significant difference", "agrees", "inconclusive"]),
     ],
 )
 def test_positions_and_sizes_are_told_apart(resampled: float, new: float, expected: list[str]) -> None:
@@ -380,8 +381,8 @@ def test_fine_tuning_begins_from_the_small_model(tmp_path: Path) -> None:
     cells = {key_of(of_study.factors, 0): of_study for of_study in study.cells(config)}
     figures, models = {}, {}
     for factors in (scratch("4x4"), tuned("8x8", RESAMPLED), tuned("8x8", NEW)):
-        run = Planned(study, cells[key_of(factors, 0)], 0, tmp_path)
-        figures[run.name] = run.do()
+        run = PlannedRun(study, cells[key_of(factors, 0)], 0, tmp_path)
+        figures[run.name] = run.execute()
         models[run.name] = HFViTForImageClassification.from_pretrained(run.folder)
     small, resampled, new = models.values()
     assert [model.config.grid_size for model in models.values()] == [(2, 2), (4, 4), (4, 4)]

@@ -23,7 +23,7 @@ from hf_vit.studies.page import write_page
 from hf_vit.studies.pretraining import BOTH, LONGER, MASKED, SUPERVISED, UNTRAINED, Pretraining
 from hf_vit.studies.regularization import AUGMENTATION, METHODS, REGULARIZATION, Regularization
 from hf_vit.studies.resnet import SmallBitForImageClassification, build_resnet
-from hf_vit.studies.running import Planned, key_of
+from hf_vit.studies.running import PlannedRun, key_of
 from hf_vit.studies.study import Results, Study, with_share
 from hf_vit.training.loop import Interrupted, train
 from hf_vit.training.optim import parameter_groups
@@ -157,7 +157,7 @@ def test_where_the_curves_cross_the_paper_is_right() -> None:
     study = DataSize()
     assert verdicts(study, rows_of(study, crossing)) == ["agrees"] * 5
     above = verdicts(study, rows_of(study, parallel))
-    assert above[:2] == ["agrees", "does not agree"] and above[2] == "not told apart"
+    assert above[:2] == ["agrees", "does not agree"] and above[2] == "no significant difference"
 
 
 def test_the_table_says_how_large_models_and_data_are() -> None:
@@ -167,7 +167,7 @@ def test_the_table_says_how_large_models_and_data_are() -> None:
         item["train_images"] = round(5000 * item["factors"]["share"])
     table = study.table(Results(rows))
     assert table[1] == ["1 % (50)", *["25.0 ± 0.0"] * 3] and table[5][0] == "100 % (5,000)"
-    assert table[-2:] == [["parameters, thousands", *["12.3"] * 3], ["MFLOP an image", *["2.0"] * 3]]
+    assert table[-2:] == [["parameters, thousands", *["12.3"] * 3], ["MFLOP per image", *["2.0"] * 3]]
     (axis,) = study.plot(Results(rows)).axes
     assert [text.get_text() for text in axis.get_xticklabels()][-1] == "5,000\n100 %"
     assert [text.get_text() for text in axis.get_legend().get_texts()] == list(MODELS)
@@ -242,7 +242,7 @@ def test_a_resnet_has_no_layers_to_slow_down(digits: Any) -> None:
 def test_a_resnet_is_one_run_of_the_study(tmp_path: Path) -> None:
     study = DataSize()
     (cell,) = (cell for cell in study.cells(tiny(train_share=1)) if cell.factors == data_size.cell("ResNet", 0.1))
-    figures = Planned(study, cell, 0, tmp_path).do()
+    figures = PlannedRun(study, cell, 0, tmp_path).execute()
     assert figures["train_images"] == 143 and figures["images_seen"] == 32  # a tenth of each class, rounded
     assert 0 <= figures["accuracy"] <= 1 and figures["forward_flops"] > 0
 
@@ -263,7 +263,12 @@ def test_what_masked_patches_are_worth() -> None:
     paper = pretraining_rows(untrained=0.1, masked=0.3, supervised=0.5, both=0.6, longer=0.55)
     assert verdicts(study, paper) == ["agrees"] * 4
     worthless = pretraining_rows(untrained=0.1, masked=0.1, supervised=0.5, both=0.5, longer=0.6)
-    assert verdicts(study, worthless) == ["not told apart", "agrees", "not told apart", "does not agree"]
+    assert verdicts(study, worthless) == [
+        "no significant difference",
+        "agrees",
+        "no significant difference",
+        "does not agree",
+    ]
 
 
 def test_images_are_counted_over_both_trainings() -> None:
@@ -291,8 +296,8 @@ def test_trainings_are_equally_long() -> None:
 def test_one_training_begins_from_the_other(tmp_path: Path) -> None:
     study = Pretraining()
     cells = {cell.factors["training"]: cell for cell in study.cells(tiny())}
-    masked, both, untrained = (Planned(study, cells[name], 0, tmp_path) for name in (MASKED, BOTH, UNTRAINED))
-    figures = [run.do() for run in (masked, both, untrained)]
+    masked, both, untrained = (PlannedRun(study, cells[name], 0, tmp_path) for name in (MASKED, BOTH, UNTRAINED))
+    figures = [run.execute() for run in (masked, both, untrained)]
     assert [figure["accuracy"] is None for figure in figures] == [True, False, False]
     for figure in figures:
         assert 0 < figure["shots_5"] <= 1 and 0 < figure["shots_10"] <= 1
@@ -356,5 +361,5 @@ def test_the_picture_shows_differences_with_their_intervals() -> None:
     assert few.get_xdata().tolist() == pytest.approx([0, 0, 10, 10]) == many.get_xdata().tolist()
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["500 images", "5,000 images"]
     table = study.table(Results(rows))
-    assert table[0] == ["added", "500 images, %", "less none", "5,000 images, %", "less none"]
+    assert table[0] == ["added", "500 images, %", "difference from none", "5,000 images, %", "difference from none"]
     assert table[1][2] == "–" and table[4][2].startswith("+10.0 points")

@@ -1,12 +1,11 @@
-"""A classifier as the page asks of it: answers, what it looks at, other sizes, many files. It knows no page.
+"""A classifier as the demo page uses it: predictions, attention, other resolutions. It knows nothing of the page.
 
-The model is in memory once, as it was loaded, since attention is read from its layers; it answers in float32.
+The model is in memory once and runs in float32. It is used as it was loaded, since attention is read from its layers.
 """
 
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,30 +18,29 @@ from ..checkpoints.models import load_for_figures
 from ..checkpoints.opening import open_checkpoint
 from ..data.images import as_seen, normalize
 from ..inspection import attention_maps, attention_rollout, lit
-from ..inspection.gallery import Picture, Subject, name_of, pictures_of_positions
+from ..inspection.gallery import Picture, Subject, at_one_size, name_of, pictures_of_positions
 from ..inspection.layers import head_number
-from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
 from ..prediction.predictor import Prediction, Predictor
 
 Size = tuple[int, int]  # (height, width), pixels
 
-FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the model's own size, for what another resolution does
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # image sizes to compare, relative to the model's own
 NO_CLASSIFIER = (
-    "{} has no classifier, so it has no answers to show: train one on it, or see what it learned by hf-vit inspect."
+    "{} has no classifier, so there are no predictions to show: fine-tune it first, or look at it with hf-vit inspect."
 )
-SHARP = 480  # pixels that pictures have along their longer side, at least
+SHARP = 480  # least length of the longer side of attention figures, pixels
 
 
 class File(NamedTuple):
-    """A file that was uploaded: where it lies, and what its owner calls it."""
+    """An uploaded file: its path here, and the name that its owner gave it."""
 
     path: Path
     name: str
 
 
 class Answer(NamedTuple):
-    """What a model says of an image at a size, and the seconds from the file to the answer."""
+    """A prediction at an image size, and the seconds from the file to the prediction."""
 
     prediction: Prediction
     size: Size
@@ -50,7 +48,7 @@ class Answer(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """An image in the light of attention, uint8 `[H, W, 3]`, and the shares where it is darkest and brightest.
+    """An image lit by attention, uint8 `[H, W, 3]`, and the shares of attention where it is darkest and brightest.
 
     `even` is the share of every patch if all had the same.
     """
@@ -66,7 +64,7 @@ def _of_layer(model: Any, pixel_values: Tensor, layer: int, head: int | None) ->
     return maps.mean(axis=1) if head is None else maps[:, head_number(model, head) - 1]
 
 
-# From model, pixel values, layer and head to `[B, h, w]`.
+# From model, pixel values, layer and head to maps `[B, h, w]`.
 VIEWS: dict[str, Callable[[Any, Tensor, int, int | None], np.ndarray]] = {
     "rollout": attention_rollout,
     "layer": _of_layer,
@@ -74,13 +72,13 @@ VIEWS: dict[str, Callable[[Any, Tensor, int, int | None], np.ndarray]] = {
 
 
 class Exhibit:
-    """A classifier to be shown.
+    """A classifier to show.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
 
     Raises:
-        ValueError: If it is no classifier.
+        ValueError: If the checkpoint has no classifier.
     """
 
     def __init__(self, source: str) -> None:
@@ -97,11 +95,11 @@ class Exhibit:
 
     @property
     def sizes(self) -> list[Size]:
-        """Sizes to compare, the smallest first: those near `FACTORS` of the model's own."""
+        """Sizes to compare, smallest first: the multiples of the patch nearest to `FACTORS` of the model's own."""
         return sorted({self.own_size, *map(self.near, FACTORS)})
 
     def near(self, factor: float) -> Size:
-        """Return the size of whole patches that is nearest to the model's own times a factor."""
+        """Return the multiple of the patch that is nearest to the model's own size times a factor."""
         height, width = (
             max(1, round(factor * side / step)) * step
             for side, step in zip(self.own_size, self.config.patch_shape, strict=True)
@@ -109,49 +107,49 @@ class Exhibit:
         return height, width
 
     def patches(self, size: Size) -> int:
-        """Return the number of patches in images of a size."""
+        """Return the number of patches of an image of a size."""
         rows, columns = self.config.grid_of(*size)
         return rows * columns
 
     def predictor(self, size: Size, top_k: int = 5) -> Predictor:
-        """Return what answers for images brought to a size."""
+        """Return a predictor that resizes images to a size."""
         return Predictor(
             model=self.model,
-            processor=self._processor(size),
+            processor=at_one_size(self.processor, size),
             labels=self.config.id2label,
             device=self.device,
             top_k=top_k,
         )
 
     def warm_up(self) -> None:
-        """Answer once for a photograph, so that nobody's first image takes longer than the others."""
+        """Classify a generated photograph, so that the first user does not wait longer than the others."""
         photo = io.BytesIO()
         Image.new("RGB", (640, 480), "gray").save(photo, "JPEG")
         list(self.predictor(self.own_size)([photo.getvalue()]))
 
     def answer(self, file: File, size: Size | None = None) -> Answer:
-        """Classify an image at a size, (height, width) in pixels; the model's own if not given."""
+        """Classify an image at a size, (height, width) in pixels; by default the model's own."""
         size = size or self.own_size
         began = time.perf_counter()
         (prediction,) = self.predictor(size)([file.path])
         return Answer(_named(prediction, file), size, time.perf_counter() - began)
 
     def label(self, files: Sequence[File]) -> Iterator[Prediction]:
-        """Yield the likeliest label of each file, in their order; a broken one has an `error`."""
+        """Yield the most likely label of each file in order; the prediction of a broken file has an `error`."""
         predictions = self.predictor(self.own_size, top_k=1)([file.path for file in files])
         for prediction, file in zip(predictions, files, strict=True):
             yield _named(prediction, file)
 
     def attention(self, file: File, view: str = "rollout", layer: int = -1, head: int | None = None) -> Attention:
-        """Show which patches a layer looks at, through those below it or by itself.
+        """Light an image by the attention that its patches receive.
 
         Args:
-            view: A key of `VIEWS`.
+            view: A key of `VIEWS`: through all layers up to `layer`, or in that layer alone.
             layer: Number from 1, or negative from the end.
-            head: Number from 1; all, averaged, if not given.
+            head: Number from 1; by default the mean over all heads.
 
         Raises:
-            ValueError: If the image is broken, or there is no such layer or head.
+            ValueError: If the image cannot be read, or there is no such layer or head.
         """
         pixels = self._pixels(file, self.own_size)[None].to(self.device)
         (values,) = VIEWS[view](self.model, normalize(pixels, self.processor), layer, head)
@@ -161,23 +159,18 @@ class Exhibit:
         return Attention(picture, low, high, 1 / values.size)
 
     def positions(self) -> tuple[Picture | None, str]:
-        """Draw what positions have learned, and say how to read it; of those that cannot be drawn, why."""
+        """Return the figure of the model's positions and how to read it, or `None` and why there is no figure."""
         subject = Subject(self.model, self.name, self.own_size, self.config.num_hidden_layers)
         picture = next(pictures_of_positions(subject), None)
         return picture, " ".join(subject.notes) if picture is None else picture.reading
 
-    def _processor(self, size: Size) -> HFViTImageProcessor:
-        processor = deepcopy(self.processor)
-        processor.set_output_size(size)
-        return processor
-
     def _pixels(self, file: File, size: Size) -> Tensor:
-        processor = self._processor(size)
+        processor = at_one_size(self.processor, size)
         return as_seen(read_image(file.path, processor.least_size), processor)
 
 
 def _named(prediction: Prediction, file: File) -> Prediction:
-    """Call an image what its owner calls it, also where the reader names the path."""
+    """Replace the path in a prediction and in its error by the owner's name of the file."""
     prediction.source = file.name
     if prediction.error is not None:
         prediction.error = prediction.error.replace(str(file.path), file.name)

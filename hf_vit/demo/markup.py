@@ -1,4 +1,4 @@
-"""What the page shows as HTML: answers as bars, and why an image is refused. All texts from outside are escaped."""
+"""HTML of the demo page: predictions as bars, and errors. All text from outside is escaped."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from ..inspection.page import escape
 from ..prediction.predictor import Prediction
 from .exhibit import Answer, Exhibit
 
-# Colours are those of the page's theme, which has a light and a dark one.
+# Colours come from the page's theme, which has a light and a dark variant.
 STYLE = """
 .vit-facts, .vit-note { color: var(--body-text-color-subdued); margin: 0.25rem 0; }
 .vit-title { font-size: 1.5rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
@@ -23,57 +23,57 @@ STYLE = """
   background: var(--border-color-primary); overflow: hidden; }
 .vit-bars .bar span { display: block; height: 100%; background: #2a6ebb; }
 .dark .vit-bars .bar span { background: #5b9be0; }
-.vit-refusal { border-left: 4px solid #c62828; padding: 0.5rem 0.75rem; margin: 0; overflow-wrap: anywhere; }
+.vit-alert { border-left: 4px solid #c62828; padding: 0.5rem 0.75rem; margin: 0; overflow-wrap: anywhere; }
 .gradio-container .html-container.html-container { padding: 0; }
 @media (max-width: 640px) { .gradio-container .app.app { padding: 1rem 0.75rem; } }
 """
 
 
 def by(size: Sequence[int]) -> str:
-    """Return a size as people write it, height first."""
+    """Return a size as text, height first."""
     return f"{size[0]} × {size[1]}"
 
 
 def seconds(duration: float) -> str:
-    """Return a duration in the unit that suits it."""
+    """Return a duration in milliseconds or seconds."""
     return f"{1000 * duration:.0f} ms" if duration < 1 else f"{duration:.1f} s"
 
 
 def heading(exhibit: Exhibit) -> str:
-    """Say what is shown: the model's name, and its sizes."""
+    """Return the model's name and size."""
     config = exhibit.config
     facts = (
-        f"Vision Transformer of {config.num_hidden_layers} layers with {config.num_attention_heads} heads each; "
-        f"{by(exhibit.own_size)} pixels in patches of {by(config.patch_shape)}; {config.num_labels:,} labels."
+        f"Vision Transformer: {config.num_hidden_layers} layers, {config.num_attention_heads} attention heads, "
+        f"{by(exhibit.own_size)} pixels, patches of {by(config.patch_shape)}, {config.num_labels:,} labels."
     )
     return f'<h1 class="vit-title">{escape(exhibit.name)}</h1><p class="vit-facts">{escape(facts)}</p>'
 
 
 def note(text: str) -> str:
-    """Return a sentence that explains."""
+    """Return a note in a subdued colour."""
     return f'<p class="vit-note">{escape(text)}</p>'
 
 
-def refusal(text: str) -> str:
-    """Return a sentence on what is wrong; readers of screens say it at once."""
-    return f'<p class="vit-refusal" role="alert">{escape(text)}</p>'
+def alert(text: str) -> str:
+    """Return an error message, which screen readers announce at once."""
+    return f'<p class="vit-alert" role="alert">{escape(text)}</p>'
 
 
 def cards(headings: Sequence[str], exhibits: Sequence[Exhibit], answers: Sequence[Answer]) -> str:
-    """Return answers beside each other, each under its heading; of a broken image once what is wrong with it."""
+    """Return predictions side by side, each with a heading; for a broken image its error only, once."""
     for answer in answers:
         if answer.prediction.error is not None:
-            return refusal(answer.prediction.error)
+            return alert(answer.prediction.error)
     each = (
-        f'<section class="vit-card"><h3>{escape(title)}</h3>{_measured(exhibit, answer)}{_bars(answer.prediction)}'
+        f'<section class="vit-card"><h3>{escape(title)}</h3>{_cost(exhibit, answer)}{_bars(answer.prediction)}'
         "</section>"
         for title, exhibit, answer in zip(headings, exhibits, answers, strict=True)
     )
     return f'<div class="vit-cards">{"".join(each)}</div>'
 
 
-def _measured(exhibit: Exhibit, answer: Answer) -> str:
-    return note(f"{exhibit.patches(answer.size):,} patches, {seconds(answer.seconds)} from the file to the answer")
+def _cost(exhibit: Exhibit, answer: Answer) -> str:
+    return note(f"{exhibit.patches(answer.size):,} patches, {seconds(answer.seconds)} from file to prediction")
 
 
 def _bars(prediction: Prediction) -> str:

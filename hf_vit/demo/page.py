@@ -1,7 +1,7 @@
-"""The page in Gradio: what stands where, and what is asked of the model when something is touched.
+"""The demo page in Gradio: its components, and the functions that answer its events.
 
-Gradio would open uploaded images itself; events that are not preprocessed hand over where the file lies, so that the
-one reader of this package decides. Of all events one at a time has the model.
+Gradio would open uploaded images itself. Events without preprocessing pass the path of the file instead, so that
+images are read by this package only. One event at a time uses the model.
 """
 
 import csv
@@ -20,31 +20,32 @@ from ..inspection.attention import READ_BY
 from ..prediction.predictor import Prediction
 from ..system.texts import one_line
 from .exhibit import Exhibit, File
-from .markup import by, cards, heading, note, refusal
+from .markup import alert, by, cards, heading, note
 
-Uploaded = dict[str, Any] | None  # a file as Gradio describes it
+Uploaded = dict[str, Any] | None  # Gradio's description of a file
 
-MOST_FILES = 200  # in a batch
+MOST_FILES = 200  # per batch
 COLUMNS = {"file": pa.string(), "label": pa.string(), "score": pa.float64(), "error": pa.string()}
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which cells begin that a spreadsheet computes
-TRIED = (0.5, 1.5)  # sizes that are shown at first beside the model's own, of it
-VIEWS = {"Through all layers up to this one (rollout)": "rollout", "This layer alone": "layer"}
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of cells that a spreadsheet evaluates
+TRIED = (0.5, 1.0, 1.5)  # image sizes that are selected at first, relative to the model's own
+VIEWS = {"All layers up to the selected one (rollout)": "rollout", "The selected layer only": "layer"}
 
-HOW = "Drop an image, choose a file, paste one, or use the camera: the five likeliest labels come here."
-HOW_MANY = f"Up to {MOST_FILES} files at a time. One that cannot be read is listed with the reason, and stops nothing."
-HOW_COMPARED = "One image, and what both models say of it and look at."
-NOT_UPLOADED = "Expected a file that was uploaded here, got an address: save the image, and drop its file."
+HOW = "Drop an image, choose a file, paste one, or use the camera. The five most likely labels appear here."
+HOW_MANY = f"Up to {MOST_FILES} files at a time. A file that cannot be read is listed with its error."
+HOW_COMPARED = "Choose an image to see the predictions and the attention of both models."
+NOT_UPLOADED = "Expected an uploaded file, got an address: save the image and upload its file."
 LOOKING = (
-    "Seen from {viewer}. Dark patches have {low:.2%} of the attention, bright ones {high:.2%}; spread evenly, each "
-    "would have {even:.2%}. It says where information comes from, not whether it speaks for or against a label."
+    "Seen from {viewer}. The darkest patches receive {low:.2%} of the attention, the brightest {high:.2%}; if it "
+    "were uniform, each patch would receive {even:.2%}. Attention shows where information comes from, not whether it "
+    "speaks for or against a label."
 )
 
 
-# ----------------------------------------------------------------------------------------------- what is answered
+# ----------------------------------------------------------------------------------------------- event handlers
 
 
 def file_of(uploaded: Uploaded) -> File | None:
-    """Return where an uploaded file lies, and its own name in one line."""
+    """Return the path of an uploaded file, and its original name on one line."""
     if not uploaded or not uploaded.get("path"):
         return None
     path = Path(uploaded["path"])
@@ -52,7 +53,7 @@ def file_of(uploaded: Uploaded) -> File | None:
 
 
 def show_answer(exhibit: Exhibit, uploaded: Uploaded) -> str:
-    """Return the likeliest labels of an image, or what is wrong with it, as HTML."""
+    """Return the most likely labels of an image, or its error, as HTML."""
     file = file_of(uploaded)
     if file is None:
         return note(HOW)
@@ -63,11 +64,11 @@ def show_answer(exhibit: Exhibit, uploaded: Uploaded) -> str:
 def show_attention(
     exhibit: Exhibit, uploaded: Uploaded, view: str, layer: float, head: float
 ) -> tuple[np.ndarray | None, str]:
-    """Return an image in the light of attention, and how to read it; nothing of what `show_answer` refuses.
+    """Return an image lit by attention, and how to read it; nothing for an image whose error `show_answer` shows.
 
     Args:
         view: A key of `VIEWS`.
-        head: 0 is all of them.
+        head: 0 is the mean over all heads.
     """
     file = file_of(uploaded)
     if file is None:
@@ -83,7 +84,7 @@ def show_attention(
 
 
 def show_sizes(exhibit: Exhibit, uploaded: Uploaded, chosen: Sequence[str]) -> str:
-    """Return the answers at chosen sizes beside each other, as HTML; nothing of what `show_answer` refuses."""
+    """Return the predictions at chosen sizes as HTML; nothing for an image whose error `show_answer` shows."""
     file = file_of(uploaded)
     if file is None:
         return ""
@@ -94,7 +95,7 @@ def show_sizes(exhibit: Exhibit, uploaded: Uploaded, chosen: Sequence[str]) -> s
 
 
 def show_both(exhibits: Sequence[Exhibit], uploaded: Uploaded) -> tuple[Any, ...]:
-    """Return the answers of all models as HTML, and a picture of what each looks at."""
+    """Return the predictions of all models as HTML, and an attention figure of each."""
     file = file_of(uploaded)
     if file is None:
         return note(HOW_COMPARED), *(None for _ in exhibits)
@@ -107,14 +108,14 @@ def show_both(exhibits: Sequence[Exhibit], uploaded: Uploaded) -> tuple[Any, ...
 def show_many(
     exhibit: Exhibit, folder: Path, uploaded: Sequence[Uploaded] | None, progress: gr.Progress | None = None
 ) -> tuple[list[list[Any]], str, Any, Any]:
-    """Return a table of files and their labels, a sentence, and the table as CSV and as parquet to download."""
+    """Return the table of files and labels, a note, and buttons to download the table as CSV and as Parquet."""
     files = [file for each in uploaded or () if (file := file_of(each)) is not None]
     nothing = gr.DownloadButton(value=None, interactive=False)
     if not files:
         return [], note(HOW_MANY), nothing, nothing
     if len(files) > MOST_FILES:
-        said = f"Expected at most {MOST_FILES} files at a time, got {len(files)}: divide them, or use hf-vit predict."
-        return [], refusal(said), nothing, nothing
+        error = f"Expected at most {MOST_FILES} files at a time, got {len(files)}: split them, or use hf-vit predict."
+        return [], alert(error), nothing, nothing
     began = time.perf_counter()
     predictions = []
     for prediction in exhibit.label(files):
@@ -122,11 +123,11 @@ def show_many(
         if progress is not None:
             progress((len(predictions), len(files)), unit="images")
     rows = [_row(prediction) for prediction in predictions]
-    pace = len(rows) / (time.perf_counter() - began)
+    speed = len(rows) / (time.perf_counter() - began)
     broken = sum(prediction.error is not None for prediction in predictions)
-    said = note(f"{len(rows)} images, {pace:.1f} a second, {broken} broken.")
+    summary = note(f"{len(rows)} images, {broken} broken, {speed:.1f} images/s.")
     as_csv, as_parquet = (gr.DownloadButton(value=path, interactive=True) for path in write_table(rows, folder))
-    return rows, said, as_csv, as_parquet
+    return rows, summary, as_csv, as_parquet
 
 
 def _row(prediction: Prediction) -> list[Any]:
@@ -136,10 +137,10 @@ def _row(prediction: Prediction) -> list[Any]:
 
 
 def write_table(rows: Sequence[Sequence[Any]], folder: Path) -> tuple[str, str]:
-    """Write rows of `COLUMNS` as CSV and as parquet, in place of the last ones, and return the files.
+    """Write rows of `COLUMNS` as CSV and as Parquet, over the previous ones, and return the files.
 
-    Gradio copies them for who asked before another event has its turn. In the CSV, text that a spreadsheet would
-    compute stands behind an apostrophe.
+    Gradio copies them for the user before it handles another event. In the CSV, text that a spreadsheet would evaluate
+    is prefixed with an apostrophe.
     """
     folder.mkdir(exist_ok=True)
     as_csv, as_parquet = folder / "labels.csv", folder / "labels.parquet"
@@ -154,21 +155,21 @@ def write_table(rows: Sequence[Sequence[Any]], folder: Path) -> tuple[str, str]:
 
 
 def show_positions(exhibit: Exhibit, folder: Path) -> tuple[str | None, str]:
-    """Return the picture of what positions have learned, and how to read it, or why there is none."""
+    """Return the figure of the model's positions and how to read it, or why there is none."""
     folder.mkdir(exist_ok=True)
     picture, reading = exhibit.positions()
     return None if picture is None else str(picture.save(folder, "png")), note(reading)
 
 
-# -------------------------------------------------------------------------------------------- what stands where
+# ---------------------------------------------------------------------------------------------------- layout
 
 
 def build(exhibits: Sequence[Exhibit], folder: Path, kept: int) -> gr.Blocks:
-    """Return the page of a model, and of a second one beside it if there are two.
+    """Return the page of one model, or of two with a tab that compares them.
 
     Args:
-        folder: For what is made for download.
-        kept: Seconds that uploaded files stay, at least.
+        folder: Folder for downloads.
+        kept: Least number of seconds that uploaded files are kept.
     """
     exhibit = exhibits[0]
     title = " and ".join(each.name for each in exhibits)
@@ -183,35 +184,36 @@ def build(exhibits: Sequence[Exhibit], folder: Path, kept: int) -> gr.Blocks:
                 _two_models(exhibits)
         with gr.Tab("Positions") as tab:
             reading = gr.HTML()
-            picture = _shown("What the model found out about where its patches lie", show_label=False)
+            picture = _shown("Learned position embeddings", show_label=False)
             _on(tab.select, cache(partial(show_positions, exhibit, folder)), [], [picture, reading])
     for block in page.blocks.values():
-        _take_no_addresses(block)
+        _refuse_addresses(block)
     return page
 
 
 def _one_image(exhibit: Exhibit) -> None:
     config = exhibit.config
-    usual = {by(exhibit.near(factor)) for factor in TRIED} | {by(exhibit.own_size)}
+    selected = {by(exhibit.near(factor)) for factor in TRIED} | {by(exhibit.own_size)}
     with gr.Row():
         with gr.Column(min_width=280):
             image = _dropped()
         with gr.Column(min_width=280):
             answer = gr.HTML(note(HOW))
-    gr.Markdown("### Where it looks")
+    gr.Markdown("### Attention")
     with gr.Row():
         with gr.Column(min_width=280):
-            picture = _shown("The image in the light of attention", show_label=False)
+            picture = _shown("The image lit by attention", show_label=False)
         with gr.Column(min_width=280):
-            view = gr.Radio(list(VIEWS), value=next(iter(VIEWS)), label="Attention")
+            view = gr.Radio(list(VIEWS), value=next(iter(VIEWS)), label="Attention of")
             layers, heads = config.num_hidden_layers, config.num_attention_heads
             layer = gr.Slider(1, layers, layers, step=1, label="Layer")
-            head = gr.Slider(0, heads, 0, step=1, label="Head", info="0 is all of them, averaged.")
+            head = gr.Slider(0, heads, 0, step=1, label="Head", info="0: mean over all heads")
             reading = gr.HTML()
-    gr.Markdown("### What another size does")
+    gr.Markdown("### Predictions at other resolutions")
     names = [by(size) for size in exhibit.sizes]
-    said = "Height × width in pixels; positions are resampled to the patches that there are then."
-    sizes = gr.CheckboxGroup(names, value=[name for name in names if name in usual], label="Sizes", info=said)
+    info = "Height × width in pixels. Position embeddings are resampled to the grid of patches."
+    chosen = [name for name in names if name in selected]
+    sizes = gr.CheckboxGroup(names, value=chosen, label="Image sizes", info=info)
     compared = gr.HTML()
 
     attend = partial(show_attention, exhibit), [image, view, layer, head], [picture, reading]
@@ -225,7 +227,7 @@ def _one_image(exhibit: Exhibit) -> None:
 
 def _many_images(exhibit: Exhibit, folder: Path) -> None:
     files = gr.File(file_count="multiple", file_types=["image"], height=240, label="Images")
-    said = gr.HTML(note(HOW_MANY))
+    summary = gr.HTML(note(HOW_MANY))
     table = gr.Dataframe(
         headers=list(COLUMNS),
         datatype=["str", "str", "number", "str"],
@@ -236,25 +238,25 @@ def _many_images(exhibit: Exhibit, folder: Path) -> None:
     )
     with gr.Row():
         downloads = [
-            gr.DownloadButton(f"Download as {kind}", interactive=False, min_width=140) for kind in ("CSV", "parquet")
+            gr.DownloadButton(f"Download as {kind}", interactive=False, min_width=140) for kind in ("CSV", "Parquet")
         ]
 
-    def label(uploaded: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008 # Gradio's way
+    def label(uploaded: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         return show_many(exhibit, folder, uploaded, progress)
 
-    _on(files.change, label, [files], [table, said, *downloads])
+    _on(files.change, label, [files], [table, summary, *downloads])
 
 
 def _two_models(exhibits: Sequence[Exhibit]) -> None:
     image = _dropped()
     answers = gr.HTML(note(HOW_COMPARED))
     with gr.Row():
-        pictures = [_shown(f"What {exhibit.name} looks at (rollout)") for exhibit in exhibits]
+        pictures = [_shown(f"Attention of {exhibit.name} (rollout)") for exhibit in exhibits]
     _on(image.change, partial(show_both, exhibits), [image], [answers, *pictures])
 
 
 def _dropped() -> gr.Image:
-    """Return where an image is dropped, chosen, pasted or taken by the camera."""
+    """Return an input that takes an image by drop, file dialog, clipboard or camera."""
     return gr.Image(
         sources=["upload", "webcam", "clipboard"],
         webcam_options=gr.WebcamOptions(mirror=False),
@@ -266,15 +268,15 @@ def _dropped() -> gr.Image:
 
 
 def _shown(label: str, **options: Any) -> gr.Image:
-    """Return where a picture is shown; those who do not see it are told the label."""
+    """Return an output for a figure, with its label as alternative text."""
     buttons: Any = ["download", "fullscreen"]
     return gr.Image(interactive=False, format="png", buttons=buttons, label=label, alt_text=label, **options)
 
 
-def _on(event: Any, answer: Callable[..., Any], inputs: Sequence[Any], outputs: Any, **options: Any) -> Any:
-    """Have an event answered, one at a time, with files as they were uploaded."""
+def _on(event: Any, handler: Callable[..., Any], inputs: Sequence[Any], outputs: Any, **options: Any) -> Any:
+    """Register the handler of an event: one at a time, with files as they were uploaded."""
     return event(
-        answer,
+        handler,
         inputs,
         outputs,
         preprocess=False,
@@ -286,8 +288,8 @@ def _on(event: Any, answer: Callable[..., Any], inputs: Sequence[Any], outputs: 
     )
 
 
-def _take_no_addresses(block: Any) -> None:
-    """Keep a component from fetching what a request names by its address instead of uploading it."""
+def _refuse_addresses(block: Any) -> None:
+    """Keep a component from downloading an address that a request gives in place of an uploaded file."""
     move = block.async_move_resource_to_block_cache
 
     async def move_file(path: Any) -> Any:

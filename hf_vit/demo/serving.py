@@ -1,10 +1,11 @@
-"""The page of a model, served until it is asked to end; what was uploaded is removed then."""
+"""Serve the demo page until a signal ends it, then remove uploaded files."""
 
 import os
 import signal
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..system.extras import need
@@ -12,15 +13,12 @@ from ..system.stopping import StopSignals
 from .exhibit import Exhibit
 from .markup import STYLE
 
-LARGEST_FILE = 20 * 2**20  # bytes that an uploaded file may have
-MOST_WAITING = 32  # requests that wait for the model; one at a time has it
-KEPT = 3600  # seconds that an uploaded file stays, at least
-TAKEN = "No page can be served at {}, port {}: it is taken, or the address is another machine's. Choose another."
-
-
-def say_at_once(line: str) -> None:
-    """Print a line, also where a pipe would keep it until there are more."""
-    print(line, flush=True)
+LARGEST_FILE = 20 * 2**20  # bytes
+MOST_WAITING = 32  # requests; one at a time uses the model
+KEPT = 3600  # least number of seconds that an uploaded file is kept
+TAKEN = (
+    "Cannot serve a page at {}, port {}: the port is in use, or the address is not of this machine. Choose another."
+)
 
 
 def serve(
@@ -28,26 +26,25 @@ def serve(
     compare: str | None = None,
     host: str | None = None,
     port: int | None = None,
-    say: Callable[[str], None] = say_at_once,
+    say: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 # also shown at once through a pipe
 ) -> None:
-    """Show a model on a page, and return when SIGINT (Ctrl-C), SIGTERM or SIGHUP ends it; to be called once, at first.
+    """Serve a model on a page until SIGINT (Ctrl-C), SIGTERM or SIGHUP; call it once, before Gradio is imported.
 
-    The page asks nothing of the outside, and sends no telemetry.
+    The page makes no requests to other hosts, and sends no telemetry.
 
     Args:
         model: A classifier: a file, a folder or a name on the Hub, in any layout.
-        compare: Another one, to be shown beside it.
-        host: Address to listen at; `GRADIO_SERVER_NAME` of the environment if not given, else this machine alone.
-        port: `GRADIO_SERVER_PORT` if not given, else the first free one from 7860.
-        say: Takes the line with the page's address.
+        compare: A second classifier to compare with.
+        host: Address to listen on; by default `GRADIO_SERVER_NAME` of the environment, else this machine only.
+        port: By default `GRADIO_SERVER_PORT`, else the first free port from 7860.
+        say: Prints the line with the address of the page.
 
     Raises:
-        ValueError: If Gradio is missing, a model is no classifier, or the port is taken.
+        ValueError: If Gradio is missing, a model is no classifier, or the port is in use.
     """
     need("demo", "gradio")
     with tempfile.TemporaryDirectory(prefix="hf-vit-demo-") as folder:
-        # Gradio reads these. What is made for download lies elsewhere, so that it makes a copy for
-        # everybody who asked for it.
+        # Gradio reads these variables. Downloads are written outside its folder, so that it copies them for each user.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(Path(folder) / "uploads")}
         import gradio
 
@@ -70,7 +67,7 @@ def serve(
                 run_history=False,
                 ssr_mode=False,
                 enable_monitoring=False,
-                # Letters of the machine at hand: none are fetched. Gradio's own gray is too pale to be read with ease.
+                # System fonts, so that none are downloaded, and a gray with more contrast than Gradio's own.
                 theme=gradio.themes.Default(
                     primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
                 ).set(
@@ -85,8 +82,8 @@ def serve(
             raise ValueError(TAKEN.format(host or "this machine", port or "7860 to 7959")) from None
         ended = threading.Event()
         for number in StopSignals.SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it of SIGHUP
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda number, frame: ended.set())
-        say(f"The page is at {address} and ends by Ctrl-C.")
+        say(f"The page is at {address} (Ctrl-C ends it).")
         ended.wait()
         page.close(verbose=False)

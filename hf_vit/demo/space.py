@@ -1,4 +1,4 @@
-"""The page of a model as a Space of the Hub: a folder with the program, what it needs, its card, and local models."""
+"""Export the demo page as a Space of the Hub: program, requirements, card and local models in a folder."""
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ from ..system.texts import markdown
 from .exhibit import NO_CLASSIFIER
 
 PROGRAM = '''\
-"""The page of a Vision Transformer: `pip install -r requirements.txt && python app.py`."""
+"""Demo of a Vision Transformer: `pip install -r requirements.txt && python app.py`."""
 
 from pathlib import Path
 
@@ -32,26 +32,25 @@ if __name__ == "__main__":
 CARD = """\
 # {title}
 
-Drop an image, and see how it is labelled, what the model looks at, and what another resolution does; or drop many, and
-take a table home. What was uploaded goes nowhere else, and is removed afterwards.
+Upload an image to see its predicted labels, the model's attention, and the predictions at other resolutions. Upload
+many to download a table of their labels. Uploaded files are not sent anywhere else, and are deleted afterwards.
 
-It runs anywhere: `pip install -r requirements.txt && python app.py`. Written by `hf-vit demo --export-space`.
+To run it on another machine: `pip install -r requirements.txt && python app.py`. Written by `hf-vit demo
+--export-space`.
 """
 LONGEST_TITLE = 80
 
 
 def export_space(folder: str | Path, model: str, compare: str | None = None) -> None:
-    """Write a Space that shows a model: `app.py`, `requirements.txt`, `README.md`, and models that are no names.
+    """Write a Space that shows a model: `app.py`, `requirements.txt`, `README.md`, and copies of local models.
 
     Args:
-        folder: Absent or empty; nothing is left there if anything fails.
-        model: A file or a folder, which is brought to this package's layout and into `folder`, or a name on the Hub,
-            which stays one.
-        compare: Another one, to be shown beside it.
+        folder: Absent or empty; nothing is left there if the export fails.
+        model: A file or a folder, which is converted to this package's layout in `folder`, or a name on the Hub.
+        compare: A second classifier to compare with.
 
     Raises:
-        ValueError: If the folder is not empty, Gradio is missing, or a model is neither here nor a name on the Hub, or
-            no classifier.
+        ValueError: If the folder is not empty, Gradio is missing, or a model does not exist or is no classifier.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -90,7 +89,7 @@ def export_space(folder: str | Path, model: str, compare: str | None = None) -> 
 
 
 def _copy(source: str, folder: Path) -> str:
-    """Write a model into a folder, below its own name, which is returned."""
+    """Write a model into a subfolder with its name, and return the name."""
     checkpoint = open_checkpoint(source)
     if checkpoint.architecture != CLASSIFIER:
         raise ValueError(NO_CLASSIFIER.format(source))
@@ -102,7 +101,7 @@ def _name_on_the_hub(source: str) -> str:
     try:
         validate_repo_id(source)
     except HFValidationError:
-        raise ValueError(f"There is no file or folder {source}, and it is no name on the Hub.") from None
+        raise ValueError(f"There is no file or folder {source}, and it is not a valid name on the Hub.") from None
     return source
 
 

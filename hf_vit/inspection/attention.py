@@ -1,13 +1,13 @@
-"""Where a model looks: attention weights, how far they reach, and what they bring together through the layers.
+"""Attention of a model: its weights, the distance that they span, and their rollout through the layers.
 
 Dosovitskiy et al. 2021 (arXiv:2010.11929), figures 6, 7, 11 and 14; Abnar and Zuidema, "Quantifying Attention Flow in
-Transformers" (arXiv:2005.00928) for the rollout. Weights are formed one layer at a time, whatever kernel the model
-attends with.
+Transformers" (arXiv:2005.00928) for the rollout. The weights are computed one layer at a time, with any attention
+implementation.
 """
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,36 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.pooling_hf_vit import POOLINGS, HFViTAttentionPooling, HFViTMeanPooling, HFViTPatchAttentionPooling
-from .drawing import BLUE, INK, ORANGE, bare, new_figure, plain, whole_numbers
+from .drawing import BLUE, INK, ORANGE, Figure, bare, heading, new_figure, whole_numbers
 from .layers import ALL, Scores, at_layer, grid_of, head_number, layer_number, layer_numbers, plain_encoder, walk
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# From where `attention_rollout` looks: what the pooling reads.
+# The viewpoint of `attention_rollout`: the tokens that the pooling reads.
 READ_BY = {
     "cls": "the class token",
     "mean": "the mean of the patches",
     "mean_all": "the mean of all tokens",
     "attention": "the query of the attention pooling",
     "attention_patches": "the query of the attention pooling",
-    "cls_and_mean": "the class token and the mean of the patches, half each",
-    "cls_and_distillation": "the class and the distillation token, half each",
+    "cls_and_mean": "the class token and the mean of the patches, weighted equally",
+    "cls_and_distillation": "the class token and the distillation token, weighted equally",
 }
 
 
 def attention_weights(
     model: Any, pixel_values: Tensor, layers: Iterable[int] | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the number of a layer and its attention weights, float32 `[B, A, T, T]`: rows are queries, and sum to one.
+    """Yield the number of each layer and its attention weights, float32 `[B, A, T, T]`; rows (queries) sum to 1.
 
-    Tokens are ordered class token, distillation token, registers, patches row by row. A layer's weights are formed
-    when it is its turn, and not kept.
+    The order of tokens is class token, distillation token, registers, patches row by row. The weights of one layer are
+    in memory at a time.
 
     Args:
         model: Any model class of this package, with any attention implementation.
-        pixel_values: `[B, C, H, W]`, of any size that the patch divides.
-        layers: Numbers from 1, negative from the end; all if not given. They come in the order of the model.
+        pixel_values: `[B, C, H, W]`, of any size that is a multiple of the patch.
+        layers: Numbers from 1, negative from the end; by default all. They are yielded in the order of the model.
 
     Raises:
         ValueError: If there is no such layer.
@@ -59,28 +56,28 @@ def attention_weights(
 
 
 def patch_distances(grid: tuple[int, int], patch_shape: tuple[int, int]) -> Tensor:
-    """Return the distances between the centres of all patches, `[N, N]` in pixels."""
+    """Return the distances between the centres of all pairs of patches, `[N, N]` in pixels."""
     rows, columns = (torch.arange(number) * float(side) for number, side in zip(grid, patch_shape, strict=True))
     centres = torch.cartesian_prod(rows, columns)  # [N, 2]
     return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def uniform_distance(grid: tuple[int, int], patch_shape: tuple[int, int]) -> float:
-    """Return the mean distance, in pixels, of attention that looks at all patches alike."""
+    """Return the attention distance, in pixels, of attention that is uniform over patches."""
     return float(patch_distances(grid, patch_shape).mean())
 
 
 @torch.no_grad()
 def attention_distance(model: Any, batches: Iterable[Tensor]) -> np.ndarray:
-    """Return how far each head looks, `[layers, A]` in pixels: the right of the paper's figure 7.
+    """Return the mean attention distance of each head, `[layers, A]` in pixels: the right of the paper's figure 7.
 
-    It is the distance between the centres of patches, weighted by attention from patch to patch, and averaged over
-    queries and images. What a patch gives to tokens that lie nowhere is left out, and the rest weighs 1 again.
+    It is the distance between the centres of patches, weighted by the attention between them and averaged over queries
+    and images. Attention to tokens without a position is ignored, and the rest is normalized to 1.
 
     Args:
         model: Any model class of this package.
-        batches: Images `[B, C, H, W]`, each batch of any size that the patch divides; one head of one batch is in
-            memory at a time, B * N^2 numbers.
+        batches: Images `[B, C, H, W]`, each batch of any size that is a multiple of the patch. The weights of one head
+            of one batch are in memory at a time, B * N^2 numbers.
 
     Raises:
         ValueError: If there is no image.
@@ -91,51 +88,50 @@ def attention_distance(model: Any, batches: Iterable[Tensor]) -> np.ndarray:
     for pixel_values in batches:
         distances = patch_distances(grid_of(model, pixel_values), config.patch_shape).to(model.device)
         for step in walk(model, pixel_values):
-            # Among patches alone the softmax is what is left of the whole one, brought to 1 again.
+            # The softmax over patches only equals the softmax over all tokens, normalized over the patches.
             for head, weights in enumerate(step.scores.of_heads(patches, patches)):
                 of_queries = torch.einsum("bqk,qk->bq", weights, distances)
                 totals[step.number - 1, head] += of_queries.mean(dim=1).sum().item()
         number += len(pixel_values)
     if not number:
-        raise ValueError("Attention distance is measured on images, and there is none: give at least one batch.")
+        raise ValueError("Attention distance needs at least one batch of images, got none.")
     return (totals / number).astype(np.float32)
 
 
 def plot_attention_distance(
     distance: np.ndarray, uniform: float | None = None, title: str = "Attention distance by layer and head"
-) -> "Figure":
-    """Draw a dot for every head of every layer, `[layers, A]` in pixels, and the mean of each layer.
+) -> Figure:
+    """Draw the attention distance of every head as a dot, `[layers, A]` in pixels, and the mean of each layer.
 
     Args:
-        uniform: Distance of attention that looks at all patches alike, drawn as a line to compare with.
+        uniform: The distance of uniform attention, drawn as a line.
     """
     layers, heads = distance.shape
     numbers = np.arange(1, layers + 1)
     figure = new_figure(min(11.0, 5.0 + 0.12 * layers), 4.3)
     axis = bare(figure.subplots())
-    # Heads of a layer lie side by side, so that none hides another.
-    beside = np.linspace(-0.18, 0.18, heads) if heads > 1 else np.zeros(1)
-    places = (numbers[:, None] + beside).ravel()
-    axis.scatter(places, distance.ravel(), s=16, color=BLUE, alpha=0.65, lw=0, label="a head")
-    axis.plot(numbers, distance.mean(axis=1), color=ORANGE, lw=1.6, marker="_", ms=9, label="mean of the heads")
+    # The heads of a layer are drawn side by side, so that none hides another.
+    offsets = np.linspace(-0.18, 0.18, heads) if heads > 1 else np.zeros(1)
+    x = (numbers[:, None] + offsets).ravel()
+    axis.scatter(x, distance.ravel(), s=16, color=BLUE, alpha=0.65, lw=0, label="head")
+    axis.plot(numbers, distance.mean(axis=1), color=ORANGE, lw=1.6, marker="_", ms=9, label="mean over heads")
     if uniform is not None:
-        axis.axhline(uniform, color=INK, lw=1, ls=(0, (4, 3)), label="all patches alike")
+        axis.axhline(uniform, color=INK, lw=1, ls=(0, (4, 3)), label="uniform attention")
     axis.set(xlabel="layer", ylabel="mean attention distance, pixels", xlim=(0.5, layers + 0.5))
     axis.set_ylim(0, 1.08 * max(float(distance.max()), uniform or 0) or 1)
     whole_numbers(axis)
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, fontsize=8)
-    figure.suptitle(plain(title), fontsize=12, color=INK)
-    return figure
+    return heading(figure, title)
 
 
 # ----------------------------------------------------------------------------------------------------- rollout
 
 
 def rollout(averages: Iterable[Tensor]) -> Tensor:
-    """Multiply attention through the layers, from the first to the last: `[B, T, T]` each to `[B, T, T]`.
+    """Multiply the attention of all layers, averaged over heads, from the first to the last: `[B, T, T]`.
 
-    Each is averaged over heads, as the paper does. Half of every token comes by the residual connection, the other
-    half by attention: the identity is added, and every row is brought to the sum 1.
+    The residual connection keeps half of each token: the identity is added to each layer's weights, and rows are
+    normalized to 1.
     """
     return reduce(lambda below, layer: layer @ below, map(_with_residual, averages))
 
@@ -147,18 +143,17 @@ def _with_residual(average: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_rollout(model: Any, pixel_values: Tensor, layer: int = -1, head: int | None = None) -> np.ndarray:
-    """Return how much of each patch reaches what the head reads, `[B, h, w]`: figures 6 and 14 of the paper.
+    """Return how much of each patch reaches the output of the pooling, `[B, h, w]`: figures 6 and 14 of the paper.
 
-    The view is from what the pooling reads, see `READ_BY`: from the class token, where there is one to read. Without a
-    pooling layer, attention pooling counts as the mean of the patches. Values are shares of 1, of which the tokens
-    before the patches have the rest.
+    The viewpoint is the tokens that the pooling reads, see `READ_BY`. In a model without its pooling layer, attention
+    pooling counts as the mean of the patches. Values are shares of 1; the tokens before the patches have the rest.
 
     Args:
         model: Any model class of this package.
-        pixel_values: `[B, C, H, W]`, of any size that the patch divides.
-        layer: The last one to go through, as if it were the model's; number from 1, or negative from the end.
-        head: The one of that layer to follow, number from 1; the layers below are averaged over heads in any case, and
-            the mean over all heads of what this gives is what it gives without.
+        pixel_values: `[B, C, H, W]`, of any size that is a multiple of the patch.
+        layer: The last layer to include, as if the model ended there; number from 1, or negative from the end.
+        head: A head of that layer, number from 1; by default the mean over heads, as for all layers below. The mean of
+            the results over all heads equals the default.
 
     Raises:
         ValueError: If there is no such layer or head.
@@ -186,7 +181,7 @@ def attention_rollout(model: Any, pixel_values: Tensor, layer: int = -1, head: i
 
 
 def _tokens_read(encoder: Any, tokens: Tensor) -> Tensor:
-    """Return the share that each token has in what the pooling reads of `[B, T, D]`, `[B or 1, T]`."""
+    """Return the weight of each token in the output of the pooling, `[B or 1, T]`, for tokens `[B, T, D]`."""
     config, number = encoder.config, tokens.shape[1]
     if encoder.pooler is not None:
         pooling = encoder.pooler.pooling
@@ -195,18 +190,18 @@ def _tokens_read(encoder: Any, tokens: Tensor) -> Tensor:
     else:
         kind = POOLINGS[config.pooling]
         pooling = HFViTMeanPooling(config) if issubclass(kind, HFViTAttentionPooling) else kind(config)
-    # All others are sums over tokens: what they make of the identity is the share of each.
-    shares = pooling(torch.eye(number, device=tokens.device).unsqueeze(0))  # [1, T], or [1, 2*T] of two halves
+    # All other poolings are weighted sums over tokens, so pooling the identity matrix gives the weights.
+    shares = pooling(torch.eye(number, device=tokens.device).unsqueeze(0))  # [1, T], or [1, 2*T] for two parts
     return shares.unflatten(1, (-1, number)).mean(dim=1)
 
 
 def _read_by_attention(pooling: HFViTAttentionPooling, tokens: Tensor) -> Tensor:
-    left_out = pooling.num_prefix_tokens if isinstance(pooling, HFViTPatchAttentionPooling) else 0
+    skipped = pooling.num_prefix_tokens if isinstance(pooling, HFViTPatchAttentionPooling) else 0
     query = pooling.query(pooling.probe).unflatten(-1, (-1, pooling.head_dim)).transpose(1, 2)  # [1, A, 1, d]
-    keys_and_values = pooling.key_value(tokens[:, left_out:]).unflatten(-1, (-1, 2, pooling.head_dim))
+    keys_and_values = pooling.key_value(tokens[:, skipped:]).unflatten(-1, (-1, 2, pooling.head_dim))
     key = keys_and_values[:, :, :, 0].transpose(1, 2)  # [B, A, T, d]
     weights = Scores(query, key, None, pooling.head_dim**-0.5).average().squeeze(1)
-    return F.pad(weights, (left_out, 0))
+    return F.pad(weights, (skipped, 0))
 
 
 # -------------------------------------------------------------------------------------------------------- maps
@@ -214,14 +209,14 @@ def _read_by_attention(pooling: HFViTAttentionPooling, tokens: Tensor) -> Tensor
 
 @torch.no_grad()
 def attention_maps(model: Any, pixel_values: Tensor, layer: int = -1) -> np.ndarray:
-    """Return how much each head of a layer looks at each patch, `[B, A, h, w]`, seen from the class token.
+    """Return the attention of the class token to each patch for each head of a layer, `[B, A, h, w]`.
 
-    A model without class token is seen from all its patches, averaged. Values are shares of 1, of which the tokens
-    before the patches have the rest.
+    Without a class token, it is the mean attention of all patches. Values are shares of 1; the tokens before the
+    patches have the rest.
 
     Args:
         model: Any model class of this package.
-        pixel_values: `[B, C, H, W]`, of any size that the patch divides.
+        pixel_values: `[B, C, H, W]`, of any size that is a multiple of the patch.
         layer: Number from 1, or negative from the end.
 
     Raises:
@@ -234,6 +229,6 @@ def attention_maps(model: Any, pixel_values: Tensor, layer: int = -1) -> np.ndar
 
 
 def _on_grid(model: Any, pixel_values: Tensor, of_tokens: Tensor) -> np.ndarray:
-    """Bring values of tokens, `[..., T]`, to the grid of patches, `[..., h, w]`."""
+    """Return the values of patch tokens among all tokens `[..., T]` on their grid, `[..., h, w]`."""
     of_patches = of_tokens[..., model.config.num_prefix_tokens :]
     return of_patches.unflatten(-1, grid_of(model, pixel_values)).cpu().numpy()

@@ -1,45 +1,41 @@
-"""What patches become: their features as colours, and the lengths of tokens, which show who stores what is global.
+"""Features of patches as colours, and norms of tokens.
 
-Features as colours: Oquab et al., "DINOv2" (arXiv:2304.07193), figure 1. Lengths: Darcet et al., "Vision Transformers
-Need Registers" (arXiv:2309.16588), who found patches of the background with norms far beyond all others.
+Features as colours: Oquab et al., "DINOv2" (arXiv:2304.07193), figure 1. Norms: Darcet et al., "Vision Transformers
+Need Registers" (arXiv:2309.16588), who found background patches with far larger norms than all others.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .drawing import BLUE, INK, ORANGE, SERIES, bare, new_figure, plain, whole_numbers
+from .drawing import BLUE, INK, ORANGE, SERIES, Figure, bare, heading, new_figure, whole_numbers
 from .filters import principal_components
 from .layers import at_layer, grid_of, layer_numbers, walk
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-SPREAD = (0.02, 0.98)  # quantiles that become 0 and 1: a few extreme patches do not take the colours of the rest
+SPREAD = (0.02, 0.98)  # quantiles that map to 0 and 1, so that a few extreme patches do not dim all others
 
 
 @torch.no_grad()
 def feature_components(model: Any, pixel_values: Tensor, layer: int | None = None, components: int = 3) -> np.ndarray:
-    """Return the first principal components of patches, over all images together, in 0 to 1: `[B, h, w, components]`.
+    """Return the first principal components of patches over all images, in 0 to 1: `[B, h, w, components]`.
 
-    Three of them are the colours of a picture: patches of one colour have like features, in all images.
+    Three components can be drawn as colours: patches of the same colour have similar features in all images.
 
     Args:
         model: Any model class of this package.
-        pixel_values: `[B, C, H, W]`, of any size that the patch divides.
-        layer: Whose output is meant, from 1, or negative from the end; what the pooling is given if not given, which
-            is behind the final LayerNorm.
+        pixel_values: `[B, C, H, W]`, of any size that is a multiple of the patch.
+        layer: Number of the layer from 1, or negative from the end; by default the output of the final LayerNorm.
         components: At most the width of the model.
 
     Raises:
-        ValueError: If there is no such layer, or there are not so many components.
+        ValueError: If there is no such layer, or too many components.
     """
     width = model.config.hidden_size
     if not 1 <= components <= width:
-        raise ValueError(f"The model's width gives 1 to {width} components, got {components}.")
+        raise ValueError(f"Expected 1 to {width} components, the width of the model, got {components}.")
     tokens = at_layer(model, pixel_values, -1 if layer is None else layer).tokens
     if layer is None:
         tokens = model.base_model.layernorm(tokens)
@@ -57,15 +53,15 @@ def feature_components(model: Any, pixel_values: Tensor, layer: int | None = Non
 def token_norms(
     model: Any, pixel_values: Tensor, layers: Iterable[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lengths (L2 norms) of the tokens that layers give, before any final LayerNorm.
+    """Return the L2 norms of the output tokens of layers, before any final LayerNorm.
 
     Args:
         model: Any model class of this package.
-        pixel_values: `[B, C, H, W]`, of any size that the patch divides.
-        layers: Numbers from 1, negative from the end; all if not given. They come in the order of the model.
+        pixel_values: `[B, C, H, W]`, of any size that is a multiple of the patch.
+        layers: Numbers from 1, negative from the end; by default all. They are returned in the order of the model.
 
     Returns:
-        Those of patches `[layers, B, h, w]`, and of the tokens before them `[layers, B, P]`: class token, distillation
+        Norms of patches `[layers, B, h, w]`, and of the tokens before them `[layers, B, P]`: class token, distillation
         token, registers.
 
     Raises:
@@ -81,11 +77,11 @@ def token_norms(
 def outlier_norm(norms: np.ndarray) -> float:
     """Return the norm above which a patch is an outlier: 3 interquartile ranges above the third quartile.
 
-    The outer fence of Tukey, "Exploratory Data Analysis" (1977). Darcet et al. read a norm off the histogram, of one
-    model; a fence is at hand for all.
+    This is the outer fence of Tukey, "Exploratory Data Analysis" (1977). Darcet et al. choose a threshold for one
+    model from its histogram; the fence applies to all models.
 
     Args:
-        norms: Of patches of one layer, of any shape.
+        norms: Norms of the patches of one layer, of any shape.
     """
     first, third = np.quantile(norms, (0.25, 0.75))
     return float(third + 3 * (third - first))
@@ -93,12 +89,12 @@ def outlier_norm(norms: np.ndarray) -> float:
 
 def plot_token_norms(
     patches: np.ndarray, prefix: np.ndarray, layer: int = -1, title: str = "Norms of tokens"
-) -> "Figure":
-    """Draw a histogram of the norms in one layer, and norms by layer, with the share of outliers among patches.
+) -> Figure:
+    """Draw a histogram of patch norms in one layer with the share of outliers, and norms by layer.
 
     Args:
-        patches, prefix: Of `token_norms`, of all layers.
-        layer: Of the histogram: number from 1, or negative from the end.
+        patches, prefix: Results of `token_norms` for all layers.
+        layer: Layer of the histogram, number from 1, or negative from the end.
     """
     layers = len(patches)
     number = layer if layer > 0 else layers + 1 + layer
@@ -115,8 +111,8 @@ def plot_token_norms(
     left.axvline(fence, color=ORANGE, lw=1.4, ls=(0, (4, 3)))
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.yaxis.set_minor_formatter("")
-    left.set(xlabel=f"norm of a patch behind layer {number}", ylabel="patches", ylim=(0.7, None))
-    left.set_title(f"above the line, an outlier: {share:.2%} of patches", fontsize=9, color=INK, loc="left")
+    left.set(xlabel=f"norm of patch tokens after layer {number}", ylabel="patches", ylim=(0.7, None))
+    left.set_title(f"outliers, right of the line: {share:.2%} of patches", fontsize=9, color=INK, loc="left")
 
     bare(right)
     numbers = np.arange(1, layers + 1)
@@ -129,14 +125,13 @@ def plot_token_norms(
         of_prefix = np.median(prefix.reshape(layers, -1), axis=1)
         right.plot(
             numbers, of_prefix, color=SERIES[2], marker="s" if marker else None, ms=3.5, lw=1,
-            label="tokens before patches, median",
+            label="tokens before the patches, median",
         )  # fmt: skip
-    right.set(xlabel="layer", ylabel="norm of a token", xlim=(0.5, layers + 0.5))
+    right.set(xlabel="layer", ylabel="norm of tokens", xlim=(0.5, layers + 0.5))
     if lowest.min() > 0 and highest.max() / lowest.min() > 30:
         right.set_yscale("log")
     else:
         right.set_ylim(0, None)
     whole_numbers(right)
     right.legend(frameon=False, fontsize=8)
-    figure.suptitle(plain(title), fontsize=12, color=INK)
-    return figure
+    return heading(figure, title)

@@ -1,22 +1,20 @@
-"""What the first layer looks for: the filters of the patch projection, or of the stem before it."""
+"""Filters of the first layer: the patch projection, or the stem of a hybrid."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import Tile, plot_tiles
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .drawing import Figure
+from .tiles import Tile, plot_tiles, rgb
 
 
 def principal_components(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Return the directions in which rows `[n, D]` vary most, `[number, D]`, and their shares of the variance.
+    """Return the principal components of rows `[n, D]`, float64 `[number, D]`, and their shares of the variance.
 
-    Float64. A direction's largest entry is positive, so that the same rows give the same directions.
+    The largest entry of each component is positive, so that the result is unique.
     """
     centred = rows.double() - rows.double().mean(dim=0)
     variances, directions = torch.linalg.eigh(centred.T @ centred)  # in ascending order, directions in columns
@@ -31,17 +29,16 @@ def patch_filters(model: Any, components: int = 28) -> tuple[np.ndarray, np.ndar
     """Return the first principal components of the patch projection as images, the left of the paper's figure 7.
 
     Returns:
-        The components, `[K, ph, pw, C]` of length 1 each, and their shares of the variance `[K]`. K is `components`,
-        or less where filters or their weights are fewer.
+        Components of norm 1, `[K, ph, pw, C]`, and their shares of the variance `[K]`. K is `components`, or less if
+        there are fewer filters or weights.
 
     Raises:
-        ValueError: If the patches are not of pixels.
+        ValueError: If the model is a hybrid.
     """
     projection = model.base_model.embeddings.patch_embeddings
     if model.config.stem_layers is not None:
         raise ValueError(
-            "The patches of a hybrid are of features, not of pixels, so that its projection is no picture: "
-            "stem_filters shows what it looks for first."
+            "Expected a projection of pixels, got a hybrid, which projects features of its stem: use stem_filters."
         )
     weight = projection.projection.weight  # [D, C*ph*pw]
     directions, shares = principal_components(weight, min(components, max(1, len(weight) - 1)))
@@ -51,26 +48,26 @@ def patch_filters(model: Any, components: int = 28) -> tuple[np.ndarray, np.ndar
 
 @torch.no_grad()
 def stem_filters(model: Any) -> np.ndarray:
-    """Return the filters of a hybrid's first convolution, `[stem_width, 7, 7, C]`, of mean 0 as they are used.
+    """Return the filters of a hybrid's first convolution, `[stem_width, 7, 7, C]`, standardized to mean 0 and norm 1.
 
     Raises:
         ValueError: If the model has no stem.
     """
     if model.config.stem_layers is None:
-        raise ValueError("The model has no stem in front of its patches: patch_filters shows what it looks for.")
+        raise ValueError("Expected a hybrid, got a model without a stem: use patch_filters.")
     weight = model.base_model.embeddings.patch_embeddings.stem.conv.weight.float()  # [K, C, 7, 7]
     weight = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
     return F.normalize(weight.flatten(1)).view_as(weight).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def plot_filters(filters: np.ndarray, shares: np.ndarray | None = None, title: str = "Patch filters") -> "Figure":
-    """Draw filters `[K, h, w, C]`, each in its own range around gray, which is zero.
+def plot_filters(filters: np.ndarray, shares: np.ndarray | None = None, title: str = "Patch filters") -> Figure:
+    """Draw filters `[K, h, w, C]`, each scaled to its own range; gray is zero.
 
-    Three channels are drawn as red, green and blue. Of another number each channel is a row of its own, for the first
-    seven filters; one channel alone is drawn in gray.
+    Three channels are drawn as red, green and blue, a single channel in gray. For other numbers, the first seven
+    filters are drawn with one row per channel.
 
     Args:
-        shares: Of the variance, `[K]`, written above the filters.
+        shares: Shares of the variance `[K]`, written above the filters.
     """
     number, height, width, channels = filters.shape
     scale = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
@@ -80,19 +77,15 @@ def plot_filters(filters: np.ndarray, shares: np.ndarray | None = None, title: s
         labels = [f"{label}:  {100 * share:.2g} %" for label, share in zip(labels, shares, strict=True)]
     if channels in (1, 3):
         columns = 7 if number <= 28 else 8
-        tiles = [Tile(_rgb(picture), label) for picture, label in zip(pictures, labels, strict=True)]
+        tiles = [Tile(rgb(picture), label) for picture, label in zip(pictures, labels, strict=True)]
         rows = [tiles[start : start + columns] for start in range(0, number, columns)]
     else:
         shown = list(zip(pictures, labels, strict=True))[:7]
         rows = [
             [
-                Tile(_rgb(picture[..., channel, None]), label if channel == 0 else f"channel {channel + 1}")
+                Tile(rgb(picture[..., channel, None]), label if channel == 0 else f"channel {channel + 1}")
                 for picture, label in shown
             ]
             for channel in range(channels)
         ]
     return plot_tiles(rows, title, aspect=height / width, side=0.95)
-
-
-def _rgb(picture: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(picture, (*picture.shape[:2], 3))

@@ -1,7 +1,7 @@
-"""A model, layer by layer: what each gives, and what the softmax of its attention is taken of.
+"""Run a model layer by layer, with the output tokens and the attention scores of each layer.
 
-Fused kernels never form attention weights, so these are formed here, from the queries and keys that the layer has just
-used: whatever made them, positions included, is in them. Nothing is kept from one layer to the next.
+Fused kernels do not return attention weights, so they are computed here from the queries and keys that the layer used,
+which include any position encoding. Only one layer is in memory at a time.
 """
 
 from collections import deque
@@ -28,7 +28,7 @@ class Scores:
     scaling: float
 
     def weights(self, queries: slice = ALL, keys: slice = ALL, heads: slice = ALL) -> Tensor:
-        """Return the attention weights of a part, float32 `[B, heads, queries, keys]`; every row sums to one."""
+        """Return the attention weights of a slice, float32 `[B, heads, queries, keys]`; rows sum to 1."""
         query, key = self.query[:, heads, queries].float(), self.key[:, heads, keys].float()
         scores = query @ key.transpose(2, 3) * self.scaling
         if self.bias is not None:
@@ -36,12 +36,12 @@ class Scores:
         return scores.softmax(dim=-1)
 
     def of_heads(self, queries: slice = ALL, keys: slice = ALL, heads: slice = ALL) -> Iterator[Tensor]:
-        """Yield the weights of one head after the other, `[B, queries, keys]`."""
+        """Yield the weights of each head, `[B, queries, keys]`."""
         for head in range(self.key.shape[1])[heads]:
             yield self.weights(queries, keys, slice(head, head + 1)).squeeze(1)
 
     def average(self, heads: slice = ALL) -> Tensor:
-        """Return the weights averaged over heads, `[B, T, T]`, of which one at a time is in memory."""
+        """Return the mean of the weights over heads, `[B, T, T]`, with one head in memory at a time."""
         total, number = torch.zeros(()), 0
         for weights in self.of_heads(heads=heads):
             total, number = total.to(weights.device) + weights, number + 1
@@ -49,7 +49,7 @@ class Scores:
 
 
 class Step(NamedTuple):
-    """A layer that was passed: its number from 1, the tokens that it gives, `[B, T, D]`, and its attention."""
+    """The output of a layer: its number from 1, its tokens `[B, T, D]`, and the scores of its attention."""
 
     number: int
     tokens: Tensor
@@ -58,14 +58,14 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def walk(model: Any, pixel_values: Tensor, last: int | None = None) -> Iterator[Step]:
-    """Yield the layers of a model as images pass them, up to number `last`; in evaluation, without gradients.
+    """Run images through a model and yield each layer up to number `last`, in evaluation mode without gradients.
 
     Args:
         model: Any model class of this package, with any attention implementation.
-        pixel_values: `[B, C, H, W]`, of any size that the patch divides.
+        pixel_values: `[B, C, H, W]`, of any size that is a multiple of the patch.
 
     Raises:
-        ValueError: If the model's layers are not as they were loaded, or the images are none of its.
+        ValueError: If the model's layers were modified after loading, or the images do not fit the model.
     """
     encoder = plain_encoder(model)
     if pixel_values.ndim != 4:
@@ -81,30 +81,30 @@ def walk(model: Any, pixel_values: Tensor, last: int | None = None) -> Iterator[
 
 
 def at_layer(model: Any, pixel_values: Tensor, layer: int) -> Step:
-    """Return a layer by its number from 1, or negative from the end, as images pass it; arguments as for `walk`."""
+    """Run images through a model up to a layer, number from 1 or negative from the end, and return that layer."""
     return deque(walk(model, pixel_values, layer_number(model, layer)), maxlen=1).pop()
 
 
 def plain_encoder(model: Any) -> Any:
-    """Return the encoder of a model whose layers can be walked."""
+    """Return the encoder of a model; raise `ValueError` if its layers were modified after loading."""
     if not isinstance(model, HFViTPreTrainedModel):
         raise ValueError(
-            f"Expected a model of this package, got {type(model).__name__}: inspect it before it is wrapped, "
-            "compiled or optimized for inference."
+            f"Expected a model of this package, got {type(model).__name__}: inspect the model before wrapping, "
+            "compiling or optimizing it."
         )
     encoder: Any = model.base_model
     for layer in encoder.layers:
         if type(layer) is not HFViTLayer:
             raise ValueError(
-                f"Expected HFViTLayer as it was loaded, got {type(layer).__name__}: inspect the model before it is "
-                "sharded, and undo merged tokens by merge_tokens(model, 0)."
+                f"Expected layers of type HFViTLayer, got {type(layer).__name__}: inspect the model before sharding "
+                "it, and undo token merging with merge_tokens(model, 0)."
             )
     return encoder
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation, and every part of it back to what it was."""
+    """Switch a model to evaluation mode, and restore the mode of each of its modules afterwards."""
     trained = [part for part in model.modules() if part.training]
     model.eval()
     try:
@@ -116,7 +116,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recording(attention: Any) -> Iterator[list[Scores]]:
-    """Have an attention leave its scores in a list when it is called; it computes as before."""
+    """Record the scores of an attention in a list when it is called; its result does not change."""
     recorded: list[Scores] = []
     function_for = attention._attention_function
 
@@ -137,39 +137,39 @@ def recording(attention: Any) -> Iterator[list[Scores]]:
 
 
 def layer_number(model: Any, layer: int) -> int:
-    """Return the number of a layer, from 1; a negative one counts from the end.
+    """Return the number of a layer from 1, where a negative number counts from the end.
 
     Raises:
         ValueError: If there is no such layer.
     """
     layers = model.config.num_hidden_layers
     if not 1 <= abs(layer) <= layers:
-        raise ValueError(f"There are layers 1 to {layers}, or -1 to -{layers} from the end; got {layer}.")
+        raise ValueError(f"Expected a layer from 1 to {layers}, or -1 to -{layers} from the end, got {layer}.")
     return layer if layer > 0 else layers + 1 + layer
 
 
 def head_number(model: Any, head: int) -> int:
-    """Return the number of a head, from 1.
+    """Return the number of a head from 1.
 
     Raises:
         ValueError: If there is no such head.
     """
     heads = model.config.num_attention_heads
     if not 1 <= head <= heads:
-        raise ValueError(f"There are heads 1 to {heads}; got {head}.")
+        raise ValueError(f"Expected a head from 1 to {heads}, got {head}.")
     return head
 
 
 def layer_numbers(model: Any, layers: Iterable[int] | None) -> list[int]:
-    """Return the numbers of several layers, in order; of all if not given."""
+    """Return the numbers of several layers in order, by default of all."""
     if layers is None:
         return list(range(1, model.config.num_hidden_layers + 1))
     numbers = sorted({layer_number(model, layer) for layer in layers})
     if not numbers:
-        raise ValueError("layers is empty: name at least one, or leave it out for all.")
+        raise ValueError("layers is empty: give at least one layer, or None for all.")
     return numbers
 
 
 def grid_of(model: Any, pixel_values: Tensor) -> tuple[int, int]:
-    """Return the (rows, columns) of patches in images."""
+    """Return the grid of patches (rows, columns) of images."""
     return model.config.grid_of(*pixel_values.shape[-2:])

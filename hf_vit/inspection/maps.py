@@ -1,44 +1,41 @@
-"""Maps over images: what a model makes of each patch, beside the image as the model saw it.
+"""Maps over patches, drawn next to the images that the model saw.
 
-Images are uint8 `[B, C, H, W]`, before they are normalised; maps have a value or a colour for each patch.
+Images are uint8 `[B, C, H, W]` before normalization; maps have one value or one colour per patch.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .drawing import short
+from .drawing import Figure, short
 from .features import outlier_norm
-from .tiles import Tile, in_rows, plot_tiles, shown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .tiles import Tile, in_rows, plot_tiles, rgb
 
 COLUMNS = 8
-DIM = 0.2  # light where a map has its least value: what lies there can still be made out
+DIM = 0.2  # brightness at the least value of a map, where the image stays recognizable
 
 
 def plot_attention_maps(
     images: np.ndarray, maps: np.ndarray, names: Sequence[str] | None = None, title: str = "Attention"
-) -> "Figure":
-    """Draw each image, its map `[B, h, w]` in percent, and the image in the light of the map, on the same scale."""
+) -> Figure:
+    """Draw each image, its map `[B, h, w]` in percent, and the image lit by the map, on one scale."""
     percents = 100 * maps
     scale = _root_scale(percents)
     groups = [
-        [Tile(shown(image), name), Tile(values, "attention"), Tile(_lit(image, scale["norm"](values)), "lit by it")]
+        [Tile(_shown(image), name), Tile(values, "attention"), Tile(_lit(image, scale["norm"](values)), "overlay")]
         for image, values, name in zip(images, percents, _names(images, names), strict=True)
     ]
-    return _plot(groups, title, images, "attention on the patch, %", **scale)
+    return _plot(groups, title, images, "attention to the patch, %", **scale)
 
 
-def plot_heads(image: np.ndarray, maps: np.ndarray, name: str = "image", title: str = "Attention by head") -> "Figure":
-    """Draw one image `[C, H, W]` and the map of every head, `[A, h, w]` in percent, all in one scale."""
+def plot_heads(image: np.ndarray, maps: np.ndarray, name: str = "image", title: str = "Attention by head") -> Figure:
+    """Draw one image `[C, H, W]` and the map of every head, `[A, h, w]` in percent, on one scale."""
     heads = [Tile(100 * values, f"head {number}") for number, values in enumerate(maps, start=1)]
-    tiles = [[tile] for tile in (Tile(shown(image), short(name, 19)), *heads)]
-    return _plot(tiles, title, image[None], "attention on the patch, %", **_root_scale(100 * maps))
+    tiles = [[tile] for tile in (Tile(_shown(image), short(name, 19)), *heads)]
+    return _plot(tiles, title, image[None], "attention to the patch, %", **_root_scale(100 * maps))
 
 
 def plot_feature_components(
@@ -46,10 +43,10 @@ def plot_feature_components(
     components: np.ndarray,
     names: Sequence[str] | None = None,
     title: str = "Principal components of features",
-) -> "Figure":
+) -> Figure:
     """Draw each image and the first three components of its patches, `[B, h, w, 3]` in 0 to 1, as colours."""
     groups = [
-        [Tile(shown(image), name), Tile(colors, "features")]
+        [Tile(_shown(image), name), Tile(colors, "features")]
         for image, colors, name in zip(images, components, _names(images, names), strict=True)
     ]
     return _plot(groups, title, images)
@@ -57,24 +54,24 @@ def plot_feature_components(
 
 def plot_norm_maps(
     images: np.ndarray, norms: np.ndarray, names: Sequence[str] | None = None, title: str = "Norms of patches"
-) -> "Figure":
+) -> Figure:
     """Draw each image and the norms of its patches in one layer, `[B, h, w]`; rings mark outliers over all images."""
     fence = outlier_norm(norms)
     groups = [
-        [Tile(shown(image), name), Tile(values, "norm", [(int(r), int(c)) for r, c in np.argwhere(values > fence)])]
+        [Tile(_shown(image), name), Tile(values, "norm", [(int(r), int(c)) for r, c in np.argwhere(values > fence)])]
         for image, values, name in zip(images, norms, _names(images, names), strict=True)
     ]
-    return _plot(groups, title, images, "norm of the patch's token")
+    return _plot(groups, title, images, "norm of the patch token")
 
 
 def lit(image: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """Return one image in the light of its map, uint8 `[H, W, 3]`, and the values where it is darkest and brightest.
+    """Return one image lit by its map, uint8 `[H, W, 3]`, and the values where it is darkest and brightest.
 
-    The light spreads over the values that are there, however near they lie, but for the largest of 200; it grows with
-    their root, so that small ones differ visibly.
+    Brightness grows with the square root of the value, so that differences between small values are visible. It ranges
+    from the least value to the quantile 0.995.
 
     Args:
-        image: uint8 `[C, H, W]`, of any size; the map is brought to it, smooth between patches.
+        image: uint8 `[C, H, W]`, of any size; the map is interpolated to it.
         values: `[h, w]`.
     """
     low, high = float(values.min()), float(np.quantile(values, 0.995))
@@ -90,7 +87,7 @@ def _plot(
     unit: str | None = None,
     norm: Any = None,
     **style: Any,
-) -> "Figure":
+) -> Figure:
     if unit is not None and norm is None:
         from matplotlib.colors import Normalize
 
@@ -101,10 +98,7 @@ def _plot(
 
 
 def _root_scale(percents: np.ndarray) -> dict[str, Any]:
-    """Return a scale from 0 on which small shares differ visibly, and whether values go beyond its end.
-
-    It ends where 1 value of 200 lies beyond: one patch shall not darken all others.
-    """
+    """Return a square-root scale from 0 to the quantile 0.995, so that one patch does not darken all others."""
     from matplotlib.colors import PowerNorm
 
     end = float(np.quantile(percents, 0.995)) or 1.0
@@ -112,11 +106,16 @@ def _root_scale(percents: np.ndarray) -> dict[str, Any]:
 
 
 def _lit(image: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Return an image in the light of a map, from 0 to 1 at each patch and smooth between them."""
+    """Multiply an image by a map of brightness in 0 to 1, interpolated between patches."""
     size = (image.shape[1], image.shape[2])
     smooth = F.interpolate(torch.tensor(light)[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
-    return shown(image) * smooth.clamp(0, 1).numpy()[..., None]
+    return _shown(image) * smooth.clamp(0, 1).numpy()[..., None]
 
 
 def _names(images: np.ndarray, names: Sequence[str] | None) -> list[str]:
     return [short(name, 19) for name in names or [f"image {number + 1}" for number in range(len(images))]]
+
+
+def _shown(image: np.ndarray) -> np.ndarray:
+    """Return a uint8 image `[C, H, W]` as colours `[H, W, 3]` in 0 to 1."""
+    return rgb(image.transpose(1, 2, 0) / 255)

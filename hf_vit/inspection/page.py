@@ -1,4 +1,4 @@
-"""All pictures of a model on one page that needs nothing else: no script, no request, readable on a phone."""
+"""The HTML page of `hf-vit inspect`: one self-contained file with all figures, without scripts or requests."""
 
 import base64
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ figcaption { max-width: 46rem; }
 
 
 class Entry(NamedTuple):
-    """A picture on the page: its file, PNG or SVG, what it is, how to read it, and of what it is, for its alt text."""
+    """A figure on the page: its PNG or SVG file, heading, how to read it, and a caption for its alternative text."""
 
     path: Path
     heading: str
@@ -45,14 +45,14 @@ class Entry(NamedTuple):
 def write_page(
     path: Path, title: str, facts: Mapping[str, Any], entries: Iterable[Entry], notes: Iterable[str] = ()
 ) -> None:
-    """Write one HTML file with a model's facts, its pictures within the file, and what was left out."""
+    """Write an HTML file with the facts of a model, its embedded figures, and notes on skipped parts."""
     entries = list(entries)
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(fact))}</dd>\n" for name, fact in facts.items())
     links = "".join(
         f'<li><a href="#p{number}">{escape(entry.heading)}</a></li>\n' for number, entry in enumerate(entries)
     )
     sections = "".join(_section(number, entry) for number, entry in enumerate(entries))
-    said = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
+    noted = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
     path.write_text(
         f"""<!doctype html>
 <html lang="en">
@@ -70,7 +70,7 @@ def write_page(
 {listed}</dl>
 <nav><ul>
 {links}</ul></nav>
-{said}{sections}</main>
+{noted}{sections}</main>
 </body>
 </html>
 """,
@@ -79,7 +79,7 @@ def write_page(
 
 
 def escape(text: str) -> str:
-    """Return a text as HTML shows it."""
+    """Escape text for HTML."""
     return escape_markup(visible(text))
 
 

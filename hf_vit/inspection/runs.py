@@ -1,22 +1,19 @@
-"""What a run was like: pictures of its log and of what its model answers."""
+"""Figures of a training run: its log, its confusion matrix and its predictions."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .drawing import BLUE, GRAY, INK, ORANGE, bare, new_figure, plain, short
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .drawing import BLUE, GRAY, INK, ORANGE, Figure, bare, heading, new_figure, short
 
 ROOT_TICKS = (0, 1, 5, 20, 50, 100)
 
 
-def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Figure":
-    """Draw the loss of a run's log over its epochs and, where there are labels, the accuracy beside it."""
+def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> Figure:
+    """Draw the loss of a run by epoch and, for a classifier, its accuracy."""
     training = [row for row in log if "loss" in row]
     evaluations = [row for row in log if "eval_loss" in row]
     is_classifier = "eval_accuracy" in evaluations[-1]
@@ -26,39 +23,43 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> "Fi
     marker = "o" if len(epochs) < 30 else None
     losses = axes[0]
     losses.plot([r["epoch"] for r in training], [r["loss"] for r in training], color=GRAY, lw=1.2, label="training")
-    losses.plot(epochs, [r["eval_loss"] for r in evaluations], color=BLUE, marker=marker, ms=4, label="held out")
+    losses.plot(epochs, [r["eval_loss"] for r in evaluations], color=BLUE, marker=marker, ms=4, label="evaluation")
     losses.set(xlabel="epoch", ylabel="cross-entropy" if is_classifier else "loss of masked patches", ylim=(0, None))
     losses.legend(frameon=False)
     if is_classifier:
         shares = [100 * row["eval_accuracy"] for row in evaluations]
         axes[1].plot(epochs, shares, color=BLUE, marker=marker, ms=4)
         axes[1].text(
-            0.98, 0.06, f"{shares[-1]:.1f} % at the end", transform=axes[1].transAxes, ha="right", color=BLUE,
+            0.98, 0.06, f"final: {shares[-1]:.1f} %", transform=axes[1].transAxes, ha="right", color=BLUE,
             fontweight="bold",
         )  # fmt: skip
-        axes[1].set(xlabel="epoch", ylabel="accuracy on held-out images, %", ylim=(None, 101))
+        axes[1].set(xlabel="epoch", ylabel="evaluation accuracy, %", ylim=(None, 101))
     for axis in axes:
         bare(axis).set_xlim(0, None)
-    figure.suptitle(plain(title), fontsize=12, color=INK)
-    return figure
+    return heading(figure, title)
 
 
-def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "Confusion") -> "Figure":
-    """Draw which share of each class is taken for which, in percent of a row; with numbers where they fit.
+def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "Confusion") -> Figure:
+    """Draw a confusion matrix in percent of the true class; up to 20 classes have numbers.
 
     Args:
-        confusion: Numbers of images `[num_labels, num_labels]`: a row a true class, a column a predicted one.
+        confusion: Numbers of images `[num_labels, num_labels]`; rows are true classes, columns predicted classes.
     """
+    from matplotlib.colors import PowerNorm
+
     number = len(label_names)
     names = [short(name) for name in label_names]
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     is_right = np.eye(number, dtype=bool)
     side = min(18.0, 2.6 + 0.52 * number) if number <= 30 else min(18.0, 9 + 0.1 * number)
-    size = max(5.0, min(9.0, 52 * side / number))  # points, of 72 an inch
+    size = max(5.0, min(9.0, 52 * side / number))  # points (72 per inch)
     figure = new_figure(side + 1.6, side)
     axis = figure.subplots()
-    # Mistakes are rarer than hits and matter more: a colour of their own, and a scale that shows a few percent.
-    layers = (("Blues", "right", "linear", None, ~is_right), ("Oranges", "wrong", _root_scale(), ROOT_TICKS, is_right))
+    # Mistakes have a separate colour map, with a square-root scale on which a few percent are visible.
+    layers = (
+        ("Blues", "correct", "linear", None, ~is_right),
+        ("Oranges", "wrong", PowerNorm(0.5), ROOT_TICKS, is_right),
+    )
     for color, label, norm, ticks, hidden in layers:
         values = np.ma.masked_array(shares, hidden | ((shares == 0) & ~is_right))
         image = axis.imshow(values, cmap=color, norm=norm)
@@ -67,12 +68,12 @@ def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "
         scale = figure.colorbar(image, ax=axis, label=label, ticks=ticks, shrink=0.6, aspect=30, pad=0.02)
         scale.outline.set_visible(False)
         scale.ax.yaxis.set_major_formatter("{x:.0f}")
-    places = range(number)
-    axis.set_xticks(places, names, rotation=45 if number <= 20 else 90, ha="right" if number <= 20 else "center")
-    if number <= 20:
+    is_small = number <= 20
+    axis.set_xticks(range(number), names, rotation=45 if is_small else 90, ha="right" if is_small else "center")
+    if is_small:
         for tick in axis.get_xticklabels():
             tick.set_rotation_mode("anchor")
-    axis.set_yticks(places, names)
+    axis.set_yticks(range(number), names)
     axis.tick_params(labelsize=size, length=0)
     axis.set_xticks(np.arange(number + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(number + 1) - 0.5, minor=True)
@@ -80,25 +81,17 @@ def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "
     axis.tick_params(which="minor", length=0)
     axis.set(xlabel="predicted class", ylabel="true class")
     axis.spines[:].set_visible(False)
-    for row, column in np.argwhere(shares > 0) if number <= 20 else ():
+    for row, column in np.argwhere(shares > 0) if is_small else ():
         share = shares[row, column]
         color = "white" if share > (55 if row == column else 40) else INK
         text = "<1" if share < 1 else f"{share:.0f}"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
-    figure.suptitle(plain(title), fontsize=12, color=INK)
-    return figure
-
-
-def _root_scale() -> Any:
-    from matplotlib.colors import PowerNorm
-
-    return PowerNorm(0.5)
+    return heading(figure, title)
 
 
 def shown_predictions(predictions: Any, columns: int = 8, seed: int = 0) -> list[int]:
-    """Return the places of predictions that `plot_predictions` shows."""
-    by_chance, mistakes = _chosen(predictions, columns, seed)
-    return [*by_chance, *mistakes]
+    """Return the indices of the predictions that `plot_predictions` draws."""
+    return [index for group in _chosen(predictions, columns, seed) for index in group]
 
 
 def _chosen(predictions: Any, columns: int, seed: int) -> tuple[list[int], list[int]]:
@@ -115,38 +108,37 @@ def plot_predictions(
     title: str = "Predictions",
     columns: int = 8,
     seed: int = 0,
-) -> "Figure":
-    """Draw images that are drawn by chance, and below them the mistakes that the model was surest of.
+) -> Figure:
+    """Draw random images, and below them the most confident mistakes, with predicted labels and confidence.
 
     Args:
-        image_of: Returns the image of a prediction by its place, uint8 `[C, H, W]`; asked for those shown alone.
-        predictions: Of `evaluation.classify`.
+        image_of: Returns the image of a prediction by its index, uint8 `[C, H, W]`; called only for drawn images.
+        predictions: Result of `evaluation.classify`.
     """
-    by_chance, mistakes = _chosen(predictions, columns, seed)
+    random, mistakes = _chosen(predictions, columns, seed)
     is_wrong = predictions.predicted != predictions.labels
-    shown = [("drawn by chance", by_chance)]
+    shown = [("random images", random)]
     if mistakes:
-        shown.append((f"the mistakes it was surest of, {len(mistakes):,} of {int(is_wrong.sum()):,}", mistakes))
+        shown.append((f"most confident mistakes, {len(mistakes):,} of {int(is_wrong.sum()):,}", mistakes))
 
-    rows = [-(-len(places) // columns) for _, places in shown]
+    rows = [-(-len(indices) // columns) for _, indices in shown]
     figure = new_figure(columns * 1.25, sum(rows) * 1.6 + 0.45 * len(shown) + 0.4)
-    figure.suptitle(plain(title), fontsize=12, color=INK)
+    heading(figure, title)
     parts = figure.subfigures(len(shown), 1, height_ratios=[count + 0.3 for count in rows], squeeze=False)[:, 0]
-    for part, (heading, places), count in zip(parts, shown, rows, strict=True):
-        part.suptitle(heading, fontsize=10, color=GRAY)
+    for part, (group, indices), count in zip(parts, shown, rows, strict=True):
+        part.suptitle(group, fontsize=10, color=GRAY)
         axes = part.subplots(count, columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
-        for axis, place in zip(axes.flat, places, strict=False):
-            picture = image_of(place).permute(1, 2, 0).squeeze(-1).cpu().numpy()
-            # Few pixels are easier to recognise smoothed.
+        for axis, index in zip(axes.flat, indices, strict=False):
+            picture = image_of(index).permute(1, 2, 0).squeeze(-1).cpu().numpy()
+            # Small images are easier to recognize when smoothed.
             smoothing = "bicubic" if min(picture.shape[:2]) < 32 else "antialiased"
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation=smoothing)
-            answer, truth = (
-                short(label_names[int(labels[place])], 16) for labels in (predictions.predicted, predictions.labels)
+            label, truth = (
+                short(label_names[int(labels[index])], 16) for labels in (predictions.predicted, predictions.labels)
             )
-            text = f"{answer}  {predictions.confidence[place]:.0%}" + f"\nis {truth}" * bool(is_wrong[place])
-            axis.set_title(
-                text, fontsize=9 if len(answer) < 13 else 7, color=ORANGE if is_wrong[place] else BLUE, pad=3
-            )
+            text = f"{label}  {predictions.confidence[index]:.0%}" + f"\ntrue: {truth}" * bool(is_wrong[index])
+            size, color = 9 if len(label) < 13 else 7, ORANGE if is_wrong[index] else BLUE
+            axis.set_title(text, fontsize=size, color=color, pad=3)
     return figure

@@ -1,9 +1,9 @@
-"""Can a ViT learn from images without labels? Masked patch prediction, the paper's section 4.6."""
+"""Can a ViT be pre-trained without labels? Masked patch prediction, the paper's section 4.6."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,43 +12,39 @@ from ..data.images import EvaluationImages, normalize
 from ..data.loaders import evaluation_loader
 from ..evaluation.figures import extract
 from ..evaluation.probing import few_shot
-from ..inspection.drawing import BLUE, GRAY, ORANGE, bare, new_figure
+from ..inspection.drawing import BLUE, GRAY, ORANGE, Figure, bare, new_figure
 from ..model.modeling_hf_vit import HFViTModel
 from ..training.loop import Run, data_of
 from ..training.recipe import TrainConfig
-from .figures import draw_dots
-from .study import Cell, Finding, Results, Study, cell_of, is_more, with_architecture
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .figures import ACCURACY, DASH, draw_dots, percent
+from .study import Cell, Finding, Results, Study, is_more, with_architecture
 
 UNTRAINED, SUPERVISED, MASKED = "untrained", "supervised", "masked patches"
 BOTH, LONGER = "masked patches, then supervised", "supervised, twice as long"
-# Each with what it begins from.
+# Each with the training that it starts from.
 TRAININGS = {UNTRAINED: None, SUPERVISED: None, MASKED: None, BOTH: MASKED, LONGER: None}
 COLORS = {UNTRAINED: GRAY, SUPERVISED: BLUE, MASKED: ORANGE, BOTH: ORANGE, LONGER: BLUE}
-SHOTS = (5, 10)  # images a class
-DRAWN_FROM = 100  # images a class, the first ones: features of all would take longer than a small training
-FIGURES = {**{f"shots_{number}": f"{number}-shot" for number in SHOTS}, "accuracy": "with its head"}
+SHOTS = (5, 10)  # images per class
+DRAWN_FROM = 100  # first images of each class: extracting features of all would take longer than training
+FIGURES = {**{f"shots_{number}": f"{number}-shot" for number in SHOTS}, "accuracy": "classifier"}
 MOST = f"shots_{SHOTS[-1]}"
 
 
 class Pretraining(Study):
     name = "pretraining"
-    title = "Masked patch prediction"
     question = (
-        "As BERT fills in words, a ViT can fill in patches: half of them are corrupted, and it predicts their mean "
-        "colour, 3 bits a channel. In the paper ViT-B/16 reaches 79.9 % on ImageNet behind such a pre-training: 2 "
-        "points more than from scratch, and 4 less than behind a supervised one. Here all see the same images: masked "
-        "patches are predicted for as many steps as a supervised training has, and a supervised one follows; it is "
-        "held against one from scratch, and against one from scratch that sees as many images as both in turn. "
-        f"Few-shot accuracy is of a linear regression on frozen features, the mean over all patches, from {SHOTS[0]} "
-        f"or {SHOTS[-1]} images a class; what trained supervised has seen all labels before."
+        "As BERT predicts masked words, a ViT can predict masked patches: half of the patches are corrupted, and "
+        "their mean colour is predicted in 3 bits per channel. In the paper, ViT-B/16 reaches 79.9 % on ImageNet "
+        "after such pre-training: 2 points more than from scratch, and 4 points less than after supervised "
+        "pre-training. Here masked patch prediction is trained for as many steps as supervised training, on the "
+        "same images, and supervised training follows. It is compared with supervised training from scratch, for as "
+        "many steps and for twice as many. Few-shot accuracy is that of a linear regression on frozen features, the "
+        f"mean over all patches, of {SHOTS[0]} or {SHOTS[-1]} images per class; supervised models have seen all "
+        "labels before."
     )
-    source = "Dosovitskiy et al. 2021, section 4.6 and appendix B.1.2 (JFT-300M, then ImageNet)"
 
     def cells(self, config: TrainConfig) -> Iterator[Cell]:
-        # The class token learns nothing from masked patches, so the head reads the patches too.
+        # Masked patch prediction does not train the class token, so the classifier reads the mean of the patches.
         base = with_architecture(config, pooling="mean")
         masked = replace(with_architecture(base, mim_objective="mean_color"), task="masked_patches", mask_ratio=0.5)
         longer = replace(base, epochs=2 * base.epochs, max_steps=base.max_steps and 2 * base.max_steps)
@@ -69,33 +65,32 @@ class Pretraining(Study):
         rows = [["training", "images seen", *(f"{name}, %" for name in FIGURES.values())]]
         for training in TRAININGS:
             seen = images_seen(results, training)
-            accuracies = [cell_of(results.spread(figure, **cell(training))) for figure in FIGURES]
-            rows.append([training, "–" if seen is None else f"{seen:,}", *accuracies])
+            accuracies = [percent(results.spread(figure, **cell(training))) for figure in FIGURES]
+            rows.append([training, DASH if seen is None else f"{seen:,}", *accuracies])
         return rows
 
-    def plot(self, results: Results) -> "Figure":
-        drawn = new_figure(9.5, 2.9)
-        axes = drawn.subplots(1, len(FIGURES), sharey=True)
+    def plot(self, results: Results) -> Figure:
+        drawing = new_figure(9.5, 2.9)
+        axes = drawing.subplots(1, len(FIGURES), sharey=True)
         for axis, (figure, name) in zip(axes, FIGURES.items(), strict=True):
-            for place, training in enumerate(TRAININGS):
-                values = results.by_seed(figure, **cell(training)).values()
-                draw_dots(axis, place, list(values), COLORS[training])
-            axis.set(title=name, xlabel="accuracy, %")
+            for row, training in enumerate(TRAININGS):
+                draw_dots(axis, row, results.by_seed(figure, **cell(training)).values(), COLORS[training])
+            axis.set(title=name, xlabel=ACCURACY)
             bare(axis, grid="both")
         axes[0].set_yticks(range(len(TRAININGS)), TRAININGS)
         axes[0].set_ylim(len(TRAININGS) - 0.5, -0.5)
-        return drawn
+        return drawing
 
     def findings(self, results: Results) -> list[Finding]:
         def judge(claim: str, first: str, second: str, figure: str) -> Finding:
             difference = results.difference(cell(first), cell(second), figure)
-            return is_more(claim, difference, f"{FIGURES[figure]}: {first}, less {second}")
+            return is_more(claim, difference, f"{FIGURES[figure]}: {first}, minus {second}")
 
         return [
-            judge("Masked patches teach features that labels can be read from", MASKED, UNTRAINED, MOST),
-            judge("Supervised training teaches better ones", SUPERVISED, MASKED, MOST),
-            judge("Supervised training ends better behind masked patches", BOTH, SUPERVISED, "accuracy"),
-            judge("It does so for the same number of images in total", BOTH, LONGER, "accuracy"),
+            judge("Masked patch prediction learns features that help classification", MASKED, UNTRAINED, MOST),
+            judge("Supervised training learns better features", SUPERVISED, MASKED, MOST),
+            judge("Supervised training is better after masked patch prediction", BOTH, SUPERVISED, "accuracy"),
+            judge("It is also better for the same total number of images", BOTH, LONGER, "accuracy"),
         ]
 
 
@@ -104,7 +99,7 @@ def cell(training: str) -> dict[str, Any]:
 
 
 def images_seen(results: Results, training: str) -> int | None:
-    """Return the number of images that a training saw, those of what it began from among them."""
+    """Return the number of images that a training saw, including the training that it starts from."""
     if training == UNTRAINED:
         return 0
     spread = results.spread("images_seen", **cell(training))
@@ -114,12 +109,12 @@ def images_seen(results: Results, training: str) -> int | None:
 
 
 def few_shot_figures(run: Run) -> dict[str, float]:
-    """Return few-shot accuracies of a run's encoder, by number of shots; without those that a class is too small for.
+    """Return the few-shot accuracies of a run's encoder, where every class has enough images.
 
-    Its features are the mean over all patches.
+    The features are the mean over all patches.
     """
     config, accelerator = run.config, Accelerator()
-    # Read again: what masked patches learn from has no labels.
+    # Open the data again: masked patch prediction reads no labels.
     data = data_of(replace(config, task="classification", train_repeats=1.0, streaming=False))
     encoder = HFViTModel.from_pretrained(run.output_dir).to(accelerator.device)
     to_model = partial(normalize, processor=run.processor)
@@ -132,7 +127,7 @@ def few_shot_figures(run: Run) -> dict[str, float]:
 
 
 def first_of_each_class(images: Any, label_column: str, number: int) -> Any:
-    """Return a dataset with at most so many images of every class."""
+    """Return a dataset of the first `number` images of every class."""
     labels = torch.tensor(images[label_column][:])
     places = [(labels == label).nonzero().squeeze(1)[:number] for label in labels.unique()]
     return images.select(torch.cat(places).sort().values.tolist())

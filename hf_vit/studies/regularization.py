@@ -1,102 +1,90 @@
-"""What helps a ViT against too few images: regularisation, augmentation? The question of "How to train your ViT?"."""
+"""Which regularisation and augmentation help a ViT on few images? The question of "How to train your ViT?"."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from operator import sub
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..inspection.drawing import INK, MARKERS, SERIES, bare, new_figure
+from ..inspection.drawing import INK, MARKERS, SERIES, Figure, bare, new_figure
 from ..training.recipe import TrainConfig
+from .figures import DASH, percent
 from .study import (
+    BySeed,
     Cell,
     Difference,
     Factors,
     Finding,
     Results,
     Study,
-    cell_of,
-    images_of,
     is_more,
+    over_seeds,
     with_architecture,
     with_share,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FEW, ALL = 0.1, 1.0  # shares of the images
 NONE = "none"
 
 
-@dataclass(frozen=True)
-class Method:
-    """Fields of the architecture and of the recipe that a method sets."""
-
-    architecture: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-
-
+# Fields of the architecture that a method changes, and fields of the recipe.
 REGULARIZATION = {
-    "stochastic depth 0.1": Method(architecture={"drop_path_rate": 0.1}),
-    "dropout 0.1": Method(architecture={"hidden_dropout_prob": 0.1}),
+    "stochastic depth 0.1": {"drop_path_rate": 0.1},
+    "dropout 0.1": {"hidden_dropout_prob": 0.1},
 }
-AUGMENTATION = {
-    "mixup 0.2": Method(recipe={"mixup": 0.2}),
-    # Of the set, the operations alone.
-    "RandAugment (2, 10)": Method(recipe={"augmentation": "augreg_light2", "mixup": 0.0}),
+AUGMENTATION: dict[str, dict[str, Any]] = {
+    "mixup 0.2": {"mixup": 0.2},
+    "RandAugment (2, 10)": {"augmentation": "augreg_light2", "mixup": 0.0},  # without the mixup of that set
 }
-METHODS = {NONE: Method(), **REGULARIZATION, **AUGMENTATION}
-OTHERS = [name for name in METHODS if name != NONE]
+OTHERS = [*REGULARIZATION, *AUGMENTATION]
+METHODS = [NONE, *OTHERS]
 
 
 class Regularization(Study):
     name = "regularization"
-    title = "Regularisation and augmentation"
     question = (
-        "A ViT overfits small data. Steiner et al. regularise (stochastic depth and dropout of 0.1) and augment "
-        "(mixup, RandAugment) ViTs of many sizes. On ImageNet-1k any of it helps; on ImageNet-21k, ten times as many "
-        "images, for 30 epochs it hurts all but the largest models; and augmentation helps more often than "
-        "regularisation. Here one at a time is added to the recipe, on a tenth of the images and on all of them, for "
-        "the same number of steps."
+        "A ViT overfits small data sets. Steiner et al. train ViTs of many sizes with regularisation (stochastic "
+        "depth and dropout of 0.1) and augmentation (mixup, RandAugment). On ImageNet-1k all of them help. On "
+        "ImageNet-21k, with ten times as many images and 30 epochs, they hurt all but the largest models. "
+        "Augmentation helps more often than regularisation. Here each method is added to the recipe alone, with a "
+        "tenth of the images and with all of them, for the same number of steps."
     )
-    source = "Steiner et al. 2022, How to train your ViT? (arXiv:2106.10270), section 4.4, figure 4"
 
     def cells(self, config: TrainConfig) -> Iterator[Cell]:
-        # As the recipe has it, without what is added here.
+        # The recipe without any of the methods.
         base = with_architecture(replace(config, mixup=0.0), drop_path_rate=0.0, hidden_dropout_prob=0.0)
         for share in (FEW, ALL):
-            for name, method in METHODS.items():
-                recipe = replace(with_architecture(base, **method.architecture), **method.recipe)
+            for name in METHODS:
+                recipe = with_architecture(base, **REGULARIZATION.get(name, {}))
+                recipe = replace(recipe, **AUGMENTATION.get(name, {}))
                 yield Cell(cell(name, share), with_share(recipe, share))
 
     def table(self, results: Results) -> list[list[str]]:
         heading = ["added"]
         for share in (FEW, ALL):
-            heading += [f"{_images(results, share)}, %", "less none"]
+            heading += [f"{_images(results, share)}, %", "difference from none"]
         rows = [heading]
         for name in METHODS:
             row = [name]
             for share in (FEW, ALL):
                 gain = None if name == NONE else results.difference(cell(name, share), cell(NONE, share))
-                row += [cell_of(results.spread(**cell(name, share))), "–" if gain is None else gain.points()]
+                row += [percent(results.spread(**cell(name, share))), DASH if gain is None else gain.points()]
             rows.append(row)
         return rows
 
-    def plot(self, results: Results) -> "Figure":
-        drawn = new_figure(7.6, 3.4)
-        axis = bare(drawn.subplots(), grid="x")
+    def plot(self, results: Results) -> Figure:
+        figure = new_figure(7.6, 3.4)
+        axis = bare(figure.subplots(), grid="x")
         axis.axvline(0, color=INK, lw=1)
-        for number, share in enumerate((FEW, ALL)):
+        for index, share in enumerate((FEW, ALL)):
             gains = [results.difference(cell(name, share), cell(NONE, share)) for name in OTHERS]
-            known = [(place, gain) for place, gain in enumerate(gains) if gain is not None]
-            # Of one seed there is no interval.
-            errors = [100 * (gain.high - gain.mean) if gain.number > 1 else 0.0 for _, gain in known]
+            known = [(row, gain) for row, gain in enumerate(gains) if gain is not None]
             axis.errorbar(
                 [100 * gain.mean for _, gain in known],
-                [place + 0.24 * (number - 0.5) for place, _ in known],
-                xerr=errors,
-                color=SERIES[number],
-                marker=MARKERS[number],
+                [row + 0.24 * (index - 0.5) for row, _ in known],
+                xerr=[100 * (gain.high - gain.mean) if gain.number > 1 else 0.0 for _, gain in known],
+                color=SERIES[index],
+                marker=MARKERS[index],
                 ms=6,
                 lw=1.5,
                 ls="none",
@@ -105,39 +93,39 @@ class Regularization(Study):
             )
         axis.set_yticks(range(len(OTHERS)), OTHERS)
         axis.set_ylim(len(OTHERS) - 0.5, -0.5)
-        axis.set(xlabel="accuracy less that without, percentage points (95 % interval)")
-        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="learned from")
-        return drawn
+        axis.set(xlabel="difference in accuracy, percentage points (95 % interval)")
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="trained on")
+        return figure
 
     def findings(self, results: Results) -> list[Finding]:
         few, many = f"with {100 * FEW:g} % of the images", "with all images"
         kinds = {"augmentation": AUGMENTATION, "regularisation": REGULARIZATION}
+        gains = {kind: gains_of(results, methods, FEW) for kind, methods in kinds.items()}
+        with_few, with_all = (gains_of(results, OTHERS, share) for share in (FEW, ALL))
         helping = [
             is_more(
-                f"{few.capitalize()} {kind} helps",
-                Difference.by_seed(mean_of(results, names, FEW), mean_of(results, [NONE], FEW)),
-                f"mean of {' and '.join(names)}, less none",
+                f"{few.capitalize()}, {kind} helps",
+                Difference.by_seed(gains[kind], dict.fromkeys(gains[kind], 0.0)),
+                f"mean of {' and '.join(methods)}, minus none",
             )
-            for kind, names in kinds.items()
+            for kind, methods in kinds.items()
         ]
-        gains = {share: gains_of(results, OTHERS, share) for share in (FEW, ALL)}
-        of_kind = {kind: gains_of(results, names, FEW) for kind, names in kinds.items()}
         return [
             *helping,
             is_more(
-                f"{many.capitalize()} they hurt at the same number of steps",
-                Difference.by_seed(mean_of(results, [NONE], ALL), mean_of(results, OTHERS, ALL)),
-                "none, less the mean of all others",
+                f"{many.capitalize()} and the same number of steps, they hurt",
+                Difference.by_seed(dict.fromkeys(with_all, 0.0), with_all),
+                "none minus the mean of all methods",
             ),
             is_more(
                 f"They help more {few} than {many}",
-                Difference.by_seed(gains[FEW], gains[ALL]),
-                f"mean gain {few}, less that {many}",
+                Difference.by_seed(with_few, with_all),
+                f"mean gain {few} minus mean gain {many}",
             ),
             is_more(
-                f"{few.capitalize()} augmentation helps more than regularisation",
-                Difference.by_seed(of_kind["augmentation"], of_kind["regularisation"]),
-                "mean gain of the one, less that of the other",
+                f"{few.capitalize()}, augmentation helps more than regularisation",
+                Difference.by_seed(gains["augmentation"], gains["regularisation"]),
+                "mean gain of augmentation minus mean gain of regularisation",
             ),
         ]
 
@@ -146,19 +134,13 @@ def cell(name: str, share: float) -> Factors:
     return {"added": name, "share": share}
 
 
-def mean_of(results: Results, names: Collection[str], share: float) -> dict[int, float]:
-    """Return the mean accuracy of cells for each seed that all of them have."""
-    by_seed = [results.by_seed("accuracy", **cell(name, share)) for name in names]
-    seeds = set.intersection(*(set(accuracies) for accuracies in by_seed))
-    return {seed: fmean(accuracies[seed] for accuracies in by_seed) for seed in sorted(seeds)}
-
-
-def gains_of(results: Results, names: Collection[str], share: float) -> dict[int, float]:
-    """Return by how much the mean accuracy of cells is more than that of none, for each seed that all have."""
-    means, without = mean_of(results, names, share), mean_of(results, [NONE], share)
-    return {seed: means[seed] - without[seed] for seed in means if seed in without}
+def gains_of(results: Results, names: Collection[str], share: float) -> BySeed:
+    """Return the mean accuracy of some methods minus the accuracy without any, for each seed that all of them have."""
+    accuracies = [results.by_seed("accuracy", **cell(name, share)) for name in names]
+    mean = over_seeds(lambda *values: fmean(values), *accuracies)
+    return over_seeds(sub, mean, results.by_seed("accuracy", **cell(NONE, share)))
 
 
 def _images(results: Results, share: float) -> str:
-    images = images_of(results, share=share)
+    images = results.train_images(share=share)
     return f"{100 * share:g} % of the images" if images is None else f"{images:,} images"

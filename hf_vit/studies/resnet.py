@@ -1,8 +1,8 @@
-"""A ResNet to hold a ViT against: BiT (arXiv:1912.11370), as transformers carries it, made to the ViT's measure.
+"""A ResNet to compare a ViT with: BiT (arXiv:1912.11370) from transformers, scaled to the ViT's FLOPs and patch size.
 
-The paper's ResNets are BiT's: GroupNorm for BatchNorm, and weights that are standardized. Beside a ViT with patches of
-16 pixels, BiT's four stages go from 4 pixels a place to 32. Here they go from a quarter of a patch to two patches for
-patches of any size, and are as wide as the ViT's FLOPs allow.
+Like the paper's ResNets, BiT has GroupNorm in place of BatchNorm, and standardized weights. For a ViT with patches of
+16 pixels, the strides of BiT's four stages are 4 to 32 pixels. Here they are a quarter of a patch to two patches, for
+patches of any size.
 """
 
 from math import log2, sqrt
@@ -19,17 +19,17 @@ from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..training.recipe import TrainConfig
 from ..training.tasks import build_model
 
-STAGES, UNITS = 4, 2  # at most, and bottlenecks of each
-BIT_WIDTH, WIDTHS = 64, 8  # of BiT's first bottleneck; transformers rounds widths to multiples of 8
+MAX_STAGES, UNITS = 4, 2  # bottleneck units per stage
+BIT_WIDTH, WIDTH_MULTIPLE = 64, 8  # width of BiT's first bottleneck; transformers rounds widths to multiples of 8
 
 
 @strict
 class SmallBitConfig(BitConfig):
-    """Describe a BiT for images of any size.
+    """Configure a BiT for images of any size.
 
     Args:
         image_size: (height, width) in pixels.
-        stem_stride: Pixels that one place behind the stem covers: 4 as in BiT, 2, or 1.
+        stem_stride: Stride of the stem in pixels: 4 as in BiT, 2, or 1.
     """
 
     image_size: list[int] | tuple[int, ...] = (224, 224)
@@ -42,7 +42,7 @@ class SmallBitConfig(BitConfig):
 
 
 class SmallBitForImageClassification(BitForImageClassification):
-    """BiT, whose stem reduces small images less."""
+    """BiT with a smaller stride in the stem, for small images."""
 
     config: SmallBitConfig
 
@@ -59,22 +59,22 @@ class SmallBitForImageClassification(BitForImageClassification):
 
 
 def build_resnet(config: TrainConfig, task: Any) -> tuple[SmallBitForImageClassification, HFViTImageProcessor]:
-    """Return a ResNet of about the FLOPs of the ViT that a recipe describes, and the processor of its images."""
+    """Return a ResNet with about the FLOPs of the ViT that a recipe describes, and its image processor."""
     vit, processor = build_model(config, task)
     of_vit, _ = count_flops(vit, type(vit))
     with torch.device("meta"):
-        widest = SmallBitForImageClassification(config_beside(vit.config, BIT_WIDTH))
+        widest = SmallBitForImageClassification(config_like(vit.config, BIT_WIDTH))
     of_widest, _ = count_flops(widest, type(widest))
-    # Nearly all FLOPs go with the square of the width.
-    width = WIDTHS * max(1, round(BIT_WIDTH * sqrt(of_vit / of_widest) / WIDTHS))
-    return SmallBitForImageClassification(config_beside(vit.config, width, **task.fields)), processor
+    # Nearly all FLOPs grow with the square of the width.
+    width = WIDTH_MULTIPLE * max(1, round(BIT_WIDTH * sqrt(of_vit / of_widest) / WIDTH_MULTIPLE))
+    return SmallBitForImageClassification(config_like(vit.config, width, **task.fields)), processor
 
 
-def config_beside(vit: Any, width: int, **fields: Any) -> SmallBitConfig:
-    """Return the config of a ResNet of a width, for the images of a ViT."""
+def config_like(vit: Any, width: int, **fields: Any) -> SmallBitConfig:
+    """Return the config of a ResNet of a given width for the images of a ViT."""
     patch = min(vit.patch_shape)
     stem_stride = next(stride for stride in (4, 2, 1) if stride <= max(1, patch // 4))
-    stages = min(STAGES, 1 + int(log2(2 * patch / stem_stride)))
+    stages = min(MAX_STAGES, 1 + int(log2(2 * patch / stem_stride)))
     return SmallBitConfig(
         image_size=vit.image_shape,
         num_channels=vit.num_channels,
@@ -82,7 +82,7 @@ def config_beside(vit: Any, width: int, **fields: Any) -> SmallBitConfig:
         embedding_size=width,
         hidden_sizes=[4 * width * 2**stage for stage in range(stages)],
         depths=[UNITS] * stages,
-        num_groups=width // 2,  # two channels a group where it is narrowest, as in BiT
+        num_groups=width // 2,  # two channels per group at the narrowest place, as in BiT
         global_padding="SAME",
         embedding_dynamic_padding=True,
         **fields,

@@ -1,21 +1,18 @@
-"""Does it pay to learn from small images and to fine-tune on larger ones? The paper's section 3.2."""
+"""Does it pay to train on small images and to fine-tune on larger ones? The paper's section 3.2."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from operator import add
 
-from ..inspection.drawing import bare, new_figure
+from ..inspection.drawing import Figure, bare, new_figure
 from ..training.recipe import TrainConfig
 from ..training.tasks import architecture_of
-from .figures import draw_series, exponent_of, number_of
-from .study import Cell, Factors, Finding, Results, Spread, Study, cell_of, is_more
+from .figures import ACCURACY, DASH, draw_series, exponent_of, number, percent
+from .study import Cell, Factors, Finding, Results, Spread, Study, is_more, over_seeds
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Of the recipe's image size, which is the largest: many data sets have no more detail to show.
+# Image sizes relative to the recipe's, which is the largest: many data sets have no more detail.
 SCALES = (0.5, 0.75, 1.0)
-# Of a fine-tuning, as shares of the recipe's.
+# Fine-tuning relative to the recipe.
 EPOCHS, LEARNING_RATE = 1 / 3, 1 / 10
 SCRATCH, TUNED = "from scratch", "fine-tuned"
 KEPT, RESAMPLED, NEW = "kept", "resampled", "new"
@@ -24,16 +21,14 @@ MARGIN = 0.01
 
 class Resolution(Study):
     name = "resolution"
-    title = "Fine-tuning on larger images"
     question = (
-        "A larger image is more patches of the same size, and costs more. The paper fine-tunes on larger images than "
-        "it pre-trains on, with position embeddings resampled to the larger grid; Touvron et al. find that this "
-        "gains accuracy, and that training on smaller images saves compute. Here a model learns from images of half "
-        "the recipe's side and is fine-tuned for a third of its epochs, at a tenth of its learning rate, on images "
-        "of that size and of larger ones, with positions resampled or new. Beside them are models that learn from "
-        "the larger images alone, for all epochs."
+        "A larger image has more patches of the same size, and costs more compute. The paper fine-tunes at a higher "
+        "resolution than it pre-trains at, with position embeddings resampled to the larger grid. Touvron et al. find "
+        "that this gains accuracy, and that training on smaller images saves compute. Here a model is trained on "
+        "images of half the recipe's size, then fine-tuned for a third of the recipe's epochs at a tenth of its "
+        "learning rate, on images of that size and of larger ones, with resampled or with new position embeddings. It "
+        "is compared with models trained from scratch on the larger images for all epochs."
     )
-    source = "Dosovitskiy et al. 2021, section 3.2; Touvron et al. 2019 (arXiv:1906.06423)"
 
     def cells(self, config: TrainConfig) -> Iterator[Cell]:
         shapes = shapes_of(config)
@@ -46,7 +41,7 @@ class Resolution(Study):
             max_steps=None if config.max_steps is None else max(1, round(EPOCHS * config.max_steps)),
             warmup_epochs=EPOCHS * config.warmup_epochs,
             learning_rate=LEARNING_RATE * config.learning_rate,
-            position_std=None,  # with it positions would always be new
+            position_std=None,  # otherwise positions would always be initialized anew
         )
         for size, shape in zip(sizes, shapes, strict=True):
             for positions in (KEPT,) if size == sizes[0] else (RESAMPLED, NEW):
@@ -55,60 +50,58 @@ class Resolution(Study):
 
     def table(self, results: Results) -> list[list[str]]:
         exponent = exponent_of(results)
-        compute = f"compute, pre-training included, 10^{exponent} FLOP"
-        rows = [["pixels", "trained", "positions", "accuracy, %", compute, "seconds"]]
-        for models in series_of(results).values():
-            for model in models:
-                words = [model["size"], model["trained"], model.get("positions", "–")]
-                flops = number_of(spent(results, "training_flops", model), ".3g", 10.0**-exponent)
-                seconds = number_of(spent(results, "seconds", model), ".1f")
-                rows.append([*words, cell_of(results.spread(**model)), flops, seconds])
+        compute = f"compute including pre-training, 10^{exponent} FLOP"
+        rows = [["image size", "trained", "positions", "accuracy, %", compute, "seconds"]]
+        for model in (model for models in series_of(results).values() for model in models):
+            factors = [model["size"], model["trained"], model.get("positions", DASH)]
+            flops = number(spent(results, "training_flops", model), ".3g", 10.0**-exponent)
+            seconds = number(spent(results, "seconds", model), ".1f")
+            rows.append([*factors, percent(results.spread(**model)), flops, seconds])
         return rows
 
-    def plot(self, results: Results) -> "Figure":
-        drawn = new_figure(9.5, 3.8)
-        over_sizes, over_compute = drawn.subplots(1, 2, sharey=True)
+    def plot(self, results: Results) -> Figure:
+        figure = new_figure(9.5, 3.8)
+        by_size, by_compute = figure.subplots(1, 2, sharey=True)
         sizes, exponent = results.levels("size"), exponent_of(results)
-        for number, (label, models) in enumerate(series_of(results).items()):
+        for index, (label, models) in enumerate(series_of(results).items()):
             spreads = [results.spread(**model) for model in models]
-            draw_series(over_sizes, [sizes.index(model["size"]) for model in models], spreads, label, number)
-            costs = [spent(results, "training_flops", model) for model in models]
-            places = [0.0 if cost is None else cost.mean / 10**exponent for cost in costs]
-            draw_series(over_compute, places, spreads, label, number)
-            for model, place, spread in zip(models, places, spreads, strict=True):
+            draw_series(by_size, [sizes.index(model["size"]) for model in models], spreads, label, index)
+            spent_on = [spent(results, "training_flops", model) for model in models]
+            costs = [0.0 if spread is None else spread.mean / 10**exponent for spread in spent_on]
+            draw_series(by_compute, costs, spreads, label, index)
+            for model, cost, spread in zip(models, costs, spreads, strict=True):
                 if spread is not None:
-                    point = place, 100 * spread.mean
-                    over_compute.annotate(model["size"], point, (5, -9), textcoords="offset points", fontsize=7)
-        over_sizes.set_xticks(range(len(sizes)), sizes)
-        over_sizes.set(xlabel="pixels of an image, height x width", ylabel="accuracy, % (mean, deviation)")
-        over_sizes.set_title("over the size of the images")
-        over_compute.set_xlabel(f"compute, pre-training included, $10^{{{exponent}}}$ FLOP")
-        over_compute.set_title("over what it cost")
-        over_sizes.legend(frameon=False, fontsize=8)
-        for axis in (over_sizes, over_compute):
+                    point = cost, 100 * spread.mean
+                    by_compute.annotate(model["size"], point, (5, -9), textcoords="offset points", fontsize=7)
+        by_size.set_xticks(range(len(sizes)), sizes)
+        by_size.set(xlabel="image size (height x width), pixels", ylabel=ACCURACY, title="by image size")
+        by_compute.set_xlabel(f"compute including pre-training, $10^{{{exponent}}}$ FLOP")
+        by_compute.set_title("by training compute")
+        by_size.legend(frameon=False, fontsize=8)
+        for axis in (by_size, by_compute):
             bare(axis, grid="both").margins(x=0.12)
-        return drawn
+        return figure
 
     def findings(self, results: Results) -> list[Finding]:
         small, *larger = results.levels("size")
         large = larger[-1] if larger else "no larger size"
         return [
             is_more(
-                "On larger images, resampled positions are better than new ones",
+                "On larger images, resampled position embeddings are better than new ones",
                 results.difference(tuned(large, RESAMPLED), tuned(large, NEW)),
-                f"resampled less new at {large}",
+                f"resampled minus new at {large}",
             ),
             is_more(
-                "Fine-tuning on larger images is better than on those of the same size",
+                "Fine-tuning on larger images is better than on images of the same size",
                 results.difference(tuned(large, RESAMPLED), tuned(small, KEPT)),
-                f"{large} less {small}",
+                f"{large} minus {small}",
             ),
             saves(results, large),
         ]
 
 
 def shapes_of(config: TrainConfig) -> list[list[int]]:
-    """Return the sizes of the images, `[height, width]` in pixels, whole patches, from small to the recipe's own."""
+    """Return the image sizes `[height, width]` in pixels, multiples of the patch, up to the recipe's own."""
     architecture = architecture_of(config)
     patch, grid = architecture.patch_shape, architecture.grid_size
     grids = dict.fromkeys(tuple(max(1, round(scale * number)) for number in grid) for scale in SCALES)
@@ -120,43 +113,41 @@ def name_of(shape: list[int]) -> str:
 
 
 def scratch(size: str) -> dict[str, str]:
-    """Return the factors of the model that learned from images of a size alone."""
+    """Return the factors of the model trained from scratch on images of a size."""
     return {"trained": SCRATCH, "size": size}
 
 
 def tuned(size: str, positions: str) -> dict[str, str]:
-    """Return the factors of the model that was fine-tuned on images of a size."""
+    """Return the factors of the model fine-tuned on images of a size."""
     return {"trained": TUNED, "size": size, "positions": positions}
 
 
 def series_of(results: Results) -> dict[str, list[dict[str, str]]]:
-    """Return the models in series, by what these are called, each from small images to large ones."""
+    """Return the models as labelled series, each from small images to large ones."""
     small, *larger = results.levels("size")
     return {
         SCRATCH: [scratch(size) for size in (small, *larger)],
-        f"{TUNED}, positions {RESAMPLED}": [tuned(small, KEPT), *(tuned(size, RESAMPLED) for size in larger)],
-        f"{TUNED}, positions {NEW}": [tuned(size, NEW) for size in larger],
+        f"{TUNED}, {RESAMPLED} positions": [tuned(small, KEPT), *(tuned(size, RESAMPLED) for size in larger)],
+        f"{TUNED}, {NEW} positions": [tuned(size, NEW) for size in larger],
     }
 
 
 def spent(results: Results, figure: str, model: Factors) -> Spread | None:
-    """Return a cost of a model over its seeds; what it began from is part of it."""
+    """Return a cost of a model over its seeds, including the pre-training that it starts from."""
     costs = results.by_seed(figure, **model)
     if model["trained"] == TUNED:
-        before = results.by_seed(figure, **scratch(results.levels("size")[0]))
-        costs = {seed: cost + before[seed] for seed, cost in costs.items() if seed in before}
-    return Spread.of(list(costs.values())) if costs else None
+        costs = over_seeds(add, costs, results.by_seed(figure, **scratch(results.levels("size")[0])))
+    return Spread.of(costs.values())
 
 
 def saves(results: Results, size: str) -> Finding:
-    """Judge whether pre-training on small images is cheaper at the same accuracy, or nearly the same."""
-    claim = f"It costs less than learning from large images alone, and at most {100 * MARGIN:g} point of accuracy"
+    """Judge whether pre-training on small images costs less compute at nearly the same accuracy."""
+    claim = f"It costs less than training on large images only, and at most {100 * MARGIN:g} point of accuracy"
     difference = results.difference(tuned(size, RESAMPLED), scratch(size))
     ours, theirs = (spent(results, "training_flops", model) for model in (tuned(size, RESAMPLED), scratch(size)))
     if difference is None or ours is None or theirs is None:
-        return Finding(claim, None, "not measured")
+        return Finding(claim, None, "not measured", "inconclusive")
     share = ours.mean / theirs.mean
     holds = False if share >= 1 or difference.high < -MARGIN else True if difference.low > -MARGIN else None
-    return Finding(
-        claim, holds, f"fine-tuned less from scratch at {size}: {difference.points()}, for {share:.0%} of the compute"
-    )
+    measured = f"fine-tuned minus from scratch at {size}: {difference.points()}, for {share:.0%} of the compute"
+    return Finding(claim, holds, measured, "inconclusive")

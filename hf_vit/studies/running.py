@@ -1,8 +1,7 @@
-"""Running a study: its runs side by side in processes, each resumed exactly, results a line of JSON each.
+"""Running a study: its runs in parallel processes, each with exact resume, and one line of JSON per result.
 
-Small models leave most of a GPU idle, and share the cores of a CPU badly, so several runs share the machine. What is
-done is never done again: a run that has its line in `results.jsonl` is passed over, and one that was stopped goes on
-from its checkpoint.
+Small models leave most of a GPU idle and use the cores of a CPU badly, so several runs share the machine. No run is
+repeated: a run that has a line in `results.jsonl` is skipped, and an interrupted run resumes from its checkpoint.
 """
 
 import json
@@ -19,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
@@ -35,8 +35,8 @@ from ..training.recipe import FREE_TO_CHANGE, TrainConfig
 from .study import Cell, Factors, Results, Study
 
 RESULTS, RUNS = "results.jsonl", "runs"
-RUNS_ON_A_GPU = 4  # side by side
-# Fields of a recipe in which results may differ: none of them makes a run of a study another one.
+RUNS_PER_GPU = 4
+# Recipe fields that may differ between rows of one study: none of them changes which run of the study it is.
 NOT_COMPARED = {*FREE_TO_CHANGE, "seed", "data", "model"}
 
 Key = tuple[str, int]
@@ -44,22 +44,22 @@ Say = Callable[[str], None]
 
 
 def key_of(factors: Factors, seed: int) -> Key:
-    """Return what tells a run from all others of its study."""
+    """Return the key that identifies a run within its study."""
     return json.dumps(dict(factors), sort_keys=True), seed
 
 
 def name_of(factors: Factors, seed: int) -> str:
-    """Return a name for a run that a folder can have."""
-    words = [f"{name}={value}" for name, value in factors.items()]
-    return re.sub(r"[^\w=.,-]+", "-", ",".join([*words, f"seed={seed}"]))
+    """Return a name for a run that is valid as a folder name."""
+    parts = [f"{name}={value}" for name, value in {**factors, "seed": seed}.items()]
+    return re.sub(r"[^\w=.,-]+", "-", ",".join(parts))
 
 
 # ------------------------------------------------------------------------------------------------------- one run
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run of a study that is to be done in `folder`, beginning from the model in `parent`, if from any."""
+class PlannedRun:
+    """A cell of a study with one seed, trained in a subfolder of `runs`."""
 
     study: Study
     cell: Cell
@@ -83,21 +83,20 @@ class Planned:
         return self.runs / self.name
 
     @property
-    def is_model_there(self) -> bool:
-        return (self.folder / METRICS).is_file()  # written behind the model
+    def has_model(self) -> bool:
+        return (self.folder / METRICS).is_file()  # written after the model
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The fields of its recipe that are not as they are by default, and the name of its data."""
+        """Recipe fields that are not defaults, with the name of the data, as JSON stores them."""
         ours, default = self.cell.config, TrainConfig()
         names = [item.name for item in fields(TrainConfig) if item.name not in NOT_COMPARED]
         others = {name: getattr(ours, name) for name in names if getattr(ours, name) != getattr(default, name)}
         begins_from = self.cell.begins_from and dict(self.cell.begins_from)
-        # As a file would have it, which knows no tuples.
         return json.loads(json.dumps({"data": Path(ours.data).name, **others, "begins_from": begins_from}))
 
-    def do(self) -> dict[str, Any]:
-        """Train, or go on with it, and return the figures."""
+    def execute(self) -> dict[str, Any]:
+        """Train, or resume training, and return the measurements."""
         config = replace(self.cell.config, seed=self.seed, output_dir=str(self.folder))
         if self.cell.begins_from is not None:
             config = replace(config, model=str(self.runs / name_of(self.cell.begins_from, self.seed)))
@@ -105,11 +104,10 @@ class Planned:
         forward_flops, training_flops = count_flops(run.model, type(run.model))
         images_seen = run.metrics["steps"] * config.batch_size
         evaluations = [row for row in run.log if "eval_loss" in row]
-        curve = [[row["epoch"], row.get("eval_accuracy"), row["eval_loss"]] for row in evaluations]
         return {
             "accuracy": run.metrics.get("eval_accuracy"),
             "loss": run.metrics["eval_loss"],
-            "curve": curve,
+            "curve": [[row["epoch"], row.get("eval_accuracy"), row["eval_loss"]] for row in evaluations],
             "train_images": round(run.data.train_length / config.train_repeats),  # each counted once
             "test_images": run.metrics["eval_count"],
             "images_seen": images_seen,
@@ -126,14 +124,14 @@ class Planned:
 
 
 class ResultsFile:
-    """The rows of a study on the disk, each with what it was measured by."""
+    """The rows of a study on disk, each with its provenance."""
 
     def __init__(self, path: Path, provenance: Mapping[str, str]) -> None:
         self.path, self.provenance = path, dict(provenance)
         self.rows = {key_of(row["factors"], row["seed"]): row for row in read_rows(path)}
 
-    def holds(self, run: Planned) -> bool:
-        """Say whether a run is done; raise `ValueError` if another one is done in its place."""
+    def is_done(self, run: PlannedRun) -> bool:
+        """Return whether a run has a row; raise `ValueError` if that row is of other settings."""
         row = self.rows.get(run.key)
         if row is None:
             return False
@@ -146,12 +144,12 @@ class ResultsFile:
             )
         return True
 
-    def add(self, run: Planned, figures: dict[str, Any]) -> None:
-        """Add a line, if the run has none yet: some are done again for what begins from them."""
-        if self.holds(run):
+    def add(self, run: PlannedRun, measurements: dict[str, Any]) -> None:
+        """Add a row, unless the run has one already: some are repeated only for the runs that start from them."""
+        if self.is_done(run):
             return
         head = {"study": run.study.name, "factors": dict(run.cell.factors), "seed": run.seed, "failed": None}
-        row = {**head, **figures, "recipe": run.recipe, "date": time.strftime("%Y-%m-%d"), **self.provenance}
+        row = {**head, **measurements, "recipe": run.recipe, "date": time.strftime("%Y-%m-%d"), **self.provenance}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -160,18 +158,18 @@ class ResultsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of results; one that a crash cut off at the end is removed."""
+    """Read the lines of results, and remove a last line that a crash cut off."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    whole, newline, rest = text.rpartition("\n")
+    complete, newline, rest = text.rpartition("\n")
     if rest:
-        path.write_text(whole + newline, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+        path.write_text(complete + newline, encoding="utf-8")
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def provenance(command: str) -> dict[str, str]:
-    """Return what a result is measured by: command, commit, hardware, versions."""
+    """Return the command, commit, hardware and versions of a measurement."""
     hardware = machine()
     if not torch.cuda.is_available():
         hardware += f", {processor().get('model name', 'unknown')}"
@@ -179,7 +177,7 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit of the source tree, with a plus if the package differs from it; empty where there is none."""
+    """Return the commit of the source tree, with a plus if the package has changes; empty without a repository."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -196,38 +194,55 @@ def _commit() -> str:
 
 
 class Worker:
-    """A process that does one run after another."""
+    """A process that executes one run after another, with a number of threads."""
 
-    def __init__(self, number: int, log: Path) -> None:
+    def __init__(self, number: int, threads: int, log: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self.arguments = number, log
+        self.arguments = number, threads, log
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, number, str(log)))
-        with _interrupts_waiting():  # which the process inherits: it is told by SIGTERM when to end
+        with _inherited(threads):
             self.process.start()
         theirs.close()
-        self.run: Planned | None = None
+        self.run: PlannedRun | None = None
 
-    def give(self, run: Planned) -> None:
+    def give(self, run: PlannedRun) -> None:
         self.run = run
         self.connection.send(run)
 
-    def take(self) -> tuple[Planned, str, Any]:
-        """Return the run that ended, how (`done`, `failed` or `error`), and what it came to."""
+    def take(self) -> tuple[PlannedRun, str, Any]:
+        """Return the run that ended, its outcome (`done`, `failed` or `error`), and its measurements or a message."""
         assert self.run is not None
         run, self.run = self.run, None
         try:
             return run, *self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            code = self.process.exitcode
-            return run, "error", f"its process ended with exit code {code}; the same command goes on with it"
+            message = f"its process ended with exit code {self.process.exitcode}; run the same command to resume it"
+            return run, "error", message
 
     def end(self) -> None:
-        """Let the process end; the run that it does saves where it stands."""
+        """Ask the process to end; an unfinished run saves a checkpoint first."""
         self.connection.close()
         if self.run is not None:
             self.process.terminate()
+
+
+@contextmanager
+def _inherited(threads: int) -> Iterator[None]:
+    """Start processes with a number of threads and with SIGINT blocked: SIGTERM tells them when to end."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else set()
+    try:
+        yield
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _work(connection: Connection, number: int, log: str) -> None:
@@ -241,9 +256,9 @@ def _work(connection: Connection, number: int, log: str) -> None:
         torch.cuda.set_device(number % gpus)
     try:
         while True:
-            run: Planned = connection.recv()
+            run: PlannedRun = connection.recv()
             try:
-                outcome: tuple[str, Any] = "done", run.do()
+                outcome: tuple[str, Any] = "done", run.execute()
             except FloatingPointError as error:
                 outcome = "failed", str(error)
             except Exception as error:
@@ -258,18 +273,18 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)  # a run saves where it stands
+    os.kill(os.getpid(), signal.SIGTERM)  # training saves a checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------- the study
 
 
 class StudySignals(StopSignals):
-    """Turn a signal into `Interrupted` at once: what saves is the runs, in processes of their own."""
+    """Raise `Interrupted` at once on a signal: the runs save their checkpoints in their own processes."""
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         name = signal.Signals(signum).name
-        raise Interrupted(signum, f"Stopped by {name}: what is done is kept, the rest is saved.")
+        raise Interrupted(signum, f"Interrupted by {name}: finished runs are recorded, others saved a checkpoint.")
 
 
 def run_study(
@@ -281,94 +296,81 @@ def run_study(
     jobs: int | None = None,
     say: Say = print,
 ) -> Results:
-    """Do all runs of a study that are not done yet, and return the results of all.
+    """Execute all runs of a study that are not done yet, and return the results of all runs.
 
     Args:
-        study: What varies.
-        config: The recipe around which it does.
-        output_dir: Where `results.jsonl` is, and the runs while they last.
-        seeds: Number of seeds of every cell, counted from the recipe's.
-        command: What the user typed, for the results.
-        jobs: Runs side by side; one a core, or four a GPU, if not given.
+        study: The study to run.
+        config: The recipe that it varies.
+        output_dir: Folder of `results.jsonl`, and of the runs until they are done.
+        seeds: Number of seeds per cell, counted from the recipe's seed.
+        command: The user's command line, recorded with the results.
+        jobs: Number of parallel runs; by default one per CPU core, or four per GPU.
         say: Prints a line.
 
     Raises:
-        Interrupted: If SIGINT, SIGTERM or SIGHUP came; every run has saved where it stands.
-        ValueError: If the folder holds other results or another process is at work there, or a run cannot be done;
-            the others are done by then.
+        Interrupted: If SIGINT, SIGTERM or SIGHUP came; every unfinished run has saved a checkpoint.
+        ValueError: If the folder holds other results, another process is using it, or a run cannot be completed; all
+            other runs are done by then.
     """
     with alone_in(output_dir, say):
-        file = ResultsFile(output_dir / RESULTS, provenance(command))
+        file, runs = ResultsFile(output_dir / RESULTS, provenance(command)), output_dir / RUNS
         of_study = range(config.seed, config.seed + seeds)
-        every = [Planned(study, cell, seed, output_dir / RUNS) for seed in of_study for cell in study.cells(config)]
-        plan = _plan(every, file)
-        if plan:
-            say(f"{study.title}: {sum(map(file.holds, every))} of {len(every)} runs are done, {len(plan)} are to do.")
-            (output_dir / RUNS).mkdir(parents=True, exist_ok=True)
-            _do(plan, file, jobs, say)
-            _clear(every, output_dir / RUNS)
+        every = [PlannedRun(study, cell, seed, runs) for seed in of_study for cell in study.cells(config)]
+        assert len({run.key for run in every}) == len(every), "two cells of a study have the same factors"
+        if plan := _plan(every, file):
+            say(f"{study.title}: {sum(map(file.is_done, every))} of {len(every)} runs done, {len(plan)} to run.")
+            runs.mkdir(parents=True, exist_ok=True)
+            _execute(plan, file, jobs, say)
+            for item in (*(run.folder for run in every), *runs.glob("worker-*.log")):
+                item.unlink() if item.is_file() else shutil.rmtree(item, ignore_errors=True)
+            if not any(runs.iterdir()):  # interrupted runs of other seeds stay
+                runs.rmdir()
         return Results(file.rows[run.key] for run in every)
 
 
-def _clear(done: list[Planned], folder: Path) -> None:
-    """Remove what runs left, but for those of other seeds that are to go on."""
-    for run in done:
-        shutil.rmtree(run.folder, ignore_errors=True)
-    for log in folder.glob("worker-*.log"):
-        log.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
+def _plan(every: list[PlannedRun], file: ResultsFile) -> list[PlannedRun]:
+    """Return the runs that are not done, and those whose model is needed again to start from."""
+    plan, parents = [], set()
+    for run in reversed(every):  # a run comes after the one that it starts from
+        if not file.is_done(run) or (run.key in parents and not run.has_model):
+            plan.append(run)
+            parents.add(run.parent_key)
+    return plan[::-1]
 
 
-def _plan(every: list[Planned], file: ResultsFile) -> list[Planned]:
-    """Return the runs that are not done, and those whose models they begin from where these are gone."""
-    by_key = {run.key: run for run in every}
-    assert len(by_key) == len(every), "two cells of a study have the same factors"
-    needed = set()
-    for run in every:
-        wanted: Planned | None = None if file.holds(run) else run
-        while wanted is not None:
-            needed.add(wanted.key)
-            parent = None if wanted.parent_key is None else by_key[wanted.parent_key]
-            wanted = None if parent is None or (file.holds(parent) and parent.is_model_there) else parent
-    return [run for run in every if run.key in needed]
-
-
-def _do(plan: list[Planned], file: ResultsFile, jobs: int | None, say: Say) -> None:
-    jobs = min(jobs or RUNS_ON_A_GPU * torch.cuda.device_count() or cores(), len(plan))
+def _execute(plan: list[PlannedRun], file: ResultsFile, jobs: int | None, say: Say) -> None:
+    jobs = min(jobs or RUNS_PER_GPU * torch.cuda.device_count() or cores(), len(plan))
+    threads = max(1, cores() // jobs)
     parents = {run.parent_key for run in plan}
     waiting, undone, errors = list(plan), {run.key for run in plan}, []
     began = time.perf_counter()
-
-    def next_run() -> Planned | None:
-        return next((run for run in waiting if run.parent_key not in undone), None)
-
-    with _environment("OMP_NUM_THREADS", str(max(1, cores() // jobs))), StudySignals():
-        workers = [Worker(number, plan[0].runs / f"worker-{number}.log") for number in range(jobs)]
+    with StudySignals():
+        workers = [Worker(number, threads, plan[0].runs / f"worker-{number}.log") for number in range(jobs)]
         try:
             while True:
                 for place, worker in enumerate(workers):
-                    if worker.run is None and (run := next_run()) is not None:
+                    ready = next((run for run in waiting if run.parent_key not in undone), None)
+                    if worker.run is None and ready is not None:
                         if not worker.process.is_alive():
                             worker = workers[place] = Worker(*worker.arguments)
-                        waiting.remove(run)
-                        worker.give(run)
+                        waiting.remove(ready)
+                        worker.give(ready)
                 busy = {worker.connection: worker for worker in workers if worker.run is not None}
                 if not busy:
                     break
                 for connection in wait(list(busy)):
-                    run, kind, outcome = busy[connection].take()  # type: ignore[index]
-                    if kind == "error":  # what begins from it cannot be done either
-                        errors.append(f"{run.name}: {outcome}")
+                    run, outcome, result = busy[connection].take()  # type: ignore[index]
+                    if outcome == "error":  # runs that start from it cannot be executed either
+                        errors.append(f"{run.name}: {result}")
                         say(f"Error in {errors[-1]}")
                         continue
                     undone.discard(run.key)
-                    file.add(run, outcome if kind == "done" else {"failed": outcome})
+                    file.add(run, result if outcome == "done" else {"failed": result})
                     if run.key not in parents:
                         shutil.rmtree(run.folder, ignore_errors=True)
-                    left = (time.perf_counter() - began) / (len(plan) - len(undone)) * len(undone)
-                    head = f"[{len(plan) - len(undone)}/{len(plan)}] {run.name}"
-                    say(f"{head}: {_in_words(kind, outcome)}; {_time(left)} left")
+                    done = len(plan) - len(undone)
+                    left = timedelta(seconds=round((time.perf_counter() - began) / done * len(undone)))
+                    say(f"[{done}/{len(plan)}] {run.name}: {_line(outcome, result)}; {left} left")
         finally:
             for worker in workers:
                 worker.end()
@@ -376,43 +378,13 @@ def _do(plan: list[Planned], file: ResultsFile, jobs: int | None, say: Say) -> N
                 worker.process.join()
     if errors:
         raise ValueError(
-            f"{len(undone)} of {len(plan)} runs could not be done ({'; '.join(errors[:3])}): {plan[0].runs} has the "
-            "logs; the same command tries these again."
+            f"{len(undone)} of {len(plan)} runs could not be completed ({'; '.join(errors[:3])}). Their logs are in "
+            f"{plan[0].runs}; run the same command to try them again."
         )
 
 
-def _in_words(kind: str, outcome: Any) -> str:
-    if kind == "failed":
-        return str(outcome)
-    accuracy, seconds = outcome["accuracy"], f"{outcome['seconds']:.0f} s"
-    return f"loss {outcome['loss']:.4f}, {seconds}" if accuracy is None else f"accuracy {accuracy:.2%}, {seconds}"
-
-
-def _time(seconds: float) -> str:
-    return f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Have a variable for processes that begin within."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-@contextmanager
-def _interrupts_waiting() -> Iterator[None]:
-    """Let SIGINT wait, where the system can, and come afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _line(outcome: str, result: Any) -> str:
+    if outcome == "failed":
+        return str(result)
+    accuracy, loss = result["accuracy"], f"loss {result['loss']:.4f}"
+    return f"{loss if accuracy is None else f'accuracy {accuracy:.2%}'}, {result['seconds']:.0f} s"

@@ -1,27 +1,28 @@
-"""What a study is: runs that differ in one thing or two, over seeds; and what may be said of them.
+"""The parts of a study: runs that differ in one or two factors, repeated over seeds, and the claims they decide.
 
-    Cell: one run but for its seed -> Study: the question, its cells, table, picture and findings
+    Cell: one run without its seed -> Study: the question, its cells, table, figure and findings
     Results: what was measured -> Spread, Difference -> Finding
 
-Seeds are paired: two cells with the same seed begin from the same draw and see images in the same order, so that a
-difference is taken within each seed, and its interval is Student's over seeds.
+Seeds are paired: two cells with the same seed start from the same random draw and see the images in the same order.
+A difference is therefore computed within each seed, and its interval is Student's t over seeds.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
+from operator import sub
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..inspection.drawing import Figure
 from ..training.loop import Run
 from ..training.recipe import TrainConfig
 from ..training.tasks import build_model
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .catalogue import CATALOGUE
 
 Factors = Mapping[str, Any]
+BySeed = Mapping[int, float]
 CONFIDENCE = 0.95
 
 
@@ -30,13 +31,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Cell:
-    """One run but for its seed.
+    """One run without its seed.
 
     Attributes:
-        factors: What makes it another run than the others of its study, by name; what JSON can hold.
-        config: Its recipe; seed and folder are set for it.
-        begins_from: Factors of the cell whose model it begins from, with the same seed.
-        build: What makes its model, as `training.train` takes it; a function of a module.
+        factors: The values, by name, that distinguish it from the other cells of its study; JSON types only.
+        config: Its recipe; the seed and the folder are set when it runs.
+        begins_from: Factors of the cell whose trained model, of the same seed, it starts from.
+        build: Builds its model, as in `training.train`; a function of a module, so that it can be pickled.
     """
 
     factors: Factors
@@ -51,60 +52,64 @@ def with_architecture(config: TrainConfig, **fields: Any) -> TrainConfig:
 
 
 def with_share(config: TrainConfig, share: float) -> TrainConfig:
-    """Return a recipe that learns from a share of its images, each seen more often: as many steps."""
+    """Return a recipe that trains on a share of its images, repeated so that the number of steps stays the same."""
     return replace(config, train_share=share * config.train_share, train_repeats=config.train_repeats / share)
 
 
 class Study:
-    """A question, the runs that answer it, and how the answer is shown.
+    """A question, the runs that answer it, and how the results are shown.
 
     Attributes:
-        name: On the command line.
-        title: In a few words.
-        question: What it asks, and what the paper found; a paragraph.
-        source: Where the question is from.
+        name: Key in `CATALOGUE`, from which title and source are read.
+        question: One paragraph: the question, what the paper found, and what is run here.
     """
 
-    name: str
+    name: str = ""
     title: str
-    question: str
     source: str
+    question: str
+
+    def __init_subclass__(cls) -> None:
+        if cls.name in CATALOGUE:
+            cls.title, cls.source, _ = CATALOGUE[cls.name]
 
     def cells(self, config: TrainConfig) -> Iterable[Cell]:
-        """Return the runs of this study around a recipe."""
+        """Return the cells of this study around a recipe."""
         raise NotImplementedError
 
     def measure(self, run: Run) -> dict[str, Any]:
-        """Return what is measured of a run that ended, beside what every run measures."""
+        """Return the measurements of a finished run that only this study takes."""
         return {}
 
     def table(self, results: "Results") -> list[list[str]]:
-        """Return what was measured as rows of a table, the heading first."""
+        """Return the measurements as rows of a table, heading first."""
         raise NotImplementedError
 
-    def plot(self, results: "Results") -> "Figure":
-        """Draw what was measured."""
+    def plot(self, results: "Results") -> Figure:
+        """Draw the measurements."""
         raise NotImplementedError
 
     def findings(self, results: "Results") -> list["Finding"]:
-        """Hold what was measured against what was claimed."""
+        """Compare the measurements with the paper's claims."""
         raise NotImplementedError
 
 
-# -------------------------------------------------------------------------------------------------- what came out
+# ---------------------------------------------------------------------------------------------------- the results
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over `number` seeds; of one seed there is no deviation."""
+    """Mean and sample standard deviation over `number` seeds; one seed has no deviation."""
 
     mean: float
     deviation: float | None
     number: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    def of(cls, values: Iterable[float]) -> "Spread | None":
+        """Return the spread of values, or `None` if there are none."""
+        values = list(values)
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
     def percent(self) -> str:
         """Return a share in percent, with its deviation."""
@@ -114,7 +119,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one figure is more than another, the mean over pairs of the same seed, and its 95 % interval."""
+    """The mean difference of two paired measurements, and its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -122,34 +127,40 @@ class Difference:
     number: int
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[float, float]]) -> "Difference":
-        """Return the difference of the first and the second of each pair; of one pair nothing bounds it."""
+    def of(cls, pairs: Iterable[tuple[float, float]]) -> "Difference":
+        """Return the first minus the second of each pair; the interval of one pair is unbounded."""
         differences = [first - second for first, second in pairs]
         mean, number = fmean(differences), len(differences)
         if number < 2:
-            return cls(mean, -float("inf"), float("inf"), number)
-        from scipy.stats import t  # what scikit-learn stands on
+            return cls(mean, -inf, inf, number)
+        from scipy.stats import t  # a requirement of scikit-learn
 
         reach = float(t.ppf((1 + CONFIDENCE) / 2, number - 1)) * stdev(differences) / sqrt(number)
         return cls(mean, mean - reach, mean + reach, number)
 
     @classmethod
-    def by_seed(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference | None":
-        """Return the difference of two figures over the seeds that both have; `None` if there is none."""
-        seeds = sorted(first.keys() & second.keys())
-        return cls.of([(first[seed], second[seed]) for seed in seeds]) if seeds else None
+    def by_seed(cls, first: BySeed, second: BySeed) -> "Difference | None":
+        """Return the first minus the second over the seeds that both have; `None` if they share none."""
+        differences = over_seeds(sub, first, second)
+        return cls.of((difference, 0.0) for difference in differences.values()) if differences else None
 
     def points(self) -> str:
         """Return a difference of shares in percentage points, with its interval."""
         if self.number < 2:
-            return f"{100 * self.mean:+.1f} points (one seed, so no interval)"
+            return f"{100 * self.mean:+.1f} points (one seed, no interval)"
         return f"{100 * self.mean:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
-class Results:
-    """The rows of a study, one a run: its `factors`, its `seed`, and the figures that were measured.
+def over_seeds(function: Callable[..., float], *by_seed: BySeed) -> dict[int, float]:
+    """Apply a function to several measurements, for each seed that all of them have."""
+    seeds = set.intersection(*map(set, by_seed))
+    return {seed: function(*(values[seed] for values in by_seed)) for seed in sorted(seeds)}
 
-    A run whose loss left the finite numbers has `failed`, and no figures.
+
+class Results:
+    """The rows of a study, one per run: its `factors`, its `seed` and its measurements.
+
+    A run whose loss was not finite has `failed` set, and no measurements.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -160,66 +171,67 @@ class Results:
         return Results(row for row in self.rows if all(row["factors"].get(k) == v for k, v in factors.items()))
 
     def levels(self, factor: str) -> list[Any]:
-        """Return the values that a factor has, in the order of the runs that have it."""
-        values = [row["factors"][factor] for row in self.rows if factor in row["factors"]]
-        return [json.loads(text) for text in dict.fromkeys(json.dumps(value) for value in values)]
+        """Return the different values of a factor, in the order of the runs."""
+        return list(dict.fromkeys(row["factors"][factor] for row in self.rows if factor in row["factors"]))
 
-    def by_seed(self, figure: str, **factors: Any) -> dict[int, float]:
-        """Return a figure of one cell for each of its seeds; those of failed runs are left out."""
+    def by_seed(self, figure: str, **factors: Any) -> dict[int, Any]:
+        """Return a measurement of one cell for each seed, without failed runs."""
         rows = self.where(**factors).rows
         assert len({json.dumps(row["factors"], sort_keys=True) for row in rows}) <= 1, f"{factors} is several cells"
         return {row["seed"]: row[figure] for row in rows if row.get(figure) is not None}
 
     def spread(self, figure: str = "accuracy", **factors: Any) -> Spread | None:
-        """Return a figure of one cell over its seeds; `None` if there is none."""
-        values = list(self.by_seed(figure, **factors).values())
-        return Spread.of(values) if values else None
+        """Return the spread of a measurement of one cell over its seeds; `None` if there is none."""
+        return Spread.of(self.by_seed(figure, **factors).values())
 
     def difference(self, first: Factors, second: Factors, figure: str = "accuracy") -> Difference | None:
-        """Return by how much a cell's figure is more than another's; `None` without a seed that both have."""
+        """Return the first cell's measurement minus the second's; `None` if they share no seed."""
         return Difference.by_seed(self.by_seed(figure, **first), self.by_seed(figure, **second))
 
-
-def images_of(results: Results, **factors: Any) -> int | None:
-    """Return the number of different images that runs learned from; `None` if all of them failed."""
-    return next((row["train_images"] for row in results.where(**factors).rows if not row.get("failed")), None)
-
-
-def cell_of(spread: Spread | None) -> str:
-    """Return a share for a table: percent with deviation, or a dash where there is none."""
-    return "–" if spread is None else spread.percent()
+    def train_images(self, **factors: Any) -> int | None:
+        """Return the number of distinct training images of some runs; `None` if all of them failed."""
+        return next((row["train_images"] for row in self.where(**factors).rows if not row.get("failed")), None)
 
 
-# ------------------------------------------------------------------------------------------------ what is said of it
+# --------------------------------------------------------------------------------------------------- the findings
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, whether it holds here (`None` if that cannot be told), and the figures that say so."""
+    """A claim, whether it holds here (`None` if the results do not decide), and the measurements that decide it."""
 
     claim: str
     holds: bool | None
     measured: str
+    undecided: str = "no significant difference"
 
     @property
     def verdict(self) -> str:
-        return {True: "agrees", False: "does not agree", None: "not told apart"}[self.holds]
+        return {True: "agrees", False: "does not agree", None: self.undecided}[self.holds]
 
 
 def is_more(claim: str, difference: Difference | None, what: str) -> Finding:
-    """Judge a claim that one figure is more than another: told apart if the interval leaves out 0."""
+    """Judge a claim that a difference is positive: it is decided if the interval excludes 0."""
     if difference is None:
         return Finding(claim, None, f"{what}: not measured")
     holds = True if difference.low > 0 else False if difference.high < 0 else None
     return Finding(claim, holds, f"{what}: {difference.points()}")
 
 
+def all_are_more(claim: str, differences: Mapping[str, Difference | None]) -> Finding:
+    """Judge a claim that all differences are positive; one that is negative refutes it."""
+    parts = [is_more(claim, difference, what) for what, difference in differences.items()]
+    verdicts = [part.holds for part in parts]
+    holds = False if False in verdicts else None if None in verdicts else True
+    return Finding(claim, holds, "; ".join(part.measured for part in parts))
+
+
 def are_alike(claim: str, differences: Mapping[str, Difference | None], within: float) -> Finding:
-    """Judge a claim that figures are alike: all intervals lie within a margin, or one wholly beyond it."""
+    """Judge a claim that differences are small: all intervals lie within a margin; one that lies beyond refutes it."""
     known = {what: difference for what, difference in differences.items() if difference is not None}
     are_within = [-within < d.low and d.high < within for d in known.values()]
     are_beyond = [d.low > within or d.high < -within for d in known.values()]
     holds = False if any(are_beyond) else True if known and all(are_within) else None
     measured = "; ".join(f"{what}: {difference.points()}" for what, difference in known.items()) or "not measured"
     margin = f"{100 * within:g} point" + "s" * (within != 0.01)
-    return Finding(f"{claim} (within {margin})", holds, measured)
+    return Finding(f"{claim} (within {margin})", holds, measured, "inconclusive")

@@ -585,7 +585,7 @@ ROWS = {
     ),
     "not_finite": Row("NaN", "in the loss of any step", not_finite),
     "clock_jumps": Row("clock jumps", "by up to ten days, both ways, at every reading", clock_jumps),
-    "two_in_one_folder": Row("two runs, one folder", "also with --resume never", two_in_one_folder, quick=2),
+    "two_in_one_folder": Row("two runs, one folder", "also with --resume never", two_in_one_folder),
 }
 
 

@@ -11,13 +11,21 @@ import hub_server
 import huggingface_hub.constants
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import hf_vit
 
 # Property tests use the same examples in every run; `--hypothesis-profile=long` uses many and others each time.
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
-settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True, database=None, phases=PHASES)
+settings.register_profile(
+    "quick",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=PHASES,
+    suppress_health_check=[HealthCheck.too_slow],  # it depends on the load of the machine
+)
 settings.register_profile("long", settings.get_profile("quick"), max_examples=2_000, derandomize=False)
 settings.load_profile("quick")
 

@@ -1,12 +1,12 @@
-"""What can happen to a run, done to it, in processes of their own; prints a table.
+"""Inject failures into real runs, in separate processes, and print a table of the results.
 
-    python tests/fault_matrix.py                    (the long form: an hour on two idle cores at most)
-    python tests/fault_matrix.py --quick            (each once)
+    python tests/fault_matrix.py                    (at most an hour on two idle CPU cores)
+    python tests/fault_matrix.py --quick            (each failure once)
     python tests/fault_matrix.py killed full_disk   (some of them)
 
-Every row ends in a result, or in one sentence and an exit code: 2, or 128 and the signal's number; never in a
-traceback. Behind it the same command goes on, from the newest checkpoint that there was, to the very weights, log and
-metrics of a run that nothing happened to. A row that does not hold raises.
+Every run succeeds, or ends with one sentence and an exit code: 2, or 128 plus the number of a signal; never with a
+traceback. The same command then resumes from the newest checkpoint, and ends with the weights, log and metrics of an
+uninterrupted run. Otherwise the row raises.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def killed(bench: Bench, times: int) -> str:
         case.goes_on()
     # Workers whose process was killed alone look every five seconds whether it is there.
     wait_for(lambda: not processes_below(bench.folder), 30)
-    return "goes on from the newest checkpoint"
+    return "resumes from the newest checkpoint"
 
 
 def processes_below(folder: Path) -> list[str]:
@@ -241,7 +241,7 @@ def killed_while_saving(bench: Bench, times: int) -> str:
         kill(process)
         assert not any(find_damage(path) for path in case.checkpoints())
         case.goes_on()
-    return "what was not finished is passed over"
+    return "ignores the incomplete checkpoint"
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -269,7 +269,7 @@ def stopped(signum: int, bench: Bench, times: int) -> str:
         kill(process, bench.draw.choice([os.kill, os.killpg]), signum)
         case.ends([process], 128 + signum, f"Stopped by {signal.Signals(signum).name} behind step")
         case.goes_on()
-    return f"saves, and ends with {128 + signum}"
+    return f"saves, exits with {128 + signum}"
 
 
 @contextmanager
@@ -299,7 +299,7 @@ def full_disk(bench: Bench, times: int) -> str:
             assert not any(find_damage(path) for path in case.checkpoints())
             (case.folder.parent / "ballast").unlink()
             case.goes_on()
-    return "ends with 2 and says what has no space"
+    return "exits with 2 and names what could not be written"
 
 
 def case_size(case: Case) -> int:
@@ -324,7 +324,7 @@ def large_file(bench: Bench, times: int) -> str:
         processes = case.begin(partial(limit_files, size))
         case.ends(processes, 2, "File too large: ")
         case.goes_on()
-    return "ends with 2 and says what is too large"
+    return "exits with 2 and names the file"
 
 
 def limit_files(size: int) -> None:
@@ -344,7 +344,7 @@ def read_only(bench: Bench, times: int) -> str:
         case.ends(processes, 2, "Permission denied: cannot write a checkpoint of step")
         (case.folder / CHECKPOINTS).chmod(0o755)
         case.goes_on()
-    return "ends with 2 and names the folder"
+    return "exits with 2 and names the folder"
 
 
 def give_up_privileges() -> None:
@@ -363,7 +363,7 @@ def folder_removed(bench: Bench, times: int) -> str:
         case.ends([process])
         case.is_whole()
         assert case.newest() and not any(find_damage(path) for path in case.checkpoints())
-    return "goes on, and saves there again"
+    return "continues and saves new checkpoints"
 
 
 def damaged(bench: Bench, times: int) -> str:
@@ -379,7 +379,7 @@ def damaged(bench: Bench, times: int) -> str:
         again = case.goes_on()
         assert f"Passed over step-{before:08d}: " in case.printed and again > 0
         bench.lost = lost  # this is what the fault itself has taken
-    return "goes on from the checkpoint before, and says why"
+    return "resumes from the previous checkpoint and says why"
 
 
 def spoil(path: Path, draw: random.Random) -> None:
@@ -411,7 +411,7 @@ def image_lost(change: Callable[[Path, random.Random], None], bench: Bench, time
             case.ends(processes, 2, "images of the training data cannot be read, more than max_broken allows")
             path.write_bytes(kept)
             case.goes_on()
-    return "is left out and named; beyond `max_broken` the run ends with 2"
+    return "skips and names the image; exits with 2 beyond `max_broken`"
 
 
 def remove(path: Path, draw: random.Random) -> None:
@@ -436,7 +436,7 @@ def shard_lost(bench: Bench, times: int) -> str:
         finally:
             path.write_bytes(kept)
         case.goes_on()
-    return "ends with 2 and names the file"
+    return "exits with 2 and names the file"
 
 
 def worker_killed(bench: Bench, times: int) -> str:
@@ -447,7 +447,7 @@ def worker_killed(bench: Bench, times: int) -> str:
         os.kill(bench.draw.choice(children(process.pid)), signal.SIGKILL)
         case.ends([process], 2, "A process that loads images was ended from outside (DataLoader worker (pid")
         case.goes_on()
-    return "ends with 2 and names the process"
+    return "exits with 2 and names the process"
 
 
 def children(pid: int | None) -> list[int]:
@@ -477,7 +477,7 @@ def rank_killed(hang: Any, bench: Bench, times: int) -> str:
         slowest = max(slowest, time.monotonic() - began)
         assert slowest < 30
         case.goes_on()
-    return f"the other names its rank and ends with 2, within {slowest:.0f} s"
+    return f"the other names the rank and exits with 2 within {slowest:.0f} s"
 
 
 def hang_in_the_first() -> None:
@@ -497,7 +497,7 @@ def not_finite(bench: Bench, times: int) -> str:
         step = bench.draw.randrange(1, 20)
         case.ends(case.begin(partial(spoil_a_step, step)), 2, f"Step {step + 1} is not finite")
         case.goes_on()
-    return "ends with 2 and names the step; it is not saved"
+    return "exits with 2 and names the step, which is not saved"
 
 
 def spoil_a_step(step: int) -> None:
@@ -511,7 +511,7 @@ def clock_jumps(bench: Bench, times: int) -> str:
         case.is_whole()
         timing = json.loads((case.folder / TIMING).read_text())
         assert 0 < timing["seconds"] < SECONDS and 0 <= timing["data_wait_share"] <= 1, timing
-    return "nothing: intervals are of the clock that does not jump"
+    return "no effect: intervals use the monotonic clock"
 
 
 def jump(seed: int) -> None:
@@ -540,7 +540,7 @@ def two_in_one_folder(bench: Bench, times: int) -> str:
         assert "Traceback" not in printed
         case.ends(first)
         case.is_whole()
-    return "the second ends with 2 and names the first"
+    return "the second exits with 2 and names the first"
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -559,33 +559,33 @@ class Row:
 
 ROWS = {
     "killed": Row("SIGKILL", "at any moment, with two data workers; one process or its group", killed, 60),
-    "killed_while_saving": Row("SIGKILL while saving", "behind a file of a checkpoint", killed_while_saving, 15),
+    "killed_while_saving": Row("SIGKILL while saving", "after any file of a checkpoint", killed_while_saving, 15),
     "sigterm": Row("SIGTERM", "at any step, to the process or its group", partial(stopped, signal.SIGTERM)),
     "sigint": Row("SIGINT (Ctrl-C)", "at any step, to the process or its group", partial(stopped, signal.SIGINT)),
     "sighup": Row(
         "SIGHUP (closed terminal)", "at any step, to the process or its group", partial(stopped, signal.SIGHUP)
     ),
-    "full_disk": Row("disk full", "a file system of 4 MiB that something else fills up", full_disk),
+    "full_disk": Row("disk full", "a file system of 4 MiB, filled by another file", full_disk),
     "large_file": Row("file too large", "RLIMIT_FSIZE, between 100 bytes and 60 kB", large_file),
-    "read_only": Row("read-only output folder", "modes of folders, from the start and later", read_only),
-    "folder_removed": Row("checkpoints removed", "rm -r under the run, also while it saves", folder_removed),
-    "damaged": Row("checkpoint damaged", "a file of the newest cut off, or a bit of it changed", damaged, 20),
+    "read_only": Row("read-only output folder", "permissions of folders, from the start and later", read_only),
+    "folder_removed": Row("checkpoints removed", "rm -r during the run, also while it saves", folder_removed),
+    "damaged": Row("corrupt checkpoint", "a file of the newest one truncated, or one bit flipped", damaged, 20),
     "image_removed": Row("image file removed", "in the middle of an epoch", partial(image_lost, remove), quick=2),
     "image_unreadable": Row(
-        "image unreadable", "empty, HTML, half, noise", partial(image_lost, make_unreadable), quick=2
+        "unreadable image", "empty, HTML, truncated, noise", partial(image_lost, make_unreadable), quick=2
     ),
-    "shard_lost": Row("parquet shard removed", "while it is read as a stream", shard_lost),
-    "worker_killed": Row("data worker killed", "SIGKILL to one of two, as for want of memory", worker_killed),
-    "rank_killed": Row("one of two ranks killed", "SIGKILL to either, by gloo", partial(rank_killed, None)),
+    "shard_lost": Row("parquet shard removed", "while it is streamed", shard_lost),
+    "worker_killed": Row("data worker killed", "SIGKILL to one of two, as the OOM killer does", worker_killed),
+    "rank_killed": Row("one of two ranks killed", "SIGKILL to either, with gloo", partial(rank_killed, None)),
     "rank_lost": Row(
-        "the same, and the other hangs",
-        "it sleeps, as a GPU waits for a lost one",
+        "one rank killed, the other hangs",
+        "it sleeps, as a GPU waits for a lost peer",
         partial(rank_killed, hang_in_the_first),
         3,
     ),
     "not_finite": Row("NaN", "in the loss of any step", not_finite),
-    "clock_jumps": Row("clock jumps", "by up to ten days, both ways, at every reading", clock_jumps),
-    "two_in_one_folder": Row("two runs, one folder", "also with --resume never", two_in_one_folder, quick=2),
+    "clock_jumps": Row("clock jumps", "by up to ten days, in both directions, at every reading", clock_jumps),
+    "two_in_one_folder": Row("two runs in one folder", "also with --resume never", two_in_one_folder),
 }
 
 
@@ -596,7 +596,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, help="how often, instead of what each row has")
     parser.add_argument("--seed", type=int, default=0, help="of moments and places")
     arguments = parser.parse_args()
-    print("| fault | how | tried | what happens | saved steps lost |\n|---|---|---|---|---|")
+    print("| failure | how it is injected | times | result | saved steps lost |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="hf-vit-faults-") as folder:
         bench = Bench(Path(folder), arguments.seed)
         for name in arguments.rows or ROWS:

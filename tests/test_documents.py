@@ -1,4 +1,4 @@
-"""What README and docstrings show works as it stands there."""
+"""Run the examples of the README pages and of the docstrings."""
 
 import doctest
 import importlib
@@ -24,7 +24,7 @@ from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "hf_vit").glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "hf_vit").rglob("README.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(hf_vit.__path__, "hf_vit.")]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -34,7 +34,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands_of(page: Path) -> list[str]:
-    """Return every command of a page, a line each, without what begins it and without comments."""
+    """Return the commands of a page, without comments; `a && b` is two commands."""
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     return [
         command.strip() for line in text.splitlines() for command in line.split("#")[0].split("&&") if command.strip()
@@ -43,7 +43,7 @@ def commands_of(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder that has what the pages speak of: pictures, and tiny models under the names of large ones."""
+    """Make a folder with the images that the pages name, and tiny models under the names of large ones."""
     folder = tmp_path_factory.mktemp("documents")
     images, labels = colored_images(12, 0)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -80,7 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_python_of_a_page_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     names: dict[str, Any] = {}
-    for block in blocks(page, "python"):  # each goes on from those above
+    for block in blocks(page, "python"):  # with the names of the blocks above
         exec(compile(block, str(page), "exec"), names)
 
 
@@ -91,24 +91,24 @@ def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------- commands
 
-# What makes a run of a page one of a second, behind its own options.
+# Appended to the options of a run, so that it takes a second.
 SMALL = shlex.split(
     "--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data my_pictures/"
 )
-# Those that are only read, and options of others: other tests run them.
+# Commands and options that are only parsed here: other tests run them.
 READ_ONLY = ("quickstart", "benchmark", "demo")
 ELSEWHERE = (" --quick ", " --engine ray ")
 
 
 def parse(command: str) -> tuple[str, list[str]]:
-    """Read a command as `hf-vit` does; an option that is not there, or a value that is none, is an error."""
+    """Parse a command as `hf-vit` does; an unknown option or an invalid value raises."""
     name, *arguments = shlex.split(command)[1:]
     with COMMANDS[name].make_context(name, list(arguments)):
         return name, arguments
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # raised in huggingface_hub
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_page_work(
     page: Path, place: Path, client: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -20,8 +20,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     yield Bench(tmp_path_factory.mktemp("faults"))
 
 
+# The same mechanism as `sigterm`, `image_removed` and `full_disk`.
+REPEATS = ("sigint", "sighup", "image_unreadable", "large_file")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in REPEATS)) for name in ROWS], ids=str
+)
 def test_nothing_is_lost(name: str, bench: Bench) -> None:
     bench.lost = 0
     ROWS[name].do(bench, ROWS[name].quick)

@@ -119,7 +119,11 @@ def push_in_a_process(endpoint: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_done", [False, True], ids=["before the request is done", "when it is done"])
+@pytest.mark.parametrize(
+    "is_done",
+    [False, pytest.param(True, marks=pytest.mark.full)],
+    ids=["before the request is done", "when it is done"],
+)
 def test_a_killed_push_leaves_the_old_or_the_new(is_done: bool, client: Hub, old: Path, new: Path) -> None:
     states, hub, seen = States(client, old, new), client, []
     for number in range(states.requests):

@@ -722,7 +722,12 @@ def test_export(tiny_config, positions):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    ("positions", "backend"), [*((kind, "aot_eager") for kind in POSITION_EMBEDDINGS), ("learned", "inductor")]
+    ("positions", "backend"),
+    [
+        *(pytest.param(kind, "aot_eager", marks=pytest.mark.full) for kind in ("learned", "learned_2d", "none")),
+        *((kind, "aot_eager") for kind in ("sincos_2d", "relative", "rotary")),
+        ("learned", "inductor"),
+    ],
 )
 def test_compiles_in_one_graph(tiny_config, positions, backend):
     torch._dynamo.reset()

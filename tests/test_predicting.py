@@ -428,7 +428,7 @@ def shards_of(output: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_killed_processes_go_on_to_the_same_table(number: int, model: str, sources: Sources, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
     predict(whole, sources, settings_of(model, workers=1))
@@ -464,7 +464,14 @@ def test_a_lost_process_ends_the_others_and_the_rest_is_done_later(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.full),
+    ],
+)
 def test_signals_end_it(signum: int, code: int, model: str, sources: Sources, tmp_path: Path) -> None:
     output, printed = tmp_path / "a.parquet", tmp_path / "printed.txt"
     process = start(partial(predict_into, output, sources, settings_of(model)), printed, prepare_slow)

@@ -20,6 +20,7 @@ from hf_vit.training.loop import CHECKPOINTS, LOG, METRICS, StopSignals
 from hf_vit.training.recipe import TrainConfig
 
 pytestmark = pytest.mark.slow
+full = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WITHOUT_DROPOUT = {**RECIPE["model_config"], "hidden_dropout_prob": 0.0}  # each process draws its own
@@ -74,7 +75,11 @@ EVERYTHING: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("number", "environment"), [(2, {}), (4, {}), (2, FSDP)], ids=["ddp", "ddp-of-4", "fsdp2"])
+@pytest.mark.parametrize(
+    ("number", "environment"),
+    [(2, {}), pytest.param(4, {}, marks=full), (2, FSDP)],
+    ids=["ddp", "ddp-of-4", "fsdp2"],
+)
 def test_processes_killed_go_on_exactly(
     photos: Path, tmp_path: Path, number: int, environment: dict[str, str]
 ) -> None:
@@ -95,8 +100,17 @@ def test_processes_killed_go_on_exactly(
 # ------------------------------------------------------------------------------------------------------- stopped
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code", "send"),
+    [
+        (signal.SIGTERM, 143, os.kill),
+        (signal.SIGINT, 130, os.killpg),
+        (signal.SIGHUP, 129, os.kill),
+        pytest.param(signal.SIGTERM, 143, os.killpg, marks=full),
+        pytest.param(signal.SIGINT, 130, os.kill, marks=full),
+        pytest.param(signal.SIGHUP, 129, os.killpg, marks=full),
+    ],
+)
 def test_a_signal_saves_and_ends(photos: Path, tmp_path: Path, signum: int, code: int, send: Any) -> None:
     config = tiny_recipe(photos, tmp_path / "run", epochs=500, save_every=1000, eval_every=100, num_workers=1)
     process = start(config, tmp_path / "run.txt")
@@ -107,7 +121,7 @@ def test_a_signal_saves_and_ends(photos: Path, tmp_path: Path, signum: int, code
     assert len(list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))) == 1
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=full)])
 def test_an_early_signal_ends_at_once(photos: Path, tmp_path: Path, signum: int, code: int) -> None:
     config = tiny_recipe(photos, tmp_path / "run", resume="never")
     process = start(config, tmp_path / "run.txt", say_and_wait)
@@ -202,7 +216,7 @@ def spoil_in_one_of_two() -> None:
         spoil_loss(pytest.MonkeyPatch(), step=4)
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("environment", [pytest.param({}, marks=full), FSDP], ids=["ddp", "fsdp2"])
 def test_what_is_not_finite_in_one_process_is_so_in_both(
     photos: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -29,6 +29,7 @@ def test_quickstart_in_little(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_quickstart_reaches_98_percent(tmp_path: Path) -> None:
     folder = tmp_path / "hf-vit-digits"
     run(folder)

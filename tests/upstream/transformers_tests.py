@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import transformers.processing_utils  # keeps the real `direct_transformers_import` in the shared session
 import transformers.utils
 from filelock import FileLock
 from stand_ins import STAND_INS, write_tiny_models

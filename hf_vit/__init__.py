@@ -31,7 +31,7 @@ _HOMES = {
     "HFViTBackbone": ".model.dense_hf_vit",
     "HFViTImageProcessor": ".model.image_processing_hf_vit",
     "HFViTImageProcessorPil": ".model.image_processing_pil_hf_vit",
-    "HFViTImageClassificationPipeline": ".pipeline",
+    "HFViTImageClassificationPipeline": ".prediction.pipeline",
 }
 
 

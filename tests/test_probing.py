@@ -100,7 +100,7 @@ def test_nearer_neighbours_count_more() -> None:
 
 def test_a_linear_probe_needs_something_to_learn_from() -> None:
     features, labels = clusters(12, 1.0)
-    with pytest.raises(ValueError, match="five training images of one of them: got 12 of 3 classes"):
+    with pytest.raises(ValueError, match="five training images in one of them: got 12 images in 3 classes"):
         linear_probe((features, labels), (features, labels))
     with pytest.raises(ValueError, match="two classes"):
         linear_probe((features, torch.zeros(12, dtype=torch.long)), (features, labels))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.models import load
-from ..data.images import as_seen, normalize
+from ..data.images import normalize, preprocess
 from ..inspection import attention_maps, attention_rollout, lit
 from ..inspection.gallery import Picture, Subject, name_of, pictures_of_positions
 from ..inspection.layers import head_number
@@ -175,7 +175,7 @@ class Exhibit:
 
     def _pixels(self, file: File, size: Size) -> Tensor:
         processor = self._processor(size)
-        return as_seen(read_image(file.path, processor.least_size), processor)
+        return preprocess(read_image(file.path, processor.least_size), processor)
 
 
 def _named(prediction: Prediction, file: File) -> Prediction:

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.models import load
-from ..evaluation.pace import compare
+from ..evaluation.throughput import compare
 from ..inference.optimize import optimize_for_inference
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_hf_vit import HFViTImageProcessor

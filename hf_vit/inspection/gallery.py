@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, Options, open_checkpoint
-from ..data.images import as_seen, normalize
+from ..data.images import normalize, preprocess
 from ..data.sources import files_of
 from ..inference.threads import BATCH_OF_CPU
 from ..model import model_class
@@ -240,7 +240,7 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
         nonlocal number
         for file in files:
             try:
-                pixels = as_seen(read_image(file, processor.least_size), processor)
+                pixels = preprocess(read_image(file, processor.least_size), processor)
             except (ValueError, OSError) as error:
                 subject.notes.append(_text(f"Left out: {error}"))
                 continue

@@ -241,7 +241,7 @@ def test_the_layer_of_maps_is_chosen(saved: Any, undrawn: None, tmp_path: Path) 
     ("arguments", "message"),
     [
         (["a.png", "--layer", "2"], "There are layers 1 to 1, or -1 to -1 from the end; got 2"),
-        (["missing.png"], "There is no file or folder missing.png"),
+        (["missing.png"], "Found no file or folder missing.png"),
         (["notes.txt"], "There is no image that can be read in notes.txt (1 files)"),
         (["empty"], "There is no image that can be read in empty (0 files)"),
         (["a.png", "--image-size", "33"], "does not divide into patches of 8x8"),

@@ -352,14 +352,14 @@ def test_the_last_line_is_json(model: str, sources: Sources, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-o", "a.csv"], "a.csv is neither .parquet nor .jsonl: give --output one of these endings"),
-        (["-o", "a"], "a is neither .parquet nor .jsonl"),
-        (["-o", "none/a.parquet"], "There is no folder none for --output: make it first"),
+        (["-o", "a.csv"], "Expected --output to end in .parquet or .jsonl, got a.csv"),
+        (["-o", "a"], "Expected --output to end in .parquet or .jsonl, got a."),
+        (["-o", "none/a.parquet"], "The folder of --output none/a.parquet does not exist: create it first"),
         (["--features"], "There is no file for --features to write to: add --output FILE.parquet"),
         (["--engine", "ray"], "There is no file for --engine ray to write to"),
         (["--restart"], "There is no file for --restart to write to"),
         (["--split", "train"], "--split is for data sets and parquet"),
-        (["missing.jpg"], "There is no file or folder missing.jpg"),
+        (["missing.jpg"], "Found no file or folder missing.jpg"),
     ],
 )
 def test_what_a_user_can_mend_is_a_sentence(arguments: list[str], said: str, model: str, sources: Sources) -> None:

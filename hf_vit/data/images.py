@@ -51,9 +51,6 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
-# --------------------------------------------------------------------------------------------- from stored to pixels
-
-
 def stored_rows(split: Any, columns: tuple[str, str | None]) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the stored image and the label of every row; the label is 0 without a label column."""
     image, label = columns
@@ -99,9 +96,6 @@ def normalize(pixels: Tensor, processor: Any) -> Tensor:
         for values in (processor.image_mean, processor.image_std)
     )
     return pixels.float().sub_(mean).div_(std)  # in place: allocation costs more than the arithmetic
-
-
-# ----------------------------------------------------------------------------------------------------- data sets
 
 
 class EvaluationImages(torch.utils.data.Dataset):

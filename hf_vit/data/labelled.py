@@ -148,9 +148,6 @@ def _repeated(data: ImageData, times: float) -> ImageData:
     return replace(data, train=data.train.select(indices), train_length=len(indices))
 
 
-# --------------------------------------------------------------------------------------- splits and their classes
-
-
 class _Tables:
     """One or two prepared splits, with the same classes."""
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..checkpoints import Options, open_checkpoint
 from ..checkpoints.models import load
@@ -92,13 +94,17 @@ def evaluate_checkpoint(
     # Tokens are merged within the layers, which the optimized model does not have.
     model = model.to(DTYPES[precision]) if merged_per_layer else optimize_for_inference(model, precision)
     run = _Run(model, processor, data, classes, accelerator, batch_size, num_workers)
-    features, broken, seconds = run.features() if probes else ({}, [], 0.0)
-    measured: dict[str, Any] = {}
+    features: dict[str, Any] = {}
+    results = None
+    if probes:
+        *features["train"], _ = run.features(data.train)
+        began = time.perf_counter()
+        *features["test"], broken = run.features(data.evaluation)
     if classes is not None:
         began = time.perf_counter()
         results = run.classify(is_stateless=not merged_per_layer)
-        broken, seconds = results.broken, time.perf_counter() - began
-        measured = _by_class(results, model_labels or [])
+        broken = results.broken
+    seconds = time.perf_counter() - began
     speed, merged = run.speed(merged_per_layer)
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -115,7 +121,7 @@ def evaluate_checkpoint(
         "labels": label_names,
         "note": note,
         "assumed": checkpoint.assumed,
-        **measured,
+        **({} if results is None else _by_class(results, label_names)),
         "probes": {name: _probe(name, features, label_names) for name in probes},
         "images_per_second": {"pipeline": count / seconds, "model": speed},
         **merged,
@@ -137,70 +143,58 @@ def _check_measurable(
         raise ValueError(f"{note} To evaluate its features alone, add --probe.")
     if classes is None and merged:
         raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
-    is_training_split = len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]
-    if probes and is_training_split:
+    if probes and len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]:
         raise ValueError(
-            f"Probes are fitted on the training split and cannot be evaluated on it: choose another --split than "
+            f"Probes are fitted on the training split, so they cannot be evaluated on it: choose another --split than "
             f"{split}, or remove the option."
         )
 
 
+@dataclass
 class _Run:
-    """A model on a device, and its data: the measurements that need both."""
+    """A model on its device and its data, with the measurements that need both."""
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        data: ImageData,
-        classes: list[int] | None,
-        accelerator: Accelerator,
-        batch_size: int,
-        num_workers: int,
-    ) -> None:
-        self.model, self.data, self.accelerator, self.batch_size = model, data, accelerator, batch_size
-        self.has_workers = num_workers > 0 or accelerator.num_processes > 1
-        self.options: dict[str, Any] = {
-            "accelerator": accelerator,
-            "normalize": partial(normalize, processor=processor),
-        }
+    model: Any
+    processor: Any
+    data: ImageData
+    classes: list[int] | None
+    accelerator: Accelerator
+    batch_size: int
+    num_workers: int
 
-        def loader_of(split: Any) -> Any:
-            images = EvaluationImages(split, data.columns, processor)
-            if classes is not None:
-                images.labels = [classes[label] for label in images.labels]
-            parts = accelerator.num_processes, accelerator.process_index
-            return evaluation_loader(images, batch_size, num_workers, *parts)
+    def loader(self, split: Any) -> Any:
+        images = EvaluationImages(split, self.data.columns, self.processor)
+        if self.classes is not None:
+            images.labels = [self.classes[label] for label in images.labels]
+        parts = self.accelerator.num_processes, self.accelerator.process_index
+        return evaluation_loader(images, self.batch_size, self.num_workers, *parts)
 
-        self.loader_of, self.loader = loader_of, loader_of(data.evaluation)
-
-    def features(self) -> tuple[dict[str, Any], list[str], float]:
-        """Return features and labels of both splits; of the evaluation split, also broken images and the seconds."""
-        extract = partial(extract_features, self.model, pooled=self.model.base_model.pooler, **self.options)
-        *train, _ = extract(self.loader_of(self.data.train))
-        began = time.perf_counter()
-        *test, broken = extract(self.loader)
-        return {"train": train, "test": test}, broken, time.perf_counter() - began
+    def features(self, split: Any) -> tuple[Tensor, Tensor, list[str]]:
+        """Return the features, the labels and the names of broken images of a split."""
+        to_model, pooled = partial(normalize, processor=self.processor), self.model.base_model.pooler
+        return extract_features(self.model, self.loader(split), self.accelerator, to_model, pooled)
 
     def classify(self, is_stateless: bool) -> ImageResults:
         """Classify the evaluation split; CPU cores may share a stateless model."""
-        is_shared = is_stateless and not self.has_workers and self.accelerator.device.type == "cpu"
+        is_alone = self.accelerator.num_processes == 1 and not self.num_workers
+        is_shared = is_stateless and is_alone and self.accelerator.device.type == "cpu"
         forward = forward_on_cores if is_shared else forward_in_turn
-        return classify(self.model, self.loader, forward=forward, **self.options)
+        to_model = partial(normalize, processor=self.processor)
+        return classify(self.model, self.loader(self.data.evaluation), self.accelerator, to_model, forward)
 
     def speed(self, merged_per_layer: int) -> tuple[float, dict[str, Any]]:
         """Return images/s of the model, and if tokens are to be merged, metrics and images/s with merging."""
-        model, numbers, measured = self.model, [0], {}
-        if merged_per_layer:
-            merge_tokens(model, merged_per_layer)
-            measured = {"per_layer": merged_per_layer, "figures": self.classify(is_stateless=False).metrics()}
-            numbers.append(merged_per_layer)
-        config = model.config
+        model, config = self.model, self.model.config
         shape = (min(self.batch_size, len(self.data.evaluation)), config.num_channels, *config.image_shape)
-        prepare = {n: partial(merge_tokens, model, n) if merged_per_layer else lambda: model for n in numbers}
-        speeds = throughputs(prepare, torch.zeros(shape, device=self.accelerator.device), self.accelerator)
-        plain, *merged = (median(speeds[number]) for number in numbers)
-        return plain, {"merged": {**measured, "images_per_second": {"model": merged[0]}}} if merged else {}
+        pixel_values = torch.zeros(shape, device=self.accelerator.device)
+        if not merged_per_layer:
+            return median(throughputs({0: lambda: model}, pixel_values, self.accelerator)[0]), {}
+        merge_tokens(model, merged_per_layer)
+        metrics = self.classify(is_stateless=False).metrics()
+        prepare = {number: partial(merge_tokens, model, number) for number in (0, merged_per_layer)}
+        speeds = throughputs(prepare, pixel_values, self.accelerator)
+        merged = {"figures": metrics, "images_per_second": {"model": median(speeds[merged_per_layer])}}
+        return median(speeds[0]), {"merged": {"per_layer": merged_per_layer, **merged}}
 
 
 def _by_class(results: ImageResults, label_names: list[str]) -> dict[str, Any]:

@@ -59,9 +59,6 @@ def _text(text: str | None) -> str | None:
     return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
-# --------------------------------------------------------------------------------------------------- file formats
-
-
 @contextmanager
 def _parquet(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     waiting: list[pa.Table] = []
@@ -89,9 +86,6 @@ def _json_lines(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], 
 
 Writer = Callable[[Path, pa.Schema], AbstractContextManager[Callable[[pa.Table], None]]]
 WRITERS: dict[str, Writer] = {".parquet": _parquet, ".jsonl": _json_lines}
-
-
-# ------------------------------------------------------------------------------------------------------ the table
 
 
 class PredictionTable:

@@ -292,7 +292,7 @@ def test_lost_shards_are_not_passed_over(
     with monkeypatch.context() as patch:
         patch.setattr(PredictionTable, "join", lose)
         with pytest.raises(
-            ValueError, match=r"lacks shards of 1 of \d+ parts: all processes must see the same folder"
+            ValueError, match=r"lacks shards of 1 of \d+ parts: make sure that all processes see the same folder"
         ):
             predict_to_file(tmp_path / "a.parquet", sources, settings_of(model))
     assert predict(tmp_path / "a.parquet", sources, settings_of(model)).images == ROWS
@@ -358,7 +358,7 @@ def test_the_last_line_is_json(model: str, sources: Sources, tmp_path: Path) -> 
         (["--features"], "There is no file for --features to write to: add --output FILE.parquet"),
         (["--engine", "ray"], "There is no file for --engine ray to write to"),
         (["--restart"], "There is no file for --restart to write to"),
-        (["--split", "train"], "--split is for data sets and parquet"),
+        (["--split", "train"], "Image files take no --split: remove the option"),
         (["missing.jpg"], "Found no file or folder missing.jpg"),
     ],
 )

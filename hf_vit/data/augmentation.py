@@ -129,9 +129,6 @@ class TensorFlowRandAugment(v2.Transform):
         return inpt
 
 
-# ----------------------------------------------------------------------------------------- augmentations by name
-
-
 def _crop_flip(size: tuple[int, int], smallest_crop: float, **options: Any) -> list[v2.Transform]:
     return [v2.RandomResizedCrop(size, scale=(smallest_crop, 1.0), **options), v2.RandomHorizontalFlip()]
 
@@ -217,9 +214,6 @@ def build_augmentation(
     if erasing:
         transforms.append(v2.RandomErasing(erasing, value=values))
     return v2.Compose(transforms)
-
-
-# ------------------------------------------------------------------------------------------------------ batches
 
 
 class BatchMixer:

@@ -37,9 +37,6 @@ def choose(what: str, found: Iterable[str], given: str | None, usual: tuple[str,
     )
 
 
-# -------------------------------------------------------------------------------------------------------- splits
-
-
 def open_splits(source: str | Path, streaming: bool) -> dict[str, Any]:
     """Return the splits of a source by name; see `load_data` for what a source may be."""
     path, name = Path(source).expanduser(), str(source)
@@ -156,9 +153,6 @@ def stated_length(split: Any) -> int | None:
     """Return the number of images that the metadata of a stream states, if any."""
     stated = (split.info.splits or {}).get(str(split.split))
     return stated.num_examples or None if stated else None
-
-
-# ------------------------------------------------------------------------------------------------------- columns
 
 
 def with_features(split: Any) -> Any:

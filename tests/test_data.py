@@ -411,7 +411,7 @@ def test_a_share_to_learn_from_is_part_of_a_larger_one() -> None:
     [
         ({"train_share": 0.0}, "train_share must be between 0 and 1, got 0.0"),
         ({"train_share": 1e-6}, "train_share=1e-06 leaves none of"),
-        ({"train_share": 0.5, "streaming": True}, "train_share=0.5 needs a prepared data set"),
+        ({"train_share": 0.5, "streaming": True}, "train_share and train_repeats need a prepared data set"),
     ],
 )
 def test_shares_that_cannot_be(fields: dict[str, Any], message: str) -> None:

@@ -130,7 +130,7 @@ def test_repeated_images_make_an_epoch_longer(photos: Path) -> None:
     assert len(data.evaluation) == 21
     with pytest.raises(ValueError, match=r"train_repeats must be at least 1, got 0\.5"):
         load_data(photos, train_repeats=0.5)
-    with pytest.raises(ValueError, match=r"train_repeats=.* needs a prepared data set"):
+    with pytest.raises(ValueError, match="train_repeats need a prepared data set"):
         load_data(photos, train_repeats=2, streaming=True)
 
 

@@ -102,8 +102,8 @@ def load_data(
     name = path.resolve().stem if path.exists() else str(source)  # a model card must not reveal local paths
     kind = _Streams if streaming else _Tables
     data = kind(used, columns, eval_fraction, split_seed).divide(name, eval_name, train_images)
-    data = data if train_share == 1 else _share_of(data, train_share, split_seed)
-    return data if train_repeats == 1 else _repeated(data, train_repeats)
+    is_plain = train_share == train_repeats == 1
+    return data if is_plain else _resampled(data, train_share, train_repeats, split_seed)
 
 
 def load_evaluation_data(model: str, source: str, **options: Any) -> tuple[ImageData, str]:
@@ -125,27 +125,23 @@ def load_evaluation_data(model: str, source: str, **options: Any) -> tuple[Image
     return data, ""
 
 
-def _share_of(data: ImageData, share: float, seed: int) -> ImageData:
-    """Return data with a share of its training images."""
+def _resampled(data: ImageData, share: float, repeats: float, seed: int) -> ImageData:
+    """Return data with a share of its training images, repeated."""
     if data.is_stream:
-        raise ValueError(f"train_share={share} needs a prepared data set: set train_share: 1, or streaming: false.")
-    label = data.columns[1]
-    _, chosen = split_evenly(data.train[label] if label else [0] * len(data.train), share, seed, "train_share")
+        raise ValueError("train_share and train_repeats need a prepared data set: set both to 1, or streaming: false.")
+    if repeats < 1:
+        raise ValueError(f"train_repeats must be at least 1, got {repeats}: to use fewer images, set train_share.")
+    chosen = list(range(len(data.train)))
+    if share != 1:
+        _, chosen = split_evenly(_labels(data.train, data.columns[1]), share, seed, "train_share")
     if not chosen:
         raise ValueError(f"train_share={share} leaves none of {len(data.train)} training images: increase it.")
-    return replace(data, train=data.train.select(chosen), train_length=len(chosen))
-
-
-def _repeated(data: ImageData, times: float) -> ImageData:
-    """Return data with repeated training images."""
-    if data.is_stream:
-        raise ValueError(
-            f"train_repeats={times} needs a prepared data set: set train_repeats: 1, or streaming: false."
-        )
-    if times < 1:
-        raise ValueError(f"train_repeats must be at least 1, got {times}: to use fewer images, set train_share.")
-    indices = [index % data.train_length for index in range(round(times * data.train_length))]
+    indices = [chosen[index % len(chosen)] for index in range(round(repeats * len(chosen)))]
     return replace(data, train=data.train.select(indices), train_length=len(indices))
+
+
+def _labels(split: Any, column: str | None) -> list[int]:
+    return split[column] if column else [0] * len(split)
 
 
 class _Tables:
@@ -192,8 +188,7 @@ class _Tables:
         return split.remove_columns(column).add_column(column, labels).cast_column(column, ClassLabel(names=names))
 
     def _hold_out(self, split: Any) -> tuple[Any, Any]:
-        label = self.columns[1]
-        train, held_out = split_evenly(split[label] if label else [0] * len(split), self.fraction, self.seed)
+        train, held_out = split_evenly(_labels(split, self.columns[1]), self.fraction, self.seed)
         return split.select(train), split.select(held_out)
 
     def _train_length(self, train: Any, train_images: int | None) -> int:

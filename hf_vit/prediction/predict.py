@@ -133,7 +133,7 @@ def predict_to_file(
 
 
 class Survey:
-    """Yield numbered parts of sources; digest them, and count them and, if known, their images."""
+    """Number the parts of sources as they are read; compute a digest, and count them and their known images."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.rest, self.digest, self.parts, self.images = parts, hashlib.blake2b(digest_size=16), 0, 0

@@ -17,11 +17,10 @@ from ..checkpoints.models import load
 from ..data.images import EvaluationImages, normalize
 from ..data.labelled import ImageData, load_evaluation_data
 from ..data.loaders import evaluation_loader, naming_dead_workers
-from ..hub.card import versions
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
 from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
-from ..system.machine import machine
+from ..system.machine import machine, versions
 from . import probing
 from .labels import labels_of, match_labels
 from .metrics import ImageResults, classify, extract_features, forward_in_turn, forward_on_cores

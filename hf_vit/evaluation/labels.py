@@ -48,8 +48,8 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
         )
     unknown = [name for name in of_data if name not in index]
     return None, (
-        f"The model lacks {len(unknown)} of the data's {len(of_data)} classes ({listed(unknown)}); it has "
-        f"{len(of_model)} classes ({listed(of_model)}). Rename the classes of the data, or choose the --label-column "
+        f"The model lacks {len(unknown)} of the data's {len(of_data)} classes ({shortened(unknown)}); it has "
+        f"{len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the --label-column "
         "that the model was trained on."
     )
 
@@ -58,6 +58,6 @@ def _are_numbers(names: list[str]) -> bool:
     return all(name in (str(index), f"LABEL_{index}") for index, name in enumerate(names))
 
 
-def listed(names: list[str]) -> str:
+def shortened(names: list[str]) -> str:
     """Return the first three names, separated by commas."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..data.labelled import HELD_OUT
-from .labels import listed
+from .labels import shortened
 
 MOST_CLASSES, WORST = 20, 10  # with more classes, only the worst ones are printed
 
@@ -20,7 +20,7 @@ def report_lines(measured: dict[str, Any]) -> list[str]:
         lines.append(f"Note: {measured['note']}{'' if 'figures' in measured else ' Only probes are run.'}")
     lines += [f"Assumed: {assumed}" for assumed in measured["assumed"]]
     if broken := measured["broken"]:
-        lines.append(f"Skipped {len(broken)} images that cannot be read ({listed(broken)})")
+        lines.append(f"Skipped {len(broken)} images that cannot be read ({shortened(broken)})")
     lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
     lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []

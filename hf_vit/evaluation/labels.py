@@ -49,8 +49,8 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
     unknown = [name for name in of_data if name not in index]
     return None, (
         f"The model lacks {len(unknown)} of the data's {len(of_data)} classes ({shortened(unknown)}); it has "
-        f"{len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the --label-column "
-        "that the model was trained on."
+        f"{len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the "
+        "--label-column that the model was trained on."
     )
 
 

@@ -445,7 +445,7 @@ def worker_killed(bench: Bench, times: int) -> str:
         [process] = case.begin()
         case.until_lines()
         os.kill(bench.draw.choice(children(process.pid)), signal.SIGKILL)
-        case.ends([process], 2, "A process that loads images was ended from outside (DataLoader worker (pid")
+        case.ends([process], 2, "A data loading process was killed (DataLoader worker (pid")
         case.goes_on()
     return "exits with 2 and names the process"
 

@@ -266,7 +266,7 @@ def test_a_cutout_is_a_box_up_to_its_size() -> None:
 
 def test_an_unknown_augmentation_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"Unknown augmentation 'aug_light2': choose one of none, .* 'augreg_light2'\."
+        ValueError, match=r"Unknown augmentation 'aug_light2': choose one of none, .* Did you mean 'augreg_light2'\?"
     ):
         build_augmentation("aug_light2", (8, 8), 0.5)
 

@@ -82,7 +82,7 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
         (["--compile=maybe"], "compile must be true or false, got 'maybe'"),
         (["--model-config.hidden-sise", "3"], "hidden_size"),
         (["epochs"], "Unexpected 'epochs': fields of a recipe are set by --field VALUE"),
-        (["--data", "/no/such/place"], "Expected data in '/no/such/place'"),
+        (["--data", "/no/such/place"], "Expected a data set, got '/no/such/place'"),
         (["--recipe", "nothing"], "There is no recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
     ],

@@ -338,7 +338,7 @@ def test_a_signal_ends_it_at_once(
     ("arguments", "message"),
     [
         (["--dry-run", "--batch-size", "7", "--accumulation-steps", "2"], "batch_size=7 must be divisible by"),
-        (["--dry-run", "--data", "/no/such/place"], "Expected data in '/no/such/place'"),
+        (["--dry-run", "--data", "/no/such/place"], "Expected a data set, got '/no/such/place'"),
         (["--dry-run", "--keep-checkpoints", "0"], "keep_checkpoints must be at least 1"),
         (["--price-per-hour", "2"], "--price-per-hour belongs to --dry-run"),
     ],

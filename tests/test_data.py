@@ -12,8 +12,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from datasets.distributed import split_dataset_by_node
 from tiny_run import COLORS, colored_dataset, colored_images, save_photos
 
+from hf_vit.data.images import derive_seed, image_digest
 from hf_vit.data.labelled import load_data, split_evenly
-from hf_vit.data.opening import as_stored, identity_of, seed_of
+from hf_vit.data.opening import as_stored
 
 # ------------------------------------------------------------------------------------------------------ sources
 
@@ -246,7 +247,7 @@ def test_labels_are_not_always_needed(tmp_path: Path, streaming: bool) -> None:
     data = load_data(tmp_path / "photos", needs_labels=False, streaming=streaming, eval_fraction=0.3)
     assert data.columns == ("image", None) and data.label_names == []
     assert sum(1 for _ in data.train) == data.train_length > 0
-    with pytest.raises(ValueError, match="Which label_column"):
+    with pytest.raises(ValueError, match="Found no label_column: specify one"):
         load_data(tmp_path / "photos", streaming=streaming)
 
 
@@ -286,9 +287,9 @@ def test_labels_of_any_kind(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, None], "Some images have no label in 'label': remove them, or name another label_column"),
+        ([0, None], "Some images have no label in 'label': remove them, or specify another label_column"),
         (["a", None], "Some images have no label in 'label'"),
-        ([[0, 1], [1]], "Expected one class an image in 'label', got List.*name a label_column"),
+        ([[0, 1], [1]], "Expected one class per image in 'label', got List.*specify another label_column"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(
@@ -313,7 +314,7 @@ def test_a_column_that_cannot_be_told_must_be_named(tmp_path: Path, streaming: b
     )
     rows = {"left": images, "right": images, "kind": labels, "place": list(range(30))}
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "source"))
-    with pytest.raises(ValueError, match=r"Which image_column\? Name one of: left, right"):
+    with pytest.raises(ValueError, match=r"Cannot infer image_column: specify one of left, right"):
         load_data(tmp_path / "source", streaming=streaming)
     found = load_data(tmp_path / "source", image_column="right", streaming=streaming)
     assert found.columns == ("right", "kind")  # the only column of classes
@@ -323,7 +324,7 @@ def test_a_column_that_cannot_be_told_must_be_named(tmp_path: Path, streaming: b
 
 def test_something_must_be_held_out(tmp_path: Path) -> None:
     colored_dataset(3, 0).save_to_disk(str(tmp_path / "source"))
-    with pytest.raises(ValueError, match="source gives 3 images to learn from, and something must be left to hold"):
+    with pytest.raises(ValueError, match="source has 3 training images and needs some for evaluation too"):
         load_data(tmp_path / "source")
 
 
@@ -334,9 +335,9 @@ def test_a_card_says_no_path_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_an_image_is_known_by_its_bytes_or_the_end_of_its_path() -> None:
-    assert identity_of({"bytes": b"a", "path": "x"}) == identity_of({"bytes": b"a", "path": "y"})
-    assert identity_of({"bytes": None, "path": "/a/b/c.png"}) == identity_of({"bytes": None, "path": "/z/b/c.png"})
-    assert identity_of({"bytes": b"a", "path": None}) != identity_of({"bytes": b"b", "path": None})
+    assert image_digest({"bytes": b"a", "path": "x"}) == image_digest({"bytes": b"a", "path": "y"})
+    assert image_digest({"bytes": None, "path": "/a/b/c.png"}) == image_digest({"bytes": None, "path": "/z/b/c.png"})
+    assert image_digest({"bytes": b"a", "path": None}) != image_digest({"bytes": b"b", "path": None})
 
 
 def test_digits_hold_out_the_same_fifth_of_every_class() -> None:
@@ -357,13 +358,13 @@ def test_columns_and_splits_can_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "/no/such/folder"}, "Expected data in '/no/such/folder'"),
-        ({"source": ""}, "Expected data in ''"),
-        ({"train_split": "trian"}, "train_split='trian' is not there: choose one of train, test"),
-        ({"eval_split": "val"}, "no split 'val'.*train, test"),
-        ({"image_column": "img"}, "image_column='img' is not there: choose one of image"),
-        ({"label_column": "class"}, "label_column='class' is not there: choose one of label"),
-        ({"source": "digits", "eval_fraction": 0.0}, "eval_fraction is a share between 0 and 1, got 0.0"),
+        ({"source": "/no/such/folder"}, "Expected a data set, got '/no/such/folder'"),
+        ({"source": ""}, "Expected a data set, got ''"),
+        ({"train_split": "trian"}, "Unknown train_split 'trian': choose one of train, test"),
+        ({"eval_split": "val"}, "Unknown split 'val': choose one of train, test"),
+        ({"image_column": "img"}, "Unknown image_column 'img': choose one of image"),
+        ({"label_column": "class"}, "Unknown label_column 'class': choose one of label"),
+        ({"source": "digits", "eval_fraction": 0.0}, "eval_fraction must be between 0 and 1, got 0.0"),
     ],
 )
 def test_refuses(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -387,9 +388,11 @@ def test_split_is_even_and_whole() -> None:
 
 
 def test_seeds() -> None:
-    assert seed_of(0, "order", 1) == seed_of(0, "order", 1)
-    assert len({seed_of(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(50)}) == 450
-    assert all(0 <= seed_of(part) < 2**63 for part in range(100))
+    assert derive_seed(0, "order", 1) == derive_seed(0, "order", 1)
+    assert (
+        len({derive_seed(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(50)}) == 450
+    )
+    assert all(0 <= derive_seed(part) < 2**63 for part in range(100))
 
 
 def test_a_share_to_learn_from_is_part_of_a_larger_one() -> None:
@@ -406,9 +409,9 @@ def test_a_share_to_learn_from_is_part_of_a_larger_one() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train_share": 0.0}, "train_share is a share between 0 and 1, got 0.0"),
+        ({"train_share": 0.0}, "train_share must be between 0 and 1, got 0.0"),
         ({"train_share": 1e-6}, "train_share=1e-06 leaves none of"),
-        ({"train_share": 0.5, "streaming": True}, "A stream is learned from whole"),
+        ({"train_share": 0.5, "streaming": True}, "train_share and train_repeats need a prepared data set"),
     ],
 )
 def test_shares_that_cannot_be(fields: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from hf_vit import HFViTForImageClassification, HFViTModel
 from hf_vit.cli.main import app
-from hf_vit.data.images import as_seen, normalize
+from hf_vit.data.images import normalize, preprocess
 from hf_vit.demo import Exhibit, export_space
 from hf_vit.demo.exhibit import File
 from hf_vit.demo.markup import by
@@ -108,7 +108,7 @@ def test_answers_are_the_model_s_at_any_size(exhibit: Exhibit, folder: Path) -> 
         answer = exhibit.answer(file, size)
         processor = at_one_size(exhibit.processor, answer.size)
         with torch.no_grad():
-            pixels = as_seen(read_image(file.path), processor)[None]
+            pixels = preprocess(read_image(file.path), processor)[None]
             expected = exhibit.model(normalize(pixels, processor)).logits[0].softmax(-1).sort(descending=True)
         assert pixels.shape[-2:] == answer.size == (size or (32, 48)) and answer.seconds > 0
         assert answer.prediction.source == "mine.png" and answer.prediction.error is None
@@ -118,7 +118,7 @@ def test_answers_are_the_model_s_at_any_size(exhibit: Exhibit, folder: Path) -> 
 
 def test_attention_is_that_of_the_layer_and_head(exhibit: Exhibit, folder: Path) -> None:
     file = File(folder / "photo.png", "photo.png")
-    pixel_values = normalize(as_seen(read_image(file.path), exhibit.processor)[None], exhibit.processor)
+    pixel_values = normalize(preprocess(read_image(file.path), exhibit.processor)[None], exhibit.processor)
     pictures = []
     for view, layer, head, expected in (
         ("rollout", -1, None, attention_rollout(exhibit.model, pixel_values)),

@@ -96,12 +96,12 @@ def test_everything_is_measured_and_said(model: Path, photos: Path, tmp_path: Pa
     assert "torch" in measured["versions"] and measured["hardware"] and measured["precision"] == "fp32"
     for words in (
         "tiny on photos, split test: 21 images of 8x8 pixels",
-        f"top-1  {figures['accuracy']:.2%}",
+        f"top-1 accuracy  {figures['accuracy']:.2%}",
         "linear probe  100.00%",
         "20-NN",
         "10-shot",
         "'blue' has 18 training images",
-        "the model alone",
+        "for the model alone",
         "  green",
     ):
         assert words in output, (words, output)
@@ -142,9 +142,9 @@ def test_classes_in_another_order_are_matched_by_name(model: Path, photos: Path,
 def test_a_split_is_what_was_asked_for(model: Path, photos: Path, tmp_path: Path) -> None:
     assert measure(tmp_path, model, photos, "--split", "train")["figures"]["count"] == 54
     DatasetDict(train=colored_dataset(30, 0)).save_to_disk(tmp_path / "alone")
-    assert "the part that is held out: 6 images" in evaluate(model, tmp_path / "alone")
-    assert "no split 'dev'" in evaluate(model, photos, "--split", "dev", exit_code=2)
-    assert "Probes learn from" in evaluate(model, photos, "--split", "train", "--probe", "knn", exit_code=2)
+    assert "held-out split: 6 images" in evaluate(model, tmp_path / "alone")
+    assert "Unknown split 'dev'" in evaluate(model, photos, "--split", "dev", exit_code=2)
+    assert "Probes are fitted on" in evaluate(model, photos, "--split", "train", "--probe", "knn", exit_code=2)
 
 
 def test_what_is_only_for_testing_is_measured_whole(model: Path, tmp_path: Path) -> None:
@@ -154,15 +154,19 @@ def test_what_is_only_for_testing_is_measured_whole(model: Path, tmp_path: Path)
     colored_dataset(10, 1).to_parquet(str(tmp_path / "data" / "validation.parquet"))
     assert "split validation: 10 images" in evaluate(model, tmp_path / "data")
     assert "split test: 20 images" in evaluate(model, tmp_path / "data", "--split", "test")
-    assert "Which train_split?" in evaluate(model, tmp_path / "data", "--probe", "knn", exit_code=2)
+    assert "Cannot infer train_split" in evaluate(model, tmp_path / "data", "--probe", "knn", exit_code=2)
 
 
 def test_what_a_run_held_out_is_held_out(tmp_path: Path) -> None:
     DatasetDict(train=colored_dataset(40, 0)).save_to_disk(tmp_path / "alone")
     model = save_model(tmp_path / "tiny", list(COLORS))
     for fields, count, words in (
-        ({"eval_fraction": 0.1, "split_seed": 3}, 3, "the part that is held out: 3 images"),
-        ({"streaming": True}, 9, "It learned from a stream, which holds out other images: it may have seen these."),
+        ({"eval_fraction": 0.1, "split_seed": 3}, 3, "held-out split: 3 images"),
+        (
+            {"streaming": True},
+            9,
+            "The model was trained on a stream, which holds out other images: it may have seen some of these.",
+        ),
     ):
         (model / RECIPE).write_text(TrainConfig(**fields).to_yaml())
         assert measure(tmp_path, model, tmp_path / "alone")["images"] == count
@@ -177,16 +181,16 @@ def test_broken_images_are_left_out_and_named(model: Path, tmp_path: Path) -> No
         if index == 3:
             file.write_bytes(file.read_bytes()[:40])
     output = evaluate(model, tmp_path / "photos", "--split", "train")
-    assert "29 images of" in output and "cannot be read: 1 images (blue/3.png)" in output
+    assert "29 images of" in output and "Skipped 1 images that cannot be read (blue/3.png)" in output
 
 
 def test_classes_that_do_not_match_are_an_error_or_leave_the_probes(photos: Path, tmp_path: Path) -> None:
     stranger = save_model(tmp_path / "stranger", ["blue", "cyan", "magenta"])
     output = evaluate(stranger, photos, exit_code=2)
-    assert output.startswith("Error: The model does not know 2 of the data's 3 classes (green, red); it tells 3 apart")
+    assert output.startswith("Error: The model lacks 2 of the data's 3 classes (green, red); it has 3 classes")
     assert "--probe" in output and "Traceback" not in output
     encoder = save_model(tmp_path / "encoder", ["a"], HFViTForMaskedImageModeling)
-    assert "no head" in evaluate(encoder, photos, exit_code=2)
+    assert "no classifier" in evaluate(encoder, photos, exit_code=2)
     for folder in (stranger, encoder):
         output = evaluate(folder, photos, "--probe", "linear")
         assert "Only probes are run." in output and "linear probe" in output and "top-1" not in output
@@ -196,10 +200,10 @@ def test_classes_that_do_not_match_are_an_error_or_leave_the_probes(photos: Path
     ("arguments", "words"),
     [
         (("--json", "nowhere/figures.json"), "no folder nowhere"),
-        (("--probe", "quadratic"), "no probe quadratic: choose of linear, knn, few-shot"),
+        (("--probe", "quadratic"), "Unknown probe quadratic: choose one of linear, knn, few-shot"),
         (("--image-size", "big"), "--image-size takes pixels"),
         (("--image-size", "9"), "9"),
-        (("--label-column", "colour"), "label_column='colour' is not there"),
+        (("--label-column", "colour"), "Unknown label_column 'colour'"),
     ],
 )
 def test_what_cannot_be_done_is_a_line(model: Path, photos: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -224,7 +228,7 @@ def test_matching_by_position_is_said() -> None:
     assert match_labels(["1", "0"], ["0", "1"])[0] == [1, 0]
     assert match_labels(["crane", "owl", "crane"], ["owl", "crane"])[0] is None  # which of both?
     classes, sentence = match_labels(["crane", "owl", "crane"], ["crane", "owl", "crane bird"])
-    assert classes == [0, 1, 2] and sentence == "Classes of the model that share a name are taken by position."
+    assert classes == [0, 1, 2] and sentence == "Classes of the model that share a name are matched by position."
 
 
 def test_of_many_classes_the_worst_are_printed(tmp_path: Path) -> None:
@@ -247,7 +251,7 @@ def test_a_killed_process_that_loads_is_named(model: Path, photos: Path, monkeyp
     this = os.getpid()
     monkeypatch.setattr(EvaluationImages, "prepare", end)
     output = evaluate(model, photos, "--num-workers", 1, exit_code=2)
-    assert "Error: A process that loads images was ended from outside (DataLoader worker (pid" in output
+    assert "Error: A data loading process was killed (DataLoader worker (pid" in output
 
 
 @pytest.mark.slow

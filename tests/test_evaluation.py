@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.data.images import EvaluationImages, normalize
 from hf_vit.data.loaders import evaluation_loader
-from hf_vit.evaluation.figures import Predictions, classify, extract
+from hf_vit.evaluation.metrics import ImageResults, classify, extract_features
 
 
 def to_model(pixels: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Answers(nn.Module):
         return SimpleNamespace(logits=self.logits[pixel_values[:, 0, 0, 0].long()])
 
 
-def answer(logits: Any, labels: list[int], accelerator: Accelerator) -> Predictions:
+def answer(logits: Any, labels: list[int], accelerator: Accelerator) -> ImageResults:
     pixels = torch.arange(len(labels)).view(-1, 1, 1, 1)
     batch = {"pixel_values": pixels, "labels": torch.tensor(labels), "index": torch.arange(len(labels)), "broken": []}
     return classify(Answers(logits), [batch], accelerator, lambda pixels: pixels)
@@ -90,7 +90,7 @@ def answer(logits: Any, labels: list[int], accelerator: Accelerator) -> Predicti
 def test_every_image_counts_once(loader: Any, model: Any, accelerator: Accelerator) -> None:
     model.train()
     predictions = classify(model, loader, accelerator, to_model)
-    features, labels, broken = extract(model, loader, accelerator, to_model, model.vit.pooler)
+    features, labels, broken = extract_features(model, loader, accelerator, to_model, model.vit.pooler)
     assert model.training and not model.vit.pooler._forward_hooks
     model.eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_every_image_counts_once(loader: Any, model: Any, accelerator: Accelerat
     torch.testing.assert_close(predictions.losses, nn.functional.cross_entropy(logits, LABELS, reduction="none"))
     torch.testing.assert_close(features, pooled)
     truth, scores = LABELS.numpy(), logits.softmax(-1).double().numpy()
-    figures = predictions.figures()
+    figures = predictions.metrics()
     assert figures["count"] == 11 and figures["accuracy"] == np.mean(scores.argmax(-1) == truth)
     assert figures["top5_accuracy"] == top_k_accuracy_score(truth, scores, k=5, labels=range(8))
     scores /= scores.sum(-1, keepdims=True)
@@ -113,7 +113,7 @@ def test_features_are_what_the_head_reads(tiny_config: Any, accelerator: Acceler
     model = HFViTForImageClassification(tiny_config(representation_size=6))
     read = []
     model.classifier.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    features, _, _ = extract(model, batches([0, 1, 2]), accelerator, to_model, model.vit.pooler)
+    features, _, _ = extract_features(model, batches([0, 1, 2]), accelerator, to_model, model.vit.pooler)
     assert features.shape == (3, 6) and features.equal(read[0])  # behind the pre-logits layer
 
 
@@ -121,7 +121,7 @@ def test_broken_images_are_named_and_not_counted(model: Any, accelerator: Accele
     loader = batches([0, -1, 2], [-1, 1], broken={0: ["b/2.jpg"], 1: ["a/1.jpg"]})
     predictions = classify(model, loader, accelerator, to_model)
     assert predictions.broken == ["a/1.jpg", "b/2.jpg"] and predictions.labels.tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"no image to measure: 1 could not be read \(a/1.jpg\)"):
+    with pytest.raises(ValueError, match=r"No image to evaluate: 1 could not be read \(a/1.jpg\)"):
         classify(model, batches([-1], broken={0: ["a/1.jpg"]}), accelerator, to_model)
 
 
@@ -152,7 +152,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from hf_vit import HFViTConfig, HFViTForImageClassification
-from hf_vit.evaluation import classify, extract
+from hf_vit.evaluation.metrics import classify, extract_features
 from conftest import TINY
 from test_evaluation import LABELS, PIXELS, batches, to_model
 
@@ -171,7 +171,8 @@ else:
 ours = [([0, 2, 4], [6, 8, 10]), ([1, 3, 5], [7, 9, -1])][accelerator.process_index]
 loader = batches(*ours, broken={0: [f"{accelerator.process_index}.jpg"]})
 predictions = classify(model, loader, accelerator, to_model)
-features, labels, broken = extract(model, loader, accelerator, to_model, accelerator.unwrap_model(model).vit.pooler)
+pooler = accelerator.unwrap_model(model).vit.pooler
+features, labels, broken = extract_features(model, loader, accelerator, to_model, pooler)
 assert predictions.labels.equal(LABELS) and labels.equal(LABELS)
 assert predictions.broken == broken == ["0.jpg", "1.jpg"]
 assert predictions.predicted.equal(logits.argmax(-1))
@@ -207,24 +208,24 @@ def test_ties_are_no_hits(accelerator: Accelerator) -> None:
     predictions = answer(logits, [1, 2, 6, 0, 5], accelerator)
     assert predictions.ranks.tolist() == [0, 1, 6, 0, 6]
     assert predictions.predicted.tolist() == [1, 1, 0, 0, 6]
-    assert predictions.figures()["top5_accuracy"] == 3 / 5
-    zeros = answer([[0.0] * 10] * 10, list(range(10)), accelerator).figures()
+    assert predictions.metrics()["top5_accuracy"] == 3 / 5
+    zeros = answer([[0.0] * 10] * 10, list(range(10)), accelerator).metrics()
     assert zeros["accuracy"] == 0.1 and zeros["top5_accuracy"] == 0.5
 
 
 def test_what_is_not_a_number_is_not_likely(accelerator: Accelerator) -> None:
     predictions = answer([[float("nan")] * 7], [3], accelerator)
-    assert predictions.ranks.tolist() == [7] and predictions.figures()["top5_accuracy"] == 0
+    assert predictions.ranks.tolist() == [7] and predictions.metrics()["top5_accuracy"] == 0
 
 
 def test_calibration_error_by_hand() -> None:
     # Three bins are in use: (8/15, 9/15] with 1 hit of 2, (9/15, 10/15] with 1 of 1, (14/15, 1] with 1 of 2.
     confidence = torch.tensor([0.54, 0.6, 0.61, 0.95, 1.0], dtype=torch.float64)
     labels, predicted = torch.tensor([0, 0, 0, 0, 0]), torch.tensor([0, 1, 0, 0, 1])
-    predictions = Predictions(labels, predicted, confidence, torch.zeros(5), torch.zeros(5), 2)
+    predictions = ImageResults(labels, predicted, confidence, torch.zeros(5), torch.zeros(5), 2)
     expected = (abs(0.54 + 0.6 - 1) + abs(0.61 - 1) + abs(0.95 + 1.0 - 1)) / 5
     assert predictions.calibration_error() == pytest.approx(expected, abs=1e-12)
-    assert predictions.figures() == {
+    assert predictions.metrics() == {
         "accuracy": 0.6,
         "loss": 0.0,
         "calibration_error": predictions.calibration_error(),
@@ -235,7 +236,7 @@ def test_calibration_error_by_hand() -> None:
 def test_classes_and_confusion_are_those_of_scikit_learn() -> None:
     labels, predicted = torch.randint(0, 4, (50,)), torch.randint(0, 3, (50,))
     labels[labels == 1] = 2  # a class without images, and one that is never answered
-    predictions = Predictions(labels, predicted, torch.ones(50), torch.zeros(50), torch.zeros(50), 4)
+    predictions = ImageResults(labels, predicted, torch.ones(50), torch.zeros(50), torch.zeros(50), 4)
     confusion = predictions.confusion()
     assert confusion.tolist() == confusion_matrix(labels, predicted, labels=range(4)).tolist()
     rows = predictions.per_class(["a", "b", "c", "d"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_vit import HFViTForImageClassification, HFViTModel
-from hf_vit.evaluation.figures import Predictions
+from hf_vit.evaluation.metrics import ImageResults
 from hf_vit.inspection import (
     attention_weights,
     feature_components,
@@ -295,9 +295,9 @@ LOG = [
 ]
 
 
-def predictions_of(labels: list[int], answers: list[int], confidence: torch.Tensor, num_labels: int) -> Predictions:
+def predictions_of(labels: list[int], answers: list[int], confidence: torch.Tensor, num_labels: int) -> ImageResults:
     zeros = torch.zeros(len(labels))
-    return Predictions(torch.tensor(labels), torch.tensor(answers), confidence, zeros, zeros.long(), num_labels)
+    return ImageResults(torch.tensor(labels), torch.tensor(answers), confidence, zeros, zeros.long(), num_labels)
 
 
 def draw(figure: Any, path: Path) -> None:
@@ -332,7 +332,7 @@ def test_confusion_says_shares_of_the_true_class(number: int, tmp_path: Path) ->
 def test_names_are_no_formulas(name: str, tmp_path: Path) -> None:
     draw(plot_confusion(torch.eye(2, dtype=torch.long), [name, "b"], title=name), tmp_path / "confusion.png")
     classes = torch.tensor([0, 1])
-    answers = Predictions(classes, classes.flip(0), torch.ones(2), torch.ones(2), classes, 2)
+    answers = ImageResults(classes, classes.flip(0), torch.ones(2), torch.ones(2), classes, 2)
     pictures = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     draw(plot_predictions(pictures.__getitem__, answers, [name, "b"], title=name), tmp_path / "predictions.png")
 

@@ -23,7 +23,16 @@ from hf_vit.data.augmentation import build_augmentation
 from hf_vit.data.images import EvaluationImages, TrainingImages, Visit, normalize
 from hf_vit.data.labelled import load_data
 from hf_vit.data.loaders import evaluation_loader, training_loader
-from hf_vit.data.orders import EvaluationOrder, Parts, StreamOrder, TableOrder, read_ahead, steps_of, training_order
+from hf_vit.data.orders import (
+    UNDIVIDED,
+    BatchDivision,
+    EvaluationOrder,
+    StreamOrder,
+    TableOrder,
+    read_ahead,
+    steps_of,
+    training_order,
+)
 
 COLUMNS = ("image", "label")
 FEW_CORES = "ignore:This DataLoader will create:UserWarning"
@@ -84,15 +93,15 @@ def test_augmentation_depends_on_epoch_and_image_alone() -> None:
 
 def test_larger_images_are_reduced_first() -> None:
     for side, shape in {5: (3, 7, 5), 50: (3, 14, 10)}.items():
-        (kept, *_) = training_images(cache="ram", shorter_side=side).kept or ()
+        (kept, *_) = training_images(cache="ram", shorter_side=side).cached or ()
         assert kept is not None and kept.shape == shape
 
 
 # -------------------------------------------------------------------------------------------------------- order
 
 
-def order(first: int = 0, last: int = 12, parts: Parts = Parts(), seed: int = 0) -> TableOrder:  # noqa: B008
-    return TableOrder(40, 12, seed, first, last, parts)
+def order(first: int = 0, last: int = 12, division: BatchDivision = UNDIVIDED, seed: int = 0) -> TableOrder:
+    return TableOrder(40, 12, seed, first, last, division)
 
 
 def test_an_epoch_sees_no_image_twice() -> None:
@@ -112,7 +121,9 @@ def test_order_goes_on_from_any_step() -> None:
 
 def test_processes_share_the_batch_of_one() -> None:
     together = list(order())
-    parts = [list(order(parts=Parts(2, 3, process))) for process in range(3)]  # two accumulated parts, three processes
+    parts = [
+        list(order(division=BatchDivision(2, 3, process))) for process in range(3)
+    ]  # two accumulated parts, three processes
     assert [len(part) for part in parts] == [24] * 3
     for step, batch in enumerate(together):
         shared = [visit for part in (0, 1) for process in range(3) for visit in parts[process][2 * step + part]]
@@ -121,15 +132,15 @@ def test_processes_share_the_batch_of_one() -> None:
 
 def test_a_batch_must_be_divisible() -> None:
     with pytest.raises(ValueError, match=r"divisible by .* = 1 \* 5"):
-        TableOrder(40, 12, 0, 0, 1, Parts(1, 5, 0))
+        TableOrder(40, 12, 0, 0, 1, BatchDivision(1, 5, 0))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_batch_must_fit(streaming: bool, tmp_path: Path) -> None:
     shards(tmp_path)
     data = load_data(tmp_path, streaming=streaming)
-    with pytest.raises(ValueError, match="batch_size=31 is more than the 30 training images"):
-        training_order(data, training_images(data.train), 31, 0, (0, 1), Parts(), 8)
+    with pytest.raises(ValueError, match="batch_size=31 exceeds the 30 training images"):
+        training_order(data, training_images(data.train), 31, 0, (0, 1), BatchDivision(), 8)
 
 
 def test_steps_of_epochs() -> None:
@@ -140,8 +151,10 @@ def test_steps_of_epochs() -> None:
 # ------------------------------------------------------------------------------------------------------ streams
 
 
-def stream_order(data: Any, first: int = 0, last: int = 12, parts: Parts = Parts(), **options: Any) -> StreamOrder:  # noqa: B008
-    return StreamOrder(training_images(data.train), 6, 3, first, last, parts, **options)
+def stream_order(
+    data: Any, first: int = 0, last: int = 12, division: BatchDivision = UNDIVIDED, **options: Any
+) -> StreamOrder:
+    return StreamOrder(training_images(data.train), 6, 3, first, last, division, **options)
 
 
 def keys(batches: Any) -> list[list[tuple[int, int]]]:
@@ -161,15 +174,15 @@ def test_a_stream_shows_every_image_once_an_epoch(tmp_path: Path) -> None:
 def test_a_stream_goes_on_from_any_step(sizes: Sequence[int], buffer: int, processes: int, tmp_path: Path) -> None:
     data = shards(tmp_path / "shards", sizes)
     for process in range(processes):
-        options: dict[str, Any] = {"parts": Parts(1, processes, process), "buffer": buffer}
+        options: dict[str, Any] = {"division": BatchDivision(1, processes, process), "buffer": buffer}
         whole = stream_order(data, last=16, **options)
         batches = keys(whole)
-        assert len(batches) == 16 and batches[-1][0][0] == len(whole.images_an_epoch)  # the epoch that is not over
+        assert len(batches) == 16 and batches[-1][0][0] == len(whole.images_per_epoch)  # the epoch that is not over
         for first in (1, 7, 12):
-            for known in (None, whole.images_an_epoch[:1], whole.images_an_epoch):
-                goes_on = stream_order(data, first, 16, images_an_epoch=known, **options)
+            for known in (None, whole.images_per_epoch[:1], whole.images_per_epoch):
+                goes_on = stream_order(data, first, 16, images_per_epoch=known, **options)
                 assert keys(goes_on) == batches[first:]
-                assert goes_on.images_an_epoch == whole.images_an_epoch
+                assert goes_on.images_per_epoch == whole.images_per_epoch
 
 
 def test_what_is_known_of_a_stream_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,20 +191,20 @@ def test_what_is_known_of_a_stream_is_not_read_again(tmp_path: Path, monkeypatch
     list(whole)
     epochs: list[int] = []
     monkeypatch.setattr(type(data.train), "set_epoch", lambda self, epoch: epochs.append(epoch))
-    list(stream_order(data, 11, 12, images_an_epoch=whole.images_an_epoch))
+    list(stream_order(data, 11, 12, images_per_epoch=whole.images_per_epoch))
     assert epochs == [2]
 
 
 def test_a_run_on_a_stream_goes_on_with_other_processes(tmp_path: Path) -> None:
     data = shards(tmp_path / "shards")
     for process in range(2):
-        batches = keys(stream_order(data, 7, 12, Parts(1, 2, process)))
+        batches = keys(stream_order(data, 7, 12, BatchDivision(1, 2, process)))
         assert [len(batch) for batch in batches] == [3] * 5 and batches[0][0][0] > 0
 
 
 def test_a_part_of_a_batch_of_a_stream(tmp_path: Path) -> None:
     data = shards(tmp_path / "shards")
-    whole, parts = (keys(stream_order(data, 3, 9, Parts(number, 1, 0))) for number in (1, 2))
+    whole, parts = (keys(stream_order(data, 3, 9, BatchDivision(number, 1, 0))) for number in (1, 2))
     assert [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)] == whole
 
 
@@ -200,20 +213,22 @@ def test_processes_share_a_stream(tmp_path: Path, processes: int) -> None:
     data = shards(tmp_path / "shards")  # three shards: divided by shards, or image by image
     seen: Counter = Counter()
     for process in range(processes):
-        visits = [key for batch in keys(stream_order(data, 0, 5, Parts(1, processes, process))) for key in batch]
+        visits = [
+            key for batch in keys(stream_order(data, 0, 5, BatchDivision(1, processes, process))) for key in batch
+        ]
         seen.update(index for epoch, index in visits if epoch == 0)
     assert len(seen) == 30 and set(seen.values()) == {1}
 
 
 def test_a_stream_that_became_another_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="The stream ends behind 30 images, where 31 were read before"):
-        list(stream_order(shards(tmp_path / "shards"), images_an_epoch=[31]))
+    with pytest.raises(ValueError, match="The stream ended after 30 images, but had 31 before"):
+        list(stream_order(shards(tmp_path / "shards"), images_per_epoch=[31]))
 
 
 def test_a_process_without_images_is_an_error(tmp_path: Path) -> None:
     data = shards(tmp_path / "shards", [1])
     with pytest.raises(ValueError, match="no images for this process: use fewer processes"):
-        list(stream_order(data, parts=Parts(1, 2, 1)))
+        list(stream_order(data, division=BatchDivision(1, 2, 1)))
 
 
 @pytest.mark.filterwarnings(FEW_CORES)
@@ -273,7 +288,7 @@ def test_an_image_of_a_stream_looks_the_same_for_any_number_of_processes(tmp_pat
     looks: dict[tuple[int, int], torch.Tensor] = {}
     for processes in (1, 2):
         for process in range(processes):
-            order = stream_order(data, 0, 5, Parts(1, processes, process))
+            order = stream_order(data, 0, 5, BatchDivision(1, processes, process))
             for batch in order:
                 for visit in batch:
                     pixels = training_images(data.train)[visit]["pixel_values"]

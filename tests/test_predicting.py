@@ -29,11 +29,11 @@ from hf_vit import HFViTForImageClassification, HFViTModel
 from hf_vit.cli.main import app
 from hf_vit.data.sources import Sources
 from hf_vit.prediction import predict as predicting
-from hf_vit.prediction import table as answers
-from hf_vit.prediction.predict import Summary, predict_into
+from hf_vit.prediction import table as tables
+from hf_vit.prediction.predict import Summary, predict_to_file
 from hf_vit.prediction.predictor import Predictor
 from hf_vit.prediction.shards import Settings
-from hf_vit.prediction.table import Answers
+from hf_vit.prediction.table import PredictionTable
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = 2  # batches of a shard, so that there are several
@@ -75,7 +75,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predicting, "BATCHES_OF_A_SHARD", SHARD)
+    monkeypatch.setattr(predicting, "BATCHES_PER_SHARD", SHARD)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def settings_of(model: str, **fields: Any) -> Settings:
 
 
 def predict(output: Path, sources: Sources, settings: Settings, **options: Any) -> Summary:
-    summary = predict_into(output, sources, settings, **options)
+    summary = predict_to_file(output, sources, settings, **options)
     assert summary is not None
     assert not output.with_name(f"{output.name}.parts").exists()
     return summary
@@ -134,7 +134,7 @@ def test_types_depend_on_nothing_that_was_read(model: str, data: Path, tmp_path:
     for has_features in (False, True):
         output = tmp_path / f"{has_features}.parquet"
         predict(output, Sources([str(source)]), settings_of(model, has_features=has_features))
-        assert pq.read_schema(output).equals(answers.schema_of(has_features))
+        assert pq.read_schema(output).equals(tables.schema_of(has_features))
     assert pq.read_schema(output).names == ["image", "labels", "scores", "error", "features"]
 
 
@@ -176,10 +176,10 @@ def stop_at(calls: int, target: Any, name: str, monkeypatch: pytest.MonkeyPatch,
 
 KILLS: dict[str, tuple[Any, str, int]] = {
     "writing the plan": (Path, "rename", 1),
-    "writing the first shard": (answers.pq, "write_table", 1),
-    "syncing the third shard": (answers, "sync", 4),
+    "writing the first shard": (tables.pq, "write_table", 1),
+    "syncing the third shard": (tables, "sync", 4),
     "naming the fifth shard": (Path, "rename", 6),
-    "joining": (answers.pq, "read_table", 3),
+    "joining": (tables.pq, "read_table", 3),
     "naming the last shard": (Path, "rename", 15),
     "naming the file": (Path, "rename", 16),
     "removing the plan": (Path, "unlink", 1),
@@ -198,18 +198,18 @@ def test_killed_anywhere_it_goes_on(
         target, name, calls = KILLS[where]
         stop_at(calls, target, name, patch, is_before)
         with pytest.raises(Killed):
-            predict_into(parts, sources, settings)
+            predict_to_file(parts, sources, settings)
     folder = Path(f"{parts}.parts")
     finished = sum(pq.read_metadata(path).num_rows for path in folder.glob("0*.shard")) if folder.exists() else 0
     answered: list[int] = []
-    answer = Predictor._answer
+    answer = Predictor._predict
 
     def counted(self: Predictor, predictions: list[Any], pixels: Any) -> Any:
         answered.append(len(predictions))
         return answer(self, predictions, pixels)
 
-    monkeypatch.setattr(Predictor, "_answer", counted)
-    if where.startswith("removing") and not (folder / answers.PLAN).exists():  # all was done: it is made anew
+    monkeypatch.setattr(Predictor, "_predict", counted)
+    if where.startswith("removing") and not (folder / tables.PLAN).exists():  # all was done: it is made anew
         finished = 0
     summary = predict(parts, sources, settings)
     assert (summary.images, tuple(summary.broken)) == (ROWS, BROKEN)
@@ -227,7 +227,7 @@ def test_a_table_may_be_made_within_its_source(
         with monkeypatch.context() as patch:
             stop_at(calls, Path, "rename", patch, is_before)
             with pytest.raises(Killed):
-                predict_into(Path("a.parquet"), Sources(["."]), settings_of(model))
+                predict_to_file(Path("a.parquet"), Sources(["."]), settings_of(model))
     assert predict(Path("a.parquet"), Sources(["."]), settings_of(model)).images == 3
 
 
@@ -239,7 +239,7 @@ def test_what_was_made_from_something_else_is_not_gone_on_with(
     def stop(monkeypatch: pytest.MonkeyPatch) -> None:
         stop_at(4, Path, "rename", monkeypatch, is_before=False)
         with pytest.raises(Killed):
-            predict_into(output, sources, settings)
+            predict_to_file(output, sources, settings)
 
     with monkeypatch.context() as patch:
         stop(patch)
@@ -255,8 +255,10 @@ def test_what_was_made_from_something_else_is_not_gone_on_with(
         ((sources, settings_of(model, batch_size=2)), r"\(sources or batch size\)"),
         ((Sources(["photos", "short.parquet"]), settings), r"\(sources or batch size\)"),
     ):
-        with pytest.raises(ValueError, match=f"was made from something else {said}: go on with the same, choose"):
-            predict_into(output, *different)
+        with pytest.raises(
+            ValueError, match=f"were made with different settings {said}: use the same settings, choose"
+        ):
+            predict_to_file(output, *different)
     assert len(list(Path(f"{output}.parts").glob("0*"))) == 3
     summary = predict(output, Sources(["photos"]), settings, restart=True)
     assert summary.images == 20 == pq.read_metadata(output).num_rows
@@ -266,33 +268,33 @@ def test_what_was_made_from_something_else_is_not_gone_on_with(
 def test_sources_that_change_meanwhile_end_it(
     model: str, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Answers.write
+    write = PredictionTable.write
 
-    def change(self: Answers, *arguments: Any) -> None:
+    def change(self: PredictionTable, *arguments: Any) -> None:
         write(self, *arguments)
         os.utime("short.parquet")
 
-    monkeypatch.setattr(Answers, "write", change)
-    with pytest.raises(ValueError, match="The sources changed while they were read: begin anew by --restart"):
-        predict_into(tmp_path / "a.parquet", sources, settings_of(model, workers=1))
+    monkeypatch.setattr(PredictionTable, "write", change)
+    with pytest.raises(ValueError, match="The sources changed during the run: start again with --restart"):
+        predict_to_file(tmp_path / "a.parquet", sources, settings_of(model, workers=1))
     assert not (tmp_path / "a.parquet").exists()
 
 
 def test_lost_shards_are_not_passed_over(
     model: str, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    join = Answers.join
+    join = PredictionTable.join
 
-    def lose(self: Answers, parts: int) -> Any:
+    def lose(self: PredictionTable, parts: int) -> Any:
         next(self.folder.glob("00000003-000002*")).unlink()
         return join(self, parts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Answers, "join", lose)
+        patch.setattr(PredictionTable, "join", lose)
         with pytest.raises(
-            ValueError, match=r"lacks shards of 1 of \d+ parts: all processes must see the same folder"
+            ValueError, match=r"lacks shards of 1 of \d+ parts: make sure that all processes see the same folder"
         ):
-            predict_into(tmp_path / "a.parquet", sources, settings_of(model))
+            predict_to_file(tmp_path / "a.parquet", sources, settings_of(model))
     assert predict(tmp_path / "a.parquet", sources, settings_of(model)).images == ROWS
 
 
@@ -305,9 +307,9 @@ def test_a_full_disk_is_said(model: str, sources: Sources, tmp_path: Path, monke
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers.pq, "write_table", full)
-        with pytest.raises(OSError, match="No space left for answers; what was finished is intact"):
-            predict_into(tmp_path / "a.parquet", sources, settings_of(model))
+        patch.setattr(tables.pq, "write_table", full)
+        with pytest.raises(OSError, match="No space left for predictions; finished shards are intact"):
+            predict_to_file(tmp_path / "a.parquet", sources, settings_of(model))
     assert predict(tmp_path / "a.parquet", sources, settings_of(model)).images == ROWS
 
 
@@ -315,7 +317,7 @@ def test_what_a_user_has_put_there_stays(model: str, sources: Sources, tmp_path:
     mine = tmp_path / "a.parquet.parts" / "mine.parquet"
     mine.parent.mkdir()
     mine.write_text("mine")
-    assert predict_into(tmp_path / "a.parquet", sources, settings_of(model), restart=True) is not None
+    assert predict_to_file(tmp_path / "a.parquet", sources, settings_of(model), restart=True) is not None
     assert list(mine.parent.iterdir()) == [mine] and mine.read_text() == "mine"
 
 
@@ -324,7 +326,7 @@ def test_two_at_once_are_refused(model: str, sources: Sources, tmp_path: Path) -
         held(tmp_path / "a.parquet.parts"),
         pytest.raises(ValueError, match=r"a\.parquet\.parts is in use by process"),
     ):
-        predict_into(tmp_path / "a.parquet", sources, settings_of(model))
+        predict_to_file(tmp_path / "a.parquet", sources, settings_of(model))
 
 
 # -------------------------------------------------------------------------------------------------- the command
@@ -350,14 +352,14 @@ def test_the_last_line_is_json(model: str, sources: Sources, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-o", "a.csv"], "a.csv is neither .parquet nor .jsonl: give --output one of these endings"),
-        (["-o", "a"], "a is neither .parquet nor .jsonl"),
-        (["-o", "none/a.parquet"], "There is no folder none for --output: make it first"),
+        (["-o", "a.csv"], "Expected --output to end in .parquet or .jsonl, got a.csv"),
+        (["-o", "a"], "Expected --output to end in .parquet or .jsonl, got a."),
+        (["-o", "none/a.parquet"], "The folder of --output none/a.parquet does not exist: create it first"),
         (["--features"], "There is no file for --features to write to: add --output FILE.parquet"),
         (["--engine", "ray"], "There is no file for --engine ray to write to"),
         (["--restart"], "There is no file for --restart to write to"),
-        (["--split", "train"], "--split is for data sets and parquet"),
-        (["missing.jpg"], "There is no file or folder missing.jpg"),
+        (["--split", "train"], "Image files take no --split: remove the option"),
+        (["missing.jpg"], "Found no file or folder missing.jpg"),
     ],
 )
 def test_what_a_user_can_mend_is_a_sentence(arguments: list[str], said: str, model: str, sources: Sources) -> None:
@@ -370,7 +372,7 @@ def test_what_a_user_can_mend_is_a_sentence(arguments: list[str], said: str, mod
 def test_nothing_to_read_leaves_nothing(model: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = run(model, tmp_path / "empty", "-o", tmp_path / "a.parquet")
-    assert done.exit_code == 2 and "There are no images in" in done.stderr
+    assert done.exit_code == 2 and "Found no images in" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -385,17 +387,17 @@ def test_without_ray_its_install_command_is_said(
 def test_a_stopped_one_says_how_to_go_on(
     model: str, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, output = Answers.write, tmp_path / "a.parquet"
+    write, output = PredictionTable.write, tmp_path / "a.parquet"
 
-    def stop(self: Answers, *arguments: Any) -> None:
+    def stop(self: PredictionTable, *arguments: Any) -> None:
         write(self, *arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Answers, "write", stop)
+    monkeypatch.setattr(PredictionTable, "write", stop)
     monkeypatch.setattr(sys, "argv", ["hf-vit", "predict", "m", "photos", "-o", "a.parquet", "--restart"])
     done = run(model, "photos", "-o", output, "--restart")
     assert done.exit_code == 143
-    assert f"Stopped by SIGTERM; what is finished lies in {output}.parts.\n" in done.stderr
+    assert f"Stopped by SIGTERM; finished shards are in {output}.parts.\n" in done.stderr
     assert (
         "This command, without --restart, goes on from there:  hf-vit predict m photos -o a.parquet\n" in done.stderr
     )
@@ -406,14 +408,14 @@ def test_a_stopped_one_says_how_to_go_on(
 
 def prepare_slow(seconds: float = 0.05) -> None:
     """Cut small shards, and take longer for each."""
-    predicting.BATCHES_OF_A_SHARD = SHARD
-    write = Answers.write
+    predicting.BATCHES_PER_SHARD = SHARD
+    write = PredictionTable.write
 
-    def slowly(self: Answers, *arguments: Any) -> None:
+    def slowly(self: PredictionTable, *arguments: Any) -> None:
         write(self, *arguments)
         time.sleep(seconds)
 
-    Answers.write = slowly  # type: ignore[method-assign]
+    PredictionTable.write = slowly  # type: ignore[method-assign]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -432,7 +434,7 @@ def shards_of(output: Path) -> int:
 def test_killed_processes_go_on_to_the_same_table(number: int, model: str, sources: Sources, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
     predict(whole, sources, settings_of(model, workers=1))
-    work, printed = partial(predict_into, output, sources, settings_of(model)), tmp_path / "printed.txt"
+    work, printed = partial(predict_to_file, output, sources, settings_of(model)), tmp_path / "printed.txt"
     for shards in (2, 5):
         processes = (
             [start(work, printed, prepare_slow)] if number == 1 else start_all(work, printed, number, prepare_slow)
@@ -454,7 +456,7 @@ def test_a_lost_process_ends_the_others_and_the_rest_is_done_later(
 ) -> None:
     whole, output, printed = (tmp_path / name for name in ("whole.parquet", "parts.parquet", "printed.txt"))
     predict(whole, sources, settings_of(model, workers=1))
-    work = partial(predict_into, output, sources, settings_of(model))
+    work = partial(predict_to_file, output, sources, settings_of(model))
     first, second = start_all(work, printed, 2, prepare_slow)
     wait_for(lambda: shards_of(output) >= 2)
     second.kill()
@@ -474,11 +476,11 @@ def test_a_lost_process_ends_the_others_and_the_rest_is_done_later(
 )
 def test_signals_end_it(signum: int, code: int, model: str, sources: Sources, tmp_path: Path) -> None:
     output, printed = tmp_path / "a.parquet", tmp_path / "printed.txt"
-    process = start(partial(predict_into, output, sources, settings_of(model)), printed, prepare_slow)
+    process = start(partial(predict_to_file, output, sources, settings_of(model)), printed, prepare_slow)
     wait_for(lambda: shards_of(output) >= 1)
     os.kill(process.pid, signum)
     said = ends([process], printed, code)
-    assert f"Stopped by {signal.Signals(signum).name}; what is finished lies in" in said
+    assert f"Stopped by {signal.Signals(signum).name}; finished shards are in" in said
     assert "goes on from there:" in said and not output.exists()
     assert predict(output, sources, settings_of(model)).images == ROWS
 
@@ -487,7 +489,7 @@ def test_signals_end_it(signum: int, code: int, model: str, sources: Sources, tm
 def test_ray_gives_the_same_table(model: str, sources: Sources, tmp_path: Path) -> None:
     expected = predict(tmp_path / "processes.parquet", sources, settings_of(model))
     code = "from hf_vit.cli.main import app; from hf_vit.prediction import predict; "
-    code += f"predict.BATCHES_OF_A_SHARD = {SHARD}; app()"
+    code += f"predict.BATCHES_PER_SHARD = {SHARD}; app()"
     options = ["--features", "--top-k", "2", "--batch-size", "4", "--precision", "fp32", "--json"]
     command = [sys.executable, "-c", code, "predict", model, *sources.words, *options]
     done = subprocess.run(

@@ -94,7 +94,7 @@ def test_bytes_are_images_too(folder, classifier):
 def test_an_encoder_has_features_but_no_answers(folder, tmp_path, tiny_config):
     encoder = HFViTModel(tiny_config(initializer_range=0.5)).eval()
     encoder.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no classifier: train one on it, or take its features, by --features"):
+    with pytest.raises(ValueError, match="has no classifier: train one first, or extract features with --features"):
         Predictor.from_pretrained(tmp_path)
     path = folder / "00.jpg"
     [prediction] = Predictor.from_pretrained(tmp_path, "fp32", has_features=True)([path])
@@ -131,7 +131,7 @@ def test_images_of_datasets_may_be_stored_anyhow(folder, classifier):
         ]
     )
     assert by_path.scores == by_bytes.scores == by_address.scores
-    assert missing.error == "The table has no image here."
+    assert missing.error == "This row has no image."
     assert "00.jpg.gone could not be fetched" in gone.error
 
 

@@ -74,7 +74,7 @@ def test_shots_that_a_class_lacks_are_left_out() -> None:
     few = labels.ne(2) | (torch.arange(30) < 9)  # three of class 2
     results = few_shot((features[few], labels[few]), clusters(9, 0.1, 1), label_names=["a", "b", "c"])
     assert list(results["shots"]) == [1]
-    assert results["skipped"][0] == ("5 shots are left out: class 'c' has 3 training images. Give it at least 5.")
+    assert results["skipped"][0] == "Skipped 5 shots: class 'c' has 3 training images. Add some to have 5."
     none = few_shot((features[labels < 2], labels[labels < 2]), clusters(9, 0.1, 1), shots=(1,))
     assert none["shots"] == {} and "class 2 has 0 training images" in none["skipped"][0]
 
@@ -100,7 +100,7 @@ def test_nearer_neighbours_count_more() -> None:
 
 def test_a_linear_probe_needs_something_to_learn_from() -> None:
     features, labels = clusters(12, 1.0)
-    with pytest.raises(ValueError, match="five training images of one of them: got 12 of 3 classes"):
+    with pytest.raises(ValueError, match="five training images in one of them: got 12 images in 3 classes"):
         linear_probe((features, labels), (features, labels))
     with pytest.raises(ValueError, match="two classes"):
         linear_probe((features, torch.zeros(12, dtype=torch.long)), (features, labels))

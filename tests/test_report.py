@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_run import save_photos, tiny_recipe
 from transformers import pipeline
 
-from hf_vit.evaluation.figures import Predictions
+from hf_vit.evaluation.metrics import ImageResults
 from hf_vit.hub.folder import check_folder
 from hf_vit.training import report
 from hf_vit.training.recipe import TrainConfig
@@ -132,13 +132,13 @@ def test_a_run_that_cannot_be_pushed_is_finished(
 # ------------------------------------------------------------------------------------------- what the card says
 
 
-def predictions_of(labels: list[int], predicted: list[int], num_labels: int) -> Predictions:
+def predictions_of(labels: list[int], predicted: list[int], num_labels: int) -> ImageResults:
     count = len(labels)
     answers = torch.tensor(labels), torch.tensor(predicted), torch.full((count,), 0.75)
-    return Predictions(*answers, torch.zeros(count), torch.zeros(count, dtype=torch.long), num_labels)
+    return ImageResults(*answers, torch.zeros(count), torch.zeros(count, dtype=torch.long), num_labels)
 
 
-def a_run(predictions: Predictions, names: list[str], **fields: Any) -> Any:
+def a_run(predictions: ImageResults, names: list[str], **fields: Any) -> Any:
     metrics = {"train_images": 1234, "broken_images": [], **fields}
     return SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(image_shape=(32, 48))),

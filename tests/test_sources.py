@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -98,7 +99,7 @@ def test_a_name_with_brackets_is_a_name(folder: Path) -> None:
 def test_what_is_not_there_is_named(folder: Path, word: str) -> None:
     with pytest.raises(ValueError) as refusal:
         list(Sources([word]).rows())
-    assert str(refusal.value) == f"There is no file or folder {word}."
+    assert str(refusal.value) == f"Found no file or folder {word}."
 
 
 def test_parts_tell_of_changed_files_without_reading_them(folder: Path) -> None:
@@ -137,9 +138,9 @@ def test_folders_of_parquet_have_splits(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", 5, 4, seed=2)
     assert images([tmp_path], split="train") == expected(6, 0) + expected(7, 1)
     assert images([tmp_path / "*.parquet"]) == expected(5, 2) + expected(6, 0) + expected(7, 1)
-    with pytest.raises(ValueError, match="Which split"):
+    with pytest.raises(ValueError, match="Cannot infer split: specify one of"):
         Sources([str(tmp_path)])
-    with pytest.raises(ValueError, match="split='valid' is not there: choose one of"):
+    with pytest.raises(ValueError, match="Unknown split 'valid': choose one of"):
         Sources([str(tmp_path)], split="valid")
 
 
@@ -149,9 +150,9 @@ def test_columns_of_bytes_and_of_names_are_images_too(folder: Path) -> None:
     pq.write_table(pa.table({"picture": contents, "thumb": contents[::-1], "name": paths}), "a.parquet")
     assert [row["bytes"] for row in Sources(["a.parquet"], image_column="thumb").rows()] == contents[::-1]
     assert names(["a.parquet"], image_column="name") == paths
-    with pytest.raises(ValueError, match=r"Which image_column\? Name one of: picture, thumb"):
+    with pytest.raises(ValueError, match=r"Cannot infer image_column: specify one of picture, thumb"):
         Sources(["a.parquet"])
-    with pytest.raises(ValueError, match="image_column='label' is not there"):
+    with pytest.raises(ValueError, match="Unknown image_column 'label'"):
         Sources(["a.parquet"], image_column="label")
     pq.write_table(pa.table({"image": pa.array([None, contents[0]], pa.binary())}), "b.parquet")
     assert [row["bytes"] for row in Sources(["b.parquet"]).rows()] == [None, contents[0]]
@@ -164,7 +165,7 @@ def test_columns_of_bytes_and_of_names_are_images_too(folder: Path) -> None:
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(ValueError, match=r"a\.parquet is no parquet file, or damaged"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a parquet file, or is corrupt"):
         Sources([str(tmp_path / "a.parquet")])
 
 
@@ -211,7 +212,7 @@ def test_data_sets_of_the_hub_are_streams_of_one_revision(tmp_path: Path, monkey
 
     hub = SimpleNamespace(dataset_info=lambda name: SimpleNamespace(sha="abc"))
     monkeypatch.setattr(sources_module, "open_splits", open_splits)
-    monkeypatch.setattr(sources_module, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     sources = Sources(["someone/flowers"])
     assert sources.stated == 12
     assert [part.identity for part in sources.parts(9)] == [f"someone/flowers@abc {part} of 2" for part in range(2)]
@@ -235,7 +236,7 @@ def test_rows_are_read_while_they_are_asked_for(tmp_path: Path, monkeypatch: pyt
 
 
 def test_options_that_nothing_heeds_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="--split is for data sets and parquet: leave it out"):
+    with pytest.raises(ValueError, match="Image files take no --split: remove the option"):
         Sources(["photos"], split="train")
     Dataset.from_dict({"image": [b"0"]}).to_parquet("a.parquet")
     assert len(list(Sources(["photos", "a.parquet"], image_column="image").rows())) == 6

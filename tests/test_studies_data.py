@@ -13,8 +13,8 @@ from test_studies import TINY, row
 from tiny_run import assert_same_weights, colored_dataset, stop_at, weights
 
 from hf_vit import HFViTModel
+from hf_vit.data.images import derive_seed
 from hf_vit.data.labelled import load_data
-from hf_vit.data.opening import seed_of
 from hf_vit.data.orders import steps_of
 from hf_vit.evaluation.flops import count_flops
 from hf_vit.studies import SIZES, data_size, pretraining
@@ -130,7 +130,7 @@ def test_repeated_images_make_an_epoch_longer(photos: Path) -> None:
     assert len(data.evaluation) == 21
     with pytest.raises(ValueError, match=r"train_repeats must be at least 1, got 0\.5"):
         load_data(photos, train_repeats=0.5)
-    with pytest.raises(ValueError, match="A stream is read once an epoch"):
+    with pytest.raises(ValueError, match="train_repeats need a prepared data set"):
         load_data(photos, train_repeats=2, streaming=True)
 
 
@@ -309,7 +309,7 @@ def test_one_training_begins_from_the_other(tmp_path: Path) -> None:
 def test_an_untrained_encoder_is_as_it_was_drawn(tmp_path: Path, digits: Any) -> None:
     (cell,) = (cell for cell in Pretraining().cells(tiny()) if cell.factors["training"] == UNTRAINED)
     run = train(replace(cell.config, output_dir=str(tmp_path)), build=cell.build)
-    torch.manual_seed(seed_of(cell.config.seed, "weights"))
+    torch.manual_seed(derive_seed(cell.config.seed, "weights"))
     drawn, _ = build_model(cell.config, TASKS["classification"](cell.config, digits))
     assert_same_weights(weights(run.model), weights(drawn))
 

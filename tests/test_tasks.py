@@ -13,10 +13,9 @@ from tiny_run import COLORS, RECIPE, colored_dataset
 from torch import Tensor
 
 import hf_vit
-from hf_vit.data.images import EvaluationImages, normalize
+from hf_vit.data.images import EvaluationImages, derive_seed, normalize
 from hf_vit.data.labelled import ImageData
 from hf_vit.data.loaders import evaluation_loader
-from hf_vit.data.opening import seed_of
 from hf_vit.model.positions_hf_vit import resample_table
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.tasks import LOSSES, TASKS, build_model
@@ -156,7 +155,7 @@ def test_masked_patches_are_measured_the_same_however_they_are_divided(objective
     losses = []
     for index in set(range(11)) - {4}:
         pixel_values = to_model(images[index]["pixel_values"][None])
-        mask = task._mask(model, pixel_values, torch.Generator().manual_seed(seed_of("mask", index)))
+        mask = task._mask(model, pixel_values, torch.Generator().manual_seed(derive_seed("mask", index)))
         with torch.no_grad():
             losses.append(model(pixel_values=pixel_values, bool_masked_pos=mask[None]).loss.item())
     expected = sum(losses) / 10

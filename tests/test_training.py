@@ -47,7 +47,7 @@ def test_a_run_learns_and_leaves_a_model(photos: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / METRICS).read_text()) == run.metrics
     assert json.loads((tmp_path / "run" / TIMING).read_text()) == run.timing
     assert run.timing["images_per_second"] > 0 and 0 <= run.timing["data_wait_share"] <= 1
-    assert run.predictions is not None and run.predictions.figures()["accuracy"] == 1.0
+    assert run.predictions is not None and run.predictions.metrics()["accuracy"] == 1.0
 
     loaded = HFViTForImageClassification.from_pretrained(tmp_path / "run")
     assert_same_weights(weights(loaded), weights(run.model))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..checkpoints.export import export_checkpoint
 from ..checkpoints.families.vit_pytorch import ERAS, table
 from ..checkpoints.layouts import rules_of
-from ..data.opening import seed_of
+from ..data.images import derive_seed
 from ..evaluation.flops import count_flops
 from ..graphs.kinds import write_onnx
 from ..model.configuration_hf_vit import HFViTConfig
@@ -291,7 +291,7 @@ def preprocessing_references(case: Case, folder: Path, device: str, libraries: C
 
 def augmentation_references(case: Case, folder: Path, device: str, libraries: Collection[str]) -> References:
     """Return torchvision's pixel values with the seeds of the training loop."""
-    np.save(folder / "seeds.npy", np.array([seed_of(SEED, 0, index) for index in range(case.images)]))
+    np.save(folder / "seeds.npy", np.array([derive_seed(SEED, 0, index) for index in range(case.images)]))
     job = Job(case.suite, "torchvision", "", str(folder), "cpu", "fp32", torch.get_num_threads(), 0.0)
     with torch.random.fork_rng(devices=[]):
         return {"": augmentation_by_torchvision(job).output()}

@@ -207,12 +207,12 @@ def evaluate(
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
     with _clear_endings():
-        from ..evaluation.evaluate import assess
-        from ..evaluation.words import describe
+        from ..evaluation.evaluate import evaluate_checkpoint
+        from ..evaluation.report import report_lines
 
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise ValueError(f"There is no folder {json_file.parent} for --json: make it first.")
-        measured = assess(
+        measured = evaluate_checkpoint(
             model,
             data,
             split=split,
@@ -226,7 +226,7 @@ def evaluate(
             merged_per_layer=merge_tokens,
         )
         if measured is not None:
-            echo("\n".join(describe(measured)))
+            echo("\n".join(report_lines(measured)))
             if json_file is not None:
                 json_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
@@ -285,9 +285,9 @@ def predict(
         size = _size("--image-size", image_size)
         settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
         if output is not None:
-            from ..prediction.predict import predict_into
+            from ..prediction.predict import predict_to_file
 
-            summary = predict_into(output, sources, settings, engine, restart)
+            summary = predict_to_file(output, sources, settings, engine, restart)
         else:
             summary = _print_answers(sources, settings, say=(lambda line: None) if as_json else typer.echo)
         if summary is None:  # of a process that is not the first
@@ -507,7 +507,7 @@ def export(
         from ..graphs.kinds import KINDS
 
         def measure(checkpoint: "Checkpoint", processor: Any, models: dict[str, Any]) -> list[str]:
-            from ..evaluation.pace import compare
+            from ..evaluation.throughput import compare
 
             return compare(model, checkpoint, str(data), processor, models)
 

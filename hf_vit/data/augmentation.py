@@ -1,14 +1,14 @@
-"""What training does to an image, and to a batch.
+"""Augmentation of training images, and mixing of batches.
 
-An image: crops, flips and sets of operations by name, uint8 to uint8. All draws are from torch's own generator, which
-the caller seeds, so that an image follows from its seed alone.
+Images: crops, flips and sets of operations by name, from uint8 to uint8. All random numbers come from torch's default
+generator; with the same seed, an image is augmented in the same way.
 
     RandAugment: Cubuk et al. 2020 (arXiv:1909.13719), on the scale of google-research/big_vision pp/autoaugment.py
-    AugReg, its sets: Steiner et al. 2022, "How to train your ViT?" (arXiv:2106.10270), big_vision configs/vit_i1k.py
+    AugReg: Steiner et al. 2022, "How to train your ViT?" (arXiv:2106.10270), big_vision configs/vit_i1k.py
     three-augment: Touvron et al. 2022, "DeiT III" (arXiv:2204.07118), facebookresearch/deit augment.py
     random erasing: Zhong et al. 2020 (arXiv:1708.04896)
 
-A batch: images mixed with each other, and labels that say how much of which.
+Batches: pairs of images are mixed, and their labels become soft.
 
     mixup: Zhang et al. 2018 (arXiv:1710.09412); CutMix: Yun et al. 2019 (arXiv:1905.04899)
 """
@@ -24,13 +24,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
 
-# ----------------------------------------------------------------------------------------------------- an image
-
 
 class SmallAffine(v2.Transform):
-    """Turn, shift, zoom and shear a little, by fractions of a pixel: torchvision's RandomAffine shifts by whole ones.
+    """Rotate, translate, scale and shear a little, by fractions of a pixel; RandomAffine translates by whole pixels.
 
-    Ranges fit handwriting: 12 degrees, a tenth of the image, 12 percent, 8 degrees.
+    The ranges fit handwriting: 12 degrees, a tenth of the image, 12 percent, 8 degrees.
     """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -48,7 +46,7 @@ class SmallAffine(v2.Transform):
 
 
 class ResizeToCover(v2.Transform):
-    """Resize, with the aspect kept, to the smallest image that covers `size` (height, width)."""
+    """Resize to the smallest image that covers `size` (height, width), keeping the aspect ratio."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
@@ -65,7 +63,7 @@ class ResizeToCover(v2.Transform):
 
 
 def _move(image: Tensor, fill: list[int], across: float = 0, down: float = 0, slopes: Sequence[float] = (0, 0)) -> Any:
-    """Shift by shares of width and height, and shear about the top left corner by `slopes` (across, down)."""
+    """Translate by shares of width and height, and shear around the top left corner by `slopes` (across, down)."""
     height, width = image.shape[-2:]
     shear = [math.degrees(math.atan(slope)) for slope in slopes]
     shift = [round(across * width), round(down * height)]
@@ -85,15 +83,15 @@ def _cut_out(image: Tensor, share: float, fill: list[int]) -> Tensor:
     return tvF.erase(image, top, left, bottom - top, right - left, v=torch.tensor(fill).view(-1, 1, 1))
 
 
-# Of image, strength, sign and fill. Strength 1 is where the range usually ends. Stronger is not always more: posterize
-# and solarize change less with strength, and the four factors nothing at 0.5. What is pixels at the source, of 224, is
-# a share of the side here, so that images of any size are treated alike.
+# Functions of image, strength, sign and fill. Strength 1 is the usual end of the range. Posterize and solarize change
+# less with more strength, and the four factors nothing at 0.5. Distances, which the source gives in pixels of 224, are
+# shares of the side, for images of any size.
 OPERATIONS: dict[str, Callable[[Tensor, float, int, list[int]], Tensor]] = {
     "autocontrast": lambda image, strength, sign, fill: tvF.autocontrast(image),
     "equalize": lambda image, strength, sign, fill: tvF.equalize(image),
     "invert": lambda image, strength, sign, fill: tvF.invert(image),
     "rotate": lambda image, strength, sign, fill: tvF.rotate(image, sign * 30 * strength, fill=fill),
-    # TensorFlow shifts 8 bits by 7 at most: of 0 bits, 1 is left.
+    # TensorFlow shifts 8 bits by at most 7, which leaves 1 bit.
     "posterize": lambda image, strength, sign, fill: tvF.posterize(image, min(8, max(1, int(4 * strength)))),
     "solarize": lambda image, strength, sign, fill: _solarize(image, int(256 * strength)),
     "solarize_add": lambda image, strength, sign, fill: _solarize_add(image, int(110 * strength)),
@@ -110,10 +108,10 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int, list[int]], Tensor]] = {
 
 
 class TensorFlowRandAugment(v2.Transform):
-    """Apply `layers` operations, each drawn from all, at a level of TensorFlow's scale: 10 is 1, and 20 is allowed.
+    """Apply `layers` random operations at a level of TensorFlow's scale, where 10 is strength 1 and 20 is allowed.
 
-    torchvision's RandAugment has other operations and ends at 10. Contrast is PIL's here; big_vision's own blends with
-    a constant that grows with the number of pixels.
+    torchvision's RandAugment has other operations and ends at 10. Contrast is PIL's; big_vision blends with a constant
+    that grows with the number of pixels.
     """
 
     def __init__(self, layers: int, level: float, fill: list[int]) -> None:
@@ -136,18 +134,18 @@ def _crop_flip(size: tuple[int, int], smallest_crop: float, **options: Any) -> l
 
 
 def _simple_crop_flip(size: tuple[int, int]) -> list[v2.Transform]:
-    padding = min(4, min(size) - 1)  # a reflection is smaller than the image
+    padding = min(4, min(size) - 1)  # reflection padding must be smaller than the image
     crop = v2.RandomCrop(size, padding=padding, padding_mode="reflect")
     return [ResizeToCover(size), crop, v2.RandomHorizontalFlip()]
 
 
 def _one_of_three(size: tuple[int, int]) -> v2.Transform:
-    window = min(13, 2 * min(size) - 1)  # three standard deviations to each side, as far as there is image
+    window = min(13, 2 * min(size) - 1)  # three standard deviations to each side, within the image
     blur = v2.GaussianBlur(window, sigma=(0.1, 2.0))
     return v2.RandomChoice([v2.RandomGrayscale(p=1.0), v2.RandomSolarize(threshold=128, p=1.0), blur])
 
 
-# AugReg's: layers and level of RandAugment, alpha of mixup. Level 0 is not nothing: see `OPERATIONS`.
+# AugReg: layers and level of RandAugment, and alpha of mixup. Level 0 changes images, too: see `OPERATIONS`.
 AUGREG: dict[str, tuple[int, int, float]] = {
     "augreg_none": (0, 0, 0.0),
     "augreg_light1": (2, 0, 0.0),
@@ -164,7 +162,7 @@ def _augreg(layers: int, level: int) -> Callable[[tuple[int, int], float, list[i
     return lambda size, crop, fill: [*_crop_flip(size, crop), TensorFlowRandAugment(layers, level, fill)]
 
 
-# Each takes the size (height, width), the smallest share of the image that a crop may keep, and what to fill with.
+# Functions of size (height, width), smallest share of the image in a crop, and fill.
 AUGMENTATIONS: dict[str, Callable[[tuple[int, int], float, list[int]], list[v2.Transform]]] = {
     "none": lambda size, crop, fill: [v2.Resize(size)],
     "affine": lambda size, crop, fill: [v2.Resize(size), SmallAffine()],
@@ -189,26 +187,27 @@ def build_augmentation(
     erasing: float = 0.0,
     fill: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> v2.Transform:
-    """Return what training does to an image, uint8 `[C, H, W]` of any size, C of 1 or 3, to `[C, *size]`.
+    """Return a transform of uint8 images `[C, H, W]` of any size, with C of 1 or 3, to `[C, *size]`.
 
     Args:
         name: A key of `AUGMENTATIONS`.
         size: (height, width) in pixels.
-        smallest_crop: Smallest share of the image that a random crop keeps; `"three_simple"` has no such crop.
-        color_jitter: Range around 1 of a factor on brightness, on contrast and on saturation; DeiT III has 0.3.
-        erasing: Probability that a rectangle is erased, last of all.
-        fill: What an erased rectangle, and AugReg's sets, are filled with, in [0, 1]: the processor's mean, which
-            normalization takes to 0. One for each channel, or all alike.
+        smallest_crop: Smallest share of the image in a random crop; `"three_simple"` ignores it.
+        color_jitter: Range around 1 of the factors of brightness, contrast and saturation; 0.3 in DeiT III.
+        erasing: Probability of erasing a rectangle, after everything else.
+        fill: Values in [0, 1], one per channel or equal ones, for erased rectangles and for AugReg's operations:
+            usually the processor's mean, which normalization maps to 0.
 
     Raises:
-        ValueError: If there is no such augmentation.
+        ValueError: If the name is unknown.
     """
     if name not in AUGMENTATIONS:
         (near,) = difflib.get_close_matches(name, AUGMENTATIONS, n=1, cutoff=0)
-        choices = ", ".join(AUGMENTATIONS)
-        raise ValueError(f"Unknown augmentation {name!r}: choose one of {choices}; the nearest is {near!r}.")
+        raise ValueError(
+            f"Unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}. Did you mean {near!r}?"
+        )
     values = [round(255 * value) for value in fill]
-    values = values[:1] if len(set(values)) == 1 else values  # one value fits any number of channels
+    values = values[:1] if len(set(values)) == 1 else values  # a single value fits any number of channels
     transforms = AUGMENTATIONS[name](size, smallest_crop, values)
     if color_jitter:
         transforms.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
@@ -217,17 +216,14 @@ def build_augmentation(
     return v2.Compose(transforms)
 
 
-# ------------------------------------------------------------------------------------------------------ a batch
-
-
 class BatchMixer:
-    """Mix every image of a batch with another, and smooth the labels.
+    """Mix each image of a batch with another one, and smooth the labels.
 
     Args:
         num_labels: Number of classes.
-        mixup: Alpha of mixup's Beta distribution; 0 leaves it out.
-        cutmix: Alpha of CutMix's; 0 leaves it out. With both, each batch takes one of them by a fair draw.
-        label_smoothing: Share of every label that is spread over all classes.
+        mixup: Alpha of the Beta distribution of mixup; 0 disables it.
+        cutmix: Alpha of the Beta distribution of CutMix; 0 disables it. With both, each batch uses either at random.
+        label_smoothing: Share of every label that is distributed over all classes.
     """
 
     def __init__(self, num_labels: int, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0) -> None:
@@ -236,7 +232,7 @@ class BatchMixer:
         self.kinds = [(mix, alpha) for mix, alpha in ((mixup_images, mixup), (cutmix_images, cutmix)) if alpha]
 
     def __call__(self, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return images `[B, C, H, W]` and labels; these are soft, `[B, num_labels]`, if there is anything to do."""
+        """Return images `[B, C, H, W]` and labels, soft ones `[B, num_labels]` if anything is mixed or smoothed."""
         if not self.kinds and not self.label_smoothing:
             return pixel_values, labels
         soft = F.one_hot(labels, self.num_labels).float()
@@ -250,12 +246,12 @@ class BatchMixer:
 
 
 def mixup_images(images: Tensor, others: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Blend images with `others` of them; return them and the share of the first."""
+    """Blend images with those at `others`; return the images and the share of the first."""
     return share * images + (1 - share) * images[others], share
 
 
 def cutmix_images(images: Tensor, others: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Paste a box of `others` into images; return them and the share of the first that is still seen."""
+    """Paste a box of the images at `others`; return the images and the visible share of the first."""
     height, width = images.shape[-2:]
     centre = torch.rand(2, generator=generator).tolist()
     (top, bottom), (left, right) = _box((height, width), centre, (1 - share) ** 0.5)
@@ -265,7 +261,7 @@ def cutmix_images(images: Tensor, others: Tensor, share: float, generator: torch
 
 
 def _box(size: Sequence[int], centre: Sequence[float], share: float) -> list[tuple[int, int]]:
-    """Return (top, bottom) and (left, right) of a box around `centre`, `share` of each side, cut off at the border."""
+    """Return (top, bottom) and (left, right) of a box around `centre`, with `share` of each side, clipped."""
     return [
         (max(0, round(side * (middle - share / 2))), min(side, round(side * (middle + share / 2))))
         for side, middle in zip(size, centre, strict=True)
@@ -273,6 +269,6 @@ def _box(size: Sequence[int], centre: Sequence[float], share: float) -> list[tup
 
 
 def _beta(alpha: float, generator: torch.Generator) -> float:
-    """Draw from Beta(alpha, alpha), by two draws from Gamma(alpha)."""
+    """Draw from Beta(alpha, alpha), as a ratio of two draws from Gamma(alpha)."""
     first, second = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=generator).tolist()
     return first / (first + second) if first + second else 0.5

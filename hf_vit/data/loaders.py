@@ -1,4 +1,4 @@
-"""Data loaders for training and evaluation."""
+"""DataLoaders for training and evaluation, and errors about killed workers."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from .images import EvaluationImages, Images, TrainingImages, Visit, collate
+from .images import EvaluationImages, TrainingImages, Visit, collate
 from .orders import EvaluationOrder
 
 
 def training_loader(images: TrainingImages, order: Sampler[list[Visit]], num_workers: int) -> DataLoader:
-    """Load the batches of `order`, in order."""
+    """Return a loader of the batches of `order`."""
     return _loader(images, order, num_workers)
 
 
@@ -26,38 +26,38 @@ def evaluation_loader(
     process: int = 0,
     is_counted: bool = True,
 ) -> DataLoader:
-    """Load every image once over all processes; `batch_size` is of one process, the rest as for `EvaluationOrder`."""
+    """Return a loader of every image once over all processes; arguments are those of `EvaluationOrder`."""
     return _loader(images, EvaluationOrder(images, batch_size, processes, process, is_counted), num_workers)
 
 
-def _loader(images: Images, order: Sampler[list[Visit]], num_workers: int) -> DataLoader:
-    # Images on a device are augmented there, by the process that trains.
+def _loader(images: EvaluationImages, order: Sampler[list[Visit]], num_workers: int) -> DataLoader:
+    # The training process augments images that are cached on its device.
     workers = 0 if images.is_on_device else num_workers
     return DataLoader(
         images,
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
-        generator=torch.Generator(),  # else every loader moves torch's own generator on
+        generator=torch.Generator(),  # without it, every loader would advance torch's default generator
         pin_memory=torch.cuda.is_available() and not images.is_on_device,
         worker_init_fn=_leave_signals_to_parent if workers else None,
     )
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C, a closed terminal and what ends a job reach the whole process group: the parent finishes its step, saves,
-    # and ends its workers, by a SIGTERM if nothing else helps. So only one from there counts, where the system tells
-    # the sender.
+    # Ctrl-C, a closed terminal and a job scheduler signal the whole process group. The parent finishes its step,
+    # saves, and ends its workers, if need be by SIGTERM. So where the system reports the sender of a signal, only a
+    # SIGTERM from the parent ends a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _end_by_parent(parent: int) -> None:
+def _exit_on_sigterm_of(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -65,13 +65,13 @@ def _end_by_parent(parent: int) -> None:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Turn what torch raises of a worker that was killed, wherever the loop stands, into a `ChildProcessError`."""
+    """Turn torch's error about a killed DataLoader worker, wherever it is raised, into a `ChildProcessError`."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise ChildProcessError(
-            f"A process that loads images was ended from outside ({str(error).splitlines()[0].strip()}), often for "
-            "want of memory. What was saved is intact: give the command again, if need be with fewer num_workers."
+            f"A data loading process was killed ({str(error).splitlines()[0].strip()}), often because memory ran "
+            "out. Everything that was saved is intact: run the command again, if necessary with fewer num_workers."
         ) from error

@@ -1,9 +1,9 @@
-"""The order in which images are visited, and how batches are divided over processes."""
+"""Batch samplers: the order in which images are visited, and how batches are divided over processes."""
 
 import math
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -11,130 +11,140 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Sampler
 
-from .images import Images, TrainingImages, Visit
+from .images import EvaluationImages, TrainingImages, Visit, derive_seed, image_digest, stored_rows
 from .labelled import ImageData
-from .opening import identity_of, seed_of, stored_rows
 
-# Rows of a stream that are read ahead of the workers.
-READ_AHEAD = 256
+READ_AHEAD = 256  # rows of a stream
 
 
-class Parts(NamedTuple):
-    """How a batch is divided: into accumulated parts, each over the processes; and which process this is."""
+class BatchDivision(NamedTuple):
+    """How a batch is divided: over accumulation steps, and each of these over processes; and the current process."""
 
-    accumulated: int = 1
+    accumulation_steps: int = 1
     processes: int = 1
     process: int = 0
 
-    def check(self, batch_size: int) -> None:
-        if batch_size % (self.accumulated * self.processes):
+    def size_of_part(self, batch_size: int) -> int:
+        """Return the number of images per accumulation step and process.
+
+        Raises:
+            ValueError: If a batch cannot be divided equally.
+        """
+        if batch_size % (self.accumulation_steps * self.processes):
             raise ValueError(
                 f"batch_size={batch_size} must be divisible by accumulation_steps * processes = "
-                f"{self.accumulated} * {self.processes}."
+                f"{self.accumulation_steps} * {self.processes}."
             )
+        return batch_size // (self.accumulation_steps * self.processes)
 
 
-WHOLE = Parts()
+UNDIVIDED = BatchDivision()
 
 
 class TableOrder(Sampler[list[Visit]]):
-    """Say which images of a table belong to which step, for one process.
+    """Sample batches of a table for one process.
 
-    An epoch is a permutation that follows from (seed, epoch), cut into batches; what is left over waits for another
-    epoch. So a step alone says where a run stands, and `first_step` is all that it takes to go on.
-    """
-
-    def __init__(
-        self, length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: Parts = WHOLE
-    ) -> None:
-        parts.check(batch_size)
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.first_step, self.last_step, self.parts = first_step, last_step, parts
-
-    def __iter__(self) -> Iterator[list[Visit]]:
-        order_of, order = -1, torch.empty(0)
-        for step in range(self.first_step, self.last_step):
-            epoch, offset = divmod(step, self.length // self.batch_size)
-            if epoch != order_of:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-                order_of, order = epoch, torch.randperm(self.length, generator=generator)
-            batch = order[offset * self.batch_size : (offset + 1) * self.batch_size]
-            for part in batch.chunk(self.parts.accumulated):
-                own = part.chunk(self.parts.processes)[self.parts.process]
-                yield [Visit(epoch, index) for index in own.tolist()]
-
-
-class StreamOrder(Sampler[list[Visit]]):
-    """Read a stream again and again, in batches for one process.
-
-    The shards of an epoch, and a buffer of images, are shuffled by (seed, epoch). Each process reads its own shards,
-    or its share of every shard if their number does not allow it, and begins anew when they end. To go on at a step
-    is to pass over what was read before, undecoded, and over whole epochs unread if `images_an_epoch` tells of them.
-
-    Args:
-        images_an_epoch: Numbers of images in this process' parts of the first epochs, as far as an earlier run has
-            read them. Since shards change hands, they differ if the sizes of shards do.
+    An epoch is a permutation that depends on (seed, epoch), divided into batches; the remainder is dropped. So the
+    number of a step defines its images, and `first_step` is all that a resumed run needs.
     """
 
     def __init__(
         self,
-        images: Images,
+        length: int,
         batch_size: int,
         seed: int,
         first_step: int,
         last_step: int,
-        parts: Parts = WHOLE,
-        buffer: int = 2048,
-        images_an_epoch: Sequence[int] | None = None,
+        division: BatchDivision = UNDIVIDED,
     ) -> None:
-        parts.check(batch_size)
-        self.columns = images.columns
-        shuffled = images.split.shuffle(seed=seed_of(seed, "order") % 2**32, buffer_size=buffer)
-        self.stream = split_dataset_by_node(shuffled, rank=parts.process, world_size=parts.processes)
-        self.batch_size = batch_size // (parts.accumulated * parts.processes)
-        self.first_step, self.last_step, self.accumulated = first_step, last_step, parts.accumulated
-        self.images_an_epoch = list(images_an_epoch or ())
+        division.size_of_part(batch_size)
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.first_step, self.last_step, self.division = first_step, last_step, division
 
     def __iter__(self) -> Iterator[list[Visit]]:
-        batches = (self.last_step - self.first_step) * self.accumulated
-        visits = read_ahead(islice(self._visits(), batches * self.batch_size), READ_AHEAD)
+        drawn_epoch, order = -1, torch.empty(0)
+        for step in range(self.first_step, self.last_step):
+            epoch, offset = divmod(step, self.length // self.batch_size)
+            if epoch != drawn_epoch:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+                drawn_epoch, order = epoch, torch.randperm(self.length, generator=generator)
+            batch = order[offset * self.batch_size : (offset + 1) * self.batch_size]
+            for part in batch.chunk(self.division.accumulation_steps):
+                indices = part.chunk(self.division.processes)[self.division.process]
+                yield [Visit(epoch, index) for index in indices.tolist()]
+
+
+class StreamOrder(Sampler[list[Visit]]):
+    """Read a stream once per epoch, in batches for one process.
+
+    The shards of an epoch, and a buffer of images, are shuffled by (seed, epoch). Each process reads its own shards,
+    or every n-th image if the number of shards is not divisible, and starts the next epoch when they end. To resume
+    at a step, images before it are skipped undecoded, and complete epochs unread if `images_per_epoch` has them.
+
+    Args:
+        images_per_epoch: Numbers of images that this process read in the first epochs, as far as an earlier run knows
+            them. They differ where shards do, since processes read other shards in every epoch.
+    """
+
+    def __init__(
+        self,
+        images: EvaluationImages,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        division: BatchDivision = UNDIVIDED,
+        buffer: int = 2048,
+        images_per_epoch: Sequence[int] | None = None,
+    ) -> None:
+        self.batch_size = division.size_of_part(batch_size)
+        self.columns = images.columns
+        shuffled = images.split.shuffle(seed=derive_seed(seed, "order") % 2**32, buffer_size=buffer)
+        self.stream = split_dataset_by_node(shuffled, rank=division.process, world_size=division.processes)
+        self.skipped = first_step * division.accumulation_steps * self.batch_size
+        self.length = (last_step - first_step) * division.accumulation_steps * self.batch_size
+        self.images_per_epoch = list(images_per_epoch or ())
+
+    def __iter__(self) -> Iterator[list[Visit]]:
+        visits = read_ahead(islice(self._visits(), self.length), READ_AHEAD)
         while batch := list(islice(visits, self.batch_size)):
             yield batch
 
     def _visits(self) -> Iterator[Visit]:
-        passed = self.first_step * self.accumulated * self.batch_size
+        skipped = self.skipped
         for epoch in count():
-            if epoch < len(self.images_an_epoch) and passed >= self.images_an_epoch[epoch]:
-                passed -= self.images_an_epoch[epoch]
+            if epoch < len(self.images_per_epoch) and skipped >= self.images_per_epoch[epoch]:
+                skipped -= self.images_per_epoch[epoch]
                 continue
             self.stream.set_epoch(epoch)
             number = 0
             for number, row in enumerate(stored_rows(self.stream, self.columns), start=1):
-                if number > passed:
-                    yield Visit(epoch, identity_of(row[0]), row)
+                if number > skipped:
+                    yield Visit(epoch, image_digest(row[0]), row)
             if number == 0:
                 raise ValueError("The stream has no images for this process: use fewer processes, or more images.")
-            if epoch == len(self.images_an_epoch):
-                self.images_an_epoch.append(number)
-            elif number != self.images_an_epoch[epoch]:
+            if epoch == len(self.images_per_epoch):
+                self.images_per_epoch.append(number)
+            elif number != self.images_per_epoch[epoch]:
                 raise ValueError(
-                    f"The stream ends behind {number} images, where {self.images_an_epoch[epoch]} were read before: "
-                    "it is no longer the data of this run."
+                    f"The stream ended after {number} images, but had {self.images_per_epoch[epoch]} before: resume "
+                    "on the data that the run started with."
                 )
-            passed = max(0, passed - number)
+            skipped = max(0, skipped - number)
 
 
 class EvaluationOrder(Sampler[list[Visit]]):
-    """Say which images a process measures: each image once over all processes, and batches of the same sizes on all.
+    """Sample every image once over all processes, in batches of the same sizes on each.
 
-    Every process takes each n-th image; what is missing in its last batch is filled up with images that do not count.
+    Every process takes each n-th image; its last batch is filled with images that are not counted.
 
     Args:
-        is_counted: Whether any image of this process is: not if another process measures the same.
+        batch_size: Batch size per process.
+        is_counted: Whether images of this process are counted: not if another process evaluates the same ones.
     """
 
     def __init__(
-        self, images: Images, batch_size: int, processes: int = 1, process: int = 0, is_counted: bool = True
+        self, images: EvaluationImages, batch_size: int, processes: int = 1, process: int = 0, is_counted: bool = True
     ) -> None:
         self.images, self.batch_size, self.processes, self.process = images, batch_size, processes, process
         self.is_counted = is_counted
@@ -142,51 +152,29 @@ class EvaluationOrder(Sampler[list[Visit]]):
     def __iter__(self) -> Iterator[list[Visit]]:
         visits = self._visits()
         while chunk := list(islice(visits, self.batch_size * self.processes)):
-            own = chunk[self.process :: self.processes]
-            missing = math.ceil(len(chunk) / self.processes) - len(own)
-            own += [chunk[0]._replace(counted=False)] * missing
-            yield own if self.is_counted else [visit._replace(counted=False) for visit in own]
+            batch = chunk[self.process :: self.processes]
+            missing = math.ceil(len(chunk) / self.processes) - len(batch)
+            batch += [chunk[0]._replace(counted=False)] * missing
+            yield batch if self.is_counted else [visit._replace(counted=False) for visit in batch]
 
     def _visits(self) -> Iterator[Visit]:
         if self.images.labels:
             return (Visit(0, index) for index in range(len(self.images)))
-        return (Visit(0, index, row) for index, row in enumerate(self.images.rows()))
+        rows = stored_rows(self.images.split, self.images.columns)
+        return (Visit(0, index, row) for index, row in enumerate(rows))
 
 
 def read_ahead(items: Iterable[Any], number: int) -> Generator[Any]:
-    """Yield items that a thread reads up to `number` ahead."""
-    ready: queue.Queue = queue.Queue(number)
-    is_closed = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not is_closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:  # who waits for an item must hear of anything
-            put((None, error))
-
-    threading.Thread(target=read, daemon=True).start()
+    """Yield items while a thread reads up to `number` of them ahead."""
+    rest, end = iter(items), object()
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+        waiting = deque(reader.submit(next, rest, end) for _ in range(number))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(reader.submit(next, rest, end))
             yield item
     finally:
-        is_closed.set()
+        reader.shutdown(wait=False, cancel_futures=True)
 
 
 def steps_of(epochs: float, length: int, batch_size: int) -> int:
@@ -200,15 +188,13 @@ def training_order(
     batch_size: int,
     seed: int,
     steps: tuple[int, int],
-    parts: Parts,
+    division: BatchDivision,
     buffer: int,
-    images_an_epoch: Sequence[int] | None = None,
+    images_per_epoch: Sequence[int] | None = None,
 ) -> TableOrder | StreamOrder:
-    """Return the order that fits the data, from the first of `steps` to before the last."""
+    """Return the order for a table or a stream; `steps` are the first one and the one after the last."""
     if batch_size > data.train_length:
-        raise ValueError(
-            f"batch_size={batch_size} is more than the {data.train_length} training images: make it smaller."
-        )
+        raise ValueError(f"batch_size={batch_size} exceeds the {data.train_length} training images: reduce it.")
     if data.is_stream:
-        return StreamOrder(images, batch_size, seed, *steps, parts, buffer, images_an_epoch)
-    return TableOrder(data.train_length, batch_size, seed, *steps, parts)
+        return StreamOrder(images, batch_size, seed, *steps, division, buffer, images_per_epoch)
+    return TableOrder(data.train_length, batch_size, seed, *steps, division)

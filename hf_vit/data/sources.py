@@ -1,7 +1,8 @@
-"""What `hf-vit predict` reads: files, folders, globs, parquet and datasets, as parts that are opened one by one.
+"""What `hf-vit predict` reads: image files, folders, globs, parquet files and data sets, divided into parts.
 
-A part is read from its first image on, and says who it is without being read. So what is finished is passed over
-unread, several processes take different parts, and nothing is held but the names of the files of one folder.
+A part knows its identity without being read, and is read from its first image. So finished parts are skipped unread,
+processes read different parts, and no list of all images is held in memory. pyarrow and `datasets` are imported where
+they are used, since image files do not need them.
 """
 
 import glob
@@ -14,41 +15,37 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image, IterableDataset, Value
-from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
 from ..system.texts import without_tokens
+from .images import NO_IMAGE, stored_rows
 from .opening import (
     BUILDERS,
     IMAGE_COLUMNS,
     as_stored,
     choose,
-    images_in,
-    is_saved,
-    known,
+    image_columns,
     open_splits,
-    shards_in,
+    shards_of,
     stated_length,
-    stored_rows,
+    storage_of,
+    with_features,
 )
 
 Stored = dict[str, Any]  # an image as `datasets` stores it: {"bytes", "path"}
-ROWS_AT_A_TIME = 16  # of parquet: few images are held, and Arrow's cost for each batch is small beside them
-NAMES_AT_A_TIME = 512  # of files, where nothing else decides it
-BUFFER = 1 << 20  # bytes of a file that Arrow holds; without one, a whole row group
+ROWS_PER_BATCH = 16  # of parquet: few images are in memory, and Arrow's cost per batch is small in comparison
+FILES_PER_PART = 512  # if the caller does not choose it
+BUFFER = 1 << 20  # bytes of a parquet file that Arrow buffers; without it, a complete row group
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images that are read from the first on.
+    """Some images, read from the first one on.
 
     Attributes:
-        rows: Opens them.
-        identity: Of where they are read from; another one means other images.
-        length: Their number; `None` where only reading tells it.
+        rows: Opens the images.
+        identity: Text that differs if the images differ.
+        length: Number of images; `None` if it is not known before reading.
     """
 
     rows: Callable[[], Iterator[Stored]]
@@ -60,10 +57,10 @@ class Part:
 
 
 def files_of(words: Iterable[str]) -> Iterator[Path]:
-    """Yield the files that paths, folders and globs name; of folders and globs those whose name is that of an image.
+    """Yield the files at paths, and the image files (by suffix) in folders and of globs.
 
     Raises:
-        ValueError: If there is no such file or folder, or a glob fits none.
+        ValueError: If a file or folder does not exist, or a glob matches none.
     """
     for word in words:
         path = Path(word)
@@ -72,22 +69,18 @@ def files_of(words: Iterable[str]) -> Iterator[Path]:
         elif path.is_file():
             yield path
         else:
-            yield from _images_of_glob(word)
-
-
-def _images_of_glob(word: str) -> Iterator[Path]:
-    is_recursive = "**" in word  # then the folders that it fits hold files that it fits, too
-    for match in map(Path, _matches(word)):
-        if match.is_dir() and not is_recursive:
-            yield from _images_below(match)
-        elif match.is_file() and _is_image(match.name):
-            yield match
+            is_recursive = "**" in word  # then it also matches the files in the folders that it matches
+            for match in map(Path, _matches(word)):
+                if match.is_dir() and not is_recursive:
+                    yield from _images_below(match)
+                elif match.is_file() and _is_image(match.name):
+                    yield match
 
 
 def _matches(word: str) -> list[str]:
     if glob.has_magic(word) and (matches := sorted(glob.glob(word, recursive=True))):
         return matches
-    raise ValueError(f"There is no file or folder {without_tokens(word)}.")
+    raise ValueError(f"Found no file or folder {without_tokens(word)}.")
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -99,226 +92,199 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(name: str) -> bool:
-    ending = os.path.splitext(name)[1].lower()
-    return ending != "" and ending in PILImage.registered_extensions()  # to which Pillow 12.0 may add none
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix != "" and suffix in PILImage.registered_extensions()  # Pillow 12.0 may register the empty suffix
 
 
-class ImageFiles:
-    """The files that some words name."""
+def _state_of(path: str) -> str:
+    """Return the path, size and modification time of a file."""
+    try:
+        state = os.stat(path)
+    except OSError:  # reading will report it
+        return path
+    return f"{path} {state.st_size} {state.st_mtime_ns}"
 
-    stated = 0  # beyond what its parts know
 
-    def __init__(self, words: list[str]) -> None:
-        self.words = words
+def _states_of(paths: Iterable[str]) -> str:
+    """Return a digest of the paths, sizes and modification times of files."""
+    states = "\n".join(map(_state_of, paths)).encode("utf-8", "backslashreplace")
+    return hashlib.blake2b(states, digest_size=16).hexdigest()
 
-    def parts(self, size: int) -> Iterator[Part]:
-        files = files_of(self.words)
-        while chunk := list(islice(files, size)):
-            names = [str(file) for file in chunk]
-            yield Part(partial(_rows_of_files, names), _states_of(names), len(names))
+
+def _parts_of_files(words: list[str], size: int) -> Iterator[Part]:
+    files = files_of(words)
+    while chunk := list(islice(files, size)):
+        names = [str(file) for file in chunk]
+        yield Part(partial(_rows_of_files, names), _states_of(names), len(names))
 
 
 def _rows_of_files(names: list[str]) -> Iterator[Stored]:
     return ({"bytes": None, "path": name} for name in names)
 
 
-def _states_of(names: Iterable[str]) -> str:
-    """Return what tells some files from others, in a few characters."""
-    states = "\n".join(map(_state_of, names)).encode("utf-8", "backslashreplace")
-    return hashlib.blake2b(states, digest_size=16).hexdigest()
+# ----------------------------------------------------------------------------------------------------- data sets
 
 
-def _state_of(path: str) -> str:
-    """Say which file this is, and as it was written when."""
-    try:
-        state = os.stat(path)
-    except OSError:  # it is named in the table as one that cannot be read
-        return f"{path}"
-    return f"{path} {state.st_size} {state.st_mtime_ns}"
+def _parts_of_parquet(files: Sequence[str], column: str, size: int) -> Iterator[Part]:
+    """Yield row groups; small ones are grouped up to `size` rows."""
+    for path in files:
+        file = _open_parquet(path)
+        if column not in file.schema_arrow.names:
+            raise ValueError(f"{path} has no column {column!r}: it has {', '.join(file.schema_arrow.names)}.")
+        lengths = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        groups: list[list[int]] = [[]]
+        for number, length in enumerate(lengths):
+            if groups[-1] and sum(lengths[n] for n in groups[-1]) + length > size:
+                groups.append([])
+            groups[-1].append(number)
+        for group in groups:
+            rows = partial(_rows_of_parquet, path, group, column)
+            yield Part(rows, f"{_state_of(path)} {group}", sum(lengths[number] for number in group))
 
 
-# --------------------------------------------------------------------------------------------------------- tables
+def _open_parquet(path: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-
-class ParquetFiles:
-    """Parquet files of this machine; what they hold is known without reading it."""
-
-    stated = 0  # beyond what its parts know
-
-    def __init__(self, files: Sequence[str], image_column: str | None) -> None:
-        self.files = files
-        self.column = _image_column(Features.from_arrow_schema(_opened(files[0]).schema_arrow), image_column)
-
-    def parts(self, size: int) -> Iterator[Part]:
-        """Yield row groups, small ones together up to `size` rows."""
-        for path in self.files:
-            file = _opened(path)
-            if self.column not in file.schema_arrow.names:
-                raise ValueError(f"{path} has no column {self.column!r}: it has {', '.join(file.schema_arrow.names)}.")
-            lengths = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-            group: list[int] = []
-            for number, length in enumerate(lengths):
-                if group and sum(lengths[n] for n in group) + length > size:
-                    yield self._part(path, group, lengths)
-                    group = []
-                group.append(number)
-            yield self._part(path, group, lengths)
-
-    def _part(self, path: str, group: list[int], lengths: list[int]) -> Part:
-        rows = partial(_rows_of_parquet, path, group, self.column)
-        return Part(rows, f"{_state_of(path)} {group}", sum(lengths[number] for number in group))
-
-
-def _opened(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, buffer_size=BUFFER)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no parquet file, or damaged: {error}") from error
+        raise ValueError(f"{path} is not a parquet file, or is corrupt: {error}") from error
 
 
 def _rows_of_parquet(path: str, groups: list[int], column: str) -> Iterator[Stored]:
-    for batch in _opened(path).iter_batches(ROWS_AT_A_TIME, groups, [column]):
+    from datasets import Image
+
+    for batch in _open_parquet(path).iter_batches(ROWS_PER_BATCH, groups, [column]):
         for row in Image().cast_storage(batch.column(0)).to_pylist():
-            yield row or {"bytes": None, "path": None}
+            yield row or NO_IMAGE
 
 
-class Table:
-    """A data set that `save_to_disk` wrote."""
-
-    stated = 0  # beyond what its parts know
-
-    def __init__(self, dataset: Dataset, identity: str, image_column: str | None) -> None:
-        column = _image_column(dataset.features, image_column)
-        self.columns, self.identity = (column, None), identity
-        self.dataset = as_stored(dataset.select_columns(column), self.columns)
-
-    def parts(self, size: int) -> Iterator[Part]:
-        for start in range(0, len(self.dataset), size):
-            chosen = range(start, min(start + size, len(self.dataset)))
-            rows = partial(_rows_of_dataset, self.dataset.select(chosen), self.columns)
-            yield Part(rows, f"{self.identity} {chosen}", len(chosen))
+def _parts_of_table(dataset: Any, column: str, identity: str, size: int) -> Iterator[Part]:
+    for start in range(0, len(dataset), size):
+        chosen = range(start, min(start + size, len(dataset)))
+        rows = partial(_rows_of_dataset, dataset.select(chosen), column)
+        yield Part(rows, f"{identity} {chosen}", len(chosen))
 
 
-class Stream:
-    """A data set that is read as it comes; a part is one of its files. `stated` counts its images, if it says so."""
-
-    def __init__(self, dataset: IterableDataset, identity: str, image_column: str | None) -> None:
-        dataset = known(dataset)
-        column = _image_column(dataset.features, image_column)
-        self.stated, self.columns, self.identity = stated_length(dataset), (column, None), identity
-        self.dataset = dataset.select_columns(column).cast_column(column, Image(decode=False))
-
-    def parts(self, size: int) -> Iterator[Part]:
-        number = self.dataset.num_shards
-        for index in range(number):
-            rows = partial(_rows_of_dataset, self.dataset.shard(number, index), self.columns)
-            yield Part(rows, f"{self.identity} {index} of {number}", None)
+def _parts_of_stream(dataset: Any, column: str, identity: str, size: int) -> Iterator[Part]:
+    number = dataset.num_shards
+    for index in range(number):
+        rows = partial(_rows_of_dataset, dataset.shard(number, index), column)
+        yield Part(rows, f"{identity} {index} of {number}", None)
 
 
-def _rows_of_dataset(dataset: Any, columns: tuple[str, None]) -> Iterator[Stored]:
-    return (stored for stored, _ in stored_rows(dataset, columns))
+def _rows_of_dataset(dataset: Any, column: str) -> Iterator[Stored]:
+    return (stored for stored, _ in stored_rows(dataset, (column, None)))
 
 
-def _image_column(features: Features, given: str | None) -> str:
-    """Choose the column of images; those of bytes and of paths may stand for one."""
-    kinds = {name: feature.dtype for name, feature in features.items() if isinstance(feature, Value)}
-    of_bytes = [name for name, kind in kinds.items() if kind in ("binary", "large_binary")]
-    of_paths = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-    images = images_in(features)
-    return choose(
-        "image_column", [*images, *of_bytes, *of_paths] if given else images or of_bytes, given, IMAGE_COLUMNS
-    )
+def _image_column(features: Any, given: str | None) -> str:
+    """Choose the image column; one of bytes may be inferred, one of paths must be given."""
+    from datasets import Value
+
+    types = {name: feature.dtype for name, feature in features.items() if isinstance(feature, Value)}
+    of_bytes = [name for name, dtype in types.items() if dtype in ("binary", "large_binary")]
+    of_paths = [name for name, dtype in types.items() if dtype in ("string", "large_string")]
+    images = image_columns(features)
+    found = [*images, *of_bytes, *of_paths] if given else images or of_bytes
+    return choose("image_column", found, given, IMAGE_COLUMNS)
 
 
 # ---------------------------------------------------------------------------------------------------- all of them
 
 
 class Sources:
-    """All that some words name, in their order.
+    """All images of some sources, in order.
 
     Args:
-        words: Image files, globs and folders of them; parquet files, webdataset shards, and folders of these; folders
-            that `save_to_disk` wrote; names of data sets on the Hub, which are read as streams.
-        split: Of data sets that have several.
-        image_column: Of data sets and parquet files; the only one, or the one with a usual name, if not given.
+        words: Image files, and folders and globs of them; parquet files, webdataset shards, and folders of these;
+            folders that `save_to_disk` wrote; names of data sets on the Hub, which are streamed.
+        split: Split of data sets that have several.
+        image_column: Image column of data sets; the only one, or the one with a usual name, if not given.
+
+    Attributes:
+        stated: Number of images in parts of unknown length, or `None` if a source does not state it.
 
     Raises:
-        ValueError: If a word names nothing, or split or column cannot be told.
+        ValueError: If a source does not exist, or its split or column cannot be inferred.
     """
 
     def __init__(self, words: Sequence[str], split: str | None = None, image_column: str | None = None) -> None:
         self.words, self.split, self.image_column = words, split, image_column
-        self.all: list[ImageFiles | ParquetFiles | Table | Stream] = []
+        self.stated: int | None = 0
+        self.all: list[Callable[[int], Iterator[Part]]] = []
+        self.files: list[str] = []  # of the last source, if that is image files
+        self.has_data_sets = False
         for word in words:
             self._add(word)
         given = {"--split": split, "--image-column": image_column}
-        if all(isinstance(source, ImageFiles) for source in self.all) and any(given.values()):
+        if not self.has_data_sets and any(given.values()):
             raise ValueError(
-                f"{', '.join(k for k, v in given.items() if v)} is for data sets and parquet: leave it out."
+                f"Image files take no {', '.join(name for name, value in given.items() if value)}: remove the option."
             )
 
-    @property
-    def stated(self) -> int | None:
-        """Return how many images there are beyond those of parts of a known length, if the sources say so."""
-        numbers = [source.stated for source in self.all]
-        return None if None in numbers else sum(number or 0 for number in numbers)
-
     def parts(self, size: int) -> Iterator[Part]:
-        """Yield all parts in order; where their images are known, of about `size` of them."""
-        return chain.from_iterable(source.parts(size) for source in self.all)
+        """Yield all parts in order, of about `size` images where the number is known."""
+        return chain.from_iterable(parts(size) for parts in self.all)
 
     def rows(self) -> Iterator[Stored]:
         """Yield all images in order."""
-        return chain.from_iterable(part.rows() for part in self.parts(NAMES_AT_A_TIME))
+        return chain.from_iterable(part.rows() for part in self.parts(FILES_PER_PART))
 
     def _add(self, word: str) -> None:
-        path = Path(word)
-        if path.is_file():
-            self._add_file(word)
-        elif path.is_dir() and (is_saved(path) or shards_in(path)):
-            self._add_folder(path)
-        elif path.is_dir():
-            self._add_images(word)
+        path, storage = Path(word), storage_of(Path(word))
+        if storage == "parquet":
+            self._add_parquet(self._chosen(shards_of(path)))
+        elif storage == "webdataset":
+            self._add_stream(path, _states_of(self._chosen(shards_of(path))))
+        elif storage == "saved":
+            table = self._chosen(open_splits(path, streaming=False))
+            self._add_table(table, _states_of(file["filename"] for file in table.cache_files))
+        elif path.exists():
+            self._add_files(word)
         elif word == "digits":
-            self.all.append(Table(self._chosen(open_splits(word, streaming=False)), word, self.image_column))
-        elif not _may_be_on_the_hub(word):
+            self._add_table(self._chosen(open_splits(word, streaming=False)), word)
+        elif _may_be_on_the_hub(word):
+            from huggingface_hub import HfApi
+
+            self._add_stream(word, f"{word}@{HfApi().dataset_info(word).sha}")
+        else:
             matches = _matches(word)
             shards = [match for match in matches if Path(match).suffix in BUILDERS]
             for match in shards:
-                self._add_file(match)
+                self._add(match)
             if len(shards) < len(matches):
-                self._add_images(word)
-        else:
-            stream = self._chosen(open_splits(word, streaming=True))
-            self.all.append(Stream(stream, f"{word}@{HfApi().dataset_info(word).sha}", self.image_column))
+                self._add_files(word)
 
-    def _add_images(self, word: str) -> None:
-        if self.all and isinstance(self.all[-1], ImageFiles):
-            self.all[-1].words.append(word)
-        else:
-            self.all.append(ImageFiles([word]))
+    def _add_files(self, word: str) -> None:
+        if not self.files:
+            self.files = []
+            self.all.append(partial(_parts_of_files, self.files))
+        self.files.append(word)
 
-    def _add_file(self, word: str) -> None:
-        if Path(word).suffix not in BUILDERS:
-            self._add_images(word)
-        elif BUILDERS[Path(word).suffix] == "parquet":
-            self._chosen({"train": word})
-            self.all.append(ParquetFiles([word], self.image_column))
-        else:
-            stream = self._chosen(open_splits(word, streaming=True))
-            self.all.append(Stream(stream, _state_of(word), self.image_column))
+    def _add_data_set(self, parts: Callable[[int], Iterator[Part]]) -> None:
+        self.all.append(parts)
+        self.files, self.has_data_sets = [], True
 
-    def _add_folder(self, path: Path) -> None:
-        shards = None if is_saved(path) else shards_in(path)
-        if shards is not None and BUILDERS[shards[0]] == "parquet":
-            self.all.append(ParquetFiles(self._chosen(shards[1]), self.image_column))
-            return
-        split = self._chosen(open_splits(path, streaming=shards is not None))
-        if shards is None:
-            files = [file["filename"] for file in split.cache_files]
-            self.all.append(Table(split, _states_of(files), self.image_column))
-        else:
-            self.all.append(Stream(split, _states_of(self._chosen(shards[1])), self.image_column))
+    def _add_parquet(self, files: list[str]) -> None:
+        from datasets import Features
+
+        column = _image_column(Features.from_arrow_schema(_open_parquet(files[0]).schema_arrow), self.image_column)
+        self._add_data_set(partial(_parts_of_parquet, files, column))
+
+    def _add_table(self, table: Any, identity: str) -> None:
+        column = _image_column(table.features, self.image_column)
+        table = as_stored(table.select_columns(column), (column, None))
+        self._add_data_set(partial(_parts_of_table, table, column, identity))
+
+    def _add_stream(self, source: str | Path, identity: str) -> None:
+        from datasets import Image
+
+        stream = with_features(self._chosen(open_splits(source, streaming=True)))
+        column, stated = _image_column(stream.features, self.image_column), stated_length(stream)
+        self.stated = None if self.stated is None or stated is None else self.stated + stated
+        stream = stream.select_columns(column).cast_column(column, Image(decode=False))
+        self._add_data_set(partial(_parts_of_stream, stream, column, identity))
 
     def _chosen(self, splits: dict[str, Any]) -> Any:
         return splits[choose("split", splits, self.split, ())]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import CLASSIFIER
 from ..checkpoints.models import load_for_figures
 from ..checkpoints.opening import open_checkpoint
-from ..data.images import as_seen, normalize
+from ..data.images import normalize, preprocess
 from ..inspection import attention_maps, attention_rollout, lit
 from ..inspection.gallery import Picture, Subject, at_one_size, name_of, pictures_of_positions
 from ..inspection.layers import head_number
@@ -166,7 +166,7 @@ class Exhibit:
 
     def _pixels(self, file: File, size: Size) -> Tensor:
         processor = at_one_size(self.processor, size)
-        return as_seen(read_image(file.path, processor.least_size), processor)
+        return preprocess(read_image(file.path, processor.least_size), processor)
 
 
 def _named(prediction: Prediction, file: File) -> Prediction:

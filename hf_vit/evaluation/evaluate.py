@@ -1,28 +1,31 @@
-"""A checkpoint on labelled images: what `hf-vit evaluate` measures, and how it says it."""
+"""Evaluate a checkpoint on labelled images: the measurements of `hf-vit evaluate`."""
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..checkpoints.checkpoint import Options
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..data.images import EvaluationImages, normalize
-from ..data.labelled import _held_out_by, _recipe_of, load_data
+from ..data.labelled import ImageData, load_evaluation_data
 from ..data.loaders import evaluation_loader, naming_dead_workers
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
 from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
 from ..system.machine import machine, versions
 from . import probing
-from .figures import classify, extract, in_turn
-from .labels import _classes_of, match_labels
-from .pace import _answers, _is_same, _pace, _paces_by_turns, by_cores
+from .labels import labels_of, match_labels
+from .metrics import ImageResults, classify, extract_features, forward_in_turn, forward_on_cores
+from .throughput import throughputs
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
     "linear": probing.linear_probe,
@@ -32,7 +35,7 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 @naming_dead_workers()
-def assess(
+def evaluate_checkpoint(
     source: str,
     data_source: str,
     *,
@@ -46,107 +49,68 @@ def assess(
     probes: Sequence[str] = (),
     merged_per_layer: int = 0,
 ) -> dict[str, Any] | None:
-    """Measure a checkpoint on labelled images; on one process or on those that a launcher started.
+    """Evaluate a checkpoint on labelled images, on one process or those of a launcher.
 
     Args:
         source: A file, a folder or a name on the Hub, of this package or another library.
         data_source: As for `load_data`.
-        split: To measure on; the one that is held out if not given.
+        split: Split to evaluate on; the usual evaluation split, or held-out images, if not given.
         image_column, label_column: As for `load_data`.
-        batch_size: Images of a core or of a GPU at a time, chosen by the hardware if not given. It changes no figure
-            beyond rounding.
-        num_workers: Processes that load images, for each process.
-        image_size: Pixels, (height, width); the checkpoint's if not given.
+        batch_size: Batch size per device, chosen for the hardware if not given. It changes metrics by rounding only.
+        num_workers: Data loading processes, per process.
+        image_size: (height, width) in pixels; the checkpoint's if not given.
         precision: `"fp32"`, `"bf16"`, `"fp8"`, or `"auto"`: as for `optimize_for_inference`.
-        probes: Of `PROBES`. They learn from the training split, and need no head.
-        merged_per_layer: Tokens to merge in every layer, as `merge_tokens` does, in a second measurement of accuracy
-            and pace beside that of the model as it is.
+        probes: Keys of `PROBES`. They are fitted on the training split, and need no classifier.
+        merged_per_layer: Tokens to merge per layer by `merge_tokens`, in a second measurement of accuracy and
+            throughput.
 
     Returns:
-        All that was measured, of plain types; `None` on every process but the first.
+        All measurements, of plain types; `None` on every process but the first.
 
     Raises:
-        ValueError: If the model's classes and the data's are not the same and there is no probe to run; if there is
-            nothing to learn from or to measure; if tokens are to be merged that cannot be.
-        ChildProcessError: If a process that loads images was killed.
+        ValueError: If the classes of model and data differ and there are no probes; if there are no images to train
+            on or to evaluate; if the model cannot merge tokens.
+        ChildProcessError: If a data loading process was killed.
     """
     if unknown := set(probes) - set(PROBES):
-        raise ValueError(f"There is no probe {', '.join(sorted(unknown))}: choose of {', '.join(PROBES)}.")
+        raise ValueError(f"Unknown probe {', '.join(sorted(unknown))}: choose one of {', '.join(PROBES)}.")
     precision = inference_precision(precision)
-    accelerator = Accelerator()  # the model is brought to its precision as a whole
-    is_cpu = accelerator.device.type == "cpu"
+    accelerator = Accelerator()  # without mixed precision: the model itself is cast
     batch_size = batch_size or default_batch_size(accelerator.device.type)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
-    of_model = _classes_of(checkpoint)
-    recipe = _recipe_of(source)  # a part of the data that it held out is held out here
-    with accelerator.local_main_process_first():  # the others read what it prepared
-        data = load_data(
-            data_source,
-            eval_split=split,
-            image_column=image_column,
-            label_column=label_column,
-            needs_train=bool(probes),
-            **_held_out_by(recipe),
+    columns = {"image_column": image_column, "label_column": label_column}
+    with accelerator.local_main_process_first():  # the others read what it has cached
+        data, warning = load_evaluation_data(
+            source, data_source, eval_split=split, needs_train=bool(probes), **columns
         )
-    classes, sentence = match_labels(of_model, data.label_names)
-    if data.eval_split == "held out" and recipe.get("streaming"):
-        sentence = (
-            f"{sentence} It learned from a stream, which holds out other images: it may have seen these.".strip()
-        )
-    if classes is None and not probes:
-        raise ValueError(f"{sentence} To measure the features alone, add --probe.")
-    if probes and _is_same(data):
-        raise ValueError(
-            f"Probes learn from the training split, so they cannot be measured on it: let --split be another than "
-            f"{split}, or leave it out."
-        )
-    if merged_per_layer and classes is None:
-        raise ValueError(f"{sentence} Merging is measured by the accuracy of a classifier: leave --merge-tokens out.")
-
+    model_labels = labels_of(checkpoint)
+    classes, note = match_labels(model_labels, data.label_names)
+    note = f"{note} {warning}".strip()
+    _check_measurable(classes, note, data, split, probes, merged_per_layer)
     model, processor = load(source, image_size, checkpoint)
-    if merged_per_layer:  # what cannot merge is refused before minutes of measuring
+    if merged_per_layer:  # fails now instead of after minutes
         merge_tokens(merge_tokens(model, merged_per_layer), 0)
-
-    def loader_of(images: Any) -> Any:
-        prepared = EvaluationImages(images, data.columns, processor)
-        if classes is not None:
-            prepared.labels = [classes[label] for label in prepared.labels]
-        parts = accelerator.num_processes, accelerator.process_index
-        return evaluation_loader(prepared, batch_size, num_workers, *parts)
-
     model.to(accelerator.device)
-    # Merging works within the layers, which the faster model does not have.
+    # Tokens are merged within the layers, which the optimized model does not have.
     model = model.to(DTYPES[precision]) if merged_per_layer else optimize_for_inference(model, precision)
-    to_model = partial(normalize, processor=processor)
-    loader = loader_of(data.evaluation)
-    predictions, features = None, {}
+    run = _Run(model, processor, data, classes, accelerator, batch_size, num_workers)
+    features: dict[str, Any] = {}
+    results = None
     if probes:
-        pooled = model.base_model.pooler
-        *features["train"], _ = extract(model, loader_of(data.train), accelerator, to_model, pooled)
+        *features["train"], _ = run.features(data.train)
         began = time.perf_counter()
-        *features["test"], broken = extract(model, loader, accelerator, to_model, pooled)
+        *features["test"], broken = run.features(data.evaluation)
     if classes is not None:
         began = time.perf_counter()
-        # What merges tokens remembers one batch at a time; other processes are for other cores.
-        is_alone = is_cpu and accelerator.num_processes == 1 and not num_workers and not merged_per_layer
-        predictions = classify(model, loader, accelerator, to_model, by_cores if is_alone else in_turn)
-        broken = predictions.broken
+        results = run.classify(is_stateless=not merged_per_layer)
+        broken = results.broken
     seconds = time.perf_counter() - began
-    count = len(data.evaluation) - len(broken)
-    shape = (min(batch_size, len(data.evaluation)), model.config.num_channels, *model.config.image_shape)
-    pixel_values = torch.zeros(shape, device=accelerator.device)
-    merged = {}
-    if not merged_per_layer:
-        model_pace = _pace(model, pixel_values, accelerator)
-    else:
-        merge_tokens(model, merged_per_layer)
-        figures = classify(model, loader, accelerator, to_model).figures()
-        model_pace, pace = _paces_by_turns(model, (0, merged_per_layer), pixel_values, accelerator)
-        merged["merged"] = {"per_layer": merged_per_layer, "figures": figures, "images_per_second": {"model": pace}}
+    speed, merged = run.speed(merged_per_layer)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
-    label_names = of_model if classes is not None and of_model is not None else data.label_names
+    label_names = data.label_names if classes is None or model_labels is None else model_labels
+    count = len(data.evaluation) - len(broken)
     return {
         "model": Path(source).name if Path(source).exists() else source,
         "data": data.name,
@@ -155,11 +119,11 @@ def assess(
         "broken": broken,
         "image_size": list(model.config.image_shape),
         "labels": label_names,
-        "note": sentence,
+        "note": note,
         "assumed": checkpoint.assumed,
-        **({} if predictions is None else _answers(predictions, label_names)),
+        **({} if results is None else _by_class(results, label_names)),
         "probes": {name: _probe(name, features, label_names) for name in probes},
-        "images_per_second": {"pipeline": count / seconds, "model": model_pace},
+        "images_per_second": {"pipeline": count / seconds, "model": speed},
         **merged,
         "precision": precision,
         "batch_size": batch_size,
@@ -171,10 +135,79 @@ def assess(
     }
 
 
+def _check_measurable(
+    classes: list[int] | None, note: str, data: ImageData, split: str | None, probes: Sequence[str], merged: int
+) -> None:
+    """Raise a `ValueError` if model and data do not allow what is to be measured."""
+    if classes is None and not probes:
+        raise ValueError(f"{note} To evaluate its features alone, add --probe.")
+    if classes is None and merged:
+        raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
+    if probes and len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]:
+        raise ValueError(
+            f"Probes are fitted on the training split, so they cannot be evaluated on it: choose another --split than "
+            f"{split}, or remove the option."
+        )
+
+
+@dataclass
+class _Run:
+    """A model on its device and its data, with the measurements that need both."""
+
+    model: Any
+    processor: Any
+    data: ImageData
+    classes: list[int] | None
+    accelerator: Accelerator
+    batch_size: int
+    num_workers: int
+
+    def loader(self, split: Any) -> Any:
+        images = EvaluationImages(split, self.data.columns, self.processor)
+        if self.classes is not None:
+            images.labels = [self.classes[label] for label in images.labels]
+        parts = self.accelerator.num_processes, self.accelerator.process_index
+        return evaluation_loader(images, self.batch_size, self.num_workers, *parts)
+
+    def features(self, split: Any) -> tuple[Tensor, Tensor, list[str]]:
+        """Return the features, the labels and the names of broken images of a split."""
+        to_model, pooled = partial(normalize, processor=self.processor), self.model.base_model.pooler
+        return extract_features(self.model, self.loader(split), self.accelerator, to_model, pooled)
+
+    def classify(self, is_stateless: bool) -> ImageResults:
+        """Classify the evaluation split; CPU cores may share a stateless model."""
+        is_alone = self.accelerator.num_processes == 1 and not self.num_workers
+        is_shared = is_stateless and is_alone and self.accelerator.device.type == "cpu"
+        forward = forward_on_cores if is_shared else forward_in_turn
+        to_model = partial(normalize, processor=self.processor)
+        return classify(self.model, self.loader(self.data.evaluation), self.accelerator, to_model, forward)
+
+    def speed(self, merged_per_layer: int) -> tuple[float, dict[str, Any]]:
+        """Return images/s of the model, and if tokens are to be merged, metrics and images/s with merging."""
+        model, config = self.model, self.model.config
+        shape = (min(self.batch_size, len(self.data.evaluation)), config.num_channels, *config.image_shape)
+        pixel_values = torch.zeros(shape, device=self.accelerator.device)
+        if not merged_per_layer:
+            return median(throughputs({0: lambda: model}, pixel_values, self.accelerator)[0]), {}
+        merge_tokens(model, merged_per_layer)
+        metrics = self.classify(is_stateless=False).metrics()
+        prepare = {number: partial(merge_tokens, model, number) for number in (0, merged_per_layer)}
+        speeds = throughputs(prepare, pixel_values, self.accelerator)
+        merged = {"figures": metrics, "images_per_second": {"model": median(speeds[merged_per_layer])}}
+        return median(speeds[0]), {"merged": {"per_layer": merged_per_layer, **merged}}
+
+
+def _by_class(results: ImageResults, label_names: list[str]) -> dict[str, Any]:
+    # Only non-zero entries of the confusion matrix, since most are zero with many classes.
+    pairs, counts = torch.stack([results.labels, results.predicted]).unique(dim=1, return_counts=True)
+    confusion = [
+        {"label": label_names[label], "predicted": label_names[predicted], "count": count}
+        for label, predicted, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
+    ]
+    return {"figures": results.metrics(), "per_class": results.per_class(label_names), "confusion": confusion}
+
+
 def _probe(name: str, features: dict[str, Any], label_names: list[str]) -> dict[str, Any]:
-    more = {"label_names": label_names} if name == "few-shot" else {}
+    options = {"label_names": label_names} if name == "few-shot" else {}
     began = time.perf_counter()
-    return {**PROBES[name](features["train"], features["test"], **more), "seconds": time.perf_counter() - began}
-
-
-# ------------------------------------------------------------------------------------------------------- in words
+    return {**PROBES[name](features["train"], features["test"], **options), "seconds": time.perf_counter() - began}

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model."""
+"""Count the parameters and FLOPs of a model."""
 
 from copy import deepcopy
 from typing import Any
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return the numbers of parameters that learn and that are frozen, of the whole model if it is sharded."""
+    """Return the numbers of trainable and frozen parameters, of the complete model if it is sharded."""
     numbers = {True: 0, False: 0}
     for parameter in model.parameters():
         numbers[parameter.requires_grad] += parameter.numel()
@@ -16,14 +16,14 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def count_flops(model: Any, model_class: Any) -> tuple[int, int]:
-    """Return the FLOPs of one image, in evaluation and in training, forward and backward.
+    """Return the FLOPs per image of a forward pass, and of a forward and backward pass in training.
 
     Args:
-        model: Its config says what is computed, its parameters which of them learn. It may be sharded.
-        model_class: Of the model before it was.
+        model: A model, which may be sharded; parameters without `requires_grad` have no gradient.
+        model_class: Class of the model before it was sharded.
     """
     config = deepcopy(model.config)
-    config._attn_implementation = "eager"  # matrix products one by one, on any device
+    config._attn_implementation = "eager"  # countable matrix products on any device
     with torch.device("meta"):
         twin = model_class(config)
         pixels = torch.empty(1, config.num_channels, *config.image_shape)

@@ -1,4 +1,4 @@
-"""Match the labels of a data set with the labels of a model."""
+"""Match the classes of a data set with the classes of a model."""
 
 from collections import Counter
 from typing import Any
@@ -7,49 +7,52 @@ from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
 from ..system.texts import shortened
 
 
-def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[int] | None, str]:
-    """Return the model's class for each class of the data, and a sentence where that is not plain.
+def labels_of(checkpoint: Checkpoint) -> list[str] | None:
+    """Return the label names of a checkpoint by class index; `None` without a classifier."""
+    config: Any = checkpoint.config
+    if checkpoint.architecture != CLASSIFIER or not config.num_labels:
+        return None
+    return [config.id2label[index] for index in range(config.num_labels)]
 
-    By name. By position only where one side has but numbers for names, and as many of them.
+
+def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[int] | None, str]:
+    """Return the model's class index for each class of the data, and a note unless both have the same classes.
+
+    Classes are matched by name, or by position if one side has only numbers for names, and both have as many.
 
     Args:
-        of_model: Names of classes in the model's order; `None` for a model without a head.
+        of_model: Label names of the model; `None` without a classifier.
+
+    Returns:
+        The indices, or `None` if the classes do not match; the note then says why.
     """
     if of_model is None:
-        return None, "The model has no head that tells classes apart."
+        return None, "The model has no classifier."
     if of_model == of_data:
         return list(range(len(of_data))), ""
-    number = Counter(of_model)  # two of ImageNet's classes are called crane
+    number = Counter(of_model)  # two classes of ImageNet are named crane
     pairs = list(zip(of_model, of_data, strict=False))
     if len(of_model) == len(of_data) and all(ours == theirs or number[ours] > 1 for ours, theirs in pairs):
-        return list(range(len(of_data))), "Classes of the model that share a name are taken by position."
-    place = {name: index for index, name in enumerate(of_model) if number[name] == 1}
-    if all(name in place for name in of_data):
-        sentence = "Classes are matched by name; their order differs."
+        return list(range(len(of_data))), "Classes of the model that share a name are matched by position."
+    index = {name: index for index, name in enumerate(of_model) if number[name] == 1}
+    if all(name in index for name in of_data):
+        note = "Classes are matched by name; their order differs."
         if len(of_model) > len(of_data):
-            sentence = f"The data has {len(of_data)} of the {len(of_model)} classes that the model chooses from."
-        return [place[name] for name in of_data], sentence
+            note = f"The data has {len(of_data)} of the {len(of_model)} classes of the model."
+        return [index[name] for name in of_data], note
     if len(of_model) == len(of_data) and (_are_numbers(of_model) or _are_numbers(of_data)):
         side = "model" if _are_numbers(of_model) else "data"
         return list(range(len(of_data))), (
-            f"The {side}'s classes have no names, so they are taken by position: {of_model[0]} is {of_data[0]}, ..., "
-            f"{of_model[-1]} is {of_data[-1]}."
+            f"The classes of the {side} have no names, so they are matched by position: {of_model[0]} is "
+            f"{of_data[0]}, ..., {of_model[-1]} is {of_data[-1]}."
         )
-    strangers = [name for name in of_data if name not in place]
+    unknown = [name for name in of_data if name not in index]
     return None, (
-        f"The model does not know {len(strangers)} of the data's {len(of_data)} classes ({shortened(strangers)}); it "
-        f"tells {len(of_model)} apart ({shortened(of_model)}). Name the data's classes as the model does, or choose "
-        f"the --label-column that it was trained for."
+        f"The model lacks {len(unknown)} of the data's {len(of_data)} classes ({shortened(unknown)}); it has "
+        f"{len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the "
+        "--label-column that the model was trained on."
     )
 
 
 def _are_numbers(names: list[str]) -> bool:
     return all(name in (str(index), f"LABEL_{index}") for index, name in enumerate(names))
-
-
-def _classes_of(checkpoint: Checkpoint) -> list[str] | None:
-    """Return the names of the classes that a checkpoint tells apart, `None` without a classifier."""
-    config: Any = checkpoint.config
-    if checkpoint.architecture != CLASSIFIER or not config.num_labels:
-        return None
-    return [config.id2label[index] for index in range(config.num_labels)]

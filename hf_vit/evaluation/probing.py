@@ -1,7 +1,7 @@
-"""How good features are without training the model: a linear probe, nearest neighbours, and a few images a class.
+"""Quality of frozen features: a linear probe, nearest neighbors, and few-shot regression.
 
-Features and labels come from `evaluation.extract`, a pair for training and a pair for testing. Nothing here looks at
-the labels of the test images but to count hits.
+Features and labels come from `metrics.extract_features`, a pair for training and a pair for testing. The labels of
+test images are used to compute accuracy only.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ def linear_probe(
 ) -> dict[str, Any]:
     """Fit a multinomial logistic regression to standardized features.
 
-    Its `C` is the one of `strengths` with the best accuracy on a fifth of the training images of every class, drawn
-    by `seed` and held out; the weakest of several equally good ones. Then all training images are learned from.
+    `C` is chosen from `strengths` by accuracy on a random fifth of the training images of every class, drawn by
+    `seed`; the smallest of equally good ones. Then the probe is fitted to all training images.
 
     Returns:
         `accuracy`, `C`, whether the optimizer has `converged`, and the numbers of images and features.
@@ -31,20 +31,21 @@ def linear_probe(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    (features, test_features), labels = _standardized(train[0], test[0]), train[1]
+    standardize, labels = _standardizer(train[0]), train[1]
+    features, test_features = standardize(train[0]), standardize(test[0])
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for members in _members(labels, generator).values():
         held_out[members[: len(members) // 5]] = True
     if len(labels.unique()) < 2 or not held_out.any():
         raise ValueError(
-            f"A linear probe needs two classes, and five training images of one of them: got {len(labels)} of "
+            f"A linear probe needs two classes, and five training images in one of them: got {len(labels)} images in "
             f"{len(labels.unique())} classes."
         )
 
     def fit(which: Tensor, strength: float) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # it is reported instead
+            warnings.simplefilter("ignore", ConvergenceWarning)  # reported as `converged`
             return LogisticRegression(C=strength, max_iter=1000).fit(features[which].numpy(), labels[which].numpy())
 
     def score(strength: float) -> float:
@@ -61,12 +62,12 @@ def linear_probe(
 
 
 def knn(train: Labelled, test: Labelled, k: int = 20, temperature: float = 0.07) -> dict[str, Any]:
-    """Let the `k` nearest training images by cosine vote, each by exp(similarity / temperature).
+    """Classify by the `k` nearest training images in cosine similarity, weighted by exp(similarity / temperature).
 
-    As DINO does (arXiv:2104.14294, after arXiv:1805.01978). With fewer than `k` training images, all of them vote.
+    As DINO does (arXiv:2104.14294, after arXiv:1805.01978). With fewer than `k` training images, all of them are used.
 
     Returns:
-        `accuracy`, `k` as used, `temperature`, and the numbers of images and features.
+        `accuracy`, the `k` that was used, `temperature`, and the numbers of images and features.
     """
     k = min(k, len(train[1]))
     bank = F.normalize(train[0].float(), dim=-1)
@@ -89,22 +90,22 @@ def few_shot(
     l2: float = 2.0**10,
     label_names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Learn from a few images a class by regularised least squares: the paper's few-shot accuracies (section 4.1).
+    """Fit a few images per class by regularized least squares: the paper's few-shot accuracy (section 4.1).
 
-    Features of the images that were drawn are standardized by their own mean and deviation and regressed on targets
-    of -1 and 1, in closed form and float64. `l2` is not chosen here: it is the one that big_vision fixes for all of
-    its few-shot figures, as are the constant of the bias and the seeds' number.
+    Features of the drawn images are standardized by their mean and deviation and regressed on targets of -1 and 1, in
+    closed form and float64. The default `l2`, the bias constant and the number of seeds are those that big_vision
+    uses for all of its few-shot results.
 
     Args:
         train, test: Features and labels.
-        shots: Numbers of images a class. What no class may lack is left out, with a sentence.
-        seeds: Of the draws; an image drawn for fewer shots is drawn for more, too.
+        shots: Numbers of images per class. A number that a class does not have is skipped, with a message.
+        seeds: Seeds of the draws; more shots include the images of fewer.
         l2: Weight of the squared norm.
-        label_names: For the sentences.
+        label_names: Label names for messages.
 
     Returns:
-        `shots`, by number of shots: the `mean` over seeds, the sample's standard deviation `std`, all `accuracies`;
-        sentences of what was `skipped`; `l2`, and the numbers of images and features.
+        `shots`, by number of shots: the `mean` over seeds, the sample standard deviation `std`, and all `accuracies`;
+        messages about `skipped` numbers; `l2`, `seeds`, and the numbers of images and features.
     """
     classes = torch.cat([train[1], test[1]]).unique()
     available = torch.bincount(train[1], minlength=int(classes.max()) + 1)[classes]
@@ -116,38 +117,37 @@ def few_shot(
         if fewest < number:
             name = repr(label_names[rarest]) if label_names else rarest
             skipped.append(
-                f"{number} shots are left out: class {name} has {fewest} training images. Give it at least {number}."
+                f"Skipped {number} shots: class {name} has {fewest} training images. Add some to have {number}."
             )
             continue
         accuracies = []
         for drawn in draws.values():
             chosen = torch.cat([members[:number] for members in drawn.values()])
-            answers = classes[regression(train[0][chosen], train[1][chosen], classes, l2)(test[0]).argmax(dim=-1)]
-            accuracies.append((answers == test[1]).double().mean().item())
+            scores = regression(train[0][chosen], train[1][chosen], classes, l2)(test[0])  # [N, classes]
+            accuracies.append((classes[scores.argmax(dim=-1)] == test[1]).double().mean().item())
         std = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None
         results[number] = {"mean": float(np.mean(accuracies)), "std": std, "accuracies": accuracies}
     return {"shots": results, "skipped": skipped, "l2": l2, "seeds": list(seeds), **_sizes(train, test)}
 
 
-BIAS = 100.0  # a constant feature, so large that it is hardly regularised
+BIAS = 100.0  # a constant feature, large enough to be hardly regularized
 
 
 def regression(features: Tensor, labels: Tensor, classes: Tensor, l2: float) -> Callable[[Tensor], Tensor]:
-    """Fit a regularised linear map from standardized features to targets of -1 and 1.
+    """Fit a regularized linear map from standardized features to targets of -1 and 1.
 
     Returns:
         A function from features `[N, D]` to scores `[N, len(classes)]`.
     """
-    features = features.double()
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0) + 1e-5
+    standardize = _standardizer(features)
 
     def prepare(x: Tensor) -> Tensor:
-        return F.pad((x.double() - mean) / std, (0, 1), value=BIAS)
+        return F.pad(standardize(x), (0, 1), value=BIAS)
 
     x = prepare(features)  # [N, D + 1]
     y = 2.0 * (labels[:, None] == classes).double() - 1
     number, width = x.shape
-    if number < width:  # the same solution, by the smaller system
+    if number < width:  # the same solution from a smaller system
         weights = x.T @ torch.linalg.solve(x @ x.T + l2 * torch.eye(number, dtype=x.dtype), y)
     else:
         weights = torch.linalg.solve(x.T @ x + l2 * torch.eye(width, dtype=x.dtype), x.T @ y)
@@ -155,15 +155,15 @@ def regression(features: Tensor, labels: Tensor, classes: Tensor, l2: float) -> 
 
 
 def _members(labels: Tensor, generator: torch.Generator) -> dict[int, Tensor]:
-    """Return the places of every class, in an order that is drawn."""
+    """Return the indices of the images of every class, in random order."""
     members = {int(label): (labels == label).nonzero().squeeze(1) for label in labels.unique()}
-    return {label: places[torch.randperm(len(places), generator=generator)] for label, places in members.items()}
+    return {label: indices[torch.randperm(len(indices), generator=generator)] for label, indices in members.items()}
 
 
-def _standardized(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    features, others = features.double(), others.double()
+def _standardizer(features: Tensor) -> Callable[[Tensor], Tensor]:
+    features = features.double()
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0) + 1e-5
-    return (features - mean) / std, (others - mean) / std
+    return lambda x: (x.double() - mean) / std
 
 
 def _sizes(train: Labelled, test: Labelled) -> dict[str, int]:

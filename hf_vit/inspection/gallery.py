@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint, Options
 from ..checkpoints.models import load_for_figures
 from ..checkpoints.opening import open_checkpoint
-from ..data.images import as_seen, normalize
+from ..data.images import normalize, preprocess
 from ..data.sources import files_of
 from ..inference.threads import BATCH_OF_CPU
 from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -232,7 +232,7 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
         nonlocal number
         for file in files:
             try:
-                pixels = as_seen(read_image(file, processor.least_size), processor)
+                pixels = preprocess(read_image(file, processor.least_size), processor)
             except (ValueError, OSError) as error:
                 subject.notes.append(_text(f"Skipped: {error}"))
                 continue

@@ -1,7 +1,7 @@
-"""A pipeline that hands files to the image processor, instead of opening them on the way to it.
+"""An image classification pipeline that passes files to the image processor instead of opening them first.
 
-transformers' own opens every file as 8-bit RGB before any processor sees it: 16-bit grayscale turns white there, what
-is transparent takes any color, and an error does not say which file it is about.
+transformers' pipeline converts every file to 8-bit RGB before the processor: 16-bit grayscale turns white, transparent
+pixels get an arbitrary color, and an error does not name the file.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ from ..model.image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
 
 
 class HFViTImageClassificationPipeline(ImageClassificationPipeline):
-    """transformers' image classification, on images as `hf_vit` reads them.
+    """Image classification on images as `hf_vit` reads them.
 
-    To be asked for: `pipeline("image-classification", model, pipeline_class=HFViTImageClassificationPipeline)`. Takes
-    what the image processor takes. An image that cannot be read is a `ValueError` that names it.
+    Use `pipeline("image-classification", model, pipeline_class=HFViTImageClassificationPipeline)`. It accepts what the
+    image processor accepts, and raises a `ValueError` that names an image which cannot be read.
     """
 
     def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:  # type: ignore[override]
-        """Return `pixel_values` `[1, C, H, W]` of an image; a server may be silent for `timeout` seconds."""
+        """Return `pixel_values` `[1, C, H, W]` of an image; `timeout` is the longest silence of a server, seconds."""
         if is_url(image):
             image = download(image, timeout or DOWNLOAD_TIMEOUT)
         assert self.image_processor is not None

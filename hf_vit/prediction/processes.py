@@ -1,30 +1,34 @@
-"""Predict with the processes of a launcher."""
+"""Predict shards in this process, or in all processes that a launcher started."""
 
 import os
 from collections.abc import Iterable, Iterator
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from ..checkpoints.models import load
 from ..system.machine import cores
 from .predictor import Predictor
-from .shards import Settings, Share, Task, answer, identity_of
-from .table import Answers
+from .shards import Settings, ShardJob, model_digest, predict_shards
+from .table import PredictionTable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Processes:
-    """This process, or all that a launcher started: each takes its share."""
+    """An engine whose workers are the processes of an accelerator."""
 
-    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+    def __init__(self, settings: Settings, accelerator: "Accelerator") -> None:
         model, processor = load(settings.model, settings.image_size)
-        self.model = identity_of(model, processor)
-        self.device = accelerator.device.type
+        self.model, self.device = model_digest(model, processor), accelerator.device.type
         workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         options = {**settings.options, "workers": workers}
         self.predictor = Predictor.from_model(
             model, processor, device=accelerator.device, name=settings.model, **options
         )
-        self.share = Share(accelerator.process_index, accelerator.num_processes)
+        self.process, self.number = accelerator.process_index, accelerator.num_processes
 
-    def answer(self, tasks: Iterable[Task], answers: Answers, shard_size: int) -> Iterator[tuple[int, int]]:
-        return answer(self.predictor, tasks, answers, shard_size, self.share)
+    def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
+        """Write this process's share of the shards; see `predict_shards`."""
+        pieces = (piece for job in jobs for piece in job.divide(self.number))
+        own = (piece for piece in pieces if (piece.number + piece.first) % self.number == self.process)
+        return predict_shards(self.predictor, own, table)

@@ -1,7 +1,7 @@
-"""`hf-vit predict --engine ray`: the shards of a table, answered for by actors of Ray Data on a cluster.
+"""`hf-vit predict --engine ray`: predict shards in Ray Data actors on a cluster.
 
-What travels through Ray is which images an actor takes; the images it reads itself, and the shards it writes itself.
-So sources and output lie where every node sees them, under the same names.
+Ray transfers jobs only; each actor reads the images and writes the shards. So sources and output must have the same
+paths on every node.
 """
 
 import logging
@@ -9,87 +9,83 @@ import os
 import pickle
 import signal
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.models import load
 from ..system.extras import need
 from .predictor import Predictor
-from .shards import Settings, Share, Task, answer, identity_of
-from .table import Answers
+from .shards import Settings, ShardJob, model_digest, predict_shards
+from .table import PredictionTable
 
-MOST_BLOCKS = 1000  # of Ray's, each of which goes to one actor
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MAX_BLOCKS = 1000  # of a Ray data set; each block goes to one actor
 
 
 class Actor:
-    """A `Predictor` that lives on a worker, and the table that it writes to; names are relative to `folder`."""
+    """A `Predictor` on a worker, and its table; paths are relative to `folder`."""
 
-    def __init__(self, settings: Settings, answers: Answers, shard_size: int, device: str, folder: str) -> None:
+    def __init__(self, settings: Settings, table: PredictionTable, device: str, folder: str) -> None:
         os.chdir(folder)
         self.predictor = Predictor.from_pretrained(
             settings.model, image_size=settings.image_size, device=device, **{**settings.options, "workers": 1}
         )
-        self.answers, self.shard_size = answers, shard_size
+        self.table = table
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        counts = [(0, 0)]
-        for pickled in batch["work"]:
-            task, share = pickle.loads(pickled)
-            counts += answer(self.predictor, [task], self.answers, self.shard_size, share)
-        images, broken = map(sum, zip(*counts, strict=True))
+        jobs = [pickle.loads(job) for job in batch["job"]]
+        images, broken = map(sum, zip((0, 0), *predict_shards(self.predictor, jobs, self.table), strict=True))
         return {"images": [images], "broken": [broken]}
 
 
 class RayActors:
-    """Actors on the cluster that `RAY_ADDRESS` names, or on one of this machine: one for each GPU, else each core.
+    """An engine whose workers are actors, one per GPU or else per CPU core, of the cluster at `RAY_ADDRESS`.
+
+    Without that variable, Ray runs on this machine alone.
 
     Raises:
         ValueError: If Ray is not installed, or a launcher has started several processes.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+    def __init__(self, settings: Settings, accelerator: "Accelerator") -> None:
         if accelerator.num_processes > 1:
-            raise ValueError("--engine ray starts its workers itself: leave out the launcher, or the engine.")
+            raise ValueError("--engine ray starts its own workers: remove the launcher, or the option.")
         need("ray", "ray")
         import ray
         import ray.data
 
         if not ray.is_initialized():
-            heeded = signal.getsignal(signal.SIGTERM)
-            ray.init(**_local(settings.workers), log_to_driver=False, logging_level=logging.ERROR)
-            signal.signal(signal.SIGTERM, heeded)  # Ray would end with its own code
+            handler = signal.getsignal(signal.SIGTERM)
+            ray.init(**_local_cluster(settings.workers), log_to_driver=False, logging_level=logging.ERROR)
+            signal.signal(signal.SIGTERM, handler)  # Ray's would end the process with its own exit code
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         resources = ray.cluster_resources()
         self.device = "cuda" if resources.get("GPU") else "cpu"
         self.number = settings.workers or int(resources["GPU" if self.device == "cuda" else "CPU"])
-        self.settings, self.model = settings, identity_of(*load(settings.model, settings.image_size))
+        self.settings, self.model = settings, model_digest(*load(settings.model, settings.image_size))
 
-    def answer(self, tasks: Iterable[Task], answers: Answers, shard_size: int) -> Iterator[tuple[int, int]]:
+    def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
+        """Have the actors write all shards; see `predict_shards`."""
         import ray
 
-        shares = [Share(turn, self.number) for turn in range(self.number)]
-        work = [
-            {"work": pickle.dumps((task, share))}
-            for task in tasks
-            for share in (shares if task.is_long(shard_size) else [Share()])
-        ]
-        if not work:
+        pieces = [{"job": pickle.dumps(piece)} for job in jobs for piece in job.divide(self.number)]
+        if not pieces:
             return
-        counted = ray.data.from_items(work, override_num_blocks=min(len(work), MOST_BLOCKS)).map_batches(
+        counts = ray.data.from_items(pieces, override_num_blocks=min(len(pieces), MAX_BLOCKS)).map_batches(
             Actor,
-            fn_constructor_args=(self.settings, answers, shard_size, self.device, os.getcwd()),
+            fn_constructor_args=(self.settings, table, self.device, os.getcwd()),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(self.number, len(work))),
+            compute=ray.data.ActorPoolStrategy(size=min(self.number, len(pieces))),
             num_gpus=int(self.device == "cuda"),
         )
-        for row in counted.iter_rows():
+        for row in counts.iter_rows():
             yield row["images"], row["broken"]
 
 
-def _local(workers: int | None) -> dict[str, Any]:
-    """Return the options of a cluster on this machine alone, reachable from nowhere else; none if one is named."""
+def _local_cluster(workers: int | None) -> dict[str, Any]:
+    """Return options for a cluster on this machine, closed to others; none if `RAY_ADDRESS` names a cluster."""
     if "RAY_ADDRESS" in os.environ:
         return {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -1,31 +1,37 @@
-"""Who answers for which images: tasks, the shares of workers, and the loop that writes finished shards.
+"""Shards of a prediction table: their names, the jobs of workers, and the loop that writes them.
 
-Images are cut into shards, and these into batches, always in the same way; so whoever answers for a shard, and however
-often all were killed in between, its answers are the same.
+Parts of the sources are divided into shards, and shards into batches, always in the same way. So the predictions do
+not depend on which worker makes them, or on how often a run was interrupted.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..data.sources import Part, Stored
 from .predictor import Prediction, Predictor
-from .table import Answers, Shard
+
+if TYPE_CHECKING:
+    from .table import PredictionTable
+
+# A shard is a parquet file, but must not be a source if the output folder is one, so it has another suffix.
+SHARD = re.compile(r"(\d{8})-(\d{6})-(\d+)(-last)?\.shard")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the answers.
+    """Everything that determines the predictions.
 
     Attributes:
-        model: A file, a folder or a name on the Hub, in any layout.
+        model: A file, a folder or a name on the Hub, in any supported layout.
         precision, compile: As for `optimize_for_inference`.
-        image_size: Pixels, (height, width); the model's if not given.
+        image_size: (height, width) in pixels; the model's if not given.
         batch_size, workers, top_k, has_features: As for `Predictor`.
     """
 
@@ -40,109 +46,99 @@ class Settings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of `Predictor.from_model`."""
-        names = ("precision", "compile", "batch_size", "workers", "top_k", "has_features")
-        return {name: getattr(self, name) for name in names}
+        """Options of `Predictor.from_model`."""
+        return {name: value for name, value in vars(self).items() if name not in ("model", "image_size")}
 
 
-class Share(NamedTuple):
-    """What one of several workers takes: in turn parts, and of those that are long, and known to be, shards."""
+class Shard(NamedTuple):
+    """Consecutive rows of a part: the numbers of part and shard, the number of rows, and if it ends the part."""
 
-    number: int = 0
-    of: int = 1
-
-    def has(self, part: int, block: int = 0) -> bool:
-        return (part + block) % self.of == self.number
-
-
-class _Rows:
-    """Images that know whether there are more."""
-
-    def __init__(self, rows: Iterator[Stored]) -> None:
-        self.rows, self.next = rows, next(rows, None)
+    part: int
+    number: int
+    rows: int
+    is_last: bool
 
     @property
-    def is_over(self) -> bool:
-        return self.next is None
+    def name(self) -> str:
+        return f"{self.part:08}-{self.number:06}-{self.rows}{'-last' * self.is_last}.shard"
 
-    def up_to(self, number: int) -> Iterator[Stored]:
-        for _ in range(number):
-            if self.next is None:
-                return
-            row, self.next = self.next, next(self.rows, None)
-            yield row
+    @classmethod
+    def from_name(cls, name: str) -> "Shard | None":
+        match = SHARD.fullmatch(name)
+        return match and cls(int(match[1]), int(match[2]), int(match[3]), match[4] is not None)
 
 
-class Task(NamedTuple):
-    """A part with its number, and those of its shards that are done already."""
+class ShardJob(NamedTuple):
+    """The unfinished shards of a part of the sources, or every n-th of them.
+
+    Attributes:
+        number: Number of the part.
+        size: Number of images per shard.
+        finished: Numbers of the shards that are finished.
+        first, step: The shards to predict, if several workers share a part.
+    """
 
     number: int
     part: Part
-    blocks: set[int]
+    size: int
+    finished: set[int]
+    first: int = 0
+    step: int = 1
 
-    def is_long(self, shard_size: int) -> bool:
-        """Say whether it is known to have several shards, which several workers may take."""
-        return (self.part.length or 0) > shard_size
+    def divide(self, workers: int) -> "list[ShardJob]":
+        """Return a job for each worker if the part is known to have several shards, else this job alone."""
+        if (self.part.length or 0) <= self.size:
+            return [self]
+        return [self._replace(first=first, step=workers) for first in range(workers)]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Shard | None, list[Stored]]]:
+        """Yield batches of stored images, the last one of each shard with the shard; skipped images stay undecoded."""
+        rows = self.part.rows()
+        batch: list[Stored] = []
+        index, row = 0, next(rows, None)
+        if row is None and not self.finished:
+            yield Shard(self.number, 0, 0, True), batch
+        while row is not None:
+            following = next(rows, None)
+            number, offset = divmod(index, self.size)
+            if number % self.step == self.first and number not in self.finished:
+                batch.append(row)
+                is_end = following is None or offset + 1 == self.size
+                if is_end or len(batch) == batch_size:
+                    yield Shard(self.number, number, offset + 1, following is None) if is_end else None, batch
+                    batch = []
+            index, row = index + 1, following
 
 
-def tasks_of(parts: Iterable[tuple[int, Part]], done: set[Shard]) -> Iterator[Task]:
-    """Yield the parts that are not done, or not all of them."""
-    blocks: dict[int, set[int]] = {}
-    for shard in done:
-        blocks.setdefault(shard.part, set()).add(shard.block)
-    complete = {shard.part for shard in done if shard.is_last and len(blocks[shard.part]) == shard.block + 1}
+def jobs_of(parts: Iterable[tuple[int, Part]], finished: set[Shard], size: int) -> Iterator[ShardJob]:
+    """Yield a job for every part with unfinished shards."""
+    numbers: dict[int, set[int]] = {}
+    for shard in finished:
+        numbers.setdefault(shard.part, set()).add(shard.number)
+    complete = {shard.part for shard in finished if shard.is_last and len(numbers[shard.part]) == shard.number + 1}
     for number, part in parts:
         if number not in complete:
-            yield Task(number, part, blocks.get(number, set()))
+            yield ShardJob(number, part, size, numbers.get(number, set()))
 
 
-def answer(
-    predictor: Predictor, tasks: Iterable[Task], answers: Answers, shard_size: int, share: Share
+def predict_shards(
+    predictor: Predictor, jobs: Iterable[ShardJob], table: "PredictionTable"
 ) -> Iterator[tuple[int, int]]:
-    """Write the shards of a share, and yield how many images each batch has, and how many of them are broken."""
-    finished: list[Prediction] = []
-    for shard, predictions in predictor.in_batches(_batches(tasks, shard_size, predictor.batch_size, share)):
+    """Write the shards of jobs, and yield the numbers of images and of broken images of each batch."""
+    waiting: list[Prediction] = []
+    batches = chain.from_iterable(job.batches(predictor.batch_size) for job in jobs)
+    for shard, predictions in predictor.in_batches(batches):
         for prediction in predictions:
-            prediction.source = {**prediction.source, "bytes": None}  # which are not held until the shard is written
-        finished += predictions
+            prediction.source = {**prediction.source, "bytes": None}  # frees memory until the shard is written
+        waiting += predictions
         if shard is not None:
-            answers.write(shard, finished)
-            finished = []
+            table.write(shard, waiting)
+            waiting = []
         yield len(predictions), sum(prediction.error is not None for prediction in predictions)
 
 
-def _batches(
-    tasks: Iterable[Task], shard_size: int, batch_size: int, share: Share
-) -> Iterator[tuple[Shard | None, list[Any]]]:
-    """Yield batches, the last one of each shard with what the shard is."""
-    for task in tasks:
-        is_long = task.is_long(shard_size)
-        if not (is_long or share.has(task.number)):
-            continue
-        rows = _Rows(task.part.rows())
-        for block in count():
-            if block in task.blocks or not share.has(task.number, block if is_long else 0):
-                for _ in rows.up_to(shard_size):  # undecoded
-                    pass
-            else:
-                yield from _batches_of_block(rows, task.number, block, shard_size, batch_size)
-            if rows.is_over:
-                break
-
-
-def _batches_of_block(
-    rows: _Rows, part: int, block: int, shard_size: int, batch_size: int
-) -> Iterator[tuple[Shard | None, list[Any]]]:
-    number, is_end = 0, False
-    while not is_end:
-        batch = list(rows.up_to(min(batch_size, shard_size - number)))
-        number += len(batch)
-        is_end = rows.is_over or number == shard_size
-        yield Shard(part, block, number, rows.is_over) if is_end else None, batch
-
-
-def identity_of(model: Any, processor: Any) -> str:
-    """Return what tells a model from any other: of its weights, its config and the preprocessing."""
+def model_digest(model: Any, processor: Any) -> str:
+    """Return a digest of a model's weights and config and of its preprocessing."""
     digest = hashlib.blake2b(digest_size=16)
     for described in (model.config, processor):
         fields = {**described.to_dict(), "transformers_version": None, "_name_or_path": None}

@@ -1,48 +1,45 @@
-"""The table that `hf-vit predict` writes: one file in the end, and until then a folder of finished shards beside it.
+"""The table that `hf-vit predict` writes: a folder of finished shards, which become one file at the end.
 
 A row is an image, in the order of the sources:
 
-    image     string         the name of its file; in a table without names its number in this one, from 0
-    labels    list<string>   the likeliest classes, the likeliest first; none if the image is broken
+    image     string         the name of its file; without a name, the number of the row, from 0
+    labels    list<string>   the most likely classes, the most likely first; none if the image is broken
     scores    list<float>    their probabilities
     error     string         why the image is broken, or null
-    features  list<float>    the pooled features before the classifier, if they were asked for; null if it is broken
+    features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
 
-A shard is written under another name, synced and renamed; its name says which images it has. The folder also holds
-the plan: what the shards were made from. The file comes into being by one renaming, and then the folder goes.
+A shard is written under another name, synced and renamed; its name says which images it holds. The folder also holds
+the plan: the sources and settings of the shards. The file appears by one renaming, and then the folder is removed.
 """
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..system.disk import UNFINISHED, sync, writing
 from .predictor import Prediction
+from .shards import Shard
 
 PLAN = "plan.json"
-ROW_GROUP_BYTES = 32 << 20  # of the file, before they are compressed
+ROW_GROUP_BYTES = 32 << 20  # before compression
 
 
 def schema_of(has_features: bool) -> pa.Schema:
-    """Return the columns of the table and their types, which depend on nothing that was read."""
-    features = [pa.field("features", pa.list_(pa.float32()))] * has_features
+    """Return the columns of the table and their types, which do not depend on the images."""
     fields = [
         pa.field("image", pa.string()),
         pa.field("labels", pa.list_(pa.string())),
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
-        *features,
     ]
-    return pa.schema(fields)
+    return pa.schema(fields + [pa.field("features", pa.list_(pa.float32()))] * has_features)
 
 
 def table_of(predictions: list[Prediction], schema: pa.Schema) -> pa.Table:
@@ -58,11 +55,8 @@ def table_of(predictions: list[Prediction], schema: pa.Schema) -> pa.Table:
 
 
 def _text(text: str | None) -> str | None:
-    # Names of files may hold bytes that are no text, which Python keeps as halves of characters.
+    # File names may hold bytes that are not text, which Python represents as surrogates.
     return None if text is None else text.encode("utf-8", "backslashreplace").decode()
-
-
-# -------------------------------------------------------------------------------------------------- kinds of files
 
 
 @contextmanager
@@ -94,74 +88,41 @@ Writer = Callable[[Path, pa.Schema], AbstractContextManager[Callable[[pa.Table],
 WRITERS: dict[str, Writer] = {".parquet": _parquet, ".jsonl": _json_lines}
 
 
-# --------------------------------------------------------------------------------------------------------- shards
-
-
-# Parquet, but not by its name: the folder may lie in one that is read, where it must not be taken for a source.
-SHARD = re.compile(r"(\d{8})-(\d{6})-(\d+)(-last)?\.shard")
-
-
-class Shard(NamedTuple):
-    """A stretch of a part: its number there, its rows, and whether it is the last one of the part."""
-
-    part: int
-    block: int
-    rows: int
-    is_last: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.part:08}-{self.block:06}-{self.rows}{'-last' * self.is_last}.shard"
-
-    @classmethod
-    def named(cls, name: str) -> "Shard | None":
-        match = SHARD.fullmatch(name)
-        return match and cls(int(match[1]), int(match[2]), int(match[3]), match[4] is not None)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What came of it: the number of rows, and the names of broken images."""
-
-    images: int
-    broken: list[str]
-
-
-class Answers:
-    """A file of answers that is being made.
+class PredictionTable:
+    """A file of predictions in progress.
 
     Args:
-        output: The file; its suffix is one of `WRITERS`.
-        has_features: Whether it has that column.
+        output: The file; its suffix is a key of `WRITERS`.
+        has_features: Whether the table has the features column.
 
     Raises:
-        ValueError: If it has another suffix, or there is no folder for it.
+        ValueError: If the suffix is unknown, or the folder of the file does not exist.
     """
 
     def __init__(self, output: Path, has_features: bool) -> None:
         if output.suffix not in WRITERS:
-            raise ValueError(f"{output} is neither .parquet nor .jsonl: give --output one of these endings.")
+            raise ValueError(f"Expected --output to end in {' or '.join(WRITERS)}, got {output}.")
         if not output.absolute().parent.is_dir():
-            raise ValueError(f"There is no folder {output.parent} for --output: make it first.")
+            raise ValueError(f"The folder of --output {output} does not exist: create it first.")
         self.output, self.schema = output, schema_of(has_features)
         self.folder = output.with_name(f"{output.name}.parts")
 
     def check(self, plan: dict[str, Any], restart: bool) -> None:
-        """Refuse to go on with what was made from something else.
+        """Check that finished shards were made by the same plan.
 
         Raises:
-            ValueError: If so.
+            ValueError: If they were not, and are not to be removed.
         """
-        begun = self._plan()
-        if not restart and begun is not None and begun != plan:
-            names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
+        previous = self._plan()
+        if not restart and previous is not None and previous != plan:
+            names = [name for name in {**previous, **plan} if previous.get(name) != plan.get(name)]
             raise ValueError(
-                f"What is finished in {self.folder} was made from something else ({', '.join(names)}): go on with the "
-                "same, choose another --output, or begin anew by --restart, which removes it."
+                f"The shards in {self.folder} were made with different settings ({', '.join(names)}): use the same "
+                "settings, choose another --output, or remove the shards with --restart."
             )
 
     def begin(self, plan: dict[str, Any], restart: bool) -> None:
-        """Write the plan, unless it is to be gone on with; what lies there without one goes."""
+        """Write the plan unless a run resumes; shards without a plan are removed."""
         if restart:
             (self.folder / PLAN).unlink(missing_ok=True)
         if self._plan() is None:
@@ -175,33 +136,36 @@ class Answers:
             return None
 
     def finished(self) -> set[Shard]:
-        """Return the shards that are done."""
-        return {shard for name in os.listdir(self.folder) if (shard := Shard.named(name)) is not None}
+        """Return the finished shards."""
+        return {shard for name in os.listdir(self.folder) if (shard := Shard.from_name(name)) is not None}
 
     def write(self, shard: Shard, predictions: list[Prediction]) -> None:
-        """Write a shard, whole or not at all.
+        """Write a shard atomically.
 
         Raises:
-            OSError: If the disk is full, among others.
+            OSError: If it cannot be written, for example on a full disk.
         """
         self._write(shard.name, partial(pq.write_table, table_of(predictions, self.schema)))
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         unfinished = self.folder / f"{UNFINISHED}{name}"
-        with writing("answers; what was finished is intact", self.folder / name):
+        with writing("predictions; finished shards are intact", self.folder / name):
             write(unfinished)
             sync(unfinished)
             unfinished.rename(self.folder / name)
 
-    def join(self, parts: int) -> Written:
-        """Make one file of the shards of so many parts, and remove them.
+    def join(self, parts: int) -> tuple[int, list[str]]:
+        """Join the shards of all parts to the file, and remove them.
+
+        Returns:
+            The number of rows, and the names of broken images.
 
         Raises:
-            ValueError: If there are not all of them.
-            OSError: If the disk is full, among others.
+            ValueError: If a shard is missing.
+            OSError: If the file cannot be written, for example on a full disk.
         """
         shards = sorted(self.finished())
-        self._refuse_gaps(shards, parts)
+        self._check_complete(shards, parts)
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
             with WRITERS[self.output.suffix](unfinished, self.schema) as write:
@@ -216,23 +180,23 @@ class Answers:
             sync(unfinished)
             unfinished.rename(self.output)
             sync(self.output.absolute().parent)
-        (self.folder / PLAN).unlink(missing_ok=True)  # from here on there is nothing to go on with
+        (self.folder / PLAN).unlink(missing_ok=True)  # there is nothing to resume from here on
         self._clear()
-        return Written(images, broken)
+        return images, broken
 
-    def _refuse_gaps(self, shards: list[Shard], parts: int) -> None:
-        expected = [0] * parts  # the block that comes next, or -1 behind the last
+    def _check_complete(self, shards: list[Shard], parts: int) -> None:
+        following = [0] * parts  # the number of the next shard, or -1 after the last one
         for shard in shards:
-            if shard.block == expected[shard.part]:
-                expected[shard.part] = -1 if shard.is_last else shard.block + 1
-        if missing := sum(block != -1 for block in expected):
+            if shard.number == following[shard.part]:
+                following[shard.part] = -1 if shard.is_last else shard.number + 1
+        if missing := sum(number != -1 for number in following):
             raise ValueError(
-                f"{self.folder} lacks shards of {missing} of {parts} parts: all processes must see the same folder. "
-                "Start again to go on from there."
+                f"{self.folder} lacks shards of {missing} of {parts} parts: make sure that all processes see the same "
+                "folder, and run the command again to resume."
             )
 
     def _clear(self) -> None:
-        """Remove what was written here, and nothing that a user has put beside it."""
+        """Remove our files from the folder, and no others."""
         for name in os.listdir(self.folder):
-            if name == PLAN or name.startswith(UNFINISHED) or Shard.named(name) is not None:
+            if name == PLAN or name.startswith(UNFINISHED) or Shard.from_name(name) is not None:
                 (self.folder / name).unlink(missing_ok=True)

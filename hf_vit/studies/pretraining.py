@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from ..data.images import EvaluationImages, normalize
 from ..data.loaders import evaluation_loader
-from ..evaluation.figures import extract
+from ..evaluation.metrics import extract_features
 from ..evaluation.probing import few_shot
 from ..inspection.drawing import BLUE, GRAY, ORANGE, Figure, bare, new_figure
 from ..model.modeling_hf_vit import HFViTModel
@@ -121,7 +121,7 @@ def few_shot_figures(run: Run) -> dict[str, float]:
     features = []
     for images in (first_of_each_class(data.train, str(data.columns[1]), DRAWN_FROM), data.evaluation):
         loader = evaluation_loader(EvaluationImages(images, data.columns, run.processor), config.batch_size, 0)
-        features.append(extract(encoder, loader, accelerator, to_model, encoder.pooler)[:2])
+        features.append(extract_features(encoder, loader, accelerator, to_model, encoder.pooler)[:2])
     measured = few_shot(features[0], features[1], SHOTS)["shots"]
     return {f"shots_{number}": result["mean"] for number, result in measured.items()}
 

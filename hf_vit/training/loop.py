@@ -25,12 +25,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
-from ..data.images import EvaluationImages, TrainingImages, normalize
+from ..data.images import EvaluationImages, TrainingImages, derive_seed, normalize
 from ..data.labelled import RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader, naming_dead_workers, training_loader
-from ..data.opening import seed_of
-from ..data.orders import Parts, StreamOrder, steps_of, training_order
-from ..evaluation.figures import Predictions
+from ..data.orders import BatchDivision, StreamOrder, steps_of, training_order
+from ..evaluation.metrics import ImageResults
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.disk import writing
 from ..system.locking import alone_as_one
@@ -104,7 +103,7 @@ class Run:
     log: list[dict[str, Any]]
     metrics: dict[str, Any]
     timing: dict[str, float]
-    predictions: Predictions | None
+    predictions: ImageResults | None
     is_main_process: bool
 
 
@@ -171,7 +170,7 @@ def _train(
     if config.mixup is None:
         config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
     output_dir = Path(config.output_dir)
-    parts = Parts(config.accumulation_steps, *data_parts(accelerator))
+    parts = BatchDivision(config.accumulation_steps, *data_parts(accelerator))
     say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
     if config.resume == "never" and accelerator.is_main_process:
         _clear(output_dir)
@@ -180,7 +179,7 @@ def _train(
     task_class = TASKS[config.task]
     with accelerator.main_process_first():  # the others read what the first one has cached
         data = data_of(config)
-    torch.manual_seed(seed_of(config.seed, "weights"))
+    torch.manual_seed(derive_seed(config.seed, "weights"))
     task = task_class(config, data)
     model, processor = build(config, task)
     model_class = type(model)
@@ -204,7 +203,7 @@ def _train(
     cache = accelerator.device if config.cache == "device" else config.cache
     images = TrainingImages(data.train, data.columns, processor, augmentation, config.seed, cache, config.shorter_side)
     held_out = EvaluationImages(data.evaluation, data.columns, processor, cache)
-    eval_batch = max(1, config.batch_size // (parts.accumulated * parts.processes))
+    eval_batch = max(1, config.batch_size // (parts.accumulation_steps * parts.processes))
     eval_loader = evaluation_loader(
         held_out, eval_batch, config.num_workers, *parts[1:], is_counted=speaks_for_part(accelerator)
     )
@@ -292,7 +291,7 @@ def _train(
         if config.ema_decay is not None:
             with average.in_place():
                 averaged = whole_weights(model)
-        read = list(order.images_an_epoch) if isinstance(order, StreamOrder) else None
+        read = list(order.images_per_epoch) if isinstance(order, StreamOrder) else None
         of_processes = gather_object([read])
         if accelerator.is_main_process:
             state = {
@@ -317,7 +316,7 @@ def _train(
         message = f"Stopped by {name} behind step {step} of {total_steps}; saved in {checkpoints.folder}."
         raise Interrupted(signum, message)
 
-    def evaluate(step: int, is_logged: bool = True) -> Predictions | None:
+    def evaluate(step: int, is_logged: bool = True) -> ImageResults | None:
         """Evaluate behind `step`. If a signal comes meanwhile, save, so that the next run begins with that."""
         try:
             with pace.paused(), average.in_place():
@@ -363,7 +362,7 @@ def _train(
             epoch = (step + 1) / steps_in(1)
 
             # step
-            seed = seed_of(config.seed, "step", step, parts.process)
+            seed = derive_seed(config.seed, "step", step, parts.process)
             torch.manual_seed(seed)  # of dropout and the like
             generator = torch.Generator().manual_seed(seed)  # of mixing and masks
             learning_rate = schedule.apply(optimizer, config.learning_rate, step)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .. import inspection
 from ..data.images import EvaluationImages, Visit
 from ..data.labelled import RECIPE, ImageData
-from ..evaluation.figures import Predictions
+from ..evaluation.metrics import ImageResults
 from ..hub.card import write_card
 from ..hub.folder import copy_of_ours
 from ..hub.upload import BackgroundPush
@@ -134,7 +134,7 @@ def write_report(run: Run, command: str) -> None:
     )
 
 
-def _picture_of(data: ImageData, processor: Any, predictions: Predictions) -> Callable[[int], Tensor]:
+def _picture_of(data: ImageData, processor: Any, predictions: ImageResults) -> Callable[[int], Tensor]:
     """Return a function from the place of a prediction to its image, uint8 `[C, H, W]`."""
     images = EvaluationImages(data.evaluation, data.columns, processor)
     if not data.is_stream:
@@ -194,7 +194,7 @@ The same command goes on with a run that was stopped. `recipe.yaml` here holds e
 {_recipe(run.config)}"""
 
 
-def _class_table(predictions: Predictions, names: Sequence[str]) -> str:
+def _class_table(predictions: ImageResults, names: Sequence[str]) -> str:
     rows = predictions.per_class(names)
     heading = ""
     if len(rows) > SHOWN_CLASSES:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches
 from ..data.augmentation import BatchMixer
+from ..data.images import derive_seed
 from ..data.labelled import ImageData
-from ..data.opening import seed_of
-from ..evaluation.figures import Predictions, classify
+from ..evaluation.metrics import ImageResults, classify
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -53,10 +53,10 @@ class Classification:
 
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
-    ) -> tuple[dict[str, Any], list[str], Predictions | None]:
+    ) -> tuple[dict[str, Any], list[str], ImageResults | None]:
         """Return figures, the names of images that could not be read, and the answers that the figures sum up."""
         predictions = classify(model, loader, accelerator, normalize)
-        return predictions.figures(), predictions.broken, predictions
+        return predictions.metrics(), predictions.broken, predictions
 
 
 class MaskedPatches:
@@ -93,7 +93,7 @@ class MaskedPatches:
                 is_counted = batch["index"].cpu() >= 0
                 masks = torch.stack(
                     [
-                        self._mask(model, pixel_values, torch.Generator().manual_seed(seed_of("mask", index)))
+                        self._mask(model, pixel_values, torch.Generator().manual_seed(derive_seed("mask", index)))
                         for index in batch["index"].tolist()
                     ]
                 )

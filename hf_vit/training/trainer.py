@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from ..data.augmentation import BatchMixer
-from ..data.images import TrainingImages, Visit, collate, normalize
-from ..data.opening import seed_of
+from ..data.images import TrainingImages, Visit, collate, derive_seed, normalize
 from ..model.modeling_hf_vit import HFViTForImageClassification
 from ..system.extras import need
 from .optim import DECAYED
@@ -31,7 +30,7 @@ class EpochImages(TrainingImages):
     epoch = 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        return {**super().__getitem__(Visit(self.epoch, index)), "seed": seed_of(self.seed, self.epoch, index)}
+        return {**super().__getitem__(Visit(self.epoch, index)), "seed": derive_seed(self.seed, self.epoch, index)}
 
 
 @dataclass

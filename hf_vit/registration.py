@@ -43,7 +43,7 @@ def _register_models(modeling: ModuleType) -> None:
 
     from .model import model_class
 
-    modeling.HFViTPreTrainedModel._read_foreign = staticmethod(_read_foreign)
+    modeling.HFViTPreTrainedModel.checkpoint_reader = staticmethod(_read_foreign)
     for auto_class, reference in CLASSES.items():
         if auto_class != "AutoConfig":
             registered = model_class(reference.split(".")[1])

@@ -15,12 +15,13 @@ from timm.layers import GluMlp, SwiGLU
 from timm.models import deit, vision_transformer, vision_transformer_relpos
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from hf_vit.checkpoints import Checkpoint, Options, Source, open_checkpoint
 from hf_vit.checkpoints.families.timm import table
 from hf_vit.checkpoints.files import Stored
 from hf_vit.checkpoints.layouts import rules_of
-from hf_vit.model import model_class, modeling_hf_vit
+from hf_vit.model import model_class
 
 TINY: dict[str, Any] = {
     "img_size": 32,
@@ -535,7 +536,7 @@ def test_facts_of_an_architecture_are_timm_s(architecture: str) -> None:
     values = torch.linspace(-5, 5, 1001)
     activations = [block.mlp.act] + ([model.attn_pool.mlp.act] if config.pooling == "attention" else [])
     for activation in activations:
-        torch.testing.assert_close(modeling_hf_vit.ACT2FN[config.hidden_act](values), activation(values))
+        torch.testing.assert_close(ACT2FN[config.hidden_act](values), activation(values))
     assert config.use_gated_mlp == (not isinstance(block.mlp, vision_transformer.Mlp))
     if isinstance(block.mlp, GluMlp):
         (rule,) = (rule for rule in checkpoint.rules if rule.theirs == ("blocks.0.mlp.fc1.weight",))

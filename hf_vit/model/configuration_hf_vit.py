@@ -140,7 +140,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_dropout_prob: Dropout after every dense layer but qkv, and after the position embeddings (appendix B.1).
         attention_probs_dropout_prob: Dropout on the attention weights.
         drop_path_rate: Stochastic depth (arXiv:1603.09382) of the last block; the rate grows linearly from 0.
-        patch_dropout_prob: Share of patches dropped in training (arXiv:2212.00794).
+        patch_dropout_prob: Deprecated. Share of patches dropped in training (arXiv:2212.00794).
         layer_scale_init_value: Start of LayerScale (arXiv:2103.17239); `None` leaves it out.
         initializer_range: Standard deviation of the initial weights.
         layer_norm_eps: Epsilon of every LayerNorm.
@@ -260,6 +260,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if self._is_taken(name):
                 raise ValueError(f"{name!r} is a part of {type(self).__name__}, not a field: leave it out.")
         self._check_each({**vars(self), **kwargs})  # before anything is made of them
+        if self.patch_dropout_prob:
+            logger.warning_once("patch_dropout_prob is deprecated and will be removed: no checkpoint or recipe uses it.")
         if self.use_cls_token is None:
             self.use_cls_token = self.pooling in POOLINGS_OF_CLS
         if self.use_distillation_token is None:

@@ -261,9 +261,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name!r} is a part of {type(self).__name__}, not a field: leave it out.")
         self._check_each({**vars(self), **kwargs})  # before anything is made of them
         if self.patch_dropout_prob:
-            logger.warning_once(
-                "patch_dropout_prob is deprecated, since no checkpoint or recipe uses it: set it to 0."
-            )
+            logger.warning_once("patch_dropout_prob is deprecated: no checkpoint or recipe uses it. Set it to 0.")
         if self.use_cls_token is None:
             self.use_cls_token = self.pooling in POOLINGS_OF_CLS
         if self.use_distillation_token is None:

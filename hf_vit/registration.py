@@ -46,7 +46,7 @@ def _register_models(module: ModuleType) -> None:
     from transformers.models.auto import modeling_auto
 
     if module.__name__ == MODELS:
-        module.HFViTPreTrainedModel._read_foreign = staticmethod(_read_foreign)
+        module.HFViTPreTrainedModel.checkpoint_reader = staticmethod(_read_foreign)
     for auto_class, reference in CLASSES.items():
         file, name = reference.split(".")
         if auto_class != "AutoConfig" and module.__name__.endswith(f".{file}"):

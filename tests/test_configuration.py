@@ -133,6 +133,15 @@ def test_overrides_are_validated_with_the_stored_fields(tmp_path, tiny_config):
         HFViTConfig.from_pretrained(tmp_path, image_size=(33, 48))
 
 
+def test_patch_dropout_is_deprecated(tiny_config, monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration_hf_vit.logger, "warning_once", said.append)
+    tiny_config()
+    assert not said
+    assert tiny_config(patch_dropout_prob=0.5).patch_dropout_prob == 0.5
+    assert len(said) == 1 and "patch_dropout_prob is deprecated" in said[0]
+
+
 def test_a_stored_key_that_nearly_matches_is_kept_and_named(tmp_path, tiny_config, caplog):
     config = tiny_config()
     config.layer_norm_epsilon = 1.0  # as another version or tool may leave it

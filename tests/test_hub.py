@@ -28,20 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 SCRIPTS = TESTS.parent / "scripts"
 MEASURED = {"command": "hf-vit quickstart", "hardware": "2 CPU cores", "seeds": "0, 1, 2 (mean)"}
-FILES = [
-    "README.md",
-    "config.json",
-    "configuration_hf_vit.py",
-    "image_processing_hf_vit.py",
-    "image_processing_pil_hf_vit.py",
-    "model.safetensors",
-    "modeling_hf_vit.py",
-    "packing_hf_vit.py",
-    "preprocessor_config.json",
-    "repository_hf_vit.py",
-    "image_reading_hf_vit.py",
-    "stem_hf_vit.py",
-]
+CODE = [path.name for path in Path(hf_vit.__file__).parent.glob("model/*_hf_vit.py")]
+FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", *CODE]
 
 
 @pytest.fixture(scope="module")

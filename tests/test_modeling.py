@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 import hf_vit
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from hf_vit.model import layers_hf_vit
 from hf_vit.model import modeling_hf_vit as modeling
+from hf_vit.model.layers_hf_vit import HFViTPaperCorruption, HFViTProductAttention, patchify, unpatchify
+from hf_vit.model.positions_hf_vit import (
+    HFViTRelativePositions,
+    HFViTSinCos2DPositions,
+    resample_position_embeddings,
+)
 from hf_vit.model.validation_hf_vit import POOLINGS as POOLING_KINDS
 from hf_vit.model.validation_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
 
@@ -73,9 +80,9 @@ def test_projection_of_patches_is_the_strided_convolution(tiny_config, pixel_val
 
 
 def test_patches_go_back_to_the_image(pixel_values):
-    patches = modeling.patchify(pixel_values, (8, 16))
+    patches = patchify(pixel_values, (8, 16))
     assert patches.shape == (2, 4 * 3, 3 * 8 * 16)
-    assert torch.equal(modeling.unpatchify(patches, (8, 16), (4, 3)), pixel_values)
+    assert torch.equal(unpatchify(patches, (8, 16), (4, 3)), pixel_values)
     assert torch.equal(patches[0, 4].view(3, 8, 16), pixel_values[0, :, 8:16, 16:32])  # second row, second column
 
 
@@ -101,19 +108,19 @@ def test_an_image_that_the_patch_does_not_divide_is_refused(tiny_config, size):
 
 def test_resampling_to_the_same_grid_is_the_identity():
     table = torch.randn(1, 24, 8)
-    assert modeling.resample_position_embeddings(table, (4, 6), (4, 6)) is table
+    assert resample_position_embeddings(table, (4, 6), (4, 6)) is table
 
 
 @pytest.mark.parametrize("interpolation", POSITION_INTERPOLATIONS)
 def test_resampling_keeps_a_constant_and_turns_with_the_grid(interpolation):
     constant = torch.full((1, 24, 8), 2.5)
-    resampled = modeling.resample_position_embeddings(constant, (4, 6), (7, 3), interpolation)
+    resampled = resample_position_embeddings(constant, (4, 6), (7, 3), interpolation)
     torch.testing.assert_close(resampled, torch.full((1, 21, 8), 2.5))
 
     table = torch.randn(1, 4, 6, 8)
-    wide = modeling.resample_position_embeddings(table.flatten(1, 2), (4, 6), (5, 9), interpolation)
+    wide = resample_position_embeddings(table.flatten(1, 2), (4, 6), (5, 9), interpolation)
     turned = table.transpose(1, 2).flatten(1, 2)
-    tall = modeling.resample_position_embeddings(turned, (6, 4), (9, 5), interpolation)
+    tall = resample_position_embeddings(turned, (6, 4), (9, 5), interpolation)
     torch.testing.assert_close(tall.unflatten(1, (9, 5)).transpose(1, 2), wide.unflatten(1, (5, 9)))
 
 
@@ -142,20 +149,20 @@ def test_resampling_is_by_its_kernel(interpolation, grid):
     table = torch.randn(2, 4, 6, 8)
     rows, columns = (weights_along_an_axis(interpolation, old, new) for old, new in zip((4, 6), grid, strict=True))
     expected = torch.einsum("ry, cx, kyxd -> krcd", rows, columns, table).flatten(1, 2)
-    actual = modeling.resample_position_embeddings(table.flatten(1, 2), (4, 6), grid, interpolation)
+    actual = resample_position_embeddings(table.flatten(1, 2), (4, 6), grid, interpolation)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_the_same_number_of_patches_in_another_aspect_is_resampled():
     table = torch.randn(1, 24, 8)
-    assert not torch.allclose(modeling.resample_position_embeddings(table, (4, 6), (6, 4)), table)
+    assert not torch.allclose(resample_position_embeddings(table, (4, 6), (6, 4)), table)
 
 
 def test_resampling_computes_in_float32():
     table = torch.randn(1, 24, 8)
-    low = modeling.resample_position_embeddings(table.bfloat16(), (4, 6), (8, 12))
+    low = resample_position_embeddings(table.bfloat16(), (4, 6), (8, 12))
     assert low.dtype == torch.bfloat16
-    high = modeling.resample_position_embeddings(table.bfloat16().float(), (4, 6), (8, 12))
+    high = resample_position_embeddings(table.bfloat16().float(), (4, 6), (8, 12))
     assert torch.equal(low, high.bfloat16())
 
 
@@ -167,14 +174,14 @@ def test_sincos_is_big_vision_s():
     omega = 1.0 / 10_000 ** (np.arange(4) / 3)
     row_angles, column_angles = (np.einsum("m,d->md", part.flatten(), omega) for part in (rows, columns))
     waves = [np.sin(column_angles), np.cos(column_angles), np.sin(row_angles), np.cos(row_angles)]
-    positions = modeling.HFViTSinCos2DPositions(hf_vit.HFViTConfig(hidden_size=16, num_attention_heads=1))
+    positions = HFViTSinCos2DPositions(hf_vit.HFViTConfig(hidden_size=16, num_attention_heads=1))
     expected = torch.from_numpy(np.concatenate(waves, axis=1)).float()[None]
     torch.testing.assert_close(positions.on_grid((3, 5)), expected, rtol=0, atol=1e-7)
 
 
 def test_relative_bias_depends_on_the_offset_alone(tiny_config):
-    positions = randomised(modeling.HFViTRelativePositions(tiny_config(position_embedding_type="relative")))
-    bias = positions.attention_bias((4, 6)).unflatten(2, (4, 6)).unflatten(4, (4, 6))  # [layers, A, h, w, h, w]
+    positions = randomised(HFViTRelativePositions(tiny_config(position_embedding_type="relative")))
+    bias = positions.bias_of_patches((4, 6)).unflatten(2, (4, 6)).unflatten(4, (4, 6))  # [layers, A, h, w, h, w]
     assert bias.shape == (3, 4, 4, 6, 4, 6)
     assert torch.equal(bias[..., 0, 0, 1, 2], bias[..., 2, 3, 3, 5])
     assert not torch.equal(bias[..., 0, 0, 1, 2], bias[..., 1, 2, 0, 0])
@@ -183,18 +190,18 @@ def test_relative_bias_depends_on_the_offset_alone(tiny_config):
 
 def test_without_positions_patches_are_a_bag(tiny_config):
     model = HFViTModel(tiny_config(position_embedding_type="none")).eval()
-    patches = modeling.patchify(torch.randn(1, 3, 32, 48), (8, 8))
+    patches = patchify(torch.randn(1, 3, 32, 48), (8, 8))
     shuffled = patches[:, torch.randperm(24)]
-    outputs = [model(modeling.unpatchify(order, (8, 8), (4, 6))).pooler_output for order in (patches, shuffled)]
+    outputs = [model(unpatchify(order, (8, 8), (4, 6))).pooler_output for order in (patches, shuffled)]
     torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize("kind", ["learned", "learned_2d", "sincos_2d", "relative"])
 def test_with_positions_the_order_matters(tiny_config, kind):
     model = randomised(HFViTModel(tiny_config(position_embedding_type=kind))).eval()
-    patches = modeling.patchify(torch.randn(1, 3, 32, 48), (8, 8))
+    patches = patchify(torch.randn(1, 3, 32, 48), (8, 8))
     shuffled = patches[:, torch.randperm(24)]
-    outputs = [model(modeling.unpatchify(order, (8, 8), (4, 6))).pooler_output for order in (patches, shuffled)]
+    outputs = [model(unpatchify(order, (8, 8), (4, 6))).pooler_output for order in (patches, shuffled)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4  # rounding alone is below 1e-6
 
 
@@ -204,9 +211,9 @@ def test_patches_permuted_with_their_positions_permute_the_outputs(tiny_config):
     order = torch.randperm(24)
     table = permuted.embeddings.position_embeddings.table.weight
     table.data = table.data.flatten(1, 2)[:, order].unflatten(1, (4, 6))
-    patches = modeling.patchify(torch.randn(1, 3, 32, 48), (8, 8))
-    plain = model(modeling.unpatchify(patches, (8, 8), (4, 6))).last_hidden_state
-    moved = permuted(modeling.unpatchify(patches[:, order], (8, 8), (4, 6))).last_hidden_state
+    patches = patchify(torch.randn(1, 3, 32, 48), (8, 8))
+    plain = model(unpatchify(patches, (8, 8), (4, 6))).last_hidden_state
+    moved = permuted(unpatchify(patches[:, order], (8, 8), (4, 6))).last_hidden_state
     torch.testing.assert_close(moved[:, 0], plain[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moved[:, 1:], plain[:, 1:][:, order], rtol=1e-4, atol=1e-4)
 
@@ -283,34 +290,17 @@ def test_loading_at_another_size_resamples_once(tmp_path, tiny_config, kind, pla
         assert torch.equal(parameter, again.state_dict()[name]), name
 
 
-def test_a_resampled_table_is_kept_until_the_weights_change(tiny_config):
+def test_a_resampled_table_follows_the_weights(tiny_config):
     model = HFViTModel(tiny_config()).eval()
     table = model.embeddings.position_embeddings.table
-    with torch.no_grad():
+    with torch.inference_mode():
         first = table((8, 8))
-        assert table((8, 8)) is first
-        assert table((4, 6)) is table.weight
+    with torch.no_grad():
         table.weight.mul_(2)
         torch.testing.assert_close(table((8, 8)), 2 * first)
-        doubled = table((8, 8))
-        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        assert table((8, 8)) is not doubled
-        model.double()
-        assert table((8, 8)).dtype == torch.float64
-        model.train()
-        assert table((8, 8)) is not table((8, 8))
-
-
-def test_a_table_kept_in_inference_mode_serves_elsewhere(tiny_config):
-    model = HFViTModel(tiny_config()).eval()
-    pixel_values = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        expected = model(pixel_values).pooler_output.clone()
-    model.layernorm.weight.requires_grad_(True)
-    output = model(pixel_values).pooler_output
-    output[:, 0].sum().backward()
-    torch.testing.assert_close(output, expected)
-    assert model.embeddings.position_embeddings.table.weight.grad.abs().sum() > 0  # no kept table in the graph
+        assert model.double().embeddings.position_embeddings.table((8, 8)).dtype == torch.float64
+    table((8, 8)).sum().backward()
+    assert table.weight.grad.abs().sum() > 0
 
 
 # -------------------------------------------------------------------------------------------------- gradients
@@ -484,10 +474,10 @@ def test_patch_dropout_keeps_a_share_in_training_alone(tiny_config, pixel_values
 
 def test_a_dropped_patch_takes_its_relative_bias_along(tiny_config, pixel_values):
     embeddings = randomised(HFViTModel(tiny_config(position_embedding_type="relative")).embeddings)
-    _, _, whole, _ = embeddings(pixel_values)
+    whole = embeddings(pixel_values)[1].bias
     kept = torch.tensor([[3, 1, 20], [0, 5, 7]])
     embeddings.patch_dropout.forward = lambda patches: (patches.take_along_dim(kept.unsqueeze(-1), 1), kept)
-    _, _, bias, _ = embeddings(pixel_values)
+    bias = embeddings(pixel_values)[1].bias
     assert bias.shape == (3, 2, 4, 4, 4)
     assert torch.equal(bias[:, 0, :, 1, 3], whole[:, 0, :, 1 + 3, 1 + 20])
     assert torch.equal(bias[:, 1, :, 2, 1], whole[:, 0, :, 1 + 5, 1 + 0])
@@ -571,12 +561,12 @@ def test_reconstruction_of_pixels(tiny_config):
     model = randomised(HFViTForMaskedImageModeling(tiny_config(num_register_tokens=1))).eval()
     pixel_values, mask = torch.randn(2, 3, 40, 24), torch.rand(2, 15) < 0.5  # another grid than the config's
     outputs = model(pixel_values, bool_masked_pos=mask)
-    difference = modeling.patchify((outputs.reconstruction - pixel_values).abs(), (8, 8)).mean(-1)
+    difference = patchify((outputs.reconstruction - pixel_values).abs(), (8, 8)).mean(-1)
     torch.testing.assert_close(outputs.loss, difference[mask].mean())
     changed = pixel_values.clone()
-    flat = modeling.patchify(changed, (8, 8))
+    flat = patchify(changed, (8, 8))
     flat[mask] += 1
-    hidden = model(modeling.unpatchify(flat, (8, 8), (5, 3)), bool_masked_pos=mask).reconstruction
+    hidden = model(unpatchify(flat, (8, 8), (5, 3)), bool_masked_pos=mask).reconstruction
     torch.testing.assert_close(hidden, outputs.reconstruction)  # what is masked is not seen
 
 
@@ -595,7 +585,7 @@ def test_mean_colours_are_three_bits_a_channel(tiny_config):
 
 
 def test_the_paper_s_corruption_is_80_10_10(tiny_config):
-    corruption = modeling.HFViTPaperCorruption(tiny_config()).train()
+    corruption = HFViTPaperCorruption(tiny_config()).train()
     nn.init.constant_(corruption.weight, 7.0)
     patches, mask = torch.arange(20_000.0).view(10, 2000, 1).expand(-1, -1, 32), torch.rand(10, 2000) < 0.5
     corrupted = corruption(patches, mask)[..., 0]
@@ -747,7 +737,7 @@ def test_compiles_in_one_graph(tiny_config, positions, backend):
 
 def test_attention_in_products_has_the_right_gradient():
     parts = [torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(lambda *parts: modeling.HFViTProductAttention.apply(*parts, 8**-0.5), parts)
+    assert torch.autograd.gradcheck(lambda *parts: HFViTProductAttention.apply(*parts, 8**-0.5), parts)
 
 
 @pytest.mark.parametrize("compiler", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
@@ -756,11 +746,11 @@ def test_training_on_matrix_units_learns_the_same(tiny_config, monkeypatch, comp
     model = HFViTForImageClassification(tiny_config(initializer_range=0.2)).train()
     pixel_values, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 0])
     applied = []
-    apply = modeling.HFViTProductAttention.apply
-    monkeypatch.setattr(modeling.HFViTProductAttention, "apply", lambda *parts: applied.append(parts) or apply(*parts))
+    apply = HFViTProductAttention.apply
+    monkeypatch.setattr(HFViTProductAttention, "apply", lambda *parts: applied.append(parts) or apply(*parts))
 
     def gradients(has_amx: bool) -> torch.Tensor:
-        monkeypatch.setattr(modeling, "HAS_AMX", has_amx)
+        monkeypatch.setattr(layers_hf_vit, "HAS_AMX", has_amx)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             learner = torch.compile(model, backend=compiler, fullgraph=True) if has_amx and compiler else model

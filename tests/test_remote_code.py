@@ -1,15 +1,20 @@
 """A saved folder stands alone: without the package it gives the same numbers, and so does what is saved from it."""
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from isolated import TESTS, python, save_tiny_classifier
 from user_of_a_repository import outputs
 
+from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, model
 from hf_vit.hub.folder import check_folder
+from hf_vit.model import model_class
+from hf_vit.model.configuration_hf_vit import CLASSES
 
+CODE = {path.name for path in Path(model.__file__).parent.glob("*_hf_vit.py")}
 USER = TESTS / "user_of_a_repository.py"
 
 
@@ -52,7 +57,33 @@ def test_same_numbers_without_the_package(folder: Path, session: Session) -> Non
 
 def test_what_is_saved_without_the_package_stands_alone(session: Session, tmp_path: Path) -> None:
     sources = [session.resaved, session.trained / "checkpoint-1"]
+    assert all({path.name for path in source.iterdir()} >= CODE for source in sources)
     assert check_folder(session.resaved) == sorted(path.name for path in session.resaved.iterdir())
     python(USER, tmp_path / "outputs", *sources, home=tmp_path)
     for number in range(len(sources)):
         assert_same(dict(np.load(tmp_path / "outputs" / f"{number}.npz")), session.outputs)
+
+
+@pytest.mark.parametrize(
+    "name", [reference.split(".")[1] for reference in CLASSES.values() if "Config" not in reference]
+)
+def test_every_class_saves_all_of_the_code(tiny_config: Any, tmp_path: Path, name: str) -> None:
+    model_class(name)(tiny_config()).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= CODE
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == CLASSES
+
+
+def test_a_repository_with_one_modeling_file_loads_and_is_repaired(folder: Path, tmp_path: Path) -> None:
+    """Up to 0.1, all classes were in modeling_hf_vit.py."""
+    old = tmp_path / "old"
+    HFViTForImageClassification.from_pretrained(folder).save_pretrained(old)
+    config = json.loads((old / "config.json").read_text())
+    config["auto_map"] = {name: place.replace("dense_hf_vit", "modeling_hf_vit") for name, place in CLASSES.items()}
+    (old / "config.json").write_text(json.dumps(config))
+    for path in old.glob("*_hf_vit.py"):
+        path.unlink()
+    loaded, expected = outputs(str(old)), outputs(str(folder))
+    np.testing.assert_equal(loaded, expected)
+    HFViTForMaskedImageModeling.from_pretrained(old).save_pretrained(tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} >= CODE
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["auto_map"] == CLASSES

@@ -140,11 +140,11 @@ class InferenceModel(nn.Module):
         Args:
             pixel_values: `[B, C, H, W]`.
         """
-        hidden_states, added, bias, rotation = self.embeddings(pixel_values)
+        hidden_states, positions = self.embeddings(pixel_values)
         hidden_states = self.pre_layernorm(hidden_states)
         for number, layer in enumerate(self.layers):
-            hidden_states = hidden_states if added is None else hidden_states + added[number]
-            hidden_states = layer(hidden_states, None if bias is None else bias[number], rotation)
+            hidden_states = positions.add_to(hidden_states, number)
+            hidden_states = layer(hidden_states, positions.add_to_mask(None, number), positions.rotation)
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         if self.classifier is None:

@@ -71,12 +71,12 @@ def walk(model: Any, pixel_values: Tensor, last: int | None = None) -> Iterator[
     if pixel_values.ndim != 4:
         raise ValueError(f"pixel_values must be [batch, channels, height, width], got {list(pixel_values.shape)}.")
     with evaluating(encoder):
-        tokens, added, bias, rotation = encoder.embeddings(pixel_values.to(encoder.device))
+        tokens, positions = encoder.embeddings(pixel_values.to(encoder.device))
         tokens = encoder.pre_layernorm(tokens)
         for number, layer in enumerate(encoder.layers[:last]):
-            tokens = tokens if added is None else tokens + added[number]
+            tokens = positions.add_to(tokens, number)
             with recording(layer.attention) as recorded:
-                tokens = layer(tokens, None if bias is None else bias[number], rotation)
+                tokens = layer(tokens, positions.add_to_mask(None, number), positions.rotation)
             yield Step(number + 1, tokens, recorded.pop())
 
 

@@ -1,4 +1,4 @@
-"""The model. The files of this folder are copied, as they are, into every pushed repository; this one is not."""
+"""The model. All other files of this folder are copied into every saved repository."""
 
 from importlib import import_module
 from typing import Any
@@ -7,6 +7,6 @@ from .configuration_hf_vit import CLASSES
 
 
 def model_class(name: str) -> Any:
-    """Return the model class of a name, such as `HFViTBackbone`."""
-    (reference,) = {place for place in CLASSES.values() if place.endswith(f".{name}")}
+    """Return the model class with this name, such as `HFViTBackbone`."""
+    (reference,) = {reference for reference in CLASSES.values() if reference.endswith(f".{name}")}
     return getattr(import_module(f".{reference.split('.')[0]}", __name__), name)

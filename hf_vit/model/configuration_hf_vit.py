@@ -53,7 +53,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout of the attention weights.
         drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth (arXiv:1603.09382) of the last layer;
             the rate grows linearly from 0.
-        patch_dropout_prob (`float`, *optional*, defaults to 0.0): Share of patches dropped in training
+        patch_dropout_prob (`float`, *optional*, defaults to 0.0): Deprecated. Share of patches dropped in training
             (arXiv:2212.00794).
         layer_scale_init_value (`float`, *optional*): Initial value of LayerScale (arXiv:2103.17239); `None` for none.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
@@ -184,6 +184,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if is_taken(type(self), name):
                 raise ValueError(f"{name!r} is a part of {type(self).__name__}, not a field: remove it.")
         check_fields({**vars(self), **kwargs})
+        if self.patch_dropout_prob:
+            logger.warning_once("patch_dropout_prob is deprecated: no checkpoint or recipe uses it. Set it to 0.")
         if self.use_cls_token is None:
             self.use_cls_token = self.pooling in POOLINGS_OF_CLS
         if self.use_distillation_token is None:

@@ -1,4 +1,4 @@
-"""Models with an output for every patch: masked image modelling and the backbone."""
+"""Models with an output per patch: masked image modelling and the backbone."""
 
 from dataclasses import dataclass
 from math import prod
@@ -17,15 +17,16 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_hf_vit import HFViTConfig
 from .layers_hf_vit import patchify, unpatchify
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
-from .packing_hf_vit import refuse_packs
+from .packing_hf_vit import reject_packs
 
 
 @dataclass
 class HFViTMaskedImageModelingOutput(MaskedImageModelingOutput):
-    """What `HFViTForMaskedImageModeling` returns.
+    """Output of `HFViTForMaskedImageModeling`.
 
-    `reconstruction` is an image `[B, C, H, W]`: predicted pixels, or every patch in its likeliest mean colour.
-    `predictions` is what the loss reads: pixels `[B, N, C*ph*pw]`, or scores of the colours `[B, N, 8**C]`.
+    Attributes:
+        reconstruction: Image `[B, C, H, W]` of the predicted pixels, or of the most likely mean colour per patch.
+        predictions: Input of the loss: pixels `[B, N, C*ph*pw]`, or logits of the colours `[B, N, 8**C]`.
     """
 
     predictions: torch.FloatTensor | None = None
@@ -40,18 +41,18 @@ class PixelObjective(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.num_channels * prod(self.patch_shape))
 
     def loss(self, predictions: Tensor, pixel_values: Tensor) -> Tensor:
-        """Return the loss of every patch, `[B, N]`."""
+        """Return the loss per patch, `[B, N]`."""
         return (predictions.float() - patchify(pixel_values.float(), self.patch_shape)).abs().mean(dim=-1)
 
     def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the image `[B, C, H, W]` that the predictions stand for."""
+        """Return the predicted image `[B, C, H, W]`."""
         return unpatchify(predictions, self.patch_shape, grid)
 
 
 class MeanColorObjective(nn.Module):
-    """Predict the mean colour of masked patches, 3 bits a channel; cross-entropy (the paper's appendix B.1.2).
+    """Predict the mean colour of masked patches, 3 bits per channel; cross-entropy (the paper's appendix B.1.2).
 
-    Colours are levels of [-1, 1], the range of the paper's pixels (`image_mean` and `image_std` of 0.5).
+    Pixels are expected in [-1, 1], the range of the paper's (`image_mean` and `image_std` of 0.5).
     """
 
     LEVELS = 8
@@ -63,23 +64,23 @@ class MeanColorObjective(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, self.LEVELS**config.num_channels)
 
     def loss(self, predictions: Tensor, pixel_values: Tensor) -> Tensor:
-        """Return the loss of every patch, `[B, N]`."""
+        """Return the loss per patch, `[B, N]`."""
         return F.cross_entropy(predictions.float().transpose(1, 2), self.colors(pixel_values), reduction="none")
 
     def colors(self, pixel_values: Tensor) -> Tensor:
-        """Return the number of every patch's mean colour, `[B, N]` in 0 to 8**C - 1, first channel highest."""
+        """Return the index of each patch's mean colour, `[B, N]` in 0 to 8**C - 1, first channel most significant."""
         patches = patchify(pixel_values.float(), self.patch_shape).unflatten(2, (self.num_channels, -1))
         levels = ((patches.mean(dim=-1) + 1) / 2 * self.LEVELS).long().clamp(0, self.LEVELS - 1)  # [B, N, C]
-        return (levels * self._places(levels.device)).sum(dim=-1)
+        return (levels * self._place_values(levels.device)).sum(dim=-1)
 
     def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the image `[B, C, H, W]` that the predictions stand for."""
-        places = self._places(predictions.device)
-        levels = predictions.argmax(dim=-1, keepdim=True) // places % self.LEVELS  # [B, N, C]
+        """Return the predicted image `[B, C, H, W]`."""
+        place_values = self._place_values(predictions.device)
+        levels = predictions.argmax(dim=-1, keepdim=True) // place_values % self.LEVELS  # [B, N, C]
         colors = (levels.to(predictions.dtype) + 0.5) / self.LEVELS * 2 - 1
         return unpatchify(colors.repeat_interleave(prod(self.patch_shape), dim=-1), self.patch_shape, grid)
 
-    def _places(self, device: torch.device) -> Tensor:
+    def _place_values(self, device: torch.device) -> Tensor:
         return self.LEVELS ** torch.arange(self.num_channels - 1, -1, -1, device=device)
 
 
@@ -89,21 +90,21 @@ OBJECTIVES: dict[str, type[PixelObjective | MeanColorObjective]] = {
 }
 
 
-def refuse_patch_dropout(model: PreTrainedModel) -> None:
-    """Raise `ValueError` for a model that must answer for every patch but would drop some."""
+def reject_patch_dropout(model: PreTrainedModel) -> None:
+    """Raise `ValueError` if a model with an output per patch would drop patches."""
     if model.config.patch_dropout_prob:
         raise ValueError(
-            f"{type(model).__name__} returns something for every patch: set patch_dropout_prob=0, "
-            f"got {model.config.patch_dropout_prob}."
+            f"{type(model).__name__} has an output per patch, and cannot drop patches: set patch_dropout_prob=0, got "
+            f"{model.config.patch_dropout_prob}."
         )
 
 
 class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
-    """The encoder with a decoder that predicts masked patches; `config.mim_objective` says what of them."""
+    """The encoder with a decoder that predicts masked patches; `config.mim_objective` selects what is predicted."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
-        refuse_patch_dropout(self)
+        reject_patch_dropout(self)
         self.vit = HFViTModel(config, add_pooling_layer=False, use_mask_token=True)
         self.objective = OBJECTIVES[config.mim_objective](config)
         self.post_init()
@@ -115,14 +116,14 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
         bool_masked_pos: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HFViTMaskedImageModelingOutput:
-        """Predict patches, and compare those that are masked.
+        """Predict masked patches.
 
         Args:
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
-            bool_masked_pos: `[B, N]`, true where a patch is masked; with it there is a loss, over masked patches.
+            bool_masked_pos: `[B, N]`, true where a patch is masked. If given, the loss over these is computed.
             kwargs: As for `HFViTModel`.
         """
-        refuse_packs(self, kwargs.get("patch_grids"))
+        reject_packs(self, kwargs.get("patch_grids"))
         outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
         patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
         predictions = self.objective.decoder(patches)
@@ -142,11 +143,11 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
 
 
 class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
-    """The encoder for segmentation and detection heads: feature maps of chosen stages."""
+    """The encoder as a backbone of segmentation and detection models."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
-        refuse_patch_dropout(self)
+        reject_patch_dropout(self)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.vit = HFViTModel(config, add_pooling_layer=False)
         self.post_init()
@@ -154,7 +155,7 @@ class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """Return a feature map for each of `config.out_features`.
+        """Compute the feature maps of the stages in `config.out_features`.
 
         Args:
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
@@ -162,7 +163,7 @@ class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
         Returns:
             `feature_maps`, `[B, D, h, w]` each; tokens `[B, T, D]` with `reshape_hidden_states=False`.
         """
-        refuse_packs(self, kwargs.get("patch_grids"))
+        reject_packs(self, kwargs.get("patch_grids"))
         outputs = self.vit(pixel_values, **kwargs)
         grid = self.config.grid_of(*pixel_values.shape[-2:])
         feature_maps = []

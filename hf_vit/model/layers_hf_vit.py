@@ -1,4 +1,4 @@
-"""Building blocks of the encoder: patches, attention kernels, MLPs, DropPath, mask tokens."""
+"""Parts of the encoder: patches, mask tokens, attention kernels, MLPs, LayerScale, DropPath."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ def patchify(pixels: Tensor, patch_shape: tuple[int, int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Put flattened patches `[B, N, C*ph*pw]` back together to images `[B, C, H, W]`."""
+    """Join flattened patches `[B, N, C*ph*pw]` to images `[B, C, H, W]`."""
     cut = patches.unflatten(2, (-1, *patch_shape)).unflatten(1, grid)  # [B, h, w, C, ph, pw]
     return cut.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class HFViTMaskToken(nn.Module):
-    """Show a learned token in place of every masked patch, as SimMIM does (arXiv:2111.09886)."""
+    """Replace every masked patch by a learned token, as in SimMIM (arXiv:2111.09886)."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class HFViTMaskToken(nn.Module):
 class HFViTPaperCorruption(HFViTMaskToken):
     """Replace 80 % of the masked patches by the token and 10 % by another patch, and keep 10 % (appendix B.1.2).
 
-    The draw belongs to training. In evaluation every masked patch shows the token, so that results repeat.
+    In evaluation every masked patch is replaced by the token, so that outputs are deterministic.
     """
 
     def forward(self, patches: Tensor, is_masked: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class HFViTPatchDropout(nn.Module):
         self.probability = probability
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the patches kept `[B, K, D]` and their indices `[B, K]`, or all of them and `None`."""
+        """Return the remaining patches `[B, K, D]` and their indices `[B, K]`, or all patches and `None`."""
         if not self.training or not self.probability:
             return patches, None
         batch, number, _ = patches.shape
@@ -82,7 +82,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attend in plain matrix products: from `[B, A, T, d]` to the output `[B, T, A, d]` and weights `[B, A, T, T]`."""
+    """Compute attention by matrix products, from `[B, A, T, d]` to outputs `[B, T, A, d]`, weights `[B, A, T, T]`."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         mask = attention_mask if attention_mask.ndim == 4 else attention_mask[:, None, None]
@@ -94,18 +94,15 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-# Matrix units of the CPU, which torch uses for products in bf16.
-HAS_AMX = torch.cpu._is_amx_tile_supported()
-
-
-# Above so many tokens the weights, which products form, take more memory than the time is worth.
-SHORT_SEQUENCE = 1024
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of the CPU, which torch uses for products in bf16
+SHORT_SEQUENCE = 1024  # tokens; in longer sequences, the attention weights would take too much memory
 
 
 class HFViTProductAttention(torch.autograd.Function):
-    """Attend in plain matrix products, forward and backward: `[B, A, T, d]` each to `[B, A, T, d]`.
+    """Compute attention by matrix products, forward and backward: `[B, A, T, d]` each to `[B, A, T, d]`.
 
-    Keeps the weights, B * A * T^2 numbers. No autocast in here: it would take the softmax to float32 and back.
+    The weights, B * A * T^2 numbers, are saved for the backward. Autocast is off, since it would convert the input of
+    the softmax to float32 and its output back.
     """
 
     @staticmethod
@@ -133,7 +130,7 @@ class HFViTProductAttention(torch.autograd.Function):
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """Multiply `[n, i, j]` by `[n, j, k]` and by a number, rounding once."""
+    """Multiply `[n, i, j]` by `[n, j, k]` and by a number, with one rounding."""
     return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scaling)
 
 
@@ -147,15 +144,15 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by torch's fused kernels, or where these are slow by plain products; arguments as `eager_attention`'s.
+    """Compute attention by torch's fused kernels, or by matrix products where these are faster.
 
-    The fused kernel's backward on a CPU is a third of a whole training step in bf16; products on matrix units take
-    a small part of that for short sequences. In evaluation, where nothing is kept, the fused kernel is faster.
+    On a CPU, the backward of the fused kernel takes a third of a training step in bf16; for short sequences, products
+    on matrix units take a small part of that. In evaluation the fused kernel is faster.
     """
     is_trained = torch.is_grad_enabled() and query.requires_grad
     is_plain = attention_mask is None and not dropout and query.shape[2] <= SHORT_SEQUENCE
     if HAS_AMX and is_trained and is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        if torch.compiler.is_compiling():  # which derives and fuses the steps by itself
+        if torch.compiler.is_compiling():  # the compiler derives and fuses the backward
             attended = (query @ key.mT * scaling).softmax(dim=-1).to(value.dtype) @ value
         else:
             attended = HFViTProductAttention.apply(query, key, value, scaling)
@@ -165,7 +162,7 @@ def sdpa_attention(
 
 
 class HFViTMLP(nn.Module):
-    """Two dense layers with a GELU between them."""
+    """Two linear layers with an activation between them, GELU in the paper."""
 
     def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
         super().__init__()
@@ -179,7 +176,7 @@ class HFViTMLP(nn.Module):
 
 
 class HFViTGatedMLP(HFViTMLP):
-    """The MLP with its hidden layer gated by a second projection (arXiv:2002.05202), SwiGLU with a SiLU."""
+    """An MLP with a second projection that gates the hidden layer (arXiv:2002.05202); SwiGLU with SiLU."""
 
     def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
         super().__init__(config, bias)
@@ -201,7 +198,7 @@ class HFViTLayerScale(nn.Module):
 
 
 class HFViTDropPath(nn.Module):
-    """Drop a residual branch for whole samples in training, stochastic depth (arXiv:1603.09382)."""
+    """Drop a residual branch per sample in training: stochastic depth (arXiv:1603.09382)."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -216,12 +213,3 @@ class HFViTDropPath(nn.Module):
         if packing is not None:
             kept = packing.spread(kept)  # [1, T, 1]
         return hidden_states * kept / keep
-
-
-def with_bias(mask: Any, bias: Tensor) -> Tensor:
-    """Join a mask of the attention, boolean or added, with a bias that is added to its scores."""
-    if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
-    return bias + mask

@@ -1,4 +1,4 @@
-"""Losses."""
+"""The loss of a classifier."""
 
 from typing import Any
 
@@ -16,18 +16,21 @@ def classification_loss(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Compute the loss of a classifier in float32, without writing a guess into the config.
+    """Compute the loss of a classifier in float32.
+
+    `config.problem_type` selects the loss. If it is `None`, the shape and dtype of the labels do; unlike other models
+    of transformers, this one does not write the result into the config.
 
     Args:
-        labels: Classes `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0/1 for each label
-            `[B, num_labels]` with `problem_type="multi_label_classification"`; or targets of a regression.
+        labels: Class indices `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0 or 1 per
+            label, `[B, num_labels]`, with `problem_type="multi_label_classification"`; or regression targets.
         logits: `[B, num_labels]`.
-        config: Of which `problem_type` decides, and the labels where it is `None`.
-        num_items_in_batch: Entries of `labels` over all accumulated batches, which the sum is divided by instead of
-            the mean over this batch.
+        config: The model's config.
+        num_items_in_batch: Number of entries of `labels` in all accumulated batches. If given, the sum of the losses
+            is divided by it; otherwise the loss is the mean over this batch.
 
     Raises:
-        ValueError: If soft labels do not sum to one, or their shape is not that of the logits.
+        ValueError: If soft labels do not sum to one, or labels and logits differ in shape.
     """
     logits, labels = logits.float(), labels.to(logits.device)
     is_class = not labels.is_floating_point() and labels.ndim == 1
@@ -41,13 +44,13 @@ def classification_loss(
         labels = labels.reshape(logits.shape)
     if labels.shape != logits.shape:
         raise ValueError(
-            f"{kind} with {config.num_labels} labels needs labels of shape {list(logits.shape)}, or class numbers "
+            f"{kind} with {config.num_labels} labels needs labels of shape {list(logits.shape)}, or class indices "
             f"[batch] for single_label_classification; got {list(labels.shape)} of {labels.dtype}."
         )
     labels = labels.float()
     if kind == "single_label_classification":
         _check_soft_labels(labels, config)
-        # Every row is one distribution: its entries together count as num_labels items.
+        # A row is one distribution, and its entries are averaged: num_labels items are one loss.
         loss = -(labels * logits.log_softmax(dim=-1)) * logits.shape[-1]
     elif kind == "regression":
         loss = F.mse_loss(logits, labels, reduction="none")
@@ -57,11 +60,11 @@ def classification_loss(
 
 
 def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:
-    # Stated, the kind is believed. Guessed, several labels an image must not pass as one distribution.
+    # Without problem_type, labels of several classes per image must not be mistaken for a distribution.
     if config.problem_type is not None or torch.compiler.is_compiling():
         return
     if (labels.sum(dim=-1) - 1).abs().max() > 1e-3:
         raise ValueError(
-            "Labels [batch, num_labels] were taken for soft labels, but their rows do not sum to one: set "
-            "problem_type='multi_label_classification' in the config for several labels an image."
+            "Labels [batch, num_labels] are soft labels by default, but their rows do not sum to one: for several "
+            "labels per image, set problem_type='multi_label_classification' in the config."
         )

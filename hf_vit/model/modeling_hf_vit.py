@@ -1,33 +1,28 @@
 """The Vision Transformer.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", ICLR 2021
-(arXiv:2010.11929). Equations (1) to (4) of the paper are `HFViTEmbeddings.forward`, the two residual lines of
-`HFViTLayer.forward`, and the pooling. The file goes from parts to whole:
+(arXiv:2010.11929). Equation (1) of the paper is `HFViTEmbeddings.forward`, equations (2) and (3) are the two residual
+lines of `HFViTLayer.forward`, and equation (4) is the pooling. From parts to whole:
 
-    patches -> positions -> attention, MLP, layer -> pooling -> model -> heads
+    patch embeddings -> embeddings -> attention -> layer -> model -> classifier
 
-Letters in shapes: B batch, C channels, H W pixels, h w grid, N = h*w patches, P class and register tokens,
-T = P + N tokens, D width, A heads, d width of a head.
+Letters in shapes: B batch, C channels, H W pixels, h w grid, N = h*w patches, P class, distillation and register
+tokens, T = P + N tokens, D width, A heads, d width of a head.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
-from os import PathLike
-from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
@@ -46,33 +41,33 @@ from .layers_hf_vit import (
     eager_attention,
     patchify,
     sdpa_attention,
-    with_bias,
 )
 from .losses_hf_vit import classification_loss
-from .packing_hf_vit import HFViTPacking, refuse_beside_a_pack
+from .packing_hf_vit import HFViTPacking, check_pack_options
 from .pooling_hf_vit import HFViTAttentionPooling, HFViTPooler
 from .positions_hf_vit import (
     POSITIONS,
     POSITIONS_OF_LAYERS,
     HFViTLearnedPositions,
+    HFViTPositions,
     HFViTPositionTable,
     HFViTRelativePositions,
     ResamplePositions,
     rotate,
 )
-from .repository_hf_vit import complete_repository, replace_empty_form
+from .repository_hf_vit import HFViTRepositoryMixin
 from .stem_hf_vit import HFViTStem
 
 logger = logging.get_logger(__name__)
 
 
-# ----------------------------------------------------------------------------------------------------- patches
+# ------------------------------------------------------------------------------------- from an image to a sequence
 
 
 class HFViTPatchEmbeddings(nn.Module):
     """Project flattened patches linearly: the strided convolution of other implementations as a matrix product.
 
-    In the paper's hybrid the patches are of a ResNet's features.
+    In the paper's hybrid models, the patches are cut from the features of a ResNet.
     """
 
     def __init__(self, config: HFViTConfig) -> None:
@@ -89,28 +84,21 @@ class HFViTPatchEmbeddings(nn.Module):
         self.layernorm_after = norm(config.hidden_size, eps=eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.ndim == 2:  # a pack, whose patches the image processor has cut
-            return self._project(pixel_values.unsqueeze(0).to(self.projection.weight.dtype))
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        if pixel_values.ndim == 2:  # a pack, which the image processor has cut into patches
+            patches = pixel_values.unsqueeze(0)
+        elif pixel_values.ndim == 4 and pixel_values.shape[1] == self.num_channels:
+            patches = patchify(self.stem(pixel_values), self.patch_shape)  # [B, N, C*ph*pw]
+        else:
             raise ValueError(
                 f"pixel_values must be [batch, {self.num_channels}, height, width], got {list(pixel_values.shape)}: "
-                "let the image processor prepare the images, or set num_channels in the config."
+                "prepare the images with the image processor, or set num_channels in the config."
             )
-        features = self.stem(pixel_values.to(self.projection.weight.dtype))
-        return self._project(patchify(features, self.patch_shape))
-
-    def _project(self, patches: Tensor) -> Tensor:
         return self.layernorm_after(self.projection(self.layernorm_before(patches)))  # [B, N, D]
 
 
-# --------------------------------------------------------------------------------------------------- positions
-
-
 class HFViTEmbeddings(nn.Module):
-    """Turn an image into a sequence, equation (1): [class token] [distillation token] [registers] patches.
-
-    Positions are added here, or returned for the layers or the attention to use.
-    """
+    """Turn an image into a sequence, equation (1): [class token] [distillation token] [registers] patches."""
 
     def __init__(self, config: HFViTConfig, use_mask_token: bool = False) -> None:
         super().__init__()
@@ -129,45 +117,29 @@ class HFViTEmbeddings(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, is_masked: Tensor | None = None, packing: HFViTPacking | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
-        """Return tokens `[B, T, D]`; what is added to them before every layer, `[layers, B or 1, T, D]`, if positions
-        act there; and for the attention, if they act there, a bias of its scores `[layers, B or 1, A, T, T]` and the
-        cosines and sines of a rotation `[B or 1, 1, T, d]`.
+    ) -> tuple[Tensor, HFViTPositions]:
+        """Return tokens `[B, T, D]`, and the positions that act inside the encoder."""
+        if packing is None:
+            grid = self.config.grid_of(*pixel_values.shape[-2:])
+            patches = self.patch_embeddings(pixel_values)
+            if is_masked is not None:
+                patches = self._mask(patches, is_masked)
+            tokens, positions = self._place(patches, grid)
+        else:  # every group of images with the same grid is a batch
+            groups = packing.split(self.patch_embeddings(pixel_values), has_prefix=False)
+            tokens, positions = packing.join(list(map(self._place, groups, packing.groups)))
+        return self.dropout(tokens), positions
 
-        Of a pack the bias is a list for every layer, with `[1, A, L, L]` for every group of images.
-        """
-        if packing is not None:
-            return self._pack(self.patch_embeddings(pixel_values), packing)
-        grid = self.config.grid_of(*pixel_values.shape[-2:])
-        patches = self.patch_embeddings(pixel_values)
-        if is_masked is not None:
-            patches = self._mask(patches, is_masked)
-        patches = self.position_embeddings(patches, grid)
-        patches, kept = self.patch_dropout(patches)
-        prefix = self._prefix_tokens()
-        tokens = (
-            torch.cat([prefix.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
-            if prefix is not None
-            else patches
-        )
-        added, bias = self._added_to_layers(grid, kept), self._attention_bias(grid, kept)
-        return self.dropout(tokens), added, bias, self._rotation(grid, kept, tokens)
-
-    def _pack(
-        self, patches: Tensor, packing: HFViTPacking
-    ) -> tuple[Tensor, Tensor | None, list[list[Tensor]] | None, tuple[Tensor, Tensor] | None]:
-        """Give the patches of every image, `[1, rows, D]` together, its positions and its tokens before them."""
-        positions, added, bias, rotation = {}, {}, {}, {}
-        for grid in set(packing.grids):
-            # What is added to zeros is the position alone, of every kind of position.
-            positions[grid] = self.position_embeddings(patches.new_zeros(1, prod(grid), patches.shape[2]), grid)
-            added[grid] = self._added_to_layers(grid, None)
-            bias[grid] = self._attention_bias(grid, None)
-            rotation[grid] = self._rotation(grid, None, patches)
-        patches = patches + torch.cat([positions[grid] for grid in packing.grids], dim=1)
-        prefix = self._prefix_tokens()
-        tokens = patches if prefix is None else packing.prepend(prefix.to(patches.dtype), patches)
-        return self.dropout(tokens), packing.added(added), packing.biases(bias), packing.rotation(rotation)
+    def _place(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, HFViTPositions]:
+        """Add positions to the patches, and put the other tokens before them."""
+        patches, kept = self.patch_dropout(self.position_embeddings(patches, grid))
+        positions = self.position_embeddings.placed(patches, grid, kept)
+        tokens = [self.cls_token, self.distillation_token, self.register_tokens]
+        present = [token for token in tokens if token is not None]
+        if present:
+            prefix = self.position_embeddings.place_prefix(torch.cat(present, dim=1)).to(patches.dtype)
+            patches = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
+        return patches, positions  # [B, T, D]
 
     def _mask(self, patches: Tensor, is_masked: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -178,51 +150,14 @@ class HFViTEmbeddings(nn.Module):
             )
         return self.mask_token(patches, is_masked.flatten(1).bool())
 
-    def _prefix_tokens(self) -> Tensor | None:
-        tokens = [self.cls_token, self.distillation_token, self.register_tokens]
-        present: list[Tensor] = [token for token in tokens if token is not None]
-        return self.position_embeddings.place_prefix(torch.cat(present, dim=1)) if present else None
 
-    def _added_to_layers(self, grid: tuple[int, int], kept: Tensor | None) -> Tensor | None:
-        added = self.position_embeddings.added_to_layers(grid)
-        if added is None:
-            return None
-        prefix, patches = added
-        patches = patches.unsqueeze(1) if kept is None else patches[:, kept]  # [layers, B or 1, K, D]
-        placed = 0 if prefix is None else prefix.shape[1]
-        patches = F.pad(patches, (0, 0, self.config.num_prefix_tokens - placed, 0))
-        if prefix is None:
-            return patches
-        return torch.cat([prefix.unsqueeze(1).expand(-1, patches.shape[1], -1, -1), patches], dim=2)
-
-    def _attention_bias(self, grid: tuple[int, int], kept: Tensor | None) -> Tensor | None:
-        bias = self.position_embeddings.attention_bias(grid)
-        if bias is None:
-            return None
-        bias = bias.unsqueeze(2)  # [layers, A, 1, N, N]
-        if kept is not None:
-            bias = bias[:, :, 0, kept.unsqueeze(2), kept.unsqueeze(1)]  # [layers, A, B, K, K]
-        return self.position_embeddings.prefix_bias(bias.transpose(1, 2))  # [layers, B or 1, A, T, T]
-
-    def _rotation(self, grid: tuple[int, int], kept: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
-        rotation = self.position_embeddings.rotation(grid, tokens.device)
-        if rotation is None:
-            return None
-        prefix = self.config.num_prefix_tokens  # tokens without a place are not turned: cosine 1, sine 0
-        turned = []
-        for values, neutral in zip(rotation, (1.0, 0.0), strict=True):
-            values = values.unsqueeze(0) if kept is None else values[kept]  # [B or 1, N, d]
-            turned.append(F.pad(values, (0, 0, prefix, 0), value=neutral).unsqueeze(1).to(tokens.dtype))
-        return turned[0], turned[1]
-
-
-# --------------------------------------------------------------------------------------------------- the layer
+# ------------------------------------------------------------------------------------------------------- the layer
 
 
 class HFViTAttention(nn.Module):
-    """Multi-head self-attention, with queries, keys and values from one matrix product.
+    """Multi-head self-attention, with queries, keys and values from one matrix product (appendix A).
 
-    Its rows are ordered (head, q/k/v, head_dim), so that any shard by heads is a complete attention of its own.
+    The rows of its weight are ordered (head, q/k/v, head_dim), so that a tensor-parallel shard is a number of heads.
     """
 
     def __init__(self, config: HFViTConfig) -> None:
@@ -248,17 +183,15 @@ class HFViTAttention(nn.Module):
         packing: HFViTPacking | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        if packing is not None:
-            hidden_states = packing.grouped(hidden_states)
         qkv = self.qkv(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, A, 3, d]
-        # Taken apart before they are transposed: the gradients are put together again in one copy.
+        # Unbound before they are transposed, so that the backward joins the gradients in one copy.
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(3))  # [B, A, T, d] each
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         attend = self._attention_function(kwargs)
         if packing is not None:
-            attend = packing.within_images(attend)
+            attend = partial(packing.attend, attend)
         attended, weights = attend(
             self,
             query,
@@ -275,8 +208,8 @@ class HFViTAttention(nn.Module):
         implementation = self.config._attn_implementation
         if implementation != "eager" and kwargs.get("output_attentions", self.config.output_attentions):
             logger.warning_once(
-                f"Attention weights were asked for: {implementation} does not form them, so they are computed in "
-                "plain matrix products, slower and with a memory of batch x heads x tokens^2 in every layer."
+                f"output_attentions=True: {implementation!r} does not compute attention weights, so eager attention "
+                "is used. It is slower, and its memory grows with batch x heads x tokens^2 in every layer."
             )
             return eager_attention
         if implementation == "sdpa":
@@ -314,17 +247,11 @@ class HFViTLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.mlp_scale(self.dropout(transformed)), packing)
 
 
-# ----------------------------------------------------------------------------------------------------- pooling
+# ------------------------------------------------------------------------------------------------------- the model
 
 
-# --------------------------------------------------------------------------------------------------- the model
-
-
-PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
-
-
-class HFViTPreTrainedModel(PreTrainedModel):
-    """What every class of this file shares: its place in transformers, initial weights, and how it is saved."""
+class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):
+    """Base class: what transformers needs to know about the models, and their initial weights."""
 
     config: HFViTConfig
     config_class = HFViTConfig
@@ -340,27 +267,6 @@ class HFViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HFViTLayer, "attentions": HFViTAttention}
     _input_embed_layer = "patch_embeddings"
-    # Reads checkpoints of other libraries; set by the package where it is installed, since it does not travel along.
-    _read_foreign: Callable | None = None
-    _image_processor: Any = None
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
-        """Load a model as `PreTrainedModel` does; with the package installed, also from other libraries' checkpoints.
-
-        Positions are resampled where `image_size` is given. All arguments are those of `PreTrainedModel`.
-        """
-        name, read = pretrained_model_name_or_path, cls._read_foreign
-        if read is not None and name is not None and kwargs.get("state_dict") is None:
-            foreign = read(str(name), cls.__name__, kwargs)
-            if foreign is not None:
-                config, state_dict, processor, kwargs = foreign
-                result = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
-                model = result[0] if isinstance(result, tuple) else result
-                model.config.name_or_path = model.name_or_path = str(name)
-                model._image_processor = processor  # of the source; saved with the model
-                return result
-        return super().from_pretrained(name, *model_args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -379,45 +285,14 @@ class HFViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HFViTLayerScale):
             init.constant_(module.weight, cast(float, self.config.layer_scale_init_value))
 
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | PathLike,
-        is_main_process: bool = True,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save a folder that stands alone: weights, config, image processors, this code and a card.
-
-        The weights have the names of the modules in memory, so that every `load_state_dict` reads them. A processor
-        or card that lies in the folder already is left as it is. Arguments are those of `PreTrainedModel`.
-        """
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if self.should_save_on_this_rank(is_main_process):
-            complete_repository(save_directory, self.config, self._image_processor)
-            if push_to_hub:
-                options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
-                self.push_to_hub(repo_id or Path(save_directory).name, **options)  # type: ignore[arg-type]
-
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        """Keep transformers from copying code: it looks for the class's own module, which FSDP replaces."""
-        return False
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # At a push, transformers puts its empty form of a card over ours.
-        replace_empty_form(working_dir, self.config, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
 
 class HFViTModel(HFViTPreTrainedModel):
-    """The encoder, with the pooling that its head reads.
+    """The encoder, with the pooling that a head reads.
 
     Args:
         config: The architecture.
-        add_pooling_layer: Whether `pooler_output` is computed.
-        use_mask_token: Whether masked patches can be replaced by a learned token.
+        add_pooling_layer: Whether to compute `pooler_output`.
+        use_mask_token: Whether to create a learned token that replaces masked patches.
     """
 
     def __init__(self, config: HFViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
@@ -431,8 +306,7 @@ class HFViTModel(HFViTPreTrainedModel):
         self.pooler = HFViTPooler(config) if add_pooling_layer else None
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -444,45 +318,58 @@ class HFViTModel(HFViTPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: `[B, C, H, W]`, normalised by the image processor. Any height and width that the patch
-                divides: positions are resampled to the grid at hand. Of a pack, `[rows, C*ph*pw]`.
+            pixel_values: `[B, C, H, W]`, normalised by the image processor. Any height and width that the patch size
+                divides: positions are resampled. For a pack, `[rows, C*ph*pw]`.
             bool_masked_pos: `[B, N]`, true where a patch is masked; for a model with a mask token.
-            attention_mask: `[B, T]`, 1 for tokens that are attended to, prefix tokens first.
-            patch_grids: Integers `[B, 2]`, with a pack: the (rows, columns) of each image, as the image processor
-                returns them with `packing`. Tokens are then `[1, T, D]`, all images one behind the other.
-            kwargs: As transformers has them: `output_attentions` and `output_hidden_states` give those of all layers.
+            attention_mask: `[B, T]`, 1 for tokens to attend to, tokens before the patches first.
+            patch_grids: For a pack, integers `[B, 2]`: the (rows, columns) of each image, as the image processor
+                returns them with `packing`. Tokens are then `[1, T, D]`, image after image.
+            kwargs: As in transformers, such as `output_attentions` and `output_hidden_states`.
 
         Returns:
-            `last_hidden_state` `[B, T, D]` behind the final LayerNorm of tokens, ordered class token, distillation
-            token, registers, patches row by row; `pooler_output` `[B, pooled_width]` (`[B, representation_size]`
-            behind a pre-logits layer).
+            `last_hidden_state` `[B, T, D]` after the final LayerNorm, ordered class token, distillation token,
+            registers, patches row by row; `pooler_output` `[B, pooled_width]`, or `[B, representation_size]` with a
+            pre-logits layer.
         """
         if pixel_values is None:
-            raise ValueError("pixel_values is missing: pass what the image processor returns, [B, C, H, W].")
-        packing, mask = None, None
-        if patch_grids is not None or pixel_values.ndim == 2:
-            refuse_beside_a_pack(self, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
-            packing = HFViTPacking(pixel_values, patch_grids, self.config)
-        hidden_states, added, bias, rotation = self.embeddings(pixel_values, bool_masked_pos, packing)
+            raise ValueError("pixel_values is missing: pass the output of the image processor, [B, C, H, W].")
+        if patch_grids is None and pixel_values.ndim != 2:
+            return self._encode(pixel_values, bool_masked_pos, attention_mask, return_dict=True, **kwargs)
+        check_pack_options(self, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
+        packing = HFViTPacking(pixel_values, patch_grids, self.config)
+        return packing.restore(self._encode(packing.sort(pixel_values), packing=packing, return_dict=True, **kwargs))
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        packing: HFViTPacking | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        hidden_states, positions = self.embeddings(pixel_values, bool_masked_pos, packing)
         hidden_states = self.pre_layernorm(hidden_states)
+        mask = None
         if packing is None:
             mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
         for number, layer in enumerate(self.layers):
-            scores = mask if bias is None else with_bias(mask, bias[number])
-            hidden_states = hidden_states if added is None else hidden_states + added[number]
-            hidden_states = layer(hidden_states, scores, rotation, packing, **kwargs)
+            hidden_states = positions.add_to(hidden_states, number)
+            layer_mask = positions.add_to_mask(mask, number)
+            hidden_states = layer(hidden_states, layer_mask, positions.rotation, packing, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states, packing)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-# --------------------------------------------------------------------------------------------------- the heads
+# -------------------------------------------------------------------------------------------------- the classifier
 
 
 class HFViTDistilledClassifier(nn.Module):
-    """Classify by the class and by the distillation token, and average (arXiv:2012.12877)."""
+    """Classify by the class token and by the distillation token, and average the logits (arXiv:2012.12877)."""
 
     def __init__(self, width: int, num_labels: int) -> None:
         super().__init__()
@@ -495,14 +382,14 @@ class HFViTDistilledClassifier(nn.Module):
 
 
 class HFViTForImageClassification(HFViTPreTrainedModel):
-    """The encoder with a linear classifier on what the pooling gives.
+    """The encoder with a linear classifier on the pooled output.
 
     Example:
         >>> small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
         >>> model = HFViTForImageClassification(HFViTConfig(**small, image_size=32, patch_size=8)).eval()
         >>> model(torch.rand(2, 3, 32, 32)).logits.shape
         torch.Size([2, 2])
-        >>> model(torch.rand(2, 3, 40, 24)).logits.shape  # positions are resampled to the grid of 5x3
+        >>> model(torch.rand(2, 3, 40, 24)).logits.shape  # positions are resampled to a grid of 5x3
         torch.Size([2, 2])
     """
 
@@ -518,7 +405,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # The paper fine-tunes from a head of zeros (appendix B.1.1): so does a new head on an encoder that was loaded.
+        # The paper fine-tunes from a head of zeros (appendix B.1.1), and so does a new head on a loaded encoder.
         projection = self.vit.embeddings.patch_embeddings.projection
         is_encoder_loaded = getattr(projection.weight, "_is_hf_initialized", False)
         if module is self.classifier and (self.config.zero_init_head or is_encoder_loaded):
@@ -536,8 +423,8 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
 
         Args:
             pixel_values: `[B, C, H, W]`, or a pack with its `patch_grids`, as for `HFViTModel`.
-            labels: See `classification_loss`; with labels there is a loss.
-            kwargs: As for `HFViTModel`, `patch_grids` among them.
+            labels: As for `classification_loss`. If given, the loss is computed.
+            kwargs: As for `HFViTModel`, including `patch_grids`.
 
         Returns:
             `logits` `[B, num_labels]` and, with labels, `loss`.

@@ -1,4 +1,4 @@
-"""Pooling: from all tokens to one vector per image."""
+"""Pooling: from all tokens to one vector per image, equation (4) of the paper. `POOLINGS` maps the config's names."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class HFViTClassTokenPooling(nn.Module):
 
 
 class HFViTMeanPooling(nn.Module):
-    """Average the patches; class and register tokens are left out."""
+    """Average the patches, without class and register tokens."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
@@ -38,21 +38,21 @@ class HFViTMeanOfAllPooling(HFViTClassTokenPooling):
 
 
 class HFViTClassTokenAndMeanPooling(HFViTMeanPooling):
-    """Put the class token and the average of the patches one behind the other, `[B, 2*D]` (arXiv:2304.07193)."""
+    """Concatenate the class token and the average of the patches, `[B, 2*D]` (DINOv2, arXiv:2304.07193)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return torch.cat([hidden_states[:, 0], super().forward(hidden_states)], dim=-1)
 
 
 class HFViTDistillationPooling(HFViTClassTokenPooling):
-    """Put the class and the distillation token one behind the other, `[B, 2*D]` (arXiv:2012.12877)."""
+    """Concatenate the class and the distillation token, `[B, 2*D]` (DeiT, arXiv:2012.12877)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states[:, :2].flatten(1)
 
 
 class HFViTAttentionPooling(nn.Module):
-    """Let one learned query attend to all tokens (arXiv:2106.04560, big_vision's MAP head)."""
+    """Attend to all tokens with one learned query (arXiv:2106.04560, big_vision's MAP head)."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class HFViTAttentionPooling(nn.Module):
 
 
 class HFViTPatchAttentionPooling(HFViTAttentionPooling):
-    """Let one learned query attend to the patches alone, as timm has it."""
+    """Attend only to the patches with one learned query, as in timm."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
@@ -96,7 +96,7 @@ POOLINGS: dict[str, type[nn.Module]] = {
 
 
 class HFViTPooler(nn.Module):
-    """Reduce tokens `[B, T, D]` to what the head reads, `[B, pooled_width]` or `[B, representation_size]`."""
+    """Reduce tokens `[B, T, D]` to the input of a head, `[B, pooled_width]` or `[B, representation_size]`."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
@@ -104,10 +104,13 @@ class HFViTPooler(nn.Module):
         width, size = config.pooled_width, config.representation_size
         norm = nn.LayerNorm if config.final_layernorm == "pooled" else nn.Identity
         self.layernorm = norm(width, eps=config.layer_norm_eps)
-        # The paper's head in pre-training: one hidden layer with tanh.
+        # The paper's head for pre-training: one hidden layer with tanh (section 3.1).
         self.pre_logits = nn.Identity() if size is None else nn.Linear(width, size)
         self.activation = nn.Identity() if size is None else nn.Tanh()
 
     def forward(self, hidden_states: Tensor, packing: HFViTPacking | None = None) -> Tensor:
-        pooled = self.pooling(hidden_states) if packing is None else packing.pool(self.pooling, hidden_states)
+        if packing is None:
+            pooled = self.pooling(hidden_states)
+        else:
+            pooled = torch.cat([self.pooling(images) for images in packing.split(hidden_states)])
         return self.activation(self.pre_logits(self.layernorm(pooled)))

@@ -1,4 +1,4 @@
-"""What makes a saved folder complete beside weights and config: the code, an image processor and a card.
+"""Saving and loading of a self-contained repository: weights, config, code, image processor and model card.
 
 A folder saved by any model of this package works in `AutoModel`, `AutoImageProcessor` and `pipeline`, with the
 package installed or with `trust_remote_code=True`.
@@ -6,9 +6,10 @@ package installed or with `trust_remote_code=True`.
 
 import json
 import shutil
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -16,9 +17,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .configuration_hf_vit import CLASSES, HFViTConfig
 from .image_processing_pil_hf_vit import HFViTImageProcessorPil
 
-if TYPE_CHECKING:  # never true: makes transformers download and copy this file with the others
+if TYPE_CHECKING:  # never executed: transformers copies the files that relative imports name, and needs this one too
     from .dense_hf_vit import HFViTBackbone  # noqa: F401
 
+PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
 CARD = """---
 library_name: transformers
 pipeline_tag: {task}
@@ -38,21 +40,82 @@ from transformers import pipeline
 model = pipeline("{task}", "{name}", trust_remote_code=True)
 ```
 
-The code beside the weights is that of the package `hf-vit`; where it is installed, `import hf_vit` does instead of
+The code in this repository is that of the package `hf-vit`. With the package installed, `import hf_vit` replaces
 `trust_remote_code=True`.
 """
+
+
+class HFViTRepositoryMixin:
+    """Save and load self-contained repositories; mixed into `HFViTPreTrainedModel`."""
+
+    # Reads checkpoints of other libraries. Set by the installed package, since its reader is not copied to the Hub.
+    checkpoint_reader: Callable | None = None
+    _image_processor: HFViTImageProcessorPil | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
+        """Load a model as `PreTrainedModel` does; with the package installed, also from other libraries' checkpoints.
+
+        If `image_size` is given, positions are resampled. All arguments are those of `PreTrainedModel`.
+        """
+        parent: Any = super()
+        name, read = pretrained_model_name_or_path, cls.checkpoint_reader
+        if read is not None and name is not None and kwargs.get("state_dict") is None:
+            converted = read(str(name), cls.__name__, kwargs)
+            if converted is not None:
+                config, state_dict, processor, kwargs = converted
+                result = parent.from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+                model = result[0] if isinstance(result, tuple) else result
+                model.config.name_or_path = model.name_or_path = str(name)
+                model._image_processor = processor  # saved with the model
+                return result
+        return parent.from_pretrained(name, *model_args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save a self-contained folder: weights, config, image processors, code and model card.
+
+        Weights keep the names of the modules in memory, so that `load_state_dict` reads them. An image processor or a
+        model card that exists in the folder is not overwritten. Arguments are those of `PreTrainedModel`.
+        """
+        model: Any = self
+        parent: Any = super()
+        kwargs.setdefault("save_original_format", False)
+        parent.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if model.should_save_on_this_rank(is_main_process):
+            complete_repository(save_directory, model.config, self._image_processor)
+            if push_to_hub:
+                options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
+                model.push_to_hub(repo_id or Path(save_directory).name, **options)
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """Return False: transformers would copy the code of the class's module, which FSDP replaces."""
+        return False
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        # On a push, transformers replaces our model card by its empty template.
+        replace_card_template(working_dir, self.config, repo_id)  # type: ignore[attr-defined]
+        return parent._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 def complete_repository(
     folder: str | PathLike, config: HFViTConfig, processor: HFViTImageProcessorPil | None = None
 ) -> None:
-    """Write into `folder` the code, and the image processor and the card if it does not have them yet.
+    """Write the code into `folder`, and the image processor and the model card if they are missing.
 
-    The code is each file that `auto_map` names, and what these import from beside themselves. `processor` is the one
-    at hand; without it, that of the checkpoint that the model came from.
+    The code is every file that `auto_map` names, and the files that these import by relative imports. Without
+    `processor`, the processor of the checkpoint that the model was loaded from is saved.
     """
     folder = Path(folder)
-    entries = {str(Path(__file__).with_name(f"{place.split('.')[0]}.py")) for place in CLASSES.values()}
+    entries = {str(Path(__file__).with_name(f"{reference.split('.')[0]}.py")) for reference in CLASSES.values()}
     for file in entries.union(*map(get_relative_import_files, entries)):
         shutil.copyfile(file, folder / Path(file).name)
     if not (folder / "preprocessor_config.json").exists():
@@ -64,22 +127,11 @@ def complete_repository(
         card.write_text(card_of(config, folder.resolve().name), encoding="utf-8")
 
 
-def replace_empty_form(folder: str | PathLike, config: HFViTConfig, name: str) -> None:
-    """Put a card in the place of the form that transformers leaves for the author to fill in; keep its tags."""
-    path = Path(folder) / "README.md"
-    form = ModelCard.load(path)
-    if "[More Information Needed]" not in form.content:
-        return
-    card = ModelCard(card_of(config, name))
-    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(form.data.get("tags") or [])]))
-    card.save(path)
-
-
 def processor_of(config: HFViTConfig) -> HFViTImageProcessorPil | None:
-    """Return the processor of the checkpoint that the model came from, at the model's size.
+    """Return the image processor of the checkpoint that a model was loaded from, at the model's image size.
 
-    A model that came from nowhere gets the original's preprocessing; one whose source has no processor at hand gets
-    none, since a guess of mean and standard deviation would be wrong in silence.
+    A new model gets the preprocessing of the paper's code. If the checkpoint has no processor on this machine, return
+    `None`: a guessed mean and standard deviation could be wrong without an error.
     """
     if not config.name_or_path:
         return HFViTImageProcessorPil.from_preset("original", config.image_shape, num_channels=config.num_channels)
@@ -92,13 +144,13 @@ def processor_of(config: HFViTConfig) -> HFViTImageProcessorPil | None:
 
 
 def card_of(config: HFViTConfig, name: str) -> str:
-    """Return a card that says what the config knows; measured figures are for whoever trained the model."""
+    """Return a model card with the facts of the config; metrics are added by the code that measured them."""
     is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
     height, width = config.image_shape
     patch_height, patch_width = config.patch_shape
     return CARD.format(
         task="image-classification" if is_classifier else "image-feature-extraction",
-        name=json.dumps(name, ensure_ascii=False)[1:-1],  # between quotes, too, and on one line
+        name=json.dumps(name, ensure_ascii=False)[1:-1],  # escaped, since it is also part of a Python string
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -107,3 +159,14 @@ def card_of(config: HFViTConfig, name: str) -> str:
         patch_height=patch_height,
         patch_width=patch_width,
     )
+
+
+def replace_card_template(folder: str | PathLike, config: HFViTConfig, name: str) -> None:
+    """Replace the empty model card template of transformers by our model card, and keep its tags."""
+    path = Path(folder) / "README.md"
+    template = ModelCard.load(path)
+    if "[More Information Needed]" not in template.content:
+        return
+    card = ModelCard(card_of(config, name))
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(template.data.get("tags") or [])]))
+    card.save(path)

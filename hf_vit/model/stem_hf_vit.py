@@ -1,6 +1,6 @@
-"""The ResNet in front of the paper's hybrid models (section 3.1): BiT (arXiv:1912.11370) without its last stages.
+"""The ResNet of the paper's hybrid models (section 3.1): BiT (arXiv:1912.11370) without its last stages.
 
-Padding, epsilons and the order of parts are those of the paper's code, google-research/vision_transformer
+Padding, epsilons and the order of layers are those of the paper's code, google-research/vision_transformer
 vit_jax/models_resnet.py.
 """
 
@@ -27,13 +27,13 @@ class HFViTStandardizedConv(nn.Conv2d):
 
 
 def pad_same(pixels: Tensor, kernel_size: int, stride: int, value: float = 0.0) -> Tensor:
-    """Pad `[B, C, H, W]` so that a window of `stride` gives ceil(H / stride) rows; the odd pixel comes last."""
+    """Pad `[B, C, H, W]` so that the output has ceil(H / stride) rows; an odd pixel is added at the end."""
     height, width = (max((-(-size // stride) - 1) * stride + kernel_size - size, 0) for size in pixels.shape[-2:])
     return F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2), value=value)
 
 
 class HFViTStemUnit(nn.Module):
-    """A bottleneck of the hybrid's ResNet: three convolutions around a shortcut, projected where its shape changes."""
+    """A bottleneck unit: three convolutions and a shortcut, which is projected where the shape changes."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class HFViTStemUnit(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return the normalisation of the hybrid's ResNet."""
+    """Return the normalisation layer of the ResNet."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class HFViTStem(nn.Module):
-    """A root that divides the image by 4, and stages of which all but the first divide by 2."""
+    """The root, which reduces the image by 4, and the stages; each stage after the first reduces it by 2."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ What is done is kept: the same command goes on with a study that was stopped.
 
 import sys
 
-from hf_vit.cli.main import app
+from hf_vit.cli import app
 
 if __name__ == "__main__":
     app(["study", *sys.argv[1:]])

@@ -81,7 +81,7 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
         (["--epochs", "many"], "epochs must be a number, got 'many'"),
         (["--compile=maybe"], "compile must be true or false, got 'maybe'"),
         (["--model-config.hidden-sise", "3"], "hidden_size"),
-        (["epochs"], "Unexpected 'epochs': fields of a recipe are set by --field VALUE"),
+        (["epochs"], "Unexpected 'epochs': set fields of the recipe by --field VALUE"),
         (["--data", "/no/such/place"], "Expected data in '/no/such/place'"),
         (["--recipe", "nothing"], "There is no recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
@@ -103,9 +103,9 @@ def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(hf_vit.training.report, "train", stop)
     command, never = ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"], ["--resume", "never"]
     for arguments, said in (
-        ([], "The same command goes on from there:"),
-        (never, "This command, without --resume never, goes on from there:"),
-        (["--resume=never"], "This command, without --resume never, goes on from there:"),
+        ([], "The same command resumes the run:"),
+        (never, "This command, without --resume never, resumes the run:"),
+        (["--resume=never"], "This command, without --resume never, resumes the run:"),
     ):
         monkeypatch.setattr(sys, "argv", [*command[:2], *arguments, *command[2:]])
         result = runner.invoke(app, ["train", "--recipe", str(recipe)])

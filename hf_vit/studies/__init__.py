@@ -1,25 +1,32 @@
-"""The paper's experiments, at a size that a laptop or one GPU can do."""
+"""The paper's experiments, at a size that a laptop or one GPU can run."""
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .data_size import DataSize
-from .page import write_page
-from .pooling import Pooling
-from .positions import Positions
-from .pretraining import Pretraining
-from .regularization import Regularization
-from .resolution import Resolution
-from .running import read_rows, run_study
-from .scaling import Scaling
-from .study import Results, Study
+from .catalogue import CATALOGUE, SIZES, load_study
 
-# In the order of the questions: what a model is told and reads, how it grows, and from what it learns.
-STUDIES: dict[str, Study] = {
-    study.name: study
-    for study in (Positions(), Pooling(), Scaling(), Resolution(), DataSize(), Regularization(), Pretraining())
+if TYPE_CHECKING:
+    from .page import write_page
+    from .running import read_rows, run_study
+    from .study import Results, Study
+
+    STUDIES: dict[str, Study]
+
+__all__ = ["CATALOGUE", "SIZES", "STUDIES", "Results", "Study", "load_study", "read_rows", "run_study", "write_page"]
+
+LOCATIONS = {
+    "Results": "study",
+    "Study": "study",
+    "read_rows": "running",
+    "run_study": "running",
+    "write_page": "page",
 }
 
-# What they vary: a recipe for a GPU, and one for two cores.
-SIZES = {name: Path(__file__).with_name(f"{name}.yaml") for name in ("full", "quick")}
 
-__all__ = ["SIZES", "STUDIES", "Results", "Study", "read_rows", "run_study", "write_page"]
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "STUDIES":
+        return {known: load_study(known) for known in CATALOGUE}
+    if name in LOCATIONS:
+        return getattr(import_module(f".{LOCATIONS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

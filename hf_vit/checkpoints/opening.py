@@ -1,0 +1,44 @@
+"""Open a checkpoint of any known family, which is found by the names of its tensors, never by the name of the file."""
+
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, Family, Options
+from .diagnosis import explain
+from .families import google, own, timm, transformers, vit_pytorch
+from .files import Source, open_source
+
+FAMILIES = (own.FAMILY, google.FAMILY, transformers.FAMILY, timm.FAMILY, vit_pytorch.FAMILY)
+
+
+def open_checkpoint(source: str | Path | Source, options: Options | None = None, **hub: Any) -> Checkpoint:
+    """Identify a checkpoint and check its names and shapes, without reading its tensors.
+
+    Args:
+        source: A file, a folder, a name on the Hub, or an open source.
+        options: What the file does not state, and changes to sizes or the head.
+        hub: Options of the Hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, ...
+
+    Raises:
+        ValueError: If the source is not a checkpoint of a known family, is corrupt, or leaves open what an option
+            must state. The message names the file, and the tensor or the option.
+    """
+    opened = source if isinstance(source, Source) else open_source(source, **hub)
+    try:
+        return Checkpoint(_family_of(opened), opened, options or Options())
+    except AssertionError:
+        raise
+    except Exception as error:  # tensors that contradict config.json can fail in any way
+        raise ValueError(explain(opened, error)) from error
+
+
+def _family_of(source: Source) -> Family:
+    for family in FAMILIES:
+        if family.recognises(source):
+            return family
+    names = ", ".join(map(repr, list(source.tensors)[:4]))
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ValueError(
+        f"{source.name}: not a Vision Transformer of a known family ({known}). It holds {len(source.tensors)} "
+        f"tensors: {names}, ..."
+    )

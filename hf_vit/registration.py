@@ -10,23 +10,27 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 CONFIG = f"{__package__}.model.configuration_hf_vit"
 MODELS = f"{__package__}.model.modeling_hf_vit"
-PROCESSORS = f"{__package__}.model.image_processing_pil_hf_vit"
+DENSE = f"{__package__}.model.dense_hf_vit"  # imports MODELS
+PROCESSOR = f"{__package__}.model.image_processing_hf_vit"  # imports PIL_PROCESSOR
+PIL_PROCESSOR = f"{__package__}.model.image_processing_pil_hf_vit"
 AUTO = "transformers.models.auto"
 
 
 def register() -> None:
     """Register config, models, backbone and image processors as soon as transformers' Auto classes are imported."""
+    processor = PROCESSOR if find_spec("torchvision") else PIL_PROCESSOR
     ImportHook(
         [
             Registration(f"{AUTO}.configuration_auto", CONFIG, _register_config),
             # transformers may import this registry while it imports modeling_layers, which our models need.
-            Registration(f"{AUTO}.modeling_auto", MODELS, _register_models, "transformers.modeling_layers"),
-            Registration(f"{AUTO}.image_processing_auto", PROCESSORS, _register_image_processors),
+            Registration(f"{AUTO}.modeling_auto", DENSE, _register_models, ("transformers.modeling_layers", MODELS)),
+            Registration(f"{AUTO}.image_processing_auto", processor, _register_processors, (PIL_PROCESSOR,)),
             Registration(MODELS, MODELS, _read_other_checkpoints),
         ]
     ).install()
@@ -52,18 +56,14 @@ def _register_models() -> None:
             getattr(modeling_auto, auto_class).register(HFViTConfig, registered, exist_ok=True)
 
 
-def _register_image_processors() -> None:
+def _register_processors() -> None:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    from transformers.utils import is_torchvision_available
 
     from .model.configuration_hf_vit import HFViTConfig
-    from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 
-    classes: dict[str, type] = {"pil": HFViTImageProcessorPil}
-    if is_torchvision_available():
-        from .model.image_processing_hf_vit import HFViTImageProcessor
-
-        classes["torchvision"] = HFViTImageProcessor
+    classes = {"pil": sys.modules[PIL_PROCESSOR].HFViTImageProcessorPil}
+    if PROCESSOR in sys.modules:
+        classes["torchvision"] = sys.modules[PROCESSOR].HFViTImageProcessor
     AutoImageProcessor.register(HFViTConfig, image_processor_classes=classes, exist_ok=True)
 
 
@@ -85,21 +85,21 @@ class Registration:
         registry: Module of transformers; importing it imports our classes.
         ours: Module of our classes.
         act: What to call then.
-        needed: Module of transformers that `ours` imports. If it is being imported, `ours` waits for it.
+        needed: Modules that `ours` imports. While one of them is being imported, `ours` waits for it.
     """
 
-    def __init__(self, registry: str, ours: str, act: Callable[[], None], needed: str | None = None) -> None:
+    def __init__(self, registry: str, ours: str, act: Callable[[], None], needed: Sequence[str] = ()) -> None:
         self.registry = registry
         self.ours = ours
         self.act = act
-        self.needed = needed
-        self.missing = {registry, ours} | ({needed} if needed else set())
+        self.needed = {*needed} - {ours}
+        self.missing = {registry, ours, *needed}
 
     def arrive(self, name: str) -> bool:
         """Take note that a module is imported; return whether that completes the registration."""
         self.missing.discard(name)
         if self.ours in self.missing and self.registry not in self.missing:
-            if not (self.needed in self.missing and self.needed in sys.modules):
+            if not self.needed & self.missing & {*sys.modules}:
                 import_module(self.ours)  # calls `arrive` again at its end
             return False
         if self.missing & {self.registry, self.ours}:

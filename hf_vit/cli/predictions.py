@@ -29,7 +29,9 @@ Precision = Annotated[
 
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Argument(help="Labeled images: folder, parquet, or a name on the Hub.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Labeled images: folder, parquet, or a name on the Hub.")
+    ],
     split: Annotated[str | None, typer.Option(help="Split to use. Default: the evaluation split.")] = None,
     image_column: ImageColumn = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, if it is ambiguous.")] = None,

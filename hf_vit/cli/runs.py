@@ -48,7 +48,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate the cost of the run, and write nothing.")
     ] = False,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of all machines, for --dry-run.")] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of all machines, per hour, for --dry-run.")
+    ] = None,
 ) -> None:
     """Train by a recipe. The same command resumes an interrupted run exactly.
 

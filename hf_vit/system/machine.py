@@ -1,4 +1,4 @@
-"""The machine: processor, cores, memory, precision, versions."""
+"""The machine: processor, cores, memory, precision, versions. Torch is imported when it is needed."""
 
 import os
 import platform
@@ -6,9 +6,10 @@ import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # What decides how fast matrices are multiplied.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve", "i8mm")
@@ -31,6 +32,8 @@ def processor() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Return the machine: processor, cores that may be used, what it can do, memory, accelerator, other work on it."""
+    import torch
+
     about = processor()
     flags = (about.get("flags") or about.get("Features") or "").split()
     machine: dict[str, Any] = {
@@ -66,8 +69,10 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: "torch.device") -> int:
     """Return the most bytes that torch has taken of a GPU, or that were resident in this process."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -80,6 +85,8 @@ def peak_memory(device: torch.device) -> int:
 
 def machine() -> str:
     """Return the hardware at hand, in words for a card."""
+    import torch
+
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
@@ -94,6 +101,8 @@ def _version(distribution: str) -> str:
 
 def resolve_precision(precision: str) -> str:
     """Return what Accelerate calls a precision; `"auto"` is bf16 on hardware with matrix units for it."""
+    import torch
+
     if precision != "auto":
         return PRECISIONS[precision]
     is_fast = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()

@@ -8,7 +8,6 @@ registers them. What is imported already is registered at once.
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -108,7 +107,7 @@ class Registration:
         return True
 
 
-class ImportHook(MetaPathFinder):
+class ImportHook:
     """Find modules as the other finders do, and tell registrations when these modules are imported.
 
     It forgets a registration once it is complete, and removes itself after the last one.
@@ -151,7 +150,7 @@ def _is_hook(finder: Any) -> bool:
     return (type(finder).__module__, type(finder).__name__) == (__name__, ImportHook.__name__)
 
 
-class _TellingLoader(Loader):
+class _TellingLoader:
     """Load a module by its own loader, then tell the hook. No trace of this loader stays in the module."""
 
     def __init__(self, loader: Any, hook: ImportHook) -> None:

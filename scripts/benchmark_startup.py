@@ -2,7 +2,7 @@
 
     python scripts/benchmark_startup.py [--model MODEL --image IMAGE] [--rounds 10]
 
-Every round starts each of them once, in a new process; the first round, which fills the bytecode cache, does not count.
+Every round starts each of them once, in a new process. The first round fills the bytecode cache and does not count.
 Printed are the median, the fastest and the slowest wall time in seconds. With a model and an image, `hf-vit predict`
 is measured, too.
 """

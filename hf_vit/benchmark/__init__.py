@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "compare": ["benchmark"],
-        "table": ["Report", "describe", "table"],
+        "table": ["Report"],
     },
 )

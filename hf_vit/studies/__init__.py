@@ -30,3 +30,7 @@ def __getattr__(name: str) -> Any:
     if name in LOCATIONS:
         return getattr(import_module(f".{LOCATIONS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,106 +1,168 @@
-"""Make transformers' Auto classes know this package, without importing what nobody has asked for.
+"""Register this package with transformers' Auto classes without importing transformers or torch.
 
-The Auto classes take classes, not names, and importing a model class imports most of transformers and torchvision
-(about four seconds). So models and processors are registered at the moment when transformers' own registry of them is
-imported: at once if it is imported already.
+The Auto classes take classes, not names, and importing a model class imports torch and most of transformers (several
+seconds). So an import hook waits for transformers' registries: importing one of them imports our classes, too, and
+registers them. What is imported already is registered at once.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from .model.configuration_hf_vit import CLASSES, HFViTConfig
-
+CONFIG = f"{__package__}.model.configuration_hf_vit"
 MODELS = f"{__package__}.model.modeling_hf_vit"
-DENSE = f"{__package__}.model.dense_hf_vit"
-LAYERS = "transformers.modeling_layers"
+DENSE = f"{__package__}.model.dense_hf_vit"  # imports MODELS
+PROCESSOR = f"{__package__}.model.image_processing_hf_vit"  # imports PIL_PROCESSOR
+PIL_PROCESSOR = f"{__package__}.model.image_processing_pil_hf_vit"
+AUTO = "transformers.models.auto"
 
 
 def register() -> None:
-    """Register config, models, backbone and image processors with the Auto classes."""
+    """Register config, models, backbone and image processors as soon as transformers' Auto classes are imported."""
+    processor = PROCESSOR if find_spec("torchvision") else PIL_PROCESSOR
+    ImportHook(
+        [
+            Registration(f"{AUTO}.configuration_auto", CONFIG, _register_config),
+            # transformers may import this registry while it imports modeling_layers, which our models need.
+            Registration(f"{AUTO}.modeling_auto", DENSE, _register_models, ("transformers.modeling_layers", MODELS)),
+            Registration(f"{AUTO}.image_processing_auto", processor, _register_processors, (PIL_PROCESSOR,)),
+            Registration(MODELS, MODELS, _read_other_checkpoints),
+        ]
+    ).install()
+
+
+def _register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
+    from .model.configuration_hf_vit import HFViTConfig
+
     AutoConfig.register(HFViTConfig.model_type, HFViTConfig, exist_ok=True)
-    for module in (MODELS, DENSE):  # each registers its own classes: either may be imported first
-        after_import(module, _register_models)
-    after_import("transformers.models.auto.modeling_auto", _import_models)
-    after_import(LAYERS, _import_models)
-    after_import("transformers.models.auto.image_processing_auto", _register_image_processors)
 
 
-def _import_models(module: ModuleType) -> None:
-    if MODELS in sys.modules:  # they are being imported, and the registry with them
-        return
-    # The registry may have been imported from the midst of what our models need: they wait for the end of that.
-    if LAYERS not in sys.modules or hasattr(sys.modules[LAYERS], "GradientCheckpointingLayer"):
-        import_module(MODELS)
-        if DENSE not in sys.modules:  # else it is being imported, and the models with it
-            import_module(DENSE)
-
-
-def _register_models(module: ModuleType) -> None:
+def _register_models() -> None:
     from transformers.models.auto import modeling_auto
 
-    if module.__name__ == MODELS:
-        module.HFViTPreTrainedModel.checkpoint_reader = staticmethod(_read_foreign)
+    from .model import model_class
+    from .model.configuration_hf_vit import CLASSES, HFViTConfig
+
     for auto_class, reference in CLASSES.items():
-        file, name = reference.split(".")
-        if auto_class != "AutoConfig" and module.__name__.endswith(f".{file}"):
-            getattr(modeling_auto, auto_class).register(HFViTConfig, getattr(module, name), exist_ok=True)
+        if auto_class != "AutoConfig":
+            registered = model_class(reference.split(".")[1])
+            getattr(modeling_auto, auto_class).register(HFViTConfig, registered, exist_ok=True)
 
 
-def _read_foreign(*arguments: Any) -> Any:
-    from .checkpoints.from_pretrained import read_foreign
+def _register_processors() -> None:
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    return read_foreign(*arguments)
+    from .model.configuration_hf_vit import HFViTConfig
 
-
-def _register_image_processors(registry: ModuleType) -> None:
-    from transformers.utils import is_torchvision_available
-
-    from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
-
-    classes: dict[str, type] = {"pil": HFViTImageProcessorPil}
-    if is_torchvision_available():
-        from .model.image_processing_hf_vit import HFViTImageProcessor
-
-        classes["torchvision"] = HFViTImageProcessor
-    registry.AutoImageProcessor.register(HFViTConfig, image_processor_classes=classes, exist_ok=True)
+    classes = {"pil": sys.modules[PIL_PROCESSOR].HFViTImageProcessorPil}
+    if PROCESSOR in sys.modules:
+        classes["torchvision"] = sys.modules[PROCESSOR].HFViTImageProcessor
+    AutoImageProcessor.register(HFViTConfig, image_processor_classes=classes, exist_ok=True)
 
 
-def after_import(name: str, function: Callable[[ModuleType], None]) -> None:
-    """Call `function` with module `name`: now if it is imported, else as soon as it is."""
-    if name in sys.modules:
-        function(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _AfterImport(name, function))
+def _read_other_checkpoints() -> None:
+    """Let `from_pretrained` read checkpoints of other libraries, which the model's own files know nothing about."""
+
+    def read_foreign(*arguments: Any) -> Any:
+        from .checkpoints.from_pretrained import read_foreign
+
+        return read_foreign(*arguments)
+
+    sys.modules[MODELS].HFViTPreTrainedModel.checkpoint_reader = staticmethod(read_foreign)  # type: ignore[attr-defined]
 
 
-class _AfterImport(MetaPathFinder):
-    """Find one module as Python would, and have a function called behind its execution."""
+class Registration:
+    """A function to call once a registry and our classes are both imported.
 
-    def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
-        self.name = name
-        self.function = function
+    Args:
+        registry: Module of transformers; importing it imports our classes.
+        ours: Module of our classes.
+        act: What to call then.
+        needed: Modules that `ours` imports. While one of them is being imported, `ours` waits for it.
+    """
+
+    def __init__(self, registry: str, ours: str, act: Callable[[], None], needed: Sequence[str] = ()) -> None:
+        self.registry = registry
+        self.ours = ours
+        self.act = act
+        self.needed = {*needed} - {ours}
+        self.missing = {registry, ours, *needed}
+
+    def arrive(self, name: str) -> bool:
+        """Take note that a module is imported; return whether that completes the registration."""
+        self.missing.discard(name)
+        if self.ours in self.missing and self.registry not in self.missing:
+            if not self.needed & self.missing & {*sys.modules}:
+                import_module(self.ours)  # calls `arrive` again at its end
+            return False
+        if self.missing & {self.registry, self.ours}:
+            return False
+        self.act()
+        return True
+
+
+class ImportHook:
+    """Find modules as the other finders do, and tell registrations when these modules are imported.
+
+    It forgets a registration once it is complete, and removes itself after the last one.
+    """
+
+    def __init__(self, registrations: Sequence[Registration]) -> None:
+        self.registrations = list(registrations)
+
+    def install(self) -> None:
+        """Start to watch imports; modules that are imported already count at once."""
+        # A new list: another thread may be iterating over the old one, and would skip a finder.
+        sys.meta_path = [self, *(finder for finder in sys.meta_path if not _is_hook(finder))]
+        for name in {name for registration in self.registrations for name in registration.missing} & {*sys.modules}:
+            import_module(name)  # waits for another thread that is importing it
+            self.arrive(name)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if not any(fullname in registration.missing for registration in self.registrations):
             return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
+        for finder in sys.meta_path:
+            if not _is_hook(finder) and (spec := finder.find_spec(fullname, path, target)) is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _TellingLoader(spec.loader, self)
+                return spec
+        return None
 
-        def execute_then_call(module: ModuleType) -> None:
-            execute(module)
-            self.function(module)
+    def arrive(self, name: str) -> None:
+        """Tell the registrations that wait for a module that it is imported."""
+        for registration in [each for each in self.registrations if name in each.missing]:
+            if registration.arrive(name):
+                self.registrations = [each for each in self.registrations if each is not registration]
+        if not self.registrations:
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
 
-        spec.loader.exec_module = execute_then_call  # type: ignore[method-assign]
-        return spec
+
+def _is_hook(finder: Any) -> bool:
+    """Return whether a finder is an `ImportHook`, also one of a copy of this package that was imported before."""
+    return (type(finder).__module__, type(finder).__name__) == (__name__, ImportHook.__name__)
+
+
+class _TellingLoader:
+    """Load a module by its own loader, then tell the hook. No trace of this loader stays in the module."""
+
+    def __init__(self, loader: Any, hook: ImportHook) -> None:
+        self.loader = loader
+        self.hook = hook
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        self.hook.arrive(module.__name__)

@@ -8,7 +8,7 @@ Libraries that are not installed are left out: pip install timm vit-pytorch onnx
 
 import sys
 
-from hf_vit.cli.main import app
+from hf_vit.cli import app
 
 if __name__ == "__main__":
     app(["benchmark", *sys.argv[1:]])

@@ -2,6 +2,7 @@
 
 import pkgutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pdoc
@@ -10,8 +11,10 @@ import hf_vit
 
 
 def main() -> None:
-    vars(hf_vit).update({name: getattr(hf_vit, name) for name in hf_vit.__all__})  # which are imported at first use
     modules = [f"{hf_vit.__name__}.{module.name}" for module in pkgutil.iter_modules(hf_vit.__path__)]
+    for name in (hf_vit.__name__, *modules):  # pdoc does not see names that are imported at first use
+        module = import_module(name)
+        vars(module).update({public: getattr(module, public) for public in getattr(module, "__all__", ())})
     pdoc.render.configure(docformat="google", show_source=False)
     pdoc.pdoc(hf_vit.__name__, *modules, output_directory=Path(sys.argv[1]))
 

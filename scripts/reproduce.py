@@ -8,7 +8,7 @@ The same command resumes an interrupted study.
 
 import sys
 
-from hf_vit.cli.main import app
+from hf_vit.cli import app
 
 if __name__ == "__main__":
     app(["study", *sys.argv[1:]])

@@ -8,7 +8,7 @@ On CPUs `accelerate launch` starts more than one process by MPI only.
 
 import sys
 
-from hf_vit.cli.main import app
+from hf_vit.cli import app
 
 if __name__ == "__main__":
     app(["train", *sys.argv[1:]])

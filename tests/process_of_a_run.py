@@ -39,7 +39,7 @@ def _run(work: Callable[[], object], environment: dict[str, str], output: Path, 
     import datasets
     from typer import Exit
 
-    from hf_vit.cli.main import _clear_endings, _resumable
+    from hf_vit.cli.endings import clear_endings
 
     set_start_method("fork", force=True)  # of workers: what a process has that no forkserver started
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0  # as in conftest.py
@@ -49,7 +49,7 @@ def _run(work: Callable[[], object], environment: dict[str, str], output: Path, 
         try:
             if prepare is not None:
                 prepare()
-            with _clear_endings(), _resumable():
+            with clear_endings():
                 work()
         except Exit as ending:
             file.flush()

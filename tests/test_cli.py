@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from tiny_run import save_photos, tiny_recipe
 from typer.testing import CliRunner
 
 import hf_vit.hub.upload
 import hf_vit.training.report
+from hf_vit.checkpoints import Options
 from hf_vit.cli.main import app
+from hf_vit.cli.models import CHECKPOINT_OPTIONS
 from hf_vit.training.loop import Interrupted
 from hf_vit.training.recipe import TrainConfig, shipped_recipes
 
@@ -27,19 +31,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-COMMANDS = [
-    "quickstart",
-    "train",
-    "recipes",
-    "evaluate",
-    "predict",
-    "demo",
-    "push",
-    "convert",
-    "inspect",
-    "export",
-    "benchmark",
-]
+COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
@@ -48,15 +40,37 @@ def test_help(command: list[str]) -> None:
     assert result.exit_code == 0 and "Usage" in result.output
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; sys.argv = ['hf-vit', 'train', '--help']\n"
-        "from hf_vit.cli.main import app\n"
-        "try: app()\n"
-        "finally: print([n for n in ('torchvision', 'datasets', 'matplotlib', 'sklearn') if n in sys.modules])"
+# Commands that print without any work, and all that they import besides the standard library.
+INSTANT = ["--help", "--version", "recipes", "recipes digits", "study", *(f"{command} --help" for command in COMMANDS)]
+LIGHT = {"hf_vit", "typer", "shellingham", "yaml", "cython_runtime", "huggingface_hub"}  # cython_runtime is of yaml
+NAMES_OF_IMPORTS = """
+import runpy, sys
+before, sys.argv = {*sys.modules}, ["hf-vit", *sys.argv[1:]]
+try: runpy.run_module("hf_vit.cli", run_name="__main__")
+finally: print(*{name.split(".")[0] for name in {*sys.modules} - before})
+"""
+
+
+@pytest.mark.parametrize("command", INSTANT)
+def test_instant_commands_import_nothing_heavy(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NAMES_OF_IMPORTS, *command.split()], capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    imported = {name for name in done.stdout.splitlines()[-1].split() if not name.startswith("_")}
+    assert imported <= LIGHT | {*sys.stdlib_module_names}
+
+
+def test_the_app_is_importable_from_the_package() -> None:
+    from hf_vit import cli
+
+    assert cli.app is app and cli.__all__ == ["app"]
+
+
+def test_options_of_a_checkpoint_are_those_of_its_class() -> None:
+    assert {field.name for field in fields(Options)} >= {*CHECKPOINT_OPTIONS}
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for command in ("convert", "inspect"):
+        assert {*CHECKPOINT_OPTIONS} <= {parameter.name for parameter in commands[command].params}
 
 
 def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Path) -> None:
@@ -81,7 +95,7 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
         (["--epochs", "many"], "epochs must be a number, got 'many'"),
         (["--compile=maybe"], "compile must be true or false, got 'maybe'"),
         (["--model-config.hidden-sise", "3"], "hidden_size"),
-        (["epochs"], "Unexpected 'epochs': fields of a recipe are set by --field VALUE"),
+        (["epochs"], "Unexpected 'epochs': set fields of the recipe by --field VALUE"),
         (["--data", "/no/such/place"], "Expected a data set, got '/no/such/place'"),
         (["--recipe", "nothing"], "There is no recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
@@ -103,9 +117,9 @@ def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(hf_vit.training.report, "train", stop)
     command, never = ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"], ["--resume", "never"]
     for arguments, said in (
-        ([], "The same command goes on from there:"),
-        (never, "This command, without --resume never, goes on from there:"),
-        (["--resume=never"], "This command, without --resume never, goes on from there:"),
+        ([], "The same command resumes the run:"),
+        (never, "This command, without --resume never, resumes the run:"),
+        (["--resume=never"], "This command, without --resume never, resumes the run:"),
     ):
         monkeypatch.setattr(sys, "argv", [*command[:2], *arguments, *command[2:]])
         result = runner.invoke(app, ["train", "--recipe", str(recipe)])

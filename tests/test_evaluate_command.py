@@ -201,7 +201,7 @@ def test_classes_that_do_not_match_are_an_error_or_leave_the_probes(photos: Path
     [
         (("--json", "nowhere/figures.json"), "no folder nowhere"),
         (("--probe", "quadratic"), "Unknown probe quadratic: choose one of linear, knn, few-shot"),
-        (("--image-size", "big"), "--image-size takes pixels"),
+        (("--image-size", "big"), "Expected pixels as H or HxW for --image-size"),
         (("--image-size", "9"), "9"),
         (("--label-column", "colour"), "Unknown label_column 'colour'"),
     ],

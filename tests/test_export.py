@@ -846,7 +846,7 @@ def test_what_lies_there_is_replaced_by_force_alone(tmp_path: Path, to: str) -> 
     source, other = (save(tmp_path / name, **OF_A_TARGET[to]) for name in ("ours", "other"))
     out = tmp_path / OUT[to]
     first = run(source, out, "--to", to)
-    assert first.exit_code == 0 and f"Written to {out}" in first.output
+    assert first.exit_code == 0 and f"Wrote {out}" in first.output
     before = content(out)
     refused = run(other, out, "--to", to)
     assert refused.exit_code == 2 and "--force" in refused.output and len(refused.output.splitlines()) == 1
@@ -909,7 +909,7 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
     source = save(tmp_path / "ours", num_register_tokens=2)
     for arguments, said in {
         (source, "--to", "tflite"): "no --to 'tflite': choose one of onnx, torch-export, transformers, timm, npz.",
-        (source, "--to", "timm", "--int8", "weights"): "--int8 and --data belong to onnx and torch-export",
+        (source, "--to", "timm", "--int8", "weights"): "--int8 and --data apply only to onnx and torch-export",
         (source, "--to", "transformers"): "does not fit into transformers: num_register_tokens=2",
         (tmp_path / "nothing", "--to", "timm"): "nothing",
     }.items():

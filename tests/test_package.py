@@ -1,8 +1,9 @@
-"""The house keeps its order: a light import, imports in one direction, a border around what goes to the Hub."""
+"""The order of the house: light imports, imports in one direction, and a border around the code on the Hub."""
 
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,158 +12,17 @@ import hf_vit
 
 PACKAGE = Path(hf_vit.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
-# What a module may import of ours. The way of the data is the way of the imports, and nobody imports cli.
-MAY_IMPORT = {
-    "model": set(),
-    "texts": set(),
-    "network": {"texts"},
-    "registration": {"model", "checkpoints"},
-    "variants": {"model"},
-    "checkpoints": {"model", "network", "texts", "variants"},
-    "export": {"checkpoints", "model"},
-    "extras": set(),
-    "graphs": {"assessment", "checkpoints", "extras", "inference", "model"},
-    "finetuning": {"checkpoints", "extras", "model"},
-    "hub": {"model", "network", "texts"},
-    "drawing": {"texts"},
-    "inspection": {"checkpoints", "drawing", "inference", "loading", "model", "sources", "texts"},
-    "demo": {
-        "checkpoints",
-        "extras",
-        "inference",
-        "inspection",
-        "loading",
-        "model",
-        "prediction",
-        "stopping",
-        "texts",
-    },
-    "optim": set(),
-    "augmentation": set(),
-    "recipe": {"texts"},
-    "data": {"texts"},
-    "loading": {"data", "model", "texts"},
-    "evaluation": set(),
-    "probing": set(),
-    "token_merging": {"model"},
-    "inference": {"checkpoints", "model", "parallel"},
-    "pipeline": {"model"},
-    "prediction": {"inference", "loading", "model", "texts"},
-    "sources": {"data", "texts"},
-    "answers": {"checkpointing", "prediction"},
-    "answering": {"answers", "inference", "parallel", "prediction", "sources"},
-    "prediction_ray": {"answering", "answers", "extras", "inference", "prediction"},
-    "predicting": {
-        "answering",
-        "answers",
-        "inference",
-        "parallel",
-        "prediction",
-        "prediction_ray",
-        "sources",
-        "stopping",
-    },
-    "assessment": {
-        "recipe",
-        "checkpoints",
-        "data",
-        "evaluation",
-        "hub",
-        "inference",
-        "loading",
-        "probing",
-        "token_merging",
-    },
-    "checkpointing": set(),
-    "locking": set(),
-    "stopping": set(),
-    "parallel": {"locking", "recipe"},
-    "tasks": {"recipe", "data", "augmentation", "evaluation", "finetuning", "model", "variants"},
-    "training": {
-        "recipe",
-        "data",
-        "loading",
-        "augmentation",
-        "tasks",
-        "parallel",
-        "optim",
-        "evaluation",
-        "checkpointing",
-        "model",
-        "stopping",
-    },
-    "trainer": {"data", "loading", "augmentation", "optim"},
-    "cost": {"recipe", "stopping", "training", "data", "loading", "parallel", "checkpointing", "hub"},
-    "report": {
-        "recipe",
-        "variants",
-        "training",
-        "data",
-        "drawing",
-        "loading",
-        "evaluation",
-        "hub",
-        "inspection",
-        "model",
-        "texts",
-    },
-    "quickstart": {"recipe", "report", "training", "data"},
-    "benchmark": {
-        "augmentation",
-        "checkpoints",
-        "cost",
-        "data",
-        "export",
-        "graphs",
-        "inference",
-        "loading",
-        "model",
-        "parallel",
-        "prediction",
-        "variants",
-    },
-    "studies": {
-        "benchmark",
-        "cost",
-        "data",
-        "drawing",
-        "evaluation",
-        "hub",
-        "loading",
-        "locking",
-        "model",
-        "parallel",
-        "probing",
-        "recipe",
-        "stopping",
-        "tasks",
-        "texts",
-        "training",
-    },
-    "cli": {
-        "studies",
-        "assessment",
-        "cost",
-        "demo",
-        "inspection",
-        "answering",
-        "predicting",
-        "sources",
-        "stopping",
-        "benchmark",
-        "recipe",
-        "quickstart",
-        "report",
-        "training",
-        "hub",
-        "checkpoints",
-        "export",
-        "graphs",
-        "network",
-        "texts",
-    },
-}
+# A package imports from floors below it, and from itself.
+FLOORS = (
+    {"model", "system"},
+    {"data", "checkpoints", "inference", "hub", "variants"},
+    {"prediction", "evaluation", "inspection", "graphs", "registration"},
+    {"training", "benchmark", "demo"},
+    {"studies"},
+    {"cli"},
+)
 
 
 def imported_names(path: Path) -> set[str]:
@@ -179,18 +39,15 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-def unit_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    unit = unit_of(path)
-    assert unit in MAY_IMPORT, f"say in MAY_IMPORT what {unit} may import"
+def test_imports_go_down(path):
+    parts = path.relative_to(PACKAGE).parts
+    unit = parts[0].removesuffix(".py")
+    (floor,) = [number for number, units in enumerate(FLOORS) if unit in units]
     ours = {name.split(".")[1] for name in imported_names(path) if name.startswith("hf_vit.")}
-    border = "." * len(path.relative_to(PACKAGE).parts)  # of a file in a folder, `.name` is its neighbour
+    border = "." * len(parts)  # of a file in a folder, `.name` is its neighbor
     ours |= {name.lstrip(".").split(".")[0] for name in imported_names(path) if name.startswith(border)}
-    assert ours - {unit} <= MAY_IMPORT[unit]
+    assert ours - {unit} <= set().union(*FLOORS[:floor]), f"{unit} is on floor {floor + 1}"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.name)
@@ -205,6 +62,9 @@ def test_remote_code_stands_alone(path):
             assert name.split(".")[0] in allowed, name
 
 
+# ---------------------------------------------------------------------------------------------------- light imports
+
+
 def run(code: str) -> str:
     """Run Python code in a fresh process and return what it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -213,45 +73,173 @@ def run(code: str) -> str:
 
 
 def test_import_is_light():
-    heavy = ["torchvision", "matplotlib", "datasets", "sklearn", "typer", "transformers.modeling_utils"]
-    assert run(f"import sys, hf_vit; print([name for name in {heavy} if name in sys.modules])") == "[]"
+    code = "import sys; before = {*sys.modules}; import hf_vit, hf_vit.training.recipe, hf_vit.studies.catalogue"
+    imported = run(f"{code}\nprint(*{{name.split('.')[0] for name in {{*sys.modules}} - before}})").split()
+    known = {"hf_vit", "yaml", "cython_runtime", "huggingface_hub", *sys.stdlib_module_names}
+    assert {name for name in imported if not name.startswith("_")} <= known
 
 
-ORDERS = [
-    "import transformers.pipelines, hf_vit",
-    "import hf_vit, transformers.pipelines",
-    "import hf_vit; from transformers import ViTModel",  # from the midst of transformers.modeling_layers
-    "import hf_vit; from transformers import Trainer",
-]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_auto_classes_know_the_package(order):
-    code = f"""
-{order}
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
-from transformers import AutoBackbone, IMAGE_PROCESSOR_MAPPING
-small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
-config = AutoConfig.for_model("hf_vit", **small)
-autos = AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling, AutoBackbone
-print(*(type(auto.from_config(config)).__name__ for auto in autos))
-print(*sorted(cls.__name__ for cls in IMAGE_PROCESSOR_MAPPING[type(config)].values()))
-print(all(getattr(hf_vit, name) is not None for name in hf_vit.__all__))
-"""
-    models, processors, all_names_exist = run(code).splitlines()[-3:]
-    assert models == "HFViTModel HFViTForImageClassification HFViTForMaskedImageModeling HFViTBackbone"
-    assert processors == "HFViTImageProcessor HFViTImageProcessorPil"
-    assert all_names_exist == "True"
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name not in ("model", "system")])
+def test_public_names_exist(package):
+    face = import_module(f"hf_vit.{package}")
+    modules = {path.stem for path in (PACKAGE / package).glob("*.py")}
+    assert face.__all__ and not modules & {*face.__all__}  # else the module would hide the name once it is imported
+    assert all(getattr(face, name) is not None for name in face.__all__)
+    assert {*face.__all__} <= {*dir(face)}
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = face.nothing_of_the_kind
 
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="HFVit"):
         _ = hf_vit.HFVit
+    assert {*hf_vit.__all__} <= {*dir(hf_vit)}
 
+
+# ----------------------------------------------------------------------------------------------------- registration
+
+# Orders in which a program may import this package and transformers.
+ORDERS = {
+    "transformers first": "import transformers.pipelines, hf_vit",
+    "transformers after": "import hf_vit, transformers.pipelines",
+    "a model of transformers": "import hf_vit; from transformers import ViTModel",  # while modeling_layers is imported
+    "Trainer": "import hf_vit; from transformers import Trainer",
+    "AutoConfig only": "import hf_vit; from transformers import AutoConfig; AutoConfig.for_model('hf_vit')",
+    "AutoImageProcessor only": "import hf_vit; from transformers import AutoImageProcessor",
+    "config first": "import hf_vit; hf_vit.HFViTConfig()",
+    "model first": "import hf_vit.model.modeling_hf_vit",
+    "backbone after transformers": "import transformers.pipelines, hf_vit.model.dense_hf_vit",
+    "processor first": "import hf_vit.model.image_processing_hf_vit",
+    "processor after transformers": "import transformers.pipelines, hf_vit.model.image_processing_hf_vit",
+    "other processor after transformers": "import transformers.pipelines, hf_vit.model.image_processing_pil_hf_vit",
+    "reload": "import importlib, hf_vit; importlib.reload(hf_vit); import transformers.pipelines; "
+    "importlib.reload(hf_vit)",
+    "imported anew": """
+import hf_vit, transformers.models.auto.configuration_auto
+for name in [name for name in sys.modules if name.split(".")[0] == "hf_vit"]:
+    del sys.modules[name]
+import hf_vit""",
+    "find_spec only": """
+import hf_vit, importlib.util
+assert importlib.util.find_spec("transformers.models.auto.modeling_auto").loader is not None""",
+    "thread": """
+from threading import Thread
+def load(): import hf_vit
+threads = [Thread(target=load) for _ in range(4)]
+for thread in threads: thread.start()
+import transformers.pipelines
+for thread in threads: thread.join()""",
+    "two threads of transformers": """
+import hf_vit
+from threading import Thread
+def load(name): __import__(name)
+names = "transformers.models.auto.modeling_auto", "hf_vit.model.dense_hf_vit", "transformers.pipelines"
+threads = [Thread(target=load, args=(name,)) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join()""",
+    "finder that is its own loader": """
+from importlib.machinery import PathFinder
+class Finder:  # as pytest's assertion rewriting: one loader for many modules
+    def find_spec(self, name, path=None, target=None):
+        if not name.startswith(("transformers.models.auto.", "hf_vit.model.")) or "." not in name: return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.origin is not None: self.loaders[name], spec.loader = spec.loader, self
+        return spec
+    loaders = {}
+    def create_module(self, spec): return None
+    def exec_module(self, module): self.loaders[module.__name__].exec_module(module)
+finder = Finder()
+sys.meta_path.insert(0, finder)
+import hf_vit, transformers.pipelines
+assert sys.modules["transformers.models.auto.modeling_auto"].__loader__ is finder
+assert "exec_module" not in vars(finder)""",
+    "import fails once": """
+import hf_vit, transformers.models.auto
+sys.modules["transformers.models.auto.auto_factory"] = None
+try: import transformers.models.auto.modeling_auto
+except ImportError: del sys.modules["transformers.models.auto.auto_factory"]""",
+}
+
+# Torch is imported once; every order then has a process that is forked from there.
+FORKING = """
+import os, sys, json, traceback
+import torch, torchvision
+def check():
+    import hf_vit
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
+    from transformers import AutoBackbone, AutoImageProcessor, IMAGE_PROCESSOR_MAPPING
+    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+    config = AutoConfig.for_model("hf_vit", **small)
+    assert type(config) is hf_vit.HFViTConfig
+    autos = AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling, AutoBackbone
+    models = [type(auto.from_config(config)) for auto in autos]
+    names = "Model", "ForImageClassification", "ForMaskedImageModeling", "Backbone"
+    assert models == [getattr(hf_vit, "HFViT" + name) for name in names], models
+    processors = IMAGE_PROCESSOR_MAPPING[type(config)]
+    assert processors == {"pil": hf_vit.HFViTImageProcessorPil, "torchvision": hf_vit.HFViTImageProcessor}, processors
+    assert all(getattr(hf_vit, name) is not None for name in hf_vit.__all__)
+    # The hook is gone, and nothing of it stays in what it watched.
+    assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_vit")], sys.meta_path
+    for name, module in sys.modules.items():
+        if name.startswith(("transformers.models.auto", "hf_vit")):
+            assert not type(module.__spec__.loader).__module__.startswith("hf_vit"), name
+            assert not type(module.__loader__).__module__.startswith("hf_vit"), name
+
+results = {}
+for name, order in json.load(sys.stdin).items():
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            exec(order)
+            check()
+        except BaseException:
+            os.write(writer, traceback.format_exc()[-4000:].encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        results[name] = pipe.read()
+    os.waitpid(child, 0)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def results_of_orders():
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FORKING], input=json.dumps(ORDERS), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_know_the_package(order, results_of_orders):
+    assert results_of_orders[order] == ""
+
+
+def test_auto_classes_know_the_package_in_a_spawned_process(tmp_path):
+    (tmp_path / "child.py").write_text(
+        "def name_of(config):\n"
+        "    from transformers import AutoModel\n"
+        "    return type(AutoModel.from_config(config)).__name__\n"
+        "if __name__ == '__main__':\n"
+        "    import multiprocessing, hf_vit\n"
+        "    config = hf_vit.HFViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, "
+        "intermediate_size=8, image_size=16)\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(name_of, (config,)))\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "child.py"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["HFViTModel"], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ remote code
 
 # Where text that asks for remote code may stand. The code of `quickstart` loads the folder that it has just written,
 # as a user without the package would; the others are docstrings, and cards for readers.
-SPEAK_OF_REMOTE_CODE = {"hf_vit/quickstart.py", "hf_vit/model/repository_hf_vit.py"}
+SPEAK_OF_REMOTE_CODE = {"hf_vit/cli/quickstart.py", "hf_vit/model/repository_hf_vit.py"}
 
 
 def test_nothing_turns_remote_code_on():

@@ -346,7 +346,7 @@ def test_the_last_line_is_json(model: str, sources: Sources, tmp_path: Path) -> 
     assert json.loads(done.stdout)["broken"] == list(BROKEN[:1])
     done = run(model, "photos", "--top-k", "1")
     assert len(done.stdout.splitlines()) == 20 and "photos/00.jpg  LABEL_" in done.stdout
-    assert "20 images, " in done.stderr and ", 1 broken" in done.stderr
+    assert "20 images, " in done.stderr and ", 1 unreadable" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -355,9 +355,9 @@ def test_the_last_line_is_json(model: str, sources: Sources, tmp_path: Path) -> 
         (["-o", "a.csv"], "Expected --output to end in .parquet or .jsonl, got a.csv"),
         (["-o", "a"], "Expected --output to end in .parquet or .jsonl, got a."),
         (["-o", "none/a.parquet"], "The folder of --output none/a.parquet does not exist: create it first"),
-        (["--features"], "There is no file for --features to write to: add --output FILE.parquet"),
-        (["--engine", "ray"], "There is no file for --engine ray to write to"),
-        (["--restart"], "There is no file for --restart to write to"),
+        (["--features"], "Expected a file to write to, since you use --features: add --output FILE.parquet"),
+        (["--engine", "ray"], "Expected a file to write to, since you use --engine ray"),
+        (["--restart"], "Expected a file to write to, since you use --restart"),
         (["--split", "train"], "Image files take no --split: remove the option"),
         (["missing.jpg"], "Found no file or folder missing.jpg"),
     ],
@@ -398,9 +398,7 @@ def test_a_stopped_one_says_how_to_go_on(
     done = run(model, "photos", "-o", output, "--restart")
     assert done.exit_code == 143
     assert f"Stopped by SIGTERM; finished shards are in {output}.parts.\n" in done.stderr
-    assert (
-        "This command, without --restart, goes on from there:  hf-vit predict m photos -o a.parquet\n" in done.stderr
-    )
+    assert "This command, without --restart, resumes the run:  hf-vit predict m photos -o a.parquet\n" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- many processes
@@ -481,7 +479,7 @@ def test_signals_end_it(signum: int, code: int, model: str, sources: Sources, tm
     os.kill(process.pid, signum)
     said = ends([process], printed, code)
     assert f"Stopped by {signal.Signals(signum).name}; finished shards are in" in said
-    assert "goes on from there:" in said and not output.exists()
+    assert "resumes the run:" in said and not output.exists()
     assert predict(output, sources, settings_of(model)).images == ROWS
 
 

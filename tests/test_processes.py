@@ -305,7 +305,7 @@ def test_a_launcher_that_is_terminated_leaves_a_checkpoint(photos: Path, tmp_pat
     launcher.send_signal(signal.SIGTERM)
     printed = launcher.communicate(timeout=120)[0]
     assert launcher.returncode != 0
-    assert "Stopped by SIGTERM behind step" in printed and "The same command goes on from there:" in printed
+    assert "Stopped by SIGTERM behind step" in printed and "The same command resumes the run:" in printed
     assert len(list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))) == 1
 
 

@@ -20,8 +20,8 @@ def test_quickstart_in_little(tmp_path: Path) -> None:
     folder = tmp_path / "hf-vit-digits"
     printed = run(folder, max_steps=6)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert f"Test accuracy {metrics['eval_accuracy']:.2%}" in printed
-    assert "359 of 359 answers are those of the model in memory." in printed
+    assert f"Accuracy {metrics['eval_accuracy']:.2%}" in printed
+    assert "359 of 359 predictions equal those of the model in memory." in printed
     assert f"hf-vit push {folder} YOUR_NAME/hf-vit-digits" in printed
     pictures = {"training.png", "confusion.png", "predictions.png", "positions.png"}
     assert {path.name for path in folder.glob("*.png")} == pictures

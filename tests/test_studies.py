@@ -306,7 +306,7 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path, whole: list[dict[str, A
     _, said = process.communicate(timeout=120)
     assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), said
     if signum != signal.SIGKILL:
-        assert "The same command goes on from there" in said
+        assert "The same command resumes the run" in said
     until = time.monotonic() + 60
     while _has_processes(process.pid):
         assert time.monotonic() < until, "a worker stays behind"

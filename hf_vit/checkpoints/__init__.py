@@ -1,8 +1,18 @@
-"""Read and write the checkpoints of every library that has a plain Vision Transformer."""
+"""Read checkpoints of every plain Vision Transformer, and write them for other libraries.
 
-from .checkpoint import Checkpoint, Options
-from .files import Source, open_source
-from .folder import write_checkpoint
-from .opening import FAMILIES, open_checkpoint
+`open_checkpoint` recognizes the layout of a checkpoint by the names of its tensors, never by the name of its file.
+"""
 
-__all__ = ["FAMILIES", "Checkpoint", "Options", "Source", "open_checkpoint", "open_source", "write_checkpoint"]
+from ..system.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "opening": ["FAMILIES", "open_checkpoint"],
+        "checkpoint": ["Checkpoint", "Options"],
+        "files": ["Source", "open_source"],
+        "folder": ["write_checkpoint"],
+        "export": ["TARGETS", "export_checkpoint"],
+        "models": ["load", "load_classifier", "load_for_masked_patches"],
+    },
+)

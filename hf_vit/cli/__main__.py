@@ -1,3 +1,4 @@
 from .main import app
 
-app()
+if __name__ == "__main__":
+    app()

@@ -1,7 +1,12 @@
-"""A model on a page of the browser, and that page as a Space of the Hub: `hf-vit demo`. Needs the extra `demo`."""
+"""A model on a web page, and that page as a Space of the Hub: `hf-vit demo`. Needs the extra `demo`."""
 
-from .exhibit import Exhibit
-from .serving import serve
-from .space import export_space
+from ..system.lazy import lazy_exports
 
-__all__ = ["Exhibit", "export_space", "serve"]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "exhibit": ["Exhibit"],
+        "serving": ["serve"],
+        "space": ["export_space"],
+    },
+)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CATALOGUE", "SIZES", "STUDIES", "Results", "Study", "load_study", "read_rows", "run_study", "write_page"]
 
-MODULES = {
+LOCATIONS = {
     "Results": "study",
     "Study": "study",
     "read_rows": "running",
@@ -27,6 +27,10 @@ def __getattr__(name: str) -> Any:
 
     if name == "STUDIES":
         return {known: load_study(known) for known in CATALOGUE}
-    if name in MODULES:
-        return getattr(import_module(f".{MODULES[name]}", __name__), name)
+    if name in LOCATIONS:
+        return getattr(import_module(f".{LOCATIONS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

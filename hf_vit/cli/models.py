@@ -1,0 +1,196 @@
+"""Commands for a checkpoint: convert, inspect, export, push."""
+
+import inspect as introspection
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..system.texts import shortened
+from .endings import echo, read_size
+
+if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import Checkpoint, Options
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint of any layout: file, folder, or name on the Hub.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+
+# Fields of `checkpoints.Options`, by name.
+CHECKPOINT_OPTIONS: dict[str, Any] = {
+    "image_size": Annotated[str | None, typer.Option(metavar="H[xW]", help="Image size in pixels.")],
+    "patch_size": Annotated[str | None, typer.Option(metavar="H[xW]", help="Patch size in pixels.")],
+    "num_labels": Annotated[int | None, typer.Option(help="Number of classes of a new, zero-initialized head.")],
+    "num_heads": Annotated[int | None, typer.Option(help="Number of attention heads, if the file has none.")],
+    "pooling": Annotated[str | None, typer.Option(help="Pooling (cls, mean, ...), if ambiguous.")],
+    "hidden_act": Annotated[str | None, typer.Option(help="Activation (gelu, silu, ...), if the file has none.")],
+    "layer_norm_eps": Annotated[float | None, typer.Option(help="Epsilon of LayerNorm, if the file has none.")],
+    "mlp_gate": Annotated[str | None, typer.Option(help="Half of a gated MLP that is the gate: first or last.")],
+}
+
+
+def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `options` of a command by the command-line options of CHECKPOINT_OPTIONS."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        from ..checkpoints.checkpoint import Options
+
+        fields = {name: given.pop(name) for name in CHECKPOINT_OPTIONS}
+        for name in ("image_size", "patch_size"):
+            fields[name] = read_size(f"--{name.replace('_', '-')}", fields[name])
+        command(**given, options=Options(**fields))
+
+    parameters = []
+    for parameter in introspection.signature(command).parameters.values():
+        if parameter.name == "options":
+            kind = introspection.Parameter.POSITIONAL_OR_KEYWORD
+            parameters += [
+                introspection.Parameter(name, kind, default=None, annotation=annotation)
+                for name, annotation in CHECKPOINT_OPTIONS.items()
+            ]
+        else:
+            parameters.append(parameter)
+    vars(run)["__signature__"] = introspection.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@with_checkpoint_options
+def convert(
+    model: Model,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    options: "Options",
+    force: Force = False,
+) -> None:
+    """Convert a checkpoint from another library.
+
+    Reads npz files of Google and big_vision, timm, transformers (ViT, DeiT, DINO, MAE, MSN, SigLIP, CLIP) and
+    vit-pytorch; the names of the tensors decide which one it is. The converted model gives the same outputs, unless
+    --image-size or --patch-size resamples position embeddings or the patch projection.
+
+    Example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
+    """
+    from ..checkpoints.folder import write_checkpoint
+
+    checkpoint = _open_and_describe(model, options)
+    write_checkpoint(checkpoint, out_dir, force)
+    echo(f"Wrote {out_dir}, and read its {len(checkpoint.shapes)} tensors back: they are equal bit for bit.")
+
+
+@with_checkpoint_options
+def inspect(
+    model: Model,
+    options: "Options",
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE...", help="Images or folders to draw maps for.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Folder for figures. Default: MODEL-pictures.")
+    ] = None,
+    layer: Annotated[int, typer.Option(help="Layer of the maps, from 1, or from -1 backwards.")] = -1,
+    form: Annotated[Literal["png", "svg"], typer.Option("--format", help="Format of the figures.")] = "png",
+    html: Annotated[bool, typer.Option("--html", help="Also write an HTML page of all figures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one line of JSON.")] = False,
+) -> None:
+    """Describe a checkpoint, and draw what it learned.
+
+    Prints family, variant, sizes, heads, pooling and number of parameters. Given images, --output-dir or --html, it
+    also draws filters and position embeddings; for the images, attention distance; and for the first eight of them,
+    attention, rollout, features and norms.
+
+    Example: hf-vit inspect ViT-B_16.npz photos/ --html
+    """
+    _open_and_describe(model, options, as_json)
+    if not (images or output_dir or html):
+        return
+
+    from ..inspection.gallery import draw, folder_for
+
+    folder = output_dir or Path(folder_for(model))
+    written = draw(model, folder, images or [], options, layer, form, html, echo)
+    echo(f"Wrote to {folder}: {', '.join(path.name for path in written)}")
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or a file: .npz, .onnx, .pt2.")],
+    to: Annotated[str, typer.Option(help="Format: onnx, torch-export, transformers, timm, or npz (big_vision).")],
+    int8: Annotated[
+        Literal["weights", "dynamic"] | None,
+        typer.Option(help="Quantization (onnx): weights only, or also matrix products."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labeled images to compare accuracy and speed with torch on.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Export a model as a graph, or for another library.
+
+    A graph (onnx, torch-export) accepts any batch size and image size. It is compared with the model in torch on
+    random and real images, and deleted if the outputs differ. Export to another library (transformers, timm, npz)
+    fails if the model has a feature that the library does not support. If the checkpoint is ambiguous, run
+    hf-vit convert first; it has the options to resolve that.
+
+    Example: hf-vit export hf-vit-digits digits.onnx --to onnx --int8 dynamic --data digits
+    """
+    from ..checkpoints.export import TARGETS, export_checkpoint
+    from ..graphs.export import export_graph
+    from ..graphs.kinds import KINDS
+
+    def measure(checkpoint: "Checkpoint", processor: Any, models: dict[str, Any]) -> list[str]:
+        from ..evaluation.throughput import compare
+
+        return compare(model, checkpoint, str(data), processor, models)
+
+    if to in KINDS:
+        echo("\n".join(export_graph(model, out, to, int8, None if data is None else measure, force)))
+        echo(f"Wrote {out}, and compared its outputs with torch.")
+        return
+    if to not in TARGETS:
+        raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join([*KINDS, *TARGETS])}.")
+    if int8 is not None or data is not None:
+        raise ValueError(f"--int8 and --data apply only to {' and '.join(KINDS)}: remove them to export to {to}.")
+    for sentence in export_checkpoint(model, out, to, force):
+        echo(f"Note: {sentence}")
+    echo(f"Wrote {out}, and read it back: all tensors are equal bit for bit.")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub, new or existing.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+) -> None:
+    """Publish a model on the Hugging Face Hub.
+
+    Uploads weights, config, processors, code, model card and figures in one commit, and no other files of the folder.
+
+    Example: hf-vit push my-vit YOUR_NAME/my-vit --private
+    """
+    from ..hub.upload import push
+
+    echo(f"Published at {push(folder, repo_id, private=private)}")
+
+
+def _open_and_describe(source: str, options: "Options", as_json: bool = False) -> "Checkpoint":
+    """Open a checkpoint, and print what it is."""
+    from ..checkpoints.opening import open_checkpoint
+    from ..inspection.facts import facts
+
+    checkpoint = open_checkpoint(source, options)
+    if as_json:
+        rest = {"assumed": checkpoint.assumed, "left_out": checkpoint.left_out, "config": checkpoint.config.to_dict()}
+        echo(json.dumps({**facts(checkpoint), **rest}))
+        return checkpoint
+    for name, fact in facts(checkpoint).items():
+        echo(f"{name:>21}  {fact}")
+    for sentence in checkpoint.assumed:
+        echo(f"Assumed: {sentence}")
+    if checkpoint.left_out:
+        names = shortened(checkpoint.left_out)
+        echo(f"Skipped {len(checkpoint.left_out)} tensors that belong neither to the encoder nor to its head: {names}")
+    return checkpoint

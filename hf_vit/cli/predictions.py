@@ -1,0 +1,234 @@
+"""Commands that run a model on images: evaluate, predict, demo, benchmark."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..system.texts import one_line
+from .endings import echo, read_size, typed_command
+from .models import Model
+
+if TYPE_CHECKING:
+    from ..data.sources import Sources
+    from ..prediction.predict import Summary
+    from ..prediction.shards import Settings
+
+ImageSize = Annotated[str | None, typer.Option(metavar="H[xW]", help="Image size in pixels, if not the model's.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size per device (CPU core or GPU).")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="Precision; auto is bf16 where it is fast.")
+]
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Labeled images: folder, parquet, or a name on the Hub.")
+    ],
+    split: Annotated[str | None, typer.Option(help="Split to use. Default: the evaluation split.")] = None,
+    image_column: ImageColumn = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, if it is ambiguous.")] = None,
+    batch_size: BatchSize = None,
+    num_workers: Annotated[int, typer.Option(min=0, help="Worker processes that load images.")] = 0,
+    image_size: ImageSize = None,
+    precision: Precision = "auto",
+    probe: Annotated[list[str] | None, typer.Option(help="Probe of the features: linear, knn or few-shot.")] = None,
+    merge_tokens: Annotated[
+        int, typer.Option(min=0, help="Also evaluate with this many tokens merged per layer (ToMe).")
+    ] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all measurements.")] = None,
+) -> None:
+    """Evaluate a model, or its features, on labeled images.
+
+    Measures accuracy, loss, calibration and speed, and accuracy per class; with --probe, how well simple classifiers
+    do on its features.
+
+    Example: hf-vit evaluate ViT-B_16.npz photos/ --probe linear --probe knn
+
+    On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
+    """
+    from ..evaluation.evaluate import evaluate_checkpoint
+    from ..evaluation.report import report_lines
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"The folder {json_file.parent} for --json does not exist: create it first.")
+    measured = evaluate_checkpoint(
+        model,
+        data,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        image_size=read_size("--image-size", image_size),
+        precision=precision,
+        probes=list(dict.fromkeys(probe or [])),
+        merged_per_layer=merge_tokens,
+    )
+    if measured is not None:
+        echo("\n".join(report_lines(measured)))
+        if json_file is not None:
+            json_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def predict(
+    model: Model,
+    words: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Image files, folders, globs, parquet, or data sets.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Table to write: .parquet or .jsonl.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of labels per image.")] = 5,
+    features: Annotated[bool, typer.Option("--features", help="Also write the pooled features.")] = False,
+    split: Annotated[str | None, typer.Option(help="Split of a data set that has several.")] = None,
+    image_column: ImageColumn = None,
+    batch_size: BatchSize = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="CPU cores, or Ray actors. Default: all.")] = None,
+    image_size: ImageSize = None,
+    precision: Precision = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
+    engine: Annotated[
+        Literal["processes", "ray"], typer.Option(help="Processes of a launcher, or Ray actors.")
+    ] = "processes",
+    restart: Annotated[bool, typer.Option("--restart", help="Discard results of an earlier run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only a summary, as JSON.")] = False,
+) -> None:
+    """Predict labels of images, on all CPU cores or on a GPU.
+
+    An unreadable image does not stop the run; the table states the error. The same command resumes an interrupted
+    run, which keeps finished results in OUTPUT.parts.
+
+    Example: hf-vit predict my-vit photos/ --top-k 1 -o labels.parquet
+
+    On several GPUs or machines: accelerate launch -m hf_vit.cli predict ..., or --engine ray
+    """
+    from ..data.sources import Sources
+    from ..prediction.shards import Settings
+
+    if output is None:
+        needing = {"--features": features, "--engine ray": engine == "ray", "--restart": restart}
+        needing["a launch with more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if given := [name for name, is_given in needing.items() if is_given]:
+            raise ValueError(f"Expected a file to write to, since you use {given[0]}: add --output FILE.parquet.")
+    sources = Sources(words, split, image_column)
+    size = read_size("--image-size", image_size)
+    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
+    if output is not None:
+        from ..prediction.predict import predict_to_file
+
+        summary = predict_to_file(output, sources, settings, engine, restart)
+    else:
+        summary = _print_predictions(sources, settings, say=(lambda line: None) if as_json else typer.echo)
+    if summary is None:  # in all processes but the first
+        return
+    if as_json:
+        echo(json.dumps(asdict(summary)))
+    else:
+        number, speed, broken = summary.images, summary.images_per_second, len(summary.broken)
+        echo(f"{number:,} images, {speed:,.1f} images/s, {broken:,} unreadable", err=True)
+
+
+def _print_predictions(sources: "Sources", settings: "Settings", say: Callable[[str], None]) -> "Summary":
+    """Print the labels of every image, one line per image."""
+    from ..prediction.predict import Summary, predict_each
+
+    broken, images, began = [], 0, time.perf_counter()
+    for name, prediction in predict_each(sources, settings):
+        images += 1
+        best = zip(prediction.labels, prediction.scores, strict=True)
+        line = prediction.error or ", ".join(f"{label} {score:.1%}" for label, score in best)
+        if prediction.error is not None:
+            broken.append(name)
+        say(one_line(line if line.startswith(name) else f"{name}  {line}"))  # errors often begin with the file name
+    return Summary(images, broken, images / (time.perf_counter() - began))
+
+
+def demo(
+    model: Model,
+    compare: Annotated[str | None, typer.Option(metavar="MODEL2", help="Second model, for comparison.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port. Default: the first free one from 7860.")
+    ] = None,
+    space: Annotated[
+        Path | None,
+        typer.Option("--export-space", metavar="DIR", help="Folder to export the page to, as a Space of the Hub."),
+    ] = None,
+) -> None:
+    """Show a classifier on a web page.
+
+    Drop an image to see its labels, attention maps, and predictions at other resolutions; drop many to download a
+    table. Nothing is sent to other machines. Ctrl-C stops the server. Needs pip install "hf-vit[demo]".
+
+    Example: hf-vit demo my-vit --compare google/vit-base-patch16-224
+    """
+    if space is None:
+        from ..demo.serving import serve
+
+        serve(model, compare, host, port, echo)
+        return
+    from ..demo.space import export_space
+
+    export_space(space, model, compare)
+    echo(f"Wrote {space}.")
+    echo(f"To run it:      python {space / 'app.py'}")
+    echo(f"To publish it:  hf upload YOUR_NAME/{space.resolve().name} {space} --repo-type space")
+
+
+def benchmark(
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="training, inference, preprocessing, augmentation, prediction.")
+    ] = None,
+    models: Annotated[str | None, typer.Option(metavar="NAME,...", help="Models, such as Ti/16,B/16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size of training and inference.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="LIBRARY,...", help="Libraries, such as timm,transformers.")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="Precision; auto is bf16 where it is fast.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(min=5, help="Number of runs per variant.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Duration of one of these runs in seconds.")] = 1.0,
+    compile: Annotated[bool, typer.Option("--compile", help="Also measure compiled models.")] = False,
+    photos: Annotated[Path | None, typer.Option(help="Folder of JPEG files. Default: generated ones.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for a file with the results.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One small case per suite, as a check.")] = False,
+) -> None:
+    """Compare speed and memory with other libraries.
+
+    Compares with timm, transformers, vit-pytorch and others, with the same weights and inputs. Every variant runs in a
+    separate process, and they take turns. A speedup is printed only if it exceeds the measurement noise.
+
+    Example: hf-vit benchmark inference --models B/16 --batch-size 16
+    """
+    from ..benchmark.compare import benchmark as measure
+    from ..benchmark.table import LEGEND, Report, describe, table
+    from ..system.machine import hardware, installed_versions
+
+    machine, installed = hardware(), installed_versions()
+    echo("\n".join([*describe(machine, installed), ""]))
+    report = None
+    for results in measure(
+        suites or (),
+        models=models.split(",") if models else (),
+        batch_size=batch_size,
+        against=against.split(",") if against else (),
+        precision=precision,
+        rounds=rounds,
+        seconds=seconds,
+        is_compile_wanted=compile,
+        photos=photos,
+        is_quick=quick,
+        say=lambda line: echo(line, err=True),
+    ):
+        echo("\n".join(["", *table(results)]))
+        if output_dir is not None:
+            report = report or Report(output_dir, typed_command(), machine, installed)
+            report.add(results)
+    echo("\n".join(LEGEND))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import hf_vit.hub.upload
 import hf_vit.training.report
 from hf_vit.cli.main import app
-from hf_vit.training.loop import Interrupted
+from hf_vit.system.stopping import Interrupted
 from hf_vit.training.recipe import TrainConfig, shipped_recipes
 
 runner = CliRunner()
@@ -83,7 +83,7 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
         (["--model-config.hidden-sise", "3"], "hidden_size"),
         (["epochs"], "Unexpected 'epochs': fields of a recipe are set by --field VALUE"),
         (["--data", "/no/such/place"], "Expected data in '/no/such/place'"),
-        (["--recipe", "nothing"], "There is no recipe 'nothing'"),
+        (["--recipe", "nothing"], "Unknown recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
     ],
 )
@@ -98,7 +98,7 @@ def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, re
 
 def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(config: Any, publish: Any) -> None:
-        raise Interrupted(2, "Stopped by SIGINT behind step 1 of 3.")
+        raise Interrupted(2, "Stopped by SIGINT after step 1 of 3.")
 
     monkeypatch.setattr(hf_vit.training.report, "train", stop)
     command, never = ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"], ["--resume", "never"]

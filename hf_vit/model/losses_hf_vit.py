@@ -33,9 +33,9 @@ def classification_loss(
     is_class = not labels.is_floating_point() and labels.ndim == 1
     kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     if kind == "single_label_classification" and is_class:
-        loss = F.cross_entropy(logits, labels, reduction="none")  # [B]; a label of -100 is ignored
+        loss = F.cross_entropy(logits, labels, reduction="sum")  # a label of -100 is ignored
         entries = (labels != -100).sum().clamp(min=1)
-        return loss.sum() / (entries if num_items_in_batch is None else num_items_in_batch)
+        return loss / (entries if num_items_in_batch is None else num_items_in_batch)
     if kind == "regression" and config.num_labels == 1:
         logits = logits.squeeze(-1)
         labels = labels.reshape(logits.shape)
@@ -48,8 +48,9 @@ def classification_loss(
     if kind == "single_label_classification":
         _check_soft_labels(labels, config)
         # Every row is one distribution: its entries together count as num_labels items.
-        loss = -(labels * logits.log_softmax(dim=-1)) * logits.shape[-1]
-    elif kind == "regression":
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return loss / len(labels) if num_items_in_batch is None else loss * logits.shape[-1] / num_items_in_batch
+    if kind == "regression":
         loss = F.mse_loss(logits, labels, reduction="none")
     else:
         loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..data.sources import Part, Sources
 from ..inference.optimize import inference_precision
 from ..inference.threads import default_batch_size
-from ..system.locking import alone_as_one
+from ..system.locking import lock_folder_together
 from ..system.stopping import StopSignals
 from .predictor import Prediction, Predictor
 from .processes import Processes
@@ -115,7 +115,7 @@ def predict_into(
             "compile": settings.compile,
         }
         try:
-            with alone_as_one(accelerator, answers.folder):
+            with lock_folder_together(accelerator, answers.folder):
                 answers.check(plan, restart)
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:

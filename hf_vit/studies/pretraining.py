@@ -14,8 +14,8 @@ from ..evaluation.figures import extract
 from ..evaluation.probing import few_shot
 from ..inspection.drawing import BLUE, GRAY, ORANGE, bare, new_figure
 from ..model.modeling_hf_vit import HFViTModel
-from ..training.loop import Run, data_of
 from ..training.recipe import TrainConfig
+from ..training.run import Run, data_of
 from .figures import draw_dots
 from .study import Cell, Finding, Results, Study, cell_of, is_more, with_architecture
 

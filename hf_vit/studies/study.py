@@ -14,8 +14,8 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ..training.loop import Run
 from ..training.recipe import TrainConfig
+from ..training.run import Run
 from ..training.tasks import build_model
 
 if TYPE_CHECKING:

@@ -1,0 +1,351 @@
+"""A training run: its plan, its building from a recipe, and what it does between steps."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from ..data.augmentation import AUGREG_MIXUP, build_augmentation
+from ..data.images import EvaluationImages, TrainingImages, normalize
+from ..data.labelled import RECIPE, ImageData, load_data
+from ..data.loaders import evaluation_loader
+from ..data.opening import seed_of
+from ..data.orders import Parts, steps_of
+from ..evaluation.figures import Predictions
+from ..model.image_processing_hf_vit import HFViTImageProcessor
+from ..system.disk import writing
+from ..system.stopping import EvaluationStopped, Interrupted, StopSignals
+from .checkpointing import CheckpointFolder, load_state
+from .optim import Schedule, build_optimizer, parameter_groups
+from .parallel import counts_in_evaluation, data_parts, shard_matrices, start_tracker, whole_weights
+from .recipe import FREE_TO_CHANGE, TrainConfig
+from .state import AveragedWeights, BrokenImages, RunLog, TrainingState
+from .tasks import TASKS, build_model
+
+METRICS, TIMING, LOG, CHECKPOINTS = "metrics.json", "timing.json", "log.jsonl", "checkpoints"
+# Called with the number of completed steps and a function that writes the model into a folder.
+Publish = Callable[[int, Callable[[Path], None]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a run does what, in steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+    eval_every: int
+    save_every: int
+    push_every: int
+    schedule: Schedule
+
+    @classmethod
+    def of(cls, config: TrainConfig, train_length: int) -> "Plan":
+        """Return the plan of a recipe for a number of training images."""
+        steps_in = partial(steps_of, length=train_length, batch_size=config.batch_size)
+        total_steps, epoch = config.max_steps or steps_in(config.epochs), steps_in(1)
+        warmup, cooldown = (
+            steps_in(epochs) if epochs else 0 for epochs in (config.warmup_epochs, config.cooldown_epochs)
+        )
+        warmup = warmup if config.warmup_steps is None else config.warmup_steps
+        schedule = Schedule(config.schedule, total_steps, min(warmup, total_steps), cooldown)
+        save_every, push_every = config.save_every or epoch, config.push_every or epoch
+        return cls(total_steps, epoch, steps_in(config.eval_every), save_every, push_every, schedule)
+
+
+@dataclass
+class Run:
+    """A finished run in memory; `output_dir` holds the same as files.
+
+    Attributes:
+        metrics: Numbers that are the same whenever the run is repeated.
+        timing: Numbers that are not.
+        predictions: Results of the last evaluation, for a task with labels.
+    """
+
+    config: TrainConfig
+    output_dir: Path
+    model: Any
+    processor: HFViTImageProcessor
+    data: ImageData
+    log: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    timing: dict[str, float]
+    predictions: Predictions | None
+    is_main_process: bool
+
+
+@dataclass
+class ActiveRun:
+    """A run between its start and its end: what the loop works with.
+
+    Attributes:
+        division: How a batch is divided over accumulated parts and processes.
+        to_model: Normalizes uint8 pixels for the model.
+        shown: What the progress bar shows.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    signals: StopSignals
+    plan: Plan
+    division: Parts
+    data: ImageData
+    task: Any
+    processor: HFViTImageProcessor
+    images: TrainingImages
+    eval_loader: Any
+    to_model: Callable[[Tensor], Tensor]
+    state: TrainingState
+    checkpoints: CheckpointFolder
+    say: Callable[[str], None]
+    shown: dict[str, str] = field(default_factory=dict)
+    loader: Any = field(init=False)
+    batches: Iterator[Any] = field(init=False)
+    bar: tqdm = field(init=False)
+
+    @property
+    def trained(self) -> Any:
+        """The model without what Accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.state.model)
+
+    def resume(self) -> None:
+        """Load the newest complete checkpoint if there is one; then write the recipe and the log of this run."""
+        output_dir, accelerator = Path(self.config.output_dir), self.accelerator
+        newest = self.checkpoints.newest(self.say) if accelerator.is_main_process else None
+        [checkpoint] = broadcast_object_list([newest])  # a damaged file must not make processes disagree
+        if checkpoint is None:
+            self.say(self.config.to_yaml())
+        elif not checkpoint.is_dir():
+            raise ValueError(f"{checkpoint} does not exist here: output_dir must be on a disk shared by all machines.")
+        else:
+            saved = load_state(checkpoint)
+            _check_same_run(self.state.identity, saved["identity"], output_dir)
+            saved["model"] = type(self.trained).from_pretrained(checkpoint).state_dict()
+            self.state.load_state_dict(saved)
+            if saved["processes"] != accelerator.num_processes:
+                self.say(
+                    f"Resuming on {accelerator.num_processes} processes a run that used {saved['processes']}. The "
+                    "result will not be bit for bit that of the uninterrupted run: sums are rounded in another order, "
+                    "dropout, mixing and masks draw other numbers, and a stream is divided differently."
+                )
+            self.say(f"Resuming from {checkpoint}: {self.state.step} of {self.plan.total_steps} steps are done.")
+        if accelerator.is_main_process:
+            with writing("the recipe", output_dir / RECIPE):
+                (output_dir / RECIPE).write_text(self.config.to_yaml(), encoding="utf-8")
+        self.state.log.rewrite()
+        accelerator.wait_for_everyone()
+
+    def evaluate(self, is_logged: bool = True) -> Predictions | None:
+        """Evaluate the averaged weights. If a signal comes, save first, so that the next run starts with this."""
+        state = self.state
+        try:
+            with state.throughput.paused(), state.average.in_place():
+                batches = self.signals.heeded(self.eval_loader, self.accelerator)
+                results = self.task.evaluate(state.model, batches, self.accelerator, self.to_model)
+        except EvaluationStopped as stopped:
+            if is_logged:
+                state.is_evaluation_due = True
+                self.save()
+            self.interrupt(stopped.args[0])
+        metrics, unreadable, predictions = results
+        state.is_evaluation_due = False
+        state.broken.add("evaluation", unreadable)
+        if is_logged:
+            epoch = state.step / self.plan.steps_per_epoch
+            state.log.add(state.step, epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
+            if "accuracy" in metrics:
+                self.shown["accuracy"] = f"{metrics['accuracy']:.1%}"
+        return predictions
+
+    def save(self) -> None:
+        """Write a checkpoint; all processes take part, the main one writes."""
+        saved = self.state.state_dict()
+        weights = saved.pop("model")
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.state.step, saved, partial(save_model, self.trained, weights, self.processor))
+        self.accelerator.wait_for_everyone()
+
+    def publish(self, publish: Publish) -> None:
+        """Hand the averaged weights to `publish`, on the main process."""
+        with self.state.average.in_place():
+            weights = whole_weights(self.state.model)
+            if self.accelerator.is_main_process:
+                publish(self.state.step, partial(save_model, self.trained, weights, self.processor))
+
+    def interrupt(self, signum: int) -> NoReturn:
+        steps = f"step {self.state.step} of {self.plan.total_steps}"
+        name = signal.Signals(signum).name
+        raise Interrupted(signum, f"Stopped by {name} after {steps}; saved in {self.checkpoints.folder}.")
+
+    def finish(self, predictions: Predictions | None) -> Run:
+        """Write the final model, which is the averaged one if there is an average, and the metrics."""
+        output_dir, state, accelerator = Path(self.config.output_dir), self.state, self.accelerator
+        state.throughput.lap()
+        timing = state.throughput.summary()
+        metrics = {
+            **{name: value for name, value in state.log.rows[-1].items() if name.startswith("eval_")},
+            "train_images": self.data.train_length,
+            "steps": self.plan.total_steps,
+            "parameters": sum(parameter.numel() for parameter in self.trained.parameters()),
+            "precision": accelerator.mixed_precision,
+            "processes": accelerator.num_processes,
+            "broken_images": sorted({name for names in state.broken.names.values() for name in names}),
+        }
+        state.average.swap()
+        weights = whole_weights(state.model)
+        if accelerator.is_main_process:
+            with writing("the trained model; the checkpoints are intact", output_dir):
+                save_model(self.trained, weights, self.processor, output_dir)
+                (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+                (output_dir / TIMING).write_text(json.dumps(timing, indent=2) + "\n", encoding="utf-8")
+        accelerator.wait_for_everyone()
+        return Run(
+            config=self.config,
+            output_dir=output_dir,
+            model=self.trained.eval(),
+            processor=self.processor,
+            data=self.data,
+            log=state.log.rows,
+            metrics=metrics,
+            timing=timing,
+            predictions=predictions,
+            is_main_process=accelerator.is_main_process,
+        )
+
+
+def data_of(config: TrainConfig) -> ImageData:
+    """Load the training and evaluation images of a recipe."""
+    return load_data(
+        config.data,
+        train_split=config.train_split,
+        eval_split=config.eval_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        eval_fraction=config.eval_fraction,
+        train_share=config.train_share,
+        train_repeats=config.train_repeats,
+        split_seed=config.split_seed,
+        streaming=config.streaming,
+        train_images=config.train_images,
+        needs_labels=TASKS[config.task].needs_labels,
+    )
+
+
+def build_run(
+    config: TrainConfig, accelerator: Accelerator, signals: StopSignals, build: Callable[..., Any] = build_model
+) -> ActiveRun:
+    """Return a run at step 0: data, task, model, optimizer, loaders and an empty state."""
+    say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
+    if config.mixup is None:  # the saved recipe states the value that the augmentation implies
+        config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
+    with accelerator.main_process_first():  # the other processes read what the first one has cached
+        data = data_of(config)
+
+    # All processes draw the same initial weights: the seed does not depend on the rank.
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    task = TASKS[config.task](config, data)
+    model, processor = build(config, task)
+    model = shard_matrices(model, accelerator)
+    if config.gradient_checkpointing:
+        # transformers renamed the method; the oldest version that we support has the old name only.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if config.compile:
+        model.compile()
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
+    optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
+
+    augmentation = build_augmentation(
+        config.augmentation,
+        model.config.image_shape,
+        config.smallest_crop,
+        color_jitter=config.color_jitter,
+        erasing=config.erasing,
+        fill=processor.image_mean,
+    )
+    cache = accelerator.device if config.cache == "device" else config.cache
+    images = TrainingImages(data.train, data.columns, processor, augmentation, config.seed, cache, config.shorter_side)
+    eval_images = EvaluationImages(data.evaluation, data.columns, processor, cache)
+    division = Parts(config.accumulation_steps, *data_parts(accelerator))
+    eval_batch = max(1, config.batch_size // (division.accumulated * division.processes))
+    is_counted = counts_in_evaluation(accelerator)
+
+    model, optimizer = accelerator.prepare(model, optimizer)
+    start_tracker(accelerator, config)
+    output_dir = Path(config.output_dir)
+    # A stream does not tell how many evaluation images it has.
+    eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
+    limits = {"training": config.max_broken * data.train_length, "evaluation": config.max_broken * eval_length}
+    state = TrainingState(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        average=AveragedWeights(accelerator.unwrap_model(model), config.ema_decay),
+        log=RunLog(output_dir / LOG, accelerator),
+        broken=BrokenImages(limits, say),
+        identity={**asdict(config), "training images": data.train_length},
+    )
+    return ActiveRun(
+        config=config,
+        accelerator=accelerator,
+        signals=signals,
+        plan=Plan.of(config, data.train_length),
+        division=division,
+        data=data,
+        task=task,
+        processor=processor,
+        images=images,
+        eval_loader=evaluation_loader(
+            eval_images, eval_batch, config.num_workers, *division[1:], is_counted=is_counted
+        ),
+        to_model=partial(normalize, processor=processor),
+        state=state,
+        checkpoints=CheckpointFolder(output_dir / CHECKPOINTS, config.keep_checkpoints),
+        say=say,
+    )
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise `ValueError` if the run would overwrite the model that it starts from."""
+    if config.model is not None and Path(config.model).resolve() == Path(config.output_dir).resolve():
+        raise ValueError(f"{config.output_dir} holds the model to start from: choose another --output-dir.")
+
+
+def _check_same_run(asked: dict[str, Any], saved: dict[str, Any], output_dir: Path) -> None:
+    different = [
+        f"{name} {saved.get(name)!r} -> {value!r}"
+        for name, value in asked.items()
+        if name not in FREE_TO_CHANGE and saved.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{output_dir} holds a run with another recipe or other data ({'; '.join(different)}): choose another "
+            "--output-dir, or start again there with --resume never."
+        )
+
+
+def save_model(model: Any, weights: dict[str, Tensor], processor: HFViTImageProcessor, folder: Path) -> None:
+    """Write a model and its image processor into a folder."""
+    has_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # a bar per checkpoint would interrupt the bar of the run
+    processor.save_pretrained(folder)  # before the model, which adds a default processor where there is none
+    model.save_pretrained(folder, state_dict=weights)
+    if has_bar:
+        transformers_logging.enable_progress_bar()
+
+
+def clear_output(output_dir: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
+    shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
+    for name in (LOG, METRICS, TIMING, RECIPE):
+        (output_dir / name).unlink(missing_ok=True)

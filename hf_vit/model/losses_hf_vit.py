@@ -50,11 +50,10 @@ def classification_loss(
         # Every row is one distribution: its entries together count as num_labels items.
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return loss / len(labels) if num_items_in_batch is None else loss * logits.shape[-1] / num_items_in_batch
-    if kind == "regression":
-        loss = F.mse_loss(logits, labels, reduction="none")
-    else:
-        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+    measure = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+    if num_items_in_batch is None:
+        return measure(logits, labels)
+    return measure(logits, labels, reduction="sum") / num_items_in_batch
 
 
 def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:

@@ -26,13 +26,13 @@ from ..system.locking import lock_folder_together
 from ..system.stopping import StopSignals
 from .parallel import build_accelerator
 from .recipe import TrainConfig
-from .run import ActiveRun, Publish, Run, build_run, check_output_dir, clear_output
+from .run import Publish, Run, check_output_dir, clear_output
 from .tasks import build_model
 
-Steps = Callable[[ActiveRun], Iterable[int]]
+Steps = Callable[[Run], Iterable[int]]
 
 
-def remaining_steps(run: ActiveRun) -> Iterable[int]:
+def remaining_steps(run: Run) -> Iterable[int]:
     """Return every step that is not done yet."""
     return range(run.state.step, run.plan.total_steps)
 
@@ -79,7 +79,7 @@ def _train(
     if config.resume == "never" and accelerator.is_main_process:
         clear_output(Path(config.output_dir))
     accelerator.wait_for_everyone()
-    run = build_run(config, accelerator, signals, build)
+    run = Run(config, accelerator, signals, build)
     config, plan, task, state, say = run.config, run.plan, run.task, run.state, run.say
     model, optimizer = state.model, state.optimizer
 
@@ -100,7 +100,8 @@ def _train(
     state.images_per_epoch = order.images_an_epoch if isinstance(order, StreamOrder) else None
     run.loader = training_loader(run.images, order, config.num_workers)
     signals.has_begun = True  # from here on there is something to save, so a signal waits for the end of a step
-    predictions = run.evaluate() if state.is_evaluation_due else None
+    if state.is_evaluation_due:
+        run.evaluate()
 
     # ---- loop
     run.batches = iter(run.loader)
@@ -158,7 +159,7 @@ def _train(
 
             # evaluate
             if state.step % plan.eval_every == 0 or is_last:
-                predictions = run.evaluate()
+                run.evaluate()
                 run.bar.set_postfix(run.shown)
 
             # save
@@ -174,9 +175,11 @@ def _train(
                 run.interrupt(stop)
 
     # ---- finish
-    if predictions is None and task.needs_labels:  # all steps were done before; the log has the metrics already
-        predictions = run.evaluate(is_logged=False)
-    return run.finish(predictions)
+    del run.batches  # ends data loader processes
+    if run.predictions is None and task.needs_labels:  # all steps were done before; the log has the metrics already
+        run.evaluate(is_logged=False)
+    run.finish()
+    return run
 
 
 def _progress(losses: Tensor, learning_rate: float, speed: dict[str, float]) -> dict[str, str]:

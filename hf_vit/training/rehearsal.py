@@ -32,7 +32,7 @@ from .checkpointing import CheckpointFolder
 from .loop import train
 from .parallel import build_accelerator
 from .recipe import TrainConfig
-from .run import CHECKPOINTS, ActiveRun, Plan, check_output_dir
+from .run import CHECKPOINTS, Plan, Run, check_output_dir
 
 WARM_UP, MEASURED = 3, 10  # steps
 AHEAD = 2  # batches that a worker prefetches, DataLoader's default
@@ -42,16 +42,6 @@ FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 
 
 # ------------------------------------------------------------------------------------------------- the measurements
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes in one process; of a sharded model, those of its shards."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Cost:
         learned, frozen: Numbers of parameters.
         forward_flops: FLOPs per image in evaluation.
         training_flops: FLOPs per image in training, forward and backward.
-        memory: Memory that stays allocated between steps.
+        memory: Bytes that stay allocated between steps in one process, by use.
         peak: Peak memory in bytes, of the process that needed most; 0 if unknown.
         is_peak_of_gpu: Whether `peak` is torch's memory on a GPU, not resident memory.
         gpu_memory: Bytes of memory of a GPU; 0 without one.
@@ -89,7 +79,7 @@ class Cost:
     frozen: int
     forward_flops: int
     training_flops: int
-    memory: Memory
+    memory: dict[str, int]
     peak: int
     is_peak_of_gpu: bool
     gpu_memory: int
@@ -130,16 +120,16 @@ class Cost:
         return self.start_seconds + (self.total_steps - done) * self.step_seconds + evaluating
 
 
-def count_memory(run: ActiveRun) -> Memory:
-    """Return the memory of weights, gradients, optimizer and average after the first step."""
-    parameters, state = list(run.state.model.parameters()), run.state
+def count_memory(run: Run) -> dict[str, int]:
+    """Return the bytes that stay allocated in this process; of a sharded model, those of its shards."""
+    state, parameters = run.state, list(run.state.model.parameters())
     optimizer = [value for values in state.optimizer.state.values() for value in values.values()]
-    return Memory(
-        weights=_bytes_of([*parameters, *state.model.buffers()]),
-        gradients=_bytes_of(parameter for parameter in parameters if parameter.requires_grad),
-        optimizer=_bytes_of(value for value in optimizer if isinstance(value, Tensor)),
-        average=_bytes_of(average for _, average in state.average.pairs),
-    )
+    return {
+        "weights": _bytes_of([*parameters, *state.model.buffers()]),
+        "gradients": _bytes_of(parameter for parameter in parameters if parameter.requires_grad),
+        "optimizer state": _bytes_of(value for value in optimizer if isinstance(value, Tensor)),
+        "averaged weights": _bytes_of(average for _, average in state.average.pairs),
+    }
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -200,7 +190,7 @@ class Rehearsal:
             log_every=WARM_UP + self.measured_steps,  # the loop checks there that losses are finite
         )
 
-    def __call__(self, run: ActiveRun) -> Iterator[int]:
+    def __call__(self, run: Run) -> Iterator[int]:
         run.signals.has_begun = False  # there is nothing to save: a signal ends the dry run at once
         run.bar.total = WARM_UP + self.measured_steps
         steps, throughput = iter(range(run.plan.total_steps)), run.state.throughput
@@ -208,7 +198,10 @@ class Rehearsal:
         _synchronize(run)
         started = time.perf_counter() - self.began
 
-        for _ in range(_prefetched_batches(run)):
+        prefetched = run.loader.num_workers * AHEAD
+        if run.data.is_stream:
+            prefetched += math.ceil(READ_AHEAD / run.loader.batch_sampler.batch_size)
+        for _ in range(prefetched):
             next(run.batches)
         throughput.lap()
         before = replace(throughput)
@@ -220,17 +213,17 @@ class Rehearsal:
         self.cost = self._cost(run, started, seconds / self.measured_steps, wait_share)
         raise Measured
 
-    def _cost(self, run: ActiveRun, started: float, step_seconds: float, wait_share: float) -> Cost:
+    def _cost(self, run: Run, started: float, step_seconds: float, wait_share: float) -> Cost:
         config, accelerator, device = self.config, run.accelerator, run.accelerator.device
         evaluation_seconds = self._evaluate(run)
         own = torch.tensor([peak_memory(device), wait_share], device=device)
         peak, wait_share = accelerator.gather(own).view(-1, 2).amax(dim=0).tolist()
-        learned, frozen = count_parameters(run.trained)
-        forward_flops, training_flops = count_flops(run.trained, run.task.model_class)
+        learned, frozen = count_parameters(run.model)
+        forward_flops, training_flops = count_flops(run.model, run.task.model_class)
         plan, is_gpu = Plan.of(config, run.data.train_length), device.type == "cuda"
         return Cost(
             source=run.data.name,
-            image_shape=run.trained.config.image_shape,
+            image_shape=run.model.config.image_shape,
             precision=precision_name(accelerator.mixed_precision),
             learned=learned,
             frozen=frozen,
@@ -255,7 +248,7 @@ class Rehearsal:
             hardware=machine(),
         )
 
-    def _evaluate(self, run: ActiveRun) -> float | None:
+    def _evaluate(self, run: Run) -> float | None:
         """Return the seconds of one evaluation, extrapolated from some batches."""
         workers = max(1, run.eval_loader.num_workers)
         number = max(MEASURED, 3 * workers)
@@ -286,15 +279,7 @@ class Rehearsal:
         return seconds + left * (marks[-1] - marks[workers - 1]) / (number - workers)
 
 
-def _prefetched_batches(run: ActiveRun) -> int:
-    """Return the largest number of batches that were loaded while nothing was trained."""
-    batches = run.loader.num_workers * AHEAD
-    if run.data.is_stream:
-        batches += math.ceil(READ_AHEAD / run.loader.batch_sampler.batch_size)
-    return batches
-
-
-def _synchronize(run: ActiveRun) -> None:
+def _synchronize(run: Run) -> None:
     if run.accelerator.device.type != "cpu":
         torch.accelerator.synchronize()
 
@@ -353,14 +338,8 @@ def _rows(cost: Cost, price_per_hour: float | None) -> Iterator[tuple[str, str]]
     yield "parameters", f"{cost.learned:,} trainable" + (f", {cost.frozen:,} frozen" if cost.frozen else "")
     flops = f"{_amount(cost.forward_flops, FLOP)} in evaluation, {_amount(training_flops, FLOP)} in training"
     yield "per image", f"{flops} (a multiply-add counts as two)"
-    kinds = {
-        "weights": "weights",
-        "gradients": "gradients",
-        "optimizer": "optimizer state",
-        "average": "averaged weights",
-    }
-    held = {words: getattr(cost.memory, name) for name, words in kinds.items()}
-    yield "memory", ", ".join(f"{_amount(number, BYTES)} {words}" for words, number in held.items() if number)
+    held = (f"{_amount(number, BYTES)} {use}" for use, number in cost.memory.items() if number)
+    yield "memory", ", ".join(held)
     if cost.is_peak_of_gpu:
         yield "peak memory", f"{_amount(cost.peak, BYTES)} of {_amount(cost.gpu_memory, BYTES)} on a GPU"
     elif cost.peak:

@@ -39,7 +39,7 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     """
     hub = None
     if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
-        hub = BackgroundPush(config.push_to_hub, config.private, _next_to_bar(say))
+        hub = BackgroundPush(config.push_to_hub, config.private, tqdm.external_write_mode()(say))
 
     def publish(step: int, write_model: Callable[[Path], None]) -> None:
         def write(folder: Path) -> None:
@@ -72,16 +72,6 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
         else:
             say(f"Not published. Try again:  hf-vit push {run.output_dir} {config.push_to_hub}")
     return run
-
-
-def _next_to_bar(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a function that prints a line without breaking a progress bar."""
-
-    def say_line(line: str) -> None:
-        with tqdm.external_write_mode():
-            say(line)
-
-    return say_line
 
 
 def summary(run: Run) -> list[str]:

@@ -1,10 +1,10 @@
-"""A training run: its plan, its building from a recipe, and what it does between steps."""
+"""A training run: how it is built from a recipe, and what it does between steps."""
 
 import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,65 +63,116 @@ class Plan:
         return cls(total_steps, epoch, steps_in(config.eval_every), save_every, push_every, schedule)
 
 
-@dataclass
+def data_of(config: TrainConfig) -> ImageData:
+    """Load the training and evaluation images of a recipe."""
+    names = (
+        *("train_split", "eval_split", "image_column", "label_column", "eval_fraction", "train_share"),
+        *("train_repeats", "split_seed", "streaming", "train_images"),
+    )
+    options = {name: getattr(config, name) for name in names}
+    return load_data(config.data, needs_labels=TASKS[config.task].needs_labels, **options)
+
+
 class Run:
-    """A finished run in memory; `output_dir` holds the same as files.
+    """A run of a recipe, from its start to its end; when it has finished, `output_dir` holds the same as files.
 
     Attributes:
-        metrics: Numbers that are the same whenever the run is repeated.
-        timing: Numbers that are not.
-        predictions: Results of the last evaluation, for a task with labels.
-    """
-
-    config: TrainConfig
-    output_dir: Path
-    model: Any
-    processor: HFViTImageProcessor
-    data: ImageData
-    log: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    timing: dict[str, float]
-    predictions: Predictions | None
-    is_main_process: bool
-
-
-@dataclass
-class ActiveRun:
-    """A run between its start and its end: what the loop works with.
-
-    Attributes:
+        config: The recipe.
+        data, task, processor: What the run learns from, its objective, and the image processor.
+        model: The model, without what Accelerate wraps around it.
+        plan: When to do what, in steps.
         division: How a batch is divided over accumulated parts and processes.
         to_model: Normalizes uint8 pixels for the model.
-        shown: What the progress bar shows.
+        state: Everything that checkpoints save.
+        loader, batches, bar: Training batches and the progress bar, set by the loop.
+        predictions: Results of the last evaluation, for a task with labels.
+        metrics: Results that are the same whenever the run is repeated, once it has finished.
+        timing: Results that are not.
     """
 
-    config: TrainConfig
-    accelerator: Accelerator
-    signals: StopSignals
-    plan: Plan
-    division: Parts
-    data: ImageData
-    task: Any
-    processor: HFViTImageProcessor
-    images: TrainingImages
-    eval_loader: Any
-    to_model: Callable[[Tensor], Tensor]
-    state: TrainingState
-    checkpoints: CheckpointFolder
-    say: Callable[[str], None]
-    shown: dict[str, str] = field(default_factory=dict)
-    loader: Any = field(init=False)
-    batches: Iterator[Any] = field(init=False)
-    bar: tqdm = field(init=False)
+    loader: Any
+    batches: Iterator[Any]
+    bar: tqdm
+    metrics: dict[str, Any]
+    timing: dict[str, float]
 
-    @property
-    def trained(self) -> Any:
-        """The model without what Accelerate wraps around it."""
-        return self.accelerator.unwrap_model(self.state.model)
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        signals: StopSignals,
+        build: Callable[..., Any] = build_model,
+    ) -> None:
+        """Build data, task, model, optimizer, loaders and an empty state, at step 0."""
+        if config.mixup is None:  # the saved recipe states the value that the augmentation implies
+            config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
+        self.config, self.accelerator, self.signals = config, accelerator, signals
+        self.say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
+        self.is_main_process, self.output_dir = accelerator.is_main_process, Path(config.output_dir)
+        self.predictions: Predictions | None = None
+        self.shown: dict[str, str] = {}  # by the progress bar
+        with accelerator.main_process_first():  # the other processes read what the first one has cached
+            self.data = data = data_of(config)
+        self.plan = Plan.of(config, data.train_length)
+
+        # All processes draw the same initial weights: the seed does not depend on the rank.
+        torch.manual_seed(seed_of(config.seed, "weights"))
+        self.task = TASKS[config.task](config, data)
+        model, self.processor = build(config, self.task)
+        self.model_class = type(model)  # FSDP2 changes the class of the model itself
+        model = shard_matrices(model, accelerator)
+        if config.gradient_checkpointing:
+            # transformers renamed the method; the oldest version that we support has the old name only.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        if config.compile:
+            model.compile()
+        groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
+        optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
+
+        augmentation = build_augmentation(
+            config.augmentation,
+            model.config.image_shape,
+            config.smallest_crop,
+            color_jitter=config.color_jitter,
+            erasing=config.erasing,
+            fill=self.processor.image_mean,
+        )
+        cache = accelerator.device if config.cache == "device" else config.cache
+        self.to_model = partial(normalize, processor=self.processor)
+        self.images = TrainingImages(
+            data.train, data.columns, self.processor, augmentation, config.seed, cache, config.shorter_side
+        )
+        eval_images = EvaluationImages(data.evaluation, data.columns, self.processor, cache)
+        self.division = Parts(config.accumulation_steps, *data_parts(accelerator))
+        eval_batch = max(1, config.batch_size // (self.division.accumulated * self.division.processes))
+        self.eval_loader = evaluation_loader(
+            eval_images,
+            eval_batch,
+            config.num_workers,
+            *self.division[1:],
+            is_counted=counts_in_evaluation(accelerator),
+        )
+
+        model, optimizer = accelerator.prepare(model, optimizer)
+        self.model = accelerator.unwrap_model(model)
+        start_tracker(accelerator, config)
+        self.checkpoints = CheckpointFolder(self.output_dir / CHECKPOINTS, config.keep_checkpoints)
+        # A stream does not tell how many evaluation images it has.
+        eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
+        limits = {"training": config.max_broken * data.train_length, "evaluation": config.max_broken * eval_length}
+        self.state = TrainingState(
+            accelerator=accelerator,
+            model=model,
+            optimizer=optimizer,
+            average=AveragedWeights(self.model, config.ema_decay),
+            log=RunLog(self.output_dir / LOG, accelerator),
+            broken=BrokenImages(limits, self.say),
+            identity={**asdict(config), "training images": data.train_length},
+        )
 
     def resume(self) -> None:
         """Load the newest complete checkpoint if there is one; then write the recipe and the log of this run."""
-        output_dir, accelerator = Path(self.config.output_dir), self.accelerator
+        output_dir, accelerator = self.output_dir, self.accelerator
         newest = self.checkpoints.newest(self.say) if accelerator.is_main_process else None
         [checkpoint] = broadcast_object_list([newest])  # a damaged file must not make processes disagree
         if checkpoint is None:
@@ -131,7 +182,7 @@ class ActiveRun:
         else:
             saved = load_state(checkpoint)
             _check_same_run(self.state.identity, saved["identity"], output_dir)
-            saved["model"] = type(self.trained).from_pretrained(checkpoint).state_dict()
+            saved["model"] = self.model_class.from_pretrained(checkpoint).state_dict()
             self.state.load_state_dict(saved)
             if saved["processes"] != accelerator.num_processes:
                 self.say(
@@ -146,7 +197,7 @@ class ActiveRun:
         self.state.log.rewrite()
         accelerator.wait_for_everyone()
 
-    def evaluate(self, is_logged: bool = True) -> Predictions | None:
+    def evaluate(self, is_logged: bool = True) -> None:
         """Evaluate the averaged weights. If a signal comes, save first, so that the next run starts with this."""
         state = self.state
         try:
@@ -158,7 +209,7 @@ class ActiveRun:
                 state.is_evaluation_due = True
                 self.save()
             self.interrupt(stopped.args[0])
-        metrics, unreadable, predictions = results
+        metrics, unreadable, self.predictions = results
         state.is_evaluation_due = False
         state.broken.add("evaluation", unreadable)
         if is_logged:
@@ -166,14 +217,13 @@ class ActiveRun:
             state.log.add(state.step, epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             if "accuracy" in metrics:
                 self.shown["accuracy"] = f"{metrics['accuracy']:.1%}"
-        return predictions
 
     def save(self) -> None:
         """Write a checkpoint; all processes take part, the main one writes."""
         saved = self.state.state_dict()
         weights = saved.pop("model")
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self.state.step, saved, partial(save_model, self.trained, weights, self.processor))
+            self.checkpoints.save(self.state.step, saved, partial(save_model, self.model, weights, self.processor))
         self.accelerator.wait_for_everyone()
 
     def publish(self, publish: Publish) -> None:
@@ -181,138 +231,41 @@ class ActiveRun:
         with self.state.average.in_place():
             weights = whole_weights(self.state.model)
             if self.accelerator.is_main_process:
-                publish(self.state.step, partial(save_model, self.trained, weights, self.processor))
+                publish(self.state.step, partial(save_model, self.model, weights, self.processor))
 
     def interrupt(self, signum: int) -> NoReturn:
         steps = f"step {self.state.step} of {self.plan.total_steps}"
         name = signal.Signals(signum).name
         raise Interrupted(signum, f"Stopped by {name} after {steps}; saved in {self.checkpoints.folder}.")
 
-    def finish(self, predictions: Predictions | None) -> Run:
+    def finish(self) -> None:
         """Write the final model, which is the averaged one if there is an average, and the metrics."""
-        output_dir, state, accelerator = Path(self.config.output_dir), self.state, self.accelerator
+        state, output_dir = self.state, self.output_dir
         state.throughput.lap()
-        timing = state.throughput.summary()
-        metrics = {
+        self.timing = state.throughput.summary()
+        self.metrics = {
             **{name: value for name, value in state.log.rows[-1].items() if name.startswith("eval_")},
             "train_images": self.data.train_length,
             "steps": self.plan.total_steps,
-            "parameters": sum(parameter.numel() for parameter in self.trained.parameters()),
-            "precision": accelerator.mixed_precision,
-            "processes": accelerator.num_processes,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "precision": self.accelerator.mixed_precision,
+            "processes": self.accelerator.num_processes,
             "broken_images": sorted({name for names in state.broken.names.values() for name in names}),
         }
         state.average.swap()
         weights = whole_weights(state.model)
-        if accelerator.is_main_process:
+        if self.is_main_process:
             with writing("the trained model; the checkpoints are intact", output_dir):
-                save_model(self.trained, weights, self.processor, output_dir)
-                (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-                (output_dir / TIMING).write_text(json.dumps(timing, indent=2) + "\n", encoding="utf-8")
-        accelerator.wait_for_everyone()
-        return Run(
-            config=self.config,
-            output_dir=output_dir,
-            model=self.trained.eval(),
-            processor=self.processor,
-            data=self.data,
-            log=state.log.rows,
-            metrics=metrics,
-            timing=timing,
-            predictions=predictions,
-            is_main_process=accelerator.is_main_process,
-        )
+                save_model(self.model, weights, self.processor, output_dir)
+                for name, values in ((METRICS, self.metrics), (TIMING, self.timing)):
+                    (output_dir / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        self.model.eval()
 
-
-def data_of(config: TrainConfig) -> ImageData:
-    """Load the training and evaluation images of a recipe."""
-    return load_data(
-        config.data,
-        train_split=config.train_split,
-        eval_split=config.eval_split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        eval_fraction=config.eval_fraction,
-        train_share=config.train_share,
-        train_repeats=config.train_repeats,
-        split_seed=config.split_seed,
-        streaming=config.streaming,
-        train_images=config.train_images,
-        needs_labels=TASKS[config.task].needs_labels,
-    )
-
-
-def build_run(
-    config: TrainConfig, accelerator: Accelerator, signals: StopSignals, build: Callable[..., Any] = build_model
-) -> ActiveRun:
-    """Return a run at step 0: data, task, model, optimizer, loaders and an empty state."""
-    say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
-    if config.mixup is None:  # the saved recipe states the value that the augmentation implies
-        config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
-    with accelerator.main_process_first():  # the other processes read what the first one has cached
-        data = data_of(config)
-
-    # All processes draw the same initial weights: the seed does not depend on the rank.
-    torch.manual_seed(seed_of(config.seed, "weights"))
-    task = TASKS[config.task](config, data)
-    model, processor = build(config, task)
-    model = shard_matrices(model, accelerator)
-    if config.gradient_checkpointing:
-        # transformers renamed the method; the oldest version that we support has the old name only.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if config.compile:
-        model.compile()
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
-    optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
-
-    augmentation = build_augmentation(
-        config.augmentation,
-        model.config.image_shape,
-        config.smallest_crop,
-        color_jitter=config.color_jitter,
-        erasing=config.erasing,
-        fill=processor.image_mean,
-    )
-    cache = accelerator.device if config.cache == "device" else config.cache
-    images = TrainingImages(data.train, data.columns, processor, augmentation, config.seed, cache, config.shorter_side)
-    eval_images = EvaluationImages(data.evaluation, data.columns, processor, cache)
-    division = Parts(config.accumulation_steps, *data_parts(accelerator))
-    eval_batch = max(1, config.batch_size // (division.accumulated * division.processes))
-    is_counted = counts_in_evaluation(accelerator)
-
-    model, optimizer = accelerator.prepare(model, optimizer)
-    start_tracker(accelerator, config)
-    output_dir = Path(config.output_dir)
-    # A stream does not tell how many evaluation images it has.
-    eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
-    limits = {"training": config.max_broken * data.train_length, "evaluation": config.max_broken * eval_length}
-    state = TrainingState(
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
-        average=AveragedWeights(accelerator.unwrap_model(model), config.ema_decay),
-        log=RunLog(output_dir / LOG, accelerator),
-        broken=BrokenImages(limits, say),
-        identity={**asdict(config), "training images": data.train_length},
-    )
-    return ActiveRun(
-        config=config,
-        accelerator=accelerator,
-        signals=signals,
-        plan=Plan.of(config, data.train_length),
-        division=division,
-        data=data,
-        task=task,
-        processor=processor,
-        images=images,
-        eval_loader=evaluation_loader(
-            eval_images, eval_batch, config.num_workers, *division[1:], is_counted=is_counted
-        ),
-        to_model=partial(normalize, processor=processor),
-        state=state,
-        checkpoints=CheckpointFolder(output_dir / CHECKPOINTS, config.keep_checkpoints),
-        say=say,
-    )
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The rows of the log."""
+        return self.state.log.rows
 
 
 def check_output_dir(config: TrainConfig) -> None:

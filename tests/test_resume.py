@@ -14,6 +14,7 @@ from hf_vit import HFViTForImageClassification
 from hf_vit.system.stopping import Interrupted, StopSignals
 from hf_vit.training import checkpointing
 from hf_vit.training import run as run_module
+from hf_vit.training.checkpointing import load_state
 from hf_vit.training.loop import train
 from hf_vit.training.optim import Schedule
 from hf_vit.training.run import CHECKPOINTS, LOG, METRICS, Run
@@ -80,6 +81,15 @@ def test_resumed_is_equal_to_uninterrupted(
     assert stopped.value.exit_code == 130
     torch.manual_seed(12345)  # another process has another state
     assert_same_run(train(tiny_recipe(data, tmp_path / "parts", **fields)), whole)
+
+
+def test_the_keys_of_a_saved_state_are_a_file_format(photos: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(photos, tmp_path, max_steps=1))
+    state = load_state(tmp_path / CHECKPOINTS / "step-00000001")
+    keys = "average broken identity images_an_epoch is_evaluation_due log optimizer pace pending processes scaler step"
+    assert sorted(state) == keys.split()  # a run that an earlier version began resumes
+    assert sorted(state["pace"]) == ["images", "seconds", "training_seconds", "waited_seconds"]
+    assert sorted(state["broken"]) == ["evaluation", "training"]
 
 
 def test_fine_tuning_at_another_size_resumes(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

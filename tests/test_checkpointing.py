@@ -51,12 +51,12 @@ def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
     ("damage", "reason"),
     [
         (lambda c: (c / STATE).write_bytes((c / STATE).read_bytes()[:-10]), f"{STATE} is corrupt"),
-        (lambda c: (c / "model.safetensors").write_bytes(b"Weights" * 100), "model.safetensors is not what was"),
+        (lambda c: (c / "model.safetensors").write_bytes(b"Weights" * 100), "model.safetensors is corrupt"),
         (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda c: (c / MANIFEST).unlink(), f"it has no {MANIFEST}"),
         (lambda c: (c / MANIFEST).write_text("{"), f"its {MANIFEST} cannot be read"),
         (lambda c: (c / MANIFEST).write_text("[]"), f"its {MANIFEST} is corrupt"),
-        (lambda c: (c / "more.safetensors").write_bytes(b"more"), f"its {MANIFEST} does not name more.safetensors"),
+        (lambda c: (c / "more.safetensors").write_bytes(b"more"), f"its {MANIFEST} does not list more.safetensors"),
     ],
 )
 def test_a_damaged_one_is_passed_over(

@@ -115,7 +115,9 @@ def test_another_architecture_learns_at_one_rate() -> None:
     assert {scale for _, scale in decays.values()} == {1.0}
     assert {name for name, (decay, _) in decays.items() if decay} >= {"classifier.1.weight"}
     for options in ({"layer_decay": 0.5}, {"position_lr_scale": 2.0}):
-        with pytest.raises(ValueError, match=r"^ResNetForImageClassification has no layers and positions with separate learning rates"):
+        with pytest.raises(
+            ValueError, match=r"^ResNetForImageClassification has no layers and positions with separate"
+        ):
             parameter_groups(model, **options)
 
 

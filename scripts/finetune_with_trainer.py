@@ -3,16 +3,16 @@
     python scripts/finetune_with_trainer.py --data photos/ --model USER/MODEL --output_dir my-vit \
         --num_train_epochs 10 --learning_rate 3e-4 --push_to_hub --hub_model_id USER/my-vit
 
-All options of `TrainingArguments` are options here. The model, its card and the checkpoints end up in `--output_dir`;
-the same command with `--resume` goes on with a run that was stopped, exactly.
+All fields of `TrainingArguments` are options. `--output_dir` gets the model, its model card and the checkpoints; the
+same command with `--resume` resumes an interrupted run exactly.
 
-With `--lora_rank 8` only the head and small matrices beside the others are learned (LoRA, by peft). `adapter/` in the
-output folder holds them, and the model there has them merged in. Onto the checkpoint they are loaded by
+With `--lora_rank 8`, only the head and low-rank updates of the other matrices are trained (LoRA, with peft). The
+output folder has them in `adapter/`, and merged into the model. To load them onto the checkpoint:
 
     base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=N, ignore_mismatched_sizes=True)
     model = PeftModel.from_pretrained(base, "my-vit/adapter")
 
-or, from transformers 5.23 on, by `base.load_adapter("my-vit/adapter")`.
+or, since transformers 5.23, `base.load_adapter("my-vit/adapter")`.
 """
 
 import json
@@ -41,7 +41,7 @@ DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
-    "logging_nan_inf_filter": False,  # else a loss of NaN is shown as 0
+    "logging_nan_inf_filter": False,  # otherwise a loss of NaN is logged as 0
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
@@ -52,16 +52,16 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class Options:
-    data: str = field(metadata={"help": "Folder of images, one subfolder a class; parquet; or a name on the Hub."})
-    model: str | None = option(None, "Checkpoint to start from, a folder or a name on the Hub.")
-    variant: str = option("ViT-Ti/16", "Architecture to train from scratch where there is no model.")
-    image_size: int | None = option(None, "Pixels; those of the checkpoint, or 224, if not given.")
-    augmentation: str = option("crop_flip", "A key of hf_vit.data.augmentation.AUGMENTATIONS.")
-    smallest_crop: float = option(0.35, "Least share of an image that a crop keeps.")
+    data: str = field(metadata={"help": "Folder of images (one subfolder per class), parquet, or Hub dataset."})
+    model: str | None = option(None, "Checkpoint to fine-tune, a folder or a Hub model.")
+    variant: str = option("ViT-Ti/16", "Architecture to train from scratch if no model is given.")
+    image_size: int | None = option(None, "Image size in pixels; by default that of the checkpoint, or 224.")
+    augmentation: str = option("crop_flip", "Augmentation: a key of hf_vit.data.augmentation.AUGMENTATIONS.")
+    smallest_crop: float = option(0.35, "Smallest share of an image's area in a random crop.")
     mixup: float = option(0.0, "Alpha of mixup; 0 is off.")
-    lora_rank: int = option(0, "Learn by LoRA, with matrices of this rank; 0 is off.")
-    resume: bool = option(False, "Go on from the last complete checkpoint; start where there is none.")
-    license: str = option("apache-2.0", "Of the weights; the Hub's identifier.")
+    lora_rank: int = option(0, "Rank of LoRA matrices; 0 trains all parameters.")
+    resume: bool = option(False, "Whether to resume from the last complete checkpoint, if there is one.")
+    license: str = option("apache-2.0", "License of the weights, as an identifier of the Hub.")
 
 
 def main(arguments: list[str]) -> None:
@@ -70,12 +70,12 @@ def main(arguments: list[str]) -> None:
     parser.set_defaults(**DEFAULTS)
     options, training = parser.parse_args_into_dataclasses(arguments)
     training.remove_unused_columns = False
-    # Trainer would pickle the token into every checkpoint, and push it. The push at the end is ours.
+    # Trainer would pickle the token into every checkpoint, and push it. So this script pushes at the end instead.
     token, training.hub_token = training.hub_token, None
     is_pushed, training.push_to_hub = training.push_to_hub, False
     folder = Path(training.output_dir)
     if any(folder.glob("checkpoint-*")) and not options.resume:
-        raise ValueError(f"{folder} holds checkpoints of a run: go on with it by --resume, or take another folder.")
+        raise ValueError(f"{folder} holds checkpoints of a run: pass --resume to resume it, or choose another folder.")
 
     set_seed(training.seed)
     data = load_data(options.data)
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    (folder / "training_args.bin").unlink()  # a pickle has no place beside a model that may be pushed
+    (folder / "training_args.bin").unlink()  # a pickle must not be in a folder that may be pushed
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     command = shlex.join(["finetune_with_trainer.py", *arguments]).replace(token or "\0", "TOKEN")
     is_local = Path(options.data).exists() or options.data == "digits"

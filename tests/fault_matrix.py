@@ -37,8 +37,8 @@ from tiny_run import at_step, colored_dataset, colored_images, log_of, save_phot
 
 from hf_vit.system.disk import UNFINISHED
 from hf_vit.training.checkpointing import find_damage
-from hf_vit.training.loop import CHECKPOINTS, LOG, METRICS, TIMING
 from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.run import CHECKPOINTS, LOG, METRICS, TIMING
 
 FIELDS: dict[str, Any] = {
     "augmentation": "trivial", "mixup": 0.3, "cutmix": 0.5, "label_smoothing": 0.1, "accumulation_steps": 2,
@@ -267,7 +267,7 @@ def stopped(signum: int, bench: Bench, times: int) -> str:
         [process] = case.begin()
         case.until_lines()
         kill(process, bench.draw.choice([os.kill, os.killpg]), signum)
-        case.ends([process], 128 + signum, f"Stopped by {signal.Signals(signum).name} behind step")
+        case.ends([process], 128 + signum, f"Stopped by {signal.Signals(signum).name} after step")
         case.goes_on()
     return f"saves, exits with {128 + signum}"
 
@@ -377,7 +377,7 @@ def damaged(bench: Bench, times: int) -> str:
         spoil(path, bench.draw)
         before, lost = case.newest(), bench.lost
         again = case.goes_on()
-        assert f"Passed over step-{before:08d}: " in case.printed and again > 0
+        assert f"Ignored step-{before:08d}: " in case.printed and again > 0
         bench.lost = lost  # this is what the fault itself has taken
     return "resumes from the previous checkpoint and says why"
 
@@ -403,7 +403,7 @@ def image_lost(change: Callable[[Path, random.Random], None], bench: Bench, time
         case.until_lines(most=LINES // 2)
         change(path, bench.draw)
         if is_allowed:
-            case.ends(processes, 0, f"Left out, since it cannot be read: {path.parent.name}/{path.name}")
+            case.ends(processes, 0, f"Skipped an image that cannot be read: {path.parent.name}/{path.name}")
             broken = json.loads((case.folder / METRICS).read_text())["broken_images"]
             assert broken == [f"{path.parent.name}/{path.name}"]
             path.write_bytes(kept)
@@ -473,7 +473,7 @@ def rank_killed(hang: Any, bench: Bench, times: int) -> str:
         rank = bench.draw.randrange(2) if hang is None else 1
         kill(processes[rank])
         began = time.monotonic()
-        case.ends([processes[1 - rank]], 2, f"The process of rank {rank} has ended before the run")
+        case.ends([processes[1 - rank]], 2, f"The process of rank {rank} died before the run")
         slowest = max(slowest, time.monotonic() - began)
         assert slowest < 30
         case.goes_on()

@@ -50,13 +50,13 @@ def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda c: (c / STATE).write_bytes((c / STATE).read_bytes()[:-10]), f"{STATE} is not what was written"),
-        (lambda c: (c / "model.safetensors").write_bytes(b"Weights" * 100), "model.safetensors is not what was"),
+        (lambda c: (c / STATE).write_bytes((c / STATE).read_bytes()[:-10]), f"{STATE} is corrupt"),
+        (lambda c: (c / "model.safetensors").write_bytes(b"Weights" * 100), "model.safetensors is corrupt"),
         (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda c: (c / MANIFEST).unlink(), f"it has no {MANIFEST}"),
         (lambda c: (c / MANIFEST).write_text("{"), f"its {MANIFEST} cannot be read"),
-        (lambda c: (c / MANIFEST).write_text("[]"), f"its {MANIFEST} is not what was written"),
-        (lambda c: (c / "more.safetensors").write_bytes(b"more"), f"its {MANIFEST} does not name more.safetensors"),
+        (lambda c: (c / MANIFEST).write_text("[]"), f"its {MANIFEST} is corrupt"),
+        (lambda c: (c / "more.safetensors").write_bytes(b"more"), f"its {MANIFEST} does not list more.safetensors"),
     ],
 )
 def test_a_damaged_one_is_passed_over(
@@ -68,7 +68,7 @@ def test_a_damaged_one_is_passed_over(
     said: list[str] = []
     found = checkpoints.newest(said.append)
     assert found is not None and found.name == "step-00000002"
-    assert len(said) == 1 and said[0].startswith(f"Passed over step-00000003: {reason}")
+    assert len(said) == 1 and said[0].startswith(f"Ignored step-00000003: {reason}")
     checkpoints.save(3, {"step": 3}, write_model)  # the run comes there again
     assert checkpoints.newest(SILENT) == newest
 
@@ -79,7 +79,7 @@ def test_an_unfinished_one_is_passed_over_and_replaced(checkpoints: CheckpointFo
     said: list[str] = []
     newest = checkpoints.newest(said.append)
     assert newest is not None and newest.name == "step-00000003"
-    assert said == ["Passed over .unfinished-step-00000004: it was not finished."]
+    assert said == ["Ignored .unfinished-step-00000004: it was not finished."]
     checkpoints.save(4, {"step": 4}, write_model)
     assert not unfinished.exists()
 

@@ -16,7 +16,7 @@ import hf_vit.training.report
 from hf_vit.checkpoints import Options
 from hf_vit.cli.main import app
 from hf_vit.cli.models import CHECKPOINT_OPTIONS
-from hf_vit.training.loop import Interrupted
+from hf_vit.system.stopping import Interrupted
 from hf_vit.training.recipe import TrainConfig, shipped_recipes
 
 runner = CliRunner()
@@ -97,7 +97,7 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
         (["--model-config.hidden-sise", "3"], "hidden_size"),
         (["epochs"], "Unexpected 'epochs': set fields of the recipe by --field VALUE"),
         (["--data", "/no/such/place"], "Expected a data set, got '/no/such/place'"),
-        (["--recipe", "nothing"], "There is no recipe 'nothing'"),
+        (["--recipe", "nothing"], "Unknown recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
     ],
 )
@@ -112,7 +112,7 @@ def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, re
 
 def test_a_stopped_run_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(config: Any, publish: Any) -> None:
-        raise Interrupted(2, "Stopped by SIGINT behind step 1 of 3.")
+        raise Interrupted(2, "Stopped by SIGINT after step 1 of 3.")
 
     monkeypatch.setattr(hf_vit.training.report, "train", stop)
     command, never = ["/usr/bin/hf-vit", "train", "--recipe", "a b.yaml"], ["--resume", "never"]

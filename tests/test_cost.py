@@ -19,10 +19,12 @@ from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImage
 from hf_vit.cli.main import app
 from hf_vit.data.labelled import load_data
 from hf_vit.evaluation.flops import count_flops, count_parameters
+from hf_vit.system.stopping import Interrupted
 from hf_vit.training import loop as training_module
 from hf_vit.training import tasks
-from hf_vit.training.loop import Interrupted, train
-from hf_vit.training.rehearsal import MEASURED, WARM_UP, Cost, Memory, Rehearsal, describe, evaluation_length, rehearse
+from hf_vit.training.loop import train
+from hf_vit.training.optim import Schedule
+from hf_vit.training.rehearsal import MEASURED, WARM_UP, Cost, Rehearsal, describe, evaluation_length, rehearse
 from hf_vit.variants import VARIANTS, config_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,11 +120,15 @@ def test_parameters_are_those_of_the_variant(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------ added up
 
 
+def memory(*numbers: int) -> dict[str, int]:
+    return dict(zip(("weights", "gradients", "optimizer state", "averaged weights"), numbers, strict=True))
+
+
 def a_cost(**fields: Any) -> Cost:
     return replace(
         Cost(
             source="photos", image_shape=(96, 128), precision="bf16", learned=1_000_000, frozen=0,
-            forward_flops=10**9, training_flops=3 * 10**9, memory=Memory(4_194_304, 4_194_304, 8_388_608, 0),
+            forward_flops=10**9, training_flops=3 * 10**9, memory=memory(4_194_304, 4_194_304, 8_388_608, 0),
             peak=3 * 2**30, is_peak_of_gpu=True, gpu_memory=80 * 2**30, measured_steps=10, step_seconds=0.5,
             data_wait_share=0.25, start_seconds=100.0, evaluation_seconds=60.0, total_steps=10_000, done_steps=0,
             eval_every=1000, train_images=128_000, batch_size=128, processes=1, num_workers=4, hardware="1 x GPU",
@@ -150,24 +156,24 @@ def test_evaluations_are_those_of_the_loop(total: int, every: int) -> None:
 def test_a_cost_is_said_with_units() -> None:
     said = describe(a_cost(), price_per_hour=2.5)
     assert said == [
-        "photos: 128,000 training images at 96x128 pixels, batches of 128, bf16, 1 x GPU",
-        "  parameters  1,000,000 learned",
-        "    an image  1 GFLOP in evaluation, 3 GFLOP in training (a multiply-add is two)",
+        "photos: 128,000 training images at 96x128 pixels, batch size 128, bf16, 1 x GPU",
+        "  parameters  1,000,000 trainable",
+        "   per image  1 GFLOP in evaluation, 3 GFLOP in training (a multiply-add counts as two)",
         "      memory  4.0 MiB weights, 4.0 MiB gradients, 8.0 MiB optimizer state",
-        " peak memory  3.0 GiB of a GPU's 80.0 GiB",
-        "    images/s  256 in 10 steps of 0.5 s, 25% of it waiting for images; 768 GFLOP/s",
+        " peak memory  3.0 GiB of 80.0 GiB on a GPU",
+        "    images/s  256 over 10 steps of 0.5 s, 25% of it waiting for images; 768 GFLOP/s",
         "         run  10,000 steps (10 epochs), 10 evaluations of 60 s",
-        "        time  95.0 min: 100 s to start, 83.3 min training, 10.0 min evaluating; saving comes on top",
-        "       price  3.96 (at 2.5 an hour)",
+        "        time  95.0 min: 100 s start, 83.3 min training, 10.0 min evaluating, plus saving",
+        "       price  3.96 (at 2.5 per hour)",
     ]
     said = "\n".join(describe(a_cost(done_steps=9_500, is_peak_of_gpu=False, frozen=7, evaluation_seconds=None), 1))
     for words in (
-        "1,000,000 learned, 7 frozen",
-        "3.0 GiB resident in a process, without the 4 that load images",
-        "10 evaluations of a length that nothing tells",
-        "evaluating and saving come on top",
+        "1,000,000 trainable, 7 frozen",
+        "3.0 GiB resident per process, without its 4 data loader processes",
+        "10 evaluations of unknown duration",
+        "plus evaluating and saving",
         "time left  5.8 min: the run in output_dir has done 9,500 steps",
-        "1.42, 0.10 for what is left (at 1 an hour)",
+        "1.42, 0.10 for the rest (at 1 per hour)",
     ):
         assert words in said, (words, said)
 
@@ -185,7 +191,7 @@ def test_a_dry_run_leaves_nothing(photos: Path, tmp_path: Path, temporary: Path)
     assert 0 < cost.data_wait_share < 1 and cost.peak > 10**7 and not cost.is_peak_of_gpu
     tensors = 2 + 1 + 1 + 1 + 2 * 12 + 2 + 2  # projection, token, its position, positions, layers, norm, head
     weights = 4 * cost.learned
-    assert cost.memory == Memory(weights, weights, 2 * weights + 4 * tensors, 0)  # and each one's number of steps
+    assert cost.memory == memory(weights, weights, 2 * weights + 4 * tensors, 0)  # and each one's number of steps
 
 
 def test_it_takes_its_steps_in_all_their_parts(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +208,7 @@ def test_it_takes_its_steps_in_all_their_parts(photos: Path, tmp_path: Path, mon
     assert parts == [8] * 2 * (WARM_UP + MEASURED)
     assert cost.total_steps == 2 and cost.evaluations == 1
     weights = 4 * cost.learned
-    assert cost.memory == Memory(weights, weights, weights, weights)
+    assert cost.memory == memory(weights, weights, weights, weights)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -222,13 +228,13 @@ def test_a_run_that_lies_there_is_left_as_it_is(
 
 def test_the_schedule_is_the_run_s(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    apply = training_module.Schedule.apply
+    apply = Schedule.apply
 
     def note(self: Any, *arguments: Any) -> float:
         rates.append(apply(self, *arguments))
         return rates[-1]
 
-    monkeypatch.setattr(training_module.Schedule, "apply", note)
+    monkeypatch.setattr(Schedule, "apply", note)
     rehearse(tiny_recipe(photos, tmp_path / "run", epochs=100))
     of_rehearsal, rates = rates, []
     train(tiny_recipe(photos, tmp_path / "run", epochs=100, max_steps=WARM_UP))
@@ -290,7 +296,7 @@ def test_masked_patches_and_a_probe(photos: Path, tmp_path: Path) -> None:
     cost = rehearse(tiny_recipe(photos, tmp_path / "run", task="masked_patches"))
     assert cost is not None and cost.frozen == 0
     cost = rehearse(tiny_recipe(photos, tmp_path / "run", trained="head"))
-    assert cost is not None and (cost.learned, cost.memory.gradients) == (17 * 3, 4 * 17 * 3)
+    assert cost is not None and (cost.learned, cost.memory["gradients"]) == (17 * 3, 4 * 17 * 3)
     assert cost.training_flops == cost.forward_flops + 2 * 16 * 3
 
 
@@ -301,7 +307,7 @@ def test_a_loss_that_is_not_finite(
     photos: Path, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_loss(monkeypatch, step=11)
-    with pytest.raises(FloatingPointError, match="Step 12 is not finite"):
+    with pytest.raises(FloatingPointError, match="step 12 is not finite"):
         rehearse(tiny_recipe(photos, tmp_path / "run"))
     assert not (tmp_path / "run").exists() and not list(temporary.iterdir())
 
@@ -317,8 +323,8 @@ def test_the_command_prints_a_table(recipe: Path, tmp_path: Path) -> None:
     result = runner.invoke(app, ["train", "--recipe", str(recipe), "--dry-run", "--price-per-hour", "3600"])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("photos: 54 training images at 8x8 pixels, batches of 16, fp32, ")
-    names = ["parameters", "an image", "memory", "peak memory", "images/s", "run", "time", "price"]
+    assert lines[0].startswith("photos: 54 training images at 8x8 pixels, batch size 16, fp32, ")
+    names = ["parameters", "per image", "memory", "peak memory", "images/s", "run", "time", "price"]
     assert [line[:12].strip() for line in lines[1:]] == names
     assert "9 steps (3 epochs), 3 evaluations of" in result.stdout
     assert not (tmp_path / "run").exists()
@@ -329,7 +335,7 @@ def test_a_signal_ends_it_at_once(
 ) -> None:
     stop_at(5, monkeypatch)
     result = runner.invoke(app, ["train", "--recipe", str(recipe), "--dry-run"])
-    assert result.exit_code == 130 and "Stopped; a dry run leaves nothing behind." in result.stderr
+    assert result.exit_code == 130 and "Stopped; a dry run leaves no files." in result.stderr
     assert "resumes" not in result.stderr and not result.stdout
     assert not (tmp_path / "run").exists() and not list(temporary.iterdir())
 
@@ -350,7 +356,7 @@ def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, re
 
 
 def test_the_model_to_begin_from_is_not_written_over(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds the model to begin from"):
+    with pytest.raises(ValueError, match="holds the model to start from"):
         rehearse(tiny_recipe(photos, tmp_path / "run", model=str(tmp_path / "run")))
 
 

@@ -12,7 +12,8 @@ from tiny_run import save_photos, tiny_recipe
 from hf_vit.data.loaders import naming_dead_workers
 from hf_vit.studies import run_study
 from hf_vit.studies.positions import Positions
-from hf_vit.training.loop import CHECKPOINTS, train
+from hf_vit.training.loop import train
+from hf_vit.training.run import CHECKPOINTS
 
 
 @pytest.fixture(scope="module")

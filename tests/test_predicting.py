@@ -458,7 +458,7 @@ def test_a_lost_process_ends_the_others_and_the_rest_is_done_later(
     first, second = start_all(work, printed, 2, prepare_slow)
     wait_for(lambda: shards_of(output) >= 2)
     second.kill()
-    assert "The process of rank 1 has ended before the run" in ends([first], printed, 2)
+    assert "The process of rank 1 died before the run" in ends([first], printed, 2)
     ends([start(work, printed, prepare_slow)], printed)  # one alone takes what both had to do
     assert output.read_bytes() == whole.read_bytes()
 

@@ -16,8 +16,9 @@ from tiny_run import RECIPE, colored_dataset, colored_images, log_of, save_photo
 
 from hf_vit import HFViTForImageClassification
 from hf_vit.hub.folder import check_folder
-from hf_vit.training.loop import CHECKPOINTS, LOG, METRICS, StopSignals
+from hf_vit.system.stopping import StopSignals
 from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.run import CHECKPOINTS, LOG, METRICS
 
 pytestmark = pytest.mark.slow
 full = pytest.mark.full
@@ -93,7 +94,7 @@ def test_processes_killed_go_on_exactly(
             process.kill()
             process.join()
     printed = finish(config, number, **environment)
-    assert "Resuming from" in printed and "no longer bit for bit" not in printed
+    assert "Resuming from" in printed and "not be bit for bit" not in printed
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -117,7 +118,7 @@ def test_a_signal_saves_and_ends(photos: Path, tmp_path: Path, signum: int, code
     wait_for(lambda: lines_of(tmp_path / "run") > 2)
     send(process.pid, signum)
     printed = ends([process], tmp_path / "run.txt", code)
-    assert f"Stopped by {signal.Signals(signum).name} behind step" in printed
+    assert f"Stopped by {signal.Signals(signum).name} after step" in printed
     assert len(list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))) == 1
 
 
@@ -133,7 +134,7 @@ def test_an_early_signal_ends_at_once(photos: Path, tmp_path: Path, signum: int,
 
 
 def say_and_wait() -> None:
-    from hf_vit.training import loop as training
+    from hf_vit.training import run as training
 
     def load(*arguments: Any, **options: Any) -> None:
         print("loading", flush=True)
@@ -151,7 +152,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(photos: Path, tmp_path: Pat
     wait_for(lambda: lines_of(tmp_path / "run") > 2)
     os.kill(processes[1].pid, signal.SIGTERM)
     printed = ends(processes, tmp_path / "run.txt", 143)
-    assert "Stopped by SIGTERM behind step" in printed
+    assert "Stopped by SIGTERM after step" in printed
 
 
 # ---------------------------------------------------------------------------------------------- several processes
@@ -199,8 +200,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
         output = tmp_path / f"parts-{stop}.txt"
         processes = start_all(config, output, number, stop_by_environment, **environment, **stopped)
         printed = ends(processes, output, 0 if stop is None else 143)
-        assert ("no longer bit for bit" in printed) == (stop in (6, None)), printed
-    assert "Resuming with 2 processes what 1 began." in printed
+        assert ("not be bit for bit" in printed) == (stop in (6, None)), printed
+    assert "Resuming on 2 processes a run that used 1." in printed
     assert_close_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -226,7 +227,7 @@ def test_what_is_not_finite_in_one_process_is_so_in_both(
     processes = start_all(
         tiny_recipe(photos, tmp_path / "stopped"), tmp_path / "out.txt", 2, spoil_in_one_of_two, **environment
     )
-    assert ends(processes, tmp_path / "out.txt", 2).count("Step 5 is not finite") == 2
+    assert ends(processes, tmp_path / "out.txt", 2).count("of step 5 is not finite") == 2
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_a_launcher_that_is_terminated_leaves_a_checkpoint(photos: Path, tmp_pat
     launcher.send_signal(signal.SIGTERM)
     printed = launcher.communicate(timeout=120)[0]
     assert launcher.returncode != 0
-    assert "Stopped by SIGTERM behind step" in printed and "The same command resumes the run:" in printed
+    assert "Stopped by SIGTERM after step" in printed and "The same command resumes the run:" in printed
     assert len(list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))) == 1
 
 

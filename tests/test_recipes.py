@@ -287,7 +287,7 @@ def test_recipes_for_checkpoints_fit_one_of_transformers(name: str, has_pooler: 
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str, recipe: Callable[[str], Path]) -> None:
-    message = rf"Unknown field '{key}' of a recipe: the nearest is '{nearest}'\."
+    message = rf"Unknown recipe field '{key}': did you mean '{nearest}'\?"
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_recipe(recipe(f"{key}: 1\n"))
     with pytest.raises(ValueError, match=message):
@@ -295,13 +295,13 @@ def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str, reci
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match=r"no recipe 'digit': give a YAML file or one of .*digits, flowers"):
+    with pytest.raises(ValueError, match=r"Unknown recipe 'digit': give a YAML file or one of .*digits, flowers"):
         TrainConfig.from_recipe("digit")
 
 
 @pytest.mark.parametrize("text", ["- epochs\n- 5\n", "epochs\n", "5\n"])
 def test_what_is_no_mapping_is_no_recipe(text: str, recipe: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match="is no recipe: it must be a YAML file of fields and values"):
+    with pytest.raises(ValueError, match="is not a recipe: expected a YAML file of fields and values"):
         TrainConfig.from_recipe(recipe(text))
 
 
@@ -353,7 +353,7 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         ("betas: 0.9", "betas must be a list of numbers, got 0.9"),
         ("image_size: large", "image_size must be a whole number or a list of whole numbers, got 'large'"),
         ("model_config: cls", "model_config must be a mapping, got 'cls'"),
-        ("augmentation: [rand]", "augmentation must be a text, got ['rand']"),
+        ("augmentation: [rand]", "augmentation must be a string, got ['rand']"),
         ("batch_size: 0", "batch_size must be at least 1, got 0"),
         ("mask_ratio: 1", "mask_ratio must be between 0 and 1, got 1.0"),
         ("ema_decay: 1", "ema_decay must be between 0 and 1, such as 0.999, got 1.0"),
@@ -362,7 +362,7 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         ("task: segmentation", "task must be one of classification, masked_patches, got 'segmentation'"),
         (
             "{loss: binary_cross_entropy, label_smoothing: 0.1}",
-            "label_smoothing=0.1 gives all classes one: set it to 0",
+            "label_smoothing=0.1 gives all classes a share: set it to 0",
         ),
         ("loss: hinge", "loss must be one of cross_entropy, binary_cross_entropy, got 'hinge'"),
     ],

@@ -65,13 +65,13 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
     for row in run.predictions.per_class(["blue", "green", "red"]):
         precision = "-" if row["precision"] is None else f"{row['precision']:.1%}"
         assert f"| {row['label']} | 7 | {row['accuracy']:.1%} | {precision} |" in text
-    assert "It learned from 54 images of photos at 8x8 pixels" in text
+    assert "The model was trained on 54 images of photos at 8x8 pixels" in text
     assert f"Its confidence is off by {metrics['eval_calibration_error']:.1%} on average" in text
     for part in ("- hardware: ", "- time: ", "- versions: Python", "@inproceedings{dosovitskiy2021image", "<details>"):
         assert part in text
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(recipe) == yaml.safe_load((folder / "recipe.yaml").read_text())
-    assert said[0].startswith(f"Accuracy {metrics['eval_accuracy']:.2%} on 21 held-out images (test) after 4 steps")
+    assert said[0].startswith(f"Accuracy {metrics['eval_accuracy']:.2%} on 21 evaluation images (test) after 4 steps")
     assert said[-1] == f"Publish it:  hf-vit push {folder} YOUR_NAME/tiny"
 
 
@@ -88,7 +88,7 @@ def test_card_of_an_encoder_tells_how_to_go_on(photos: Path, tmp_path: Path) -> 
     assert {path.name for path in folder.glob("*.png")} == {"training.png", "positions.png"}
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "image-feature-extraction"
-    assert card.text.count("pre-trained without labels by filling in masked patches") == 1
+    assert card.text.count("pre-trained without labels on masked patches") == 1
     assert 'hf-vit train --recipe flowers --data FOLDER --model "encoder"' in card.text
     assert 'AutoModel.from_pretrained("encoder"' in card.text and "AutoModelForImageClassification" not in card.text
     assert f"| photos, test | loss | {run.metrics['eval_loss']:.4g} |" in card.text
@@ -124,7 +124,7 @@ def test_a_run_that_cannot_be_pushed_is_finished(
     monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "Wrong" * 7)
     folder = tmp_path / "tiny"
     _, said = finish(photos, folder, max_steps=3, push_to_hub="tester/tiny", push_every=1)
-    assert said[-1] == f"Not published; try again:  hf-vit push {folder} tester/tiny"
+    assert said[-1] == f"Not published. Try again:  hf-vit push {folder} tester/tiny"
     assert wrong not in "\n".join(said) and "401" in "\n".join(said)
     assert pipeline("image-classification", str(folder), device="cpu")(Image.new("RGB", (9, 9)))
 
@@ -151,22 +151,22 @@ def a_run(predictions: ImageResults, names: list[str], **fields: Any) -> Any:
 
 def test_limits_follow_from_the_figures() -> None:
     predictions = predictions_of([0] * 4 + [1] * 4, [0, 1, 1, 1] + [1] * 4, 3)
-    limits = report._limits(a_run(predictions, ["cat", "dog", "eel"], broken_images=["cat/1.jpg"]))
+    limits = report._limitations(a_run(predictions, ["cat", "dog", "eel"], broken_images=["cat/1.jpg"]))
     assert limits.splitlines() == [
-        "- It learned from 1,234 images of pets at 32x48 pixels; on other images its figures will be others.",
-        "- It answers with one of 3 classes whatever it is shown.",
-        "- 1 of the classes have no held-out image: nothing is known of them.",
-        "- Its worst class is cat, of which it recognises 25.0% of 4 images.",
-        "- Most often it takes cat for dog: 3 of 4 images.",
+        "- The model was trained on 1,234 images of pets at 32x48 pixels. Expect other metrics on other images.",
+        "- It predicts one of 3 classes for any image, also for one that shows none of them.",
+        "- 1 classes have no evaluation image: their accuracy is unknown.",
+        "- Its worst class is cat, with an accuracy of 25.0% on 4 images.",
+        "- Its most frequent mistake is to predict dog for cat: 3 of 4 images.",
         "- Its confidence is off by 12.5% on average (expected calibration error, 15 bins).",
-        "- It is measured on 20% of the same data, held out by chance (split_seed 3).",
-        "- 1 image was unreadable and left out; `metrics.json` names them.",
+        "- It was evaluated on a random 20% of the same data (split_seed 3).",
+        "- 1 unreadable image was skipped; `metrics.json` lists them.",
     ]
 
 
 def test_limits_of_a_model_without_mistakes_name_no_worst() -> None:
-    limits = report._limits(a_run(predictions_of([0, 1], [0, 1], 2), ["cat", "dog"]))
-    assert "worst" not in limits and "Most often" not in limits and "unreadable" not in limits
+    limits = report._limitations(a_run(predictions_of([0, 1], [0, 1], 2), ["cat", "dog"]))
+    assert "worst" not in limits and "frequent mistake" not in limits and "unreadable" not in limits
 
 
 def test_of_many_classes_the_best_and_the_worst_are_listed() -> None:
@@ -174,7 +174,7 @@ def test_of_many_classes_the_best_and_the_worst_are_listed() -> None:
     labels = [number for number in range(60) for _ in range(60)]
     predicted = [label if place < label else (label + 1) % 60 for label in range(60) for place in range(60)]
     table = report._class_table(predictions_of(labels, predicted, 60), names).splitlines()
-    assert table[0] == "The ten best and the ten worst of 60." and len(table) == 2 + 2 + 20
+    assert table[0] == "The ten best and the ten worst of 60 classes." and len(table) == 2 + 2 + 20
     assert table[4].startswith("| class\\|59 | 60 | 98.3% |") and table[-1].startswith("| class\\|0 | 60 | 0.0% |")
 
 

@@ -11,10 +11,15 @@ import torch
 from tiny_run import assert_same_weights, colored_dataset, save_photos, spoil_loss, stop_at, tiny_recipe, weights
 
 from hf_vit import HFViTForImageClassification
+from hf_vit.system.stopping import Interrupted, StopSignals
 from hf_vit.training import checkpointing
-from hf_vit.training import loop as training_module
-from hf_vit.training.loop import CHECKPOINTS, LOG, METRICS, TASKS, Interrupted, Run, StopSignals, train
+from hf_vit.training import run as run_module
+from hf_vit.training.checkpointing import load_state
+from hf_vit.training.loop import train
+from hf_vit.training.optim import Schedule
+from hf_vit.training.run import CHECKPOINTS, LOG, METRICS, Run
 from hf_vit.training.state import RunLog
+from hf_vit.training.tasks import TASKS
 
 
 class Killed(BaseException):
@@ -71,11 +76,20 @@ def test_resumed_is_equal_to_uninterrupted(
     whole = train(tiny_recipe(data, tmp_path / "whole", **fields))
     with monkeypatch.context() as patch:
         stop_at(4, patch)  # of 9 steps: in the middle of the second epoch, and of a line of the log
-        with pytest.raises(Interrupted, match="Stopped by SIGINT behind step 5 of 9; saved in") as stopped:
+        with pytest.raises(Interrupted, match="Stopped by SIGINT after step 5 of 9; saved in") as stopped:
             train(tiny_recipe(data, tmp_path / "parts", **fields))
     assert stopped.value.exit_code == 130
     torch.manual_seed(12345)  # another process has another state
     assert_same_run(train(tiny_recipe(data, tmp_path / "parts", **fields)), whole)
+
+
+def test_the_keys_of_a_saved_state_are_a_file_format(photos: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(photos, tmp_path, max_steps=1))
+    state = load_state(tmp_path / CHECKPOINTS / "step-00000001")
+    keys = "average broken identity images_an_epoch is_evaluation_due log optimizer pace pending processes scaler step"
+    assert sorted(state) == keys.split()  # a run that an earlier version began resumes
+    assert sorted(state["pace"]) == ["images", "seconds", "training_seconds", "waited_seconds"]
+    assert sorted(state["broken"]) == ["evaluation", "training"]
 
 
 def test_fine_tuning_at_another_size_resumes(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,22 +120,22 @@ def test_a_signal_in_an_evaluation_saves_at_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(StopSignals, "heeded", stopping)
-        with pytest.raises(Interrupted, match=f"Stopped by SIGTERM behind step {3 * epoch} of 9; saved in"):
+        with pytest.raises(Interrupted, match=f"Stopped by SIGTERM after step {3 * epoch} of 9; saved in"):
             train(tiny_recipe(photos, tmp_path / "parts", **fields))
     assert len(calls) == epoch
     assert_same_run(train(tiny_recipe(photos, tmp_path / "parts", **fields)), whole)
 
 
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "a step": (training_module.Schedule, "apply", 5),
+    "a step": (Schedule, "apply", 5),
     "an evaluation": (TASKS["classification"], "evaluate", 2),
     "writing a line of the log": (RunLog, "add", 6),
-    "saving the model of a checkpoint": (training_module, "_save_model", 2),
+    "saving the model of a checkpoint": (run_module, "save_model", 2),
     "saving the state of a checkpoint": (checkpointing.torch, "save", 2),
     "syncing a checkpoint": (checkpointing, "sync", 11),
     "renaming a checkpoint": (Path, "rename", 2),
     "removing an old checkpoint": (checkpointing.shutil, "rmtree", 4),
-    "saving the final model": (training_module, "_save_model", 5),
+    "saving the final model": (run_module, "save_model", 5),
 }
 
 
@@ -168,7 +182,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
     newest.write_bytes(newest.read_bytes()[:-100])
     parts = train(tiny_recipe(photos, tmp_path / "parts", save_every=3))
     printed = capsys.readouterr().out
-    assert "Passed over step-00000007: model.safetensors is not what was written." in printed
+    assert "Ignored step-00000007: model.safetensors is corrupt." in printed
     assert "step-00000006: 6 of 9 steps are done" in printed
     assert_same_run(parts, whole)
 

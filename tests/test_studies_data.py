@@ -25,7 +25,8 @@ from hf_vit.studies.regularization import AUGMENTATION, METHODS, REGULARIZATION,
 from hf_vit.studies.resnet import SmallBitForImageClassification, build_resnet
 from hf_vit.studies.running import PlannedRun, key_of
 from hf_vit.studies.study import Results, Study, with_share
-from hf_vit.training.loop import Interrupted, train
+from hf_vit.system.stopping import Interrupted
+from hf_vit.training.loop import train
 from hf_vit.training.optim import parameter_groups
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.tasks import TASKS, architecture_of, build_model

@@ -23,9 +23,11 @@ from tiny_run import (
 )
 
 from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
-from hf_vit.training import loop as training_module
-from hf_vit.training.loop import CHECKPOINTS, METRICS, TIMING, StopSignals, train
+from hf_vit.system.stopping import StopSignals
+from hf_vit.training.loop import train
+from hf_vit.training.optim import Schedule
 from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.run import CHECKPOINTS, METRICS, TIMING
 from hf_vit.training.tasks import Classification
 
 
@@ -91,7 +93,7 @@ def test_a_finished_run_is_not_trained_again(photos: Path, tmp_path: Path, monke
 def test_another_recipe_does_not_go_on_with_a_run(photos: Path, tmp_path: Path) -> None:
     train(tiny_recipe(photos, tmp_path, max_steps=2))
     with pytest.raises(
-        ValueError, match=r"holds a run of another recipe or other data \(seed 0 -> 1\): choose another --output-dir"
+        ValueError, match=r"holds a run with another recipe or other data \(seed 0 -> 1\): choose another --output-dir"
     ):
         train(tiny_recipe(photos, tmp_path, max_steps=2, seed=1))
     train(tiny_recipe(photos, tmp_path, max_steps=2, num_workers=1, save_every=1))  # these change no weight
@@ -103,7 +105,7 @@ def test_another_recipe_does_not_go_on_with_a_run(photos: Path, tmp_path: Path) 
 
 def test_a_model_is_not_replaced_by_what_is_made_of_it(photos: Path, tmp_path: Path) -> None:
     train(tiny_recipe(photos, tmp_path, max_steps=1))
-    with pytest.raises(ValueError, match="holds the model to begin from: choose another --output-dir"):
+    with pytest.raises(ValueError, match="holds the model to start from: choose another --output-dir"):
         train(tiny_recipe(photos, tmp_path, max_steps=1, model=str(tmp_path), model_config={}))
 
 
@@ -140,14 +142,14 @@ def test_the_second_ctrl_c_ends_at_once() -> None:
 def test_a_loss_that_is_not_finite_names_the_step(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apply = training_module.Schedule.apply
+    apply = Schedule.apply
     monkeypatch.setattr(
-        training_module.Schedule,
+        Schedule,
         "apply",
         lambda self, optimizer, rate, step: apply(self, optimizer, float("nan") if step == 3 else rate, step),
     )
     with pytest.raises(
-        FloatingPointError, match="Step 5 is not finite, its loss or its gradient"
+        FloatingPointError, match="The loss or gradient of step 5 is not finite"
     ):  # step 4 spoils the weights
         train(tiny_recipe(photos, tmp_path, log_every=100, save_every=4))
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000004"]
@@ -174,7 +176,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(
 
     at_step(3, lambda: spoilt.append(True), monkeypatch)
     monkeypatch.setattr(Classification, "loss", loss)
-    with pytest.raises(FloatingPointError, match="Step 4 is not finite, its loss or its gradient"):
+    with pytest.raises(FloatingPointError, match="The loss or gradient of step 4 is not finite"):
         train(tiny_recipe(photos, tmp_path, save_every=1, max_grad_norm=max_grad_norm))
     assert max(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == "step-00000003"
 
@@ -263,7 +265,7 @@ def test_fields_of_all_kinds_learn(photos: Path, tmp_path: Path, fields: dict[st
 
 def test_a_tracker_that_is_not_installed_is_refused(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("hf_vit.training.parallel.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="tracker: wandb needs a package that is not there: pip install wandb"):
+    with pytest.raises(ValueError, match="tracker: wandb is not installed: pip install wandb"):
         train(tiny_recipe(photos, tmp_path, tracker="wandb"))
 
 

@@ -13,10 +13,10 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 
-from hf_vit.training import loop as training_module
 from hf_vit.training import tasks
-from hf_vit.training.loop import LOG
+from hf_vit.training.optim import Schedule
 from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.run import LOG
 
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 RECIPE: dict[str, Any] = {
@@ -81,14 +81,14 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def at_step(step: int, do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have something happen as `step`, counted from 0, begins."""
-    apply = training_module.Schedule.apply
+    apply = Schedule.apply
 
     def do_and_apply(self: Any, optimizer: Any, learning_rate: float, current: int) -> float:
         if current == step:
             do()
         return apply(self, optimizer, learning_rate, current)
 
-    monkeypatch.setattr(training_module.Schedule, "apply", do_and_apply)
+    monkeypatch.setattr(Schedule, "apply", do_and_apply)
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGINT) -> None:

@@ -36,9 +36,9 @@ def classification_loss(
     is_class = not labels.is_floating_point() and labels.ndim == 1
     kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     if kind == "single_label_classification" and is_class:
-        loss = F.cross_entropy(logits, labels, reduction="none")  # [B]; a label of -100 is ignored
+        loss = F.cross_entropy(logits, labels, reduction="sum")  # a label of -100 is ignored
         entries = (labels != -100).sum().clamp(min=1)
-        return loss.sum() / (entries if num_items_in_batch is None else num_items_in_batch)
+        return loss / (entries if num_items_in_batch is None else num_items_in_batch)
     if kind == "regression" and config.num_labels == 1:
         logits = logits.squeeze(-1)
         labels = labels.reshape(logits.shape)
@@ -50,13 +50,13 @@ def classification_loss(
     labels = labels.float()
     if kind == "single_label_classification":
         _check_soft_labels(labels, config)
-        # A row is one distribution, and its entries are averaged: num_labels items are one loss.
-        loss = -(labels * logits.log_softmax(dim=-1)) * logits.shape[-1]
-    elif kind == "regression":
-        loss = F.mse_loss(logits, labels, reduction="none")
-    else:
-        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+        # Every row is one distribution: its entries together count as num_labels items.
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return loss / len(labels) if num_items_in_batch is None else loss * logits.shape[-1] / num_items_in_batch
+    measure = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+    if num_items_in_batch is None:
+        return measure(logits, labels)
+    return measure(logits, labels, reduction="sum") / num_items_in_batch
 
 
 def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:

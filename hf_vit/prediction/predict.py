@@ -72,7 +72,7 @@ def predict_to_file(
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-    from ..system.locking import alone_as_one
+    from ..system.locking import lock_folder_together
     from ..system.stopping import StopSignals
     from .processes import Processes
     from .ray import RayActors
@@ -102,7 +102,7 @@ def predict_to_file(
             "compile": settings.compile,
         }
         try:
-            with alone_as_one(accelerator, table.folder):
+            with lock_folder_together(accelerator, table.folder):
                 table.check(plan, restart)
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:

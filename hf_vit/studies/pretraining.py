@@ -14,8 +14,8 @@ from ..evaluation.metrics import extract_features
 from ..evaluation.probing import few_shot
 from ..inspection.drawing import BLUE, GRAY, ORANGE, Figure, bare, new_figure
 from ..model.modeling_hf_vit import HFViTModel
-from ..training.loop import Run, data_of
 from ..training.recipe import TrainConfig
+from ..training.run import Run, data_of
 from .figures import ACCURACY, DASH, draw_dots, percent
 from .study import Cell, Finding, Results, Study, is_more, with_architecture
 

@@ -30,8 +30,9 @@ from ..evaluation.flops import count_flops
 from ..system.locking import alone_in
 from ..system.machine import cores, machine, processor, versions
 from ..system.stopping import Interrupted, StopSignals
-from ..training.loop import METRICS, train
+from ..training.loop import train
 from ..training.recipe import FREE_TO_CHANGE, TrainConfig
+from ..training.run import METRICS
 from .study import Cell, Factors, Results, Study
 
 RESULTS, RUNS = "results.jsonl", "runs"

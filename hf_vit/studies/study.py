@@ -16,8 +16,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ..inspection.drawing import Figure
-from ..training.loop import Run
 from ..training.recipe import TrainConfig
+from ..training.run import Run
 from ..training.tasks import build_model
 from .catalogue import CATALOGUE
 

@@ -130,18 +130,18 @@ def without_locks(folder: Path) -> str:
     return f"{folder} is on a file system without locks: make sure that no other process writes there."
 
 
-# Of a process whose neighbour has ended: how often it looks, how long an error of its own may take to come, and how
-# long the lock of a process may outlive its connections.
+# When another process of the run has died: how often to look, how long to wait for an error of our own, and how long
+# the lock of a process may outlive its connections.
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_SEE = 2.0, 10.0, 5.0
 
 
 @contextmanager
-def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Have a folder for the processes of one run, which end together.
+def lock_folder_together(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Lock a folder for all processes of one run, and end all of them when one dies.
 
     Raises:
-        ValueError: If another run is at work there.
-        OSError: If nothing can be written there; `ConnectionError`, which names the rank, if a process has ended.
+        ValueError: If another run uses the folder.
+        OSError: If the folder cannot be written to; `ConnectionError`, which names the rank, if a process has died.
     """
     lock, has_lock = FolderLock(folder, accelerator.process_index), False
     refusal: Exception | None = None
@@ -151,13 +151,13 @@ def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         refusal = error
     try:
         states = gather_object([(has_lock, refusal)])
-        if states[0][1] is not None:  # the others write nothing
+        if states[0][1] is not None:  # the main process decides: the others write nothing
             raise states[0][1]
         if not states[0][0]:
             accelerator.print(without_locks(folder))
-        # Machines that share no disk do not see each other's.
-        seen = [rank for rank, (holds, _) in enumerate(states) if has_lock and holds and rank != lock.process]
-        with _watching(lock, [rank for rank in seen if lock.is_held_by(rank)]):
+        # Machines that share no disk do not see each other's locks.
+        locked = [rank for rank, (holds, _) in enumerate(states) if has_lock and holds and rank != lock.process]
+        with _watching(lock, [rank for rank in locked if lock.is_held_by(rank)]):
             yield
         accelerator.end_training()
     finally:
@@ -166,16 +166,16 @@ def alone_as_one(accelerator: Accelerator, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
-    """End with a sentence when another process of the run has ended."""
+    """End with a clear error when another process of the run has died."""
     is_over = threading.Event()
     watcher = threading.Thread(target=_end_with_others, args=(lock, others, is_over), daemon=True)
     if others:
         watcher.start()
     try:
         yield
-    except RuntimeError as error:  # of whatever backend, in whatever collective
-        if ended := _ended(lock, others, SECONDS_TO_SEE):
-            raise ConnectionError(ended) from error
+    except RuntimeError as error:  # raised by any backend, in any collective
+        if message := _dead_processes(lock, others, SECONDS_TO_SEE):
+            raise ConnectionError(message) from error
         raise
     finally:
         is_over.set()
@@ -184,21 +184,21 @@ def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
 
 
 def _end_with_others(lock: FolderLock, others: list[int], is_over: threading.Event) -> None:
-    """End this process when another has ended and no error comes of it: on a GPU a collective may wait for ever."""
+    """Exit if another process has died and no error follows: on a GPU, a collective may wait forever."""
     while not is_over.wait(SECONDS_BETWEEN_LOOKS):
-        if (ended := _ended(lock, others)) and not is_over.wait(SECONDS_TO_END):
-            print(f"Error: {ended}", file=sys.stderr, flush=True)
+        if (message := _dead_processes(lock, others)) and not is_over.wait(SECONDS_TO_END):
+            print(f"Error: {message}", file=sys.stderr, flush=True)
             os._exit(2)
 
 
-def _ended(lock: FolderLock, others: list[int], seconds: float = 0.0) -> str:
-    """Say which processes of a run are no longer there, if that shows within some seconds."""
+def _dead_processes(lock: FolderLock, others: list[int], seconds: float = 0.0) -> str:
+    """Return an error message that names dead processes, or an empty string if all are alive after some seconds."""
     end = time.monotonic() + seconds
     while not (gone := [str(rank) for rank in others if not lock.is_held_by(rank)]):
         if not others or time.monotonic() >= end:
             return ""
         time.sleep(0.1)
     return (
-        f"The process of rank {', '.join(gone)} has ended before the run, which cannot go on without it: what was "
-        "saved is intact. Start all of them again to go on from there."
+        f"The process of rank {', '.join(gone)} died before the run was finished. Saved checkpoints are intact: start "
+        "all processes again to resume."
     )

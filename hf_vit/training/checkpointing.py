@@ -1,9 +1,9 @@
-"""Checkpoints of a run: a folder each, complete or not there.
+"""Checkpoints of a run: each is a folder that is either complete or ignored.
 
-A checkpoint is what `save_pretrained` writes, so that `from_pretrained` reads it, and all other state of the run in
-one dictionary (`training_state.pt`). It is written under a temporary name; a manifest with size and hash of every file
-comes last; everything is synced before the folder gets its name; only then do older ones go. What a kill, a full disk
-or a bad disk leaves behind is never mistaken for a checkpoint.
+A checkpoint holds the files of `save_pretrained`, so that `from_pretrained` reads it, and the rest of the run's state
+(`training_state.pt`). It is written under a temporary name. A manifest with the size and hash of every file comes
+last; everything is synced before the folder gets its name; only then are older checkpoints removed. So what remains
+after a kill or on a full or failing disk is never taken for a checkpoint.
 """
 
 import hashlib
@@ -19,40 +19,39 @@ from ..system.disk import UNFINISHED, sync, writing
 
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
-STEP = "step-" + 8 * "[0-9]"  # nothing that a user has put beside them
+STEP = "step-" + 8 * "[0-9]"  # matches no other files of a user in the folder
 
 
 class CheckpointFolder:
     """The checkpoints of one run, by step.
 
     Args:
-        folder: Made at the first save.
-        keep: How many of the newest to keep.
+        folder: Created by the first save.
+        keep: Number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 1:
             raise ValueError(f"keep_checkpoints must be at least 1, got {keep}: a run resumes from the newest.")
-        self.folder = folder
-        self.keep = keep
+        self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of `step`, then remove all but it and the newest before it, `keep` in all.
+        """Write the checkpoint of `step`, then remove all but the `keep` newest.
 
         Args:
-            step: Number of steps that are done.
+            step: Number of completed steps.
             state: Tensors and plain Python values; see `load_state`.
-            write_model: Writes the model's own files into a folder.
+            write_model: Writes the model files into a folder.
 
         Raises:
-            OSError: If the disk is full, among others. Earlier checkpoints are untouched then.
+            OSError: If the disk is full, for example. Earlier checkpoints are intact then.
         """
         final = self.folder / f"step-{step:08d}"
         try:
             self._write(final, step, state, write_model)
-        except FileNotFoundError:  # somebody has removed the folder meanwhile; what was in it is still in memory
+        except FileNotFoundError:  # the folder was removed meanwhile; its content is still in memory
             self._write(final, step, state, write_model)
-        # Whoever goes on from a step has found all later ones damaged: they must not count as the newest.
+        # Later checkpoints were corrupt, or the run would have resumed from them: they must not stay the newest.
         kept = [path for path in self._newest_first() if path.name <= final.name][: self.keep]
         for other in self._newest_first():
             if other not in kept:
@@ -68,14 +67,14 @@ class CheckpointFolder:
                     shutil.rmtree(leftover, ignore_errors=True)
                 unfinished.mkdir()
                 write_model(unfinished)
-                with (unfinished / STATE).open("wb") as file:  # given a path, torch would hide why it cannot write
+                with (unfinished / STATE).open("wb") as file:  # given a path, torch hides why it cannot write
                     torch.save(state, file)
                 files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-                manifest = {str(path.relative_to(unfinished)): _describe(path) for path in files}
+                manifest = {str(path.relative_to(unfinished)): _fingerprint(path) for path in files}
                 (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
                 for path in [*files, unfinished / MANIFEST, unfinished]:
                     sync(path)
-                shutil.rmtree(final, ignore_errors=True)  # there is one only if it was found damaged
+                shutil.rmtree(final, ignore_errors=True)  # exists only if it was found corrupt
                 unfinished.rename(final)
                 sync(self.folder)
         except Exception:
@@ -83,14 +82,14 @@ class CheckpointFolder:
             raise
 
     def newest(self, say: Callable[[str], None]) -> Path | None:
-        """Return the newest checkpoint that is whole; `say` what was passed over and why."""
+        """Return the newest complete checkpoint; `say` which ones are ignored and why."""
         for leftover in self.folder.glob(f"{UNFINISHED}*"):
-            say(f"Passed over {leftover.name}: it was not finished.")
+            say(f"Ignored {leftover.name}: it was not finished.")
         for checkpoint in self._newest_first():
             damage = find_damage(checkpoint)
             if damage is None:
                 return checkpoint
-            say(f"Passed over {checkpoint.name}: {damage}.")
+            say(f"Ignored {checkpoint.name}: {damage}.")
         return None
 
     def _newest_first(self) -> list[Path]:
@@ -98,7 +97,7 @@ class CheckpointFolder:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the dictionary that was saved; only tensors and plain values are read, no code."""
+    """Load the state of a checkpoint; only tensors and plain values are read, no code."""
     return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
 
 
@@ -111,21 +110,21 @@ def find_damage(checkpoint: Path) -> str | None:
     except (ValueError, OSError):
         return f"its {MANIFEST} cannot be read"
     if not isinstance(manifest, dict):
-        return f"its {MANIFEST} is not what was written"
+        return f"its {MANIFEST} is corrupt"
     for name in (STATE, *sorted(path.name for path in checkpoint.glob("*.safetensors"))):
         if name not in manifest:
-            return f"its {MANIFEST} does not name {name}"
-    for name, description in manifest.items():
+            return f"its {MANIFEST} does not list {name}"
+    for name, fingerprint in manifest.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         try:
-            if _describe(checkpoint / name) != description:
-                return f"{name} is not what was written"
+            if _fingerprint(checkpoint / name) != fingerprint:
+                return f"{name} is corrupt"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

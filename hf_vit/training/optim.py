@@ -1,4 +1,4 @@
-"""Optimizers: which parameters are treated how, and how the learning rate goes over the steps."""
+"""Optimizers, parameter groups, and learning rate schedules."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,42 +8,42 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-# What weight decay applies to: matrices of these. Biases, norms, tokens, positions and LayerScale stay free.
+# Weight decay applies to the matrices of these modules, not to biases, norms, tokens, positions and LayerScale.
 DECAYED = (nn.Linear, nn.Conv2d)
 
 
 def parameter_groups(
     model: Any, weight_decay: float = 0.0, layer_decay: float = 1.0, position_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters of a model by how they are optimized.
+    """Group the trainable parameters of a model by their optimizer settings.
 
     Args:
-        model: The encoder, or a head that finds it by `base_model_prefix`. One without `embeddings` and `layers`, of
-            another architecture, learns at one rate.
-        weight_decay: Of matrices.
-        layer_decay: Factor on the learning rate for each layer further from the head (arXiv:2106.08254).
+        model: An encoder, or a model that holds one under its `base_model_prefix`. If the encoder has no `embeddings`
+            and `layers`, as in other architectures, all parameters have one learning rate.
+        weight_decay: Weight decay of matrices.
+        layer_decay: Factor on the learning rate per layer, counted from the head (arXiv:2106.08254).
         position_lr_scale: Factor on the learning rate of learned positions.
 
     Returns:
-        Groups of `params`, `weight_decay`, `lr_scale` and `use_fallback`. A group's `lr` is to be `lr_scale` times
-        the learning rate. `use_fallback` is what Muon reads: true for all but the encoder's matrices.
+        Groups with `params`, `weight_decay`, `lr_scale` and `use_fallback`. The `lr` of a group is to be `lr_scale`
+        times the learning rate. Muon reads `use_fallback`, which is true for all but the encoder's matrices.
     """
     encoder = getattr(model, model.base_model_prefix, model)
     head, depths, positions = 0, {}, set()
     if hasattr(encoder, "layers"):
         head = len(encoder.layers) + 1
-        before = (*encoder.embeddings.parameters(), *encoder.pre_layernorm.parameters())
-        depths = {id(parameter): 0 for parameter in before}
+        first = (*encoder.embeddings.parameters(), *encoder.pre_layernorm.parameters())
+        depths = {id(parameter): 0 for parameter in first}
         for depth, layer in enumerate(encoder.layers, start=1):
             depths.update((id(parameter), depth) for parameter in layer.parameters())
         positions = {id(parameter) for parameter in encoder.embeddings.position_embeddings.parameters()}
-        is_of_layers = encoder.config.position_placement != "input"
-        if is_of_layers or encoder.config.position_embedding_type == "relative":  # at the head, as in BEiT
+        is_in_layers = encoder.config.position_placement != "input"
+        if is_in_layers or encoder.config.position_embedding_type == "relative":  # learn with the head, as in BEiT
             depths.update(dict.fromkeys(positions, head))
     elif (layer_decay, position_lr_scale) != (1.0, 1.0):
         raise ValueError(
-            f"{type(model).__name__} has no layers and positions that could learn at their own rates: set "
-            f"layer_decay and position_lr_scale to 1, got {layer_decay} and {position_lr_scale}."
+            f"{type(model).__name__} has no layers and positions with separate learning rates: set layer_decay and "
+            f"position_lr_scale to 1, got {layer_decay} and {position_lr_scale}."
         )
     in_encoder = {id(parameter) for parameter in encoder.parameters()}
 
@@ -58,8 +58,8 @@ def parameter_groups(
             scale *= position_lr_scale if id(parameter) in positions else 1.0
             is_fallback = not (is_matrix and id(parameter) in in_encoder)
             settings = {"weight_decay": decay, "lr_scale": scale, "use_fallback": is_fallback}
-            is_divided = isinstance(parameter, DTensor)  # fused steps do not mix them with whole ones
-            group = groups.setdefault((decay, scale, is_fallback, is_divided), {"params": [], **settings})
+            is_sharded = isinstance(parameter, DTensor)  # fused optimizers do not mix them with plain tensors
+            group = groups.setdefault((decay, scale, is_fallback, is_sharded), {"params": [], **settings})
             group["params"].append(parameter)
     return list(groups.values())
 
@@ -68,7 +68,7 @@ def _timm() -> Any:
     try:
         from timm import optim
     except ImportError as error:
-        raise ValueError("Lion, LAMB and Muon are timm's, which is not installed: pip install timm.") from error
+        raise ValueError("Lion, LAMB and Muon need timm: pip install timm.") from error
     return optim
 
 
@@ -76,7 +76,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups, lr, betas, momentum: torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True),
     "sgd": lambda groups, lr, betas, momentum: torch.optim.SGD(groups, lr=lr, momentum=momentum),
     "lion": lambda groups, lr, betas, momentum: _timm().Lion(groups, lr=lr, betas=betas),
-    # timm's own clipping is off: whoever trains clips gradients, once and for every optimizer alike.
+    # timm's own clipping is off: the loop clips gradients in the same way for every optimizer.
     "lamb": lambda groups, lr, betas, momentum: _timm().Lamb(groups, lr=lr, betas=betas, max_grad_norm=None),
     "muon": lambda groups, lr, betas, momentum: _timm().Muon(groups, lr=lr, betas=betas, momentum=momentum),
 }
@@ -89,26 +89,26 @@ def build_optimizer(
     betas: Iterable[float] = (0.9, 0.999),
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer called `name`, for groups of `parameter_groups`.
+    """Return an optimizer by name, for groups from `parameter_groups`.
 
     Args:
-        name: `"adamw"`; `"sgd"`; or of timm `"lion"` (arXiv:2302.06675), `"lamb"` (arXiv:1904.00962), which adapts to
-            the norm of those that decay alone, and `"muon"` (arXiv:2502.16982), which takes over learning rates of
-            AdamW and leaves to it whatever has `use_fallback`.
-        groups: With `weight_decay` each.
-        learning_rate: Of groups with `lr_scale` 1; `Schedule.apply` sets it at every step.
-        betas: Of AdamW, LAMB, Lion (its paper's are 0.9 and 0.99), and AdamW within Muon.
-        momentum: Of SGD, and of Muon (its paper's is 0.95).
+        name: `"adamw"`, `"sgd"`, or from timm `"lion"` (arXiv:2302.06675), `"lamb"` (arXiv:1904.00962), which scales
+            the step by the norm of decayed parameters only, and `"muon"` (arXiv:2502.16982), which uses AdamW's
+            learning rates, and AdamW itself for groups with `use_fallback`.
+        groups: Parameter groups, each with `weight_decay`.
+        learning_rate: Learning rate of groups with `lr_scale` 1; `Schedule.apply` sets it in every step.
+        betas: Decay rates for AdamW, LAMB, Lion (0.9 and 0.99 in its paper), and the AdamW inside Muon.
+        momentum: Momentum of SGD and Muon (0.95 in its paper).
 
     Raises:
-        ValueError: If there is no such optimizer, or timm is not installed where it is timm's.
+        ValueError: If the name is unknown, or the optimizer needs timm, which is not installed.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"Unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}.")
     return OPTIMIZERS[name](groups, learning_rate, tuple(betas), momentum)
 
 
-# Each maps progress behind the warm-up, 0 to 1, to a factor on the learning rate.
+# Each maps the progress after warm-up, 0 to 1, to a factor on the learning rate.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -117,13 +117,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 class Schedule:
-    """Give the factor on the learning rate as a function of the step alone, so that there is nothing to save.
+    """The factor on the learning rate as a function of the step alone, so that it has no state to save.
 
     Args:
         kind: A key of `SCHEDULES`.
-        total_steps: Length of the run.
-        warmup_steps: Steps in which the factor rises linearly to 1.
-        cooldown_steps: Steps at the end in which it falls linearly to 0, from where the kind had brought it.
+        total_steps: Number of steps of the run.
+        warmup_steps: Number of steps in which the factor rises linearly to 1.
+        cooldown_steps: Number of final steps in which the factor falls linearly to 0, from its value at their start.
 
     Example:
         >>> schedule = Schedule("cosine", total_steps=110, warmup_steps=10)
@@ -144,12 +144,12 @@ class Schedule:
         cooldown = min(1.0, left / self.cooldown_steps) if self.cooldown_steps else 1.0
         if step < self.warmup_steps:
             return cooldown * (step + 1) / (self.warmup_steps + 1)
-        on_curve = max(min(step, self.total_steps - self.cooldown_steps), self.warmup_steps)  # it stays in a cooldown
+        on_curve = max(min(step, self.total_steps - self.cooldown_steps), self.warmup_steps)  # fixed during cooldown
         progress = (on_curve - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return cooldown * self.curve(progress)
 
     def apply(self, optimizer: Any, learning_rate: float, step: int) -> float:
-        """Set the learning rate of every group for `step`, and return the one of groups with `lr_scale` 1."""
+        """Set the learning rate of every group for `step`, and return that of groups with `lr_scale` 1."""
         current = learning_rate * self(step)
         for group in optimizer.param_groups:
             group["lr"] = current * group["lr_scale"]

@@ -1,7 +1,7 @@
-"""One process or many: what Accelerate is told, and the state of a run whole, however it is divided.
+"""One process or many: setting up Accelerate, and gathering or loading the complete state of a run.
 
-How the work is divided is the launcher's to say: `accelerate launch` and its config, or `torchrun` with the variables
-that it would set. One copy of the model a process (DDP), shards (FSDP2) and tensor parallelism train the same model.
+The launcher decides how the work is divided: `accelerate launch` and its config, or `torchrun` with the variables that
+`accelerate launch` would set. Data parallelism (DDP), sharding (FSDP2) and tensor parallelism train the same model.
 """
 
 import os
@@ -33,98 +33,99 @@ from torch.distributed.checkpoint.state_dict import (
 from ..system.machine import resolve_precision
 from .recipe import TrainConfig
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+COMPLETE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the Accelerator of a run."""
-    output_dir = Path(config.output_dir)
-    if config.tracker != "none" and find_spec(config.tracker) is None:  # Accelerate would pass over it
-        raise ValueError(f"tracker: {config.tracker} needs a package that is not there: pip install {config.tracker}")
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    """Return the Accelerator of a run; raise `ValueError` if its tracker is not installed."""
+    if config.tracker != "none" and find_spec(config.tracker) is None:  # Accelerate would ignore it
+        raise ValueError(f"tracker: {config.tracker} is not installed: pip install {config.tracker}")
+    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
     accelerator = Accelerator(
         mixed_precision=resolve_precision(config.precision),
         gradient_accumulation_steps=config.accumulation_steps,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        # The learning rate is set by the step; Accelerate must not scale it.
-        step_scheduler_with_optimizer=False,
+        step_scheduler_with_optimizer=False,  # the learning rate follows from the step
         log_with=None if config.tracker == "none" else config.tracker,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "runs")),
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(_tracker_folder(config))),
     )
     if accelerator.device.type == "cpu" and accelerator.num_processes > 2:
-        # DDP lays gradients out anew behind the first step, and the order in which more than two are added follows
-        # from the layout: a run that is resumed would differ in the last bits. With this, the first layout stays.
+        # DDP changes its buckets after the first step, and with more than two processes the order of summation follows
+        # from the buckets: a resumed run would differ in the last bits. This option keeps the first buckets.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    is_fsdp_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if is_fsdp_asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate says that it shards on accelerators alone, and passes over the request elsewhere. Its FSDP2 has
-        # no such limit.
+    is_fsdp_requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if is_fsdp_requested and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate ignores the request on CPUs, though its FSDP2 works there.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     return accelerator
 
 
+def _tracker_folder(config: TrainConfig) -> Path:
+    return Path(config.output_dir, "runs")
+
+
 def start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Tell the tracker that a recipe names what the run is; every line of the log goes there too."""
+    """Start the tracker of the recipe, if any, with the recipe as its config."""
     if config.tracker == "none":
         return
     plain = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(config).items()}
-    folder = Path(config.output_dir, "runs")
+    folder = _tracker_folder(config)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    options = {"wandb": {"dir": str(folder)}}  # which would write where the command was called
+    options = {"wandb": {"dir": str(folder)}}  # by default, it writes into the current directory
     accelerator.init_trackers(Path(config.output_dir).resolve().name, config=plain, init_kwargs=options)
 
 
-def tensor_parallel_size(accelerator: Accelerator) -> int:
-    """Return over how many processes every matrix is divided."""
+def _tensor_parallel_size(accelerator: Accelerator) -> int:
     return accelerator.parallelism_config.tp_size if accelerator.parallelism_config is not None else 1
 
 
 def data_parts(accelerator: Accelerator) -> tuple[int, int]:
-    """Return into how many parts the data is divided, and which of them this process takes."""
-    size = tensor_parallel_size(accelerator)  # processes that divide a matrix see the same images
+    """Return the number of parts that the data is divided into, and the part of this process."""
+    size = _tensor_parallel_size(accelerator)  # processes that share a matrix see the same images
     return accelerator.num_processes // size, accelerator.process_index // size
 
 
-def speaks_for_part(accelerator: Accelerator) -> bool:
-    """Return whether what this process measures counts, of those that see the same images."""
-    return accelerator.process_index % tensor_parallel_size(accelerator) == 0
+def counts_in_evaluation(accelerator: Accelerator) -> bool:
+    """Return whether this process is the one that counts among those that see the same images."""
+    return accelerator.process_index % _tensor_parallel_size(accelerator) == 0
 
 
-def divide_matrices(model: Any, accelerator: Accelerator) -> Any:
-    """Return the model by the tensor-parallel plan of its config, if Accelerate's parallelism config asks for that."""
-    size = tensor_parallel_size(accelerator)
+def shard_matrices(model: Any, accelerator: Accelerator) -> Any:
+    """Return the model sharded by its tensor-parallel plan, if Accelerate's parallelism config asks for that."""
+    size = _tensor_parallel_size(accelerator)
     if size == 1:
         return model
     from transformers.distributed import DistributedConfig
 
-    with tempfile.TemporaryDirectory() as folder:  # transformers divides what it loads, and nothing else
+    with tempfile.TemporaryDirectory() as folder:  # transformers shards only while loading
         model.config.save_pretrained(folder)
         save_file(model.state_dict(), Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        divided = type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=size))
-    for parameter, whole in zip(divided.parameters(), model.parameters(), strict=True):
-        parameter.requires_grad_(whole.requires_grad)
-    del divided.config.distributed_config  # it has a save wait for all processes; here one alone writes, and all of it
-    return divided
+        sharded = type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=size))
+    for parameter, original in zip(sharded.parameters(), model.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
+    # With this attribute, saving waits for all processes; here the main process alone saves the complete weights.
+    del sharded.config.distributed_config
+    return sharded
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:
-    """Return a copy of all weights by their names in the model itself; to be asked for by all processes."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=WHOLE)
+    """Return a copy of all weights by their names in the unwrapped model; called by all processes together."""
+    weights: dict[str, Any] = get_model_state_dict(model, options=COMPLETE)
     return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def load_weights(model: Any, weights: dict[str, Any]) -> None:
-    """Give every process its part of `weights`."""
+    """Load complete weights; each process takes its shards."""
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
 def optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the whole state of the optimizer by names of parameters; to be asked for by all processes."""
-    return get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE)
+    """Return the complete optimizer state by parameter names; called by all processes together."""
+    return get_optimizer_state_dict(model, optimizer.optimizer, options=COMPLETE)
 
 
 def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Give every process its part of the state."""
+    """Load a complete optimizer state; each process takes its shards."""
     set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))

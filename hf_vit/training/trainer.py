@@ -1,7 +1,7 @@
-"""What transformers' Trainer takes to train a Vision Transformer as our own loop does.
+"""What transformers' Trainer needs to train a Vision Transformer as `hf-vit train` does.
 
-Images are augmented and mixed by (seed, epoch, image), so that a run which resumes from any checkpoint of Trainer goes
-on as if it had never stopped, also in the middle of an epoch and with any number of workers.
+Augmentation and mixing follow from (seed, epoch, image). So a run that resumes from a checkpoint of Trainer continues
+exactly, also in the middle of an epoch and with any number of workers.
 """
 
 import json
@@ -22,9 +22,9 @@ from .optim import DECAYED
 
 
 class EpochImages(TrainingImages):
-    """Give training images by index, augmented anew in every epoch, each with the seed that a mixed batch draws from.
+    """Training images by index, with another augmentation in every epoch, and a seed for mixing the batch.
 
-    `ViTTrainer` keeps `epoch`.
+    `ViTTrainer` sets `epoch`.
     """
 
     epoch = 0
@@ -35,9 +35,9 @@ class EpochImages(TrainingImages):
 
 @dataclass
 class Collator:
-    """Make a batch: normalized as `processor` does and, if the images are `EpochImages`, mixed by `mixer`.
+    """Make a batch: normalized by `processor` and, if it comes from `EpochImages`, mixed by `mixer`.
 
-    Labels are mixed to soft ones `[B, num_labels]`: state `problem_type="single_label_classification"` in the config.
+    Mixed labels are soft, `[B, num_labels]`: set `problem_type="single_label_classification"` in the config.
     """
 
     processor: Any
@@ -53,34 +53,34 @@ class Collator:
 
 
 class ViTTrainer(Trainer):
-    """Trainer on `EpochImages`, with `Collator`; set `remove_unused_columns=False` in its arguments.
+    """Trainer for `EpochImages` and `Collator`; needs `remove_unused_columns=False` in its arguments.
 
-    Weight decay spares tokens and positions, too; the patterns of Trainer know biases and norms alone.
+    Weight decay excludes tokens and positions, too; Trainer itself excludes biases and norms only.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_EpochOfImages())
+        self.add_callback(_SetEpoch())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, DECAYED)]
 
 
-class _EpochOfImages(TrainerCallback):
+class _SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         train_dataloader.dataset.epoch = int(state.epoch)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of images whose likeliest class is theirs; for `compute_metrics`."""
+    """Return the share of correct predictions; for `compute_metrics`."""
     logits = np.asarray(prediction.predictions)
     return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest checkpoint of Trainer in a folder that was written to its end, if there is one.
+    """Return the newest complete checkpoint of Trainer in a folder, or `None`.
 
-    Trainer writes its own state last. transformers' `get_last_checkpoint` takes what a kill has left half-written.
+    Trainer writes `trainer_state.json` last. transformers' `get_last_checkpoint` may return a half-written checkpoint.
     """
     paths = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     return next((str(path) for path in paths if _is_complete(path)), None)
@@ -94,10 +94,10 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def add_lora(model: HFViTForImageClassification, rank: int) -> Any:
-    """Freeze a classifier, and return it as peft's `PeftModel` that learns its head and small products beside.
+    """Freeze a classifier and return it as peft's `PeftModel`, which trains its head and low-rank updates.
 
-    Every linear layer of the blocks, `qkv`, `o_proj`, `fc1`, `fc2` and a gated MLP's `gate`, learns a product of two
-    matrices of `rank` that is added to it (LoRA, arXiv:2106.09685); the head is learned, and saved, as a whole.
+    Every linear layer of the blocks, `qkv`, `o_proj`, `fc1`, `fc2` and `gate` of a gated MLP, gets an update of `rank`
+    (LoRA, arXiv:2106.09685). The head is trained and saved completely.
 
     Raises:
         ValueError: If peft is not installed.

@@ -32,7 +32,7 @@ __all__ = [
     "__version__",
 ]
 
-_load, _, _ = lazy_exports(
+_load = lazy_exports(
     __name__,
     {
         "model.configuration_hf_vit": ["HFViTConfig"],
@@ -42,7 +42,7 @@ _load, _, _ = lazy_exports(
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
         "prediction.pipeline": ["HFViTImageClassificationPipeline"],
     },
-)
+)[0]
 
 
 def __getattr__(name: str) -> Any:

@@ -74,7 +74,7 @@ def _read_other_checkpoints() -> None:
 
         return read_foreign(*arguments)
 
-    sys.modules[MODELS].HFViTPreTrainedModel.checkpoint_reader = staticmethod(read_foreign)  # type: ignore[attr-defined]
+    sys.modules[MODELS].HFViTPreTrainedModel.checkpoint_reader = staticmethod(read_foreign)
 
 
 class Registration:
@@ -132,7 +132,7 @@ class ImportHook:
         for finder in sys.meta_path:
             if not _is_hook(finder) and (spec := finder.find_spec(fullname, path, target)) is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _TellingLoader(spec.loader, self)
+                    spec.loader = _TellingLoader(spec.loader, self)  # type: ignore[assignment]
                 return spec
         return None
 

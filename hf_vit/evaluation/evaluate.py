@@ -191,7 +191,9 @@ class _Run:
             return median(throughputs({0: lambda: model}, pixel_values, self.accelerator)[0]), {}
         merge_tokens(model, merged_per_layer)
         metrics = self.classify(is_stateless=False).metrics()
-        prepare = {number: partial(merge_tokens, model, number) for number in (0, merged_per_layer)}
+        prepare: dict[int, Callable[[], Any]] = {
+            number: partial(merge_tokens, model, number) for number in (0, merged_per_layer)
+        }
         speeds = throughputs(prepare, pixel_values, self.accelerator)
         merged = {"figures": metrics, "images_per_second": {"model": median(speeds[merged_per_layer])}}
         return median(speeds[0]), {"merged": {"per_layer": merged_per_layer, **merged}}

@@ -92,9 +92,10 @@ def write_card(
     )
     if results:
         data.metrics, data.model_name = list(results), title
-        about = (data.pipeline_tag, dataset_id or "custom", str(dataset))
+        task, dataset_type = str(data.pipeline_tag), dataset_id or "custom"
         data.eval_results = [
-            EvalResult(*about, metric, value, dataset_split=split) for metric, value in results.items()
+            EvalResult(task, dataset_type, str(dataset), metric, value, dataset_split=split)
+            for metric, value in results.items()
         ]
     card = ModelCard.from_template(
         data,

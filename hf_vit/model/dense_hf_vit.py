@@ -142,7 +142,7 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
         )
 
 
-class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):
+class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):  # type: ignore[misc]
     """The encoder as a backbone of segmentation and detection models."""
 
     def __init__(self, config: HFViTConfig) -> None:

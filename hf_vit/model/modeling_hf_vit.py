@@ -135,7 +135,7 @@ class HFViTEmbeddings(nn.Module):
         patches, kept = self.patch_dropout(self.position_embeddings(patches, grid))
         positions = self.position_embeddings.placed(patches, grid, kept)
         tokens = [self.cls_token, self.distillation_token, self.register_tokens]
-        present = [token for token in tokens if token is not None]
+        present: list[Tensor] = [token for token in tokens if token is not None]
         if present:
             prefix = self.position_embeddings.place_prefix(torch.cat(present, dim=1)).to(patches.dtype)
             patches = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
@@ -250,7 +250,7 @@ class HFViTLayer(GradientCheckpointingLayer):
 # ------------------------------------------------------------------------------------------------------- the model
 
 
-class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):
+class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: ignore[misc]
     """Base class: what transformers needs to know about the models, and their initial weights."""
 
     config: HFViTConfig

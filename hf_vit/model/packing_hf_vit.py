@@ -95,7 +95,7 @@ class HFViTPacking:
         return tokens, HFViTPositions(
             added=self._repeat(added),
             bias=None if biases[0] is None else list(zip(*biases, strict=True)),
-            rotation=None if rotations[0] is None else tuple(map(self._repeat, zip(*rotations, strict=True))),  # type: ignore[arg-type]
+            rotation=None if rotations[0] is None else tuple(map(self._repeat, zip(*rotations, strict=True))),
         )
 
     def _repeat(self, of_groups: tuple[Tensor | None, ...]) -> Any:
@@ -127,7 +127,8 @@ class HFViTPacking:
         """
         if masks is None and self._can_use_flash(value, dropout):
             return flash_attention(query, key, value, self, scaling).unsqueeze(0), None
-        groups = zip(*map(self.split, (query, key, value)), masks or [None] * len(self.groups), strict=True)
+        of_groups: list[Any] = masks or [None] * len(self.groups)
+        groups = zip(*map(self.split, (query, key, value)), of_groups, strict=True)
         parts = [attention(module, *group, scaling=scaling, dropout=dropout, **kwargs)[0] for group in groups]
         return torch.cat([part.flatten(0, 1) for part in parts]).unsqueeze(0), None
 

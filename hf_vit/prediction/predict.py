@@ -84,7 +84,7 @@ def predict_to_file(
         is_cpu = torch.accelerator.current_accelerator(True) is None
         accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
         settings = replace(settings, precision=inference_precision(settings.precision))
-        workers = {"processes": Processes, "ray": RayActors}[engine](settings, accelerator)
+        workers = RayActors(settings, accelerator) if engine == "ray" else Processes(settings, accelerator)
         batch_size = settings.batch_size or default_batch_size(workers.device)
         shard_size = BATCHES_PER_SHARD * batch_size
         planned = Survey(sources.parts(shard_size))

@@ -6,7 +6,7 @@ pixels, and the GPU normalizes and classifies them.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -142,7 +142,7 @@ class Predictor:
         for _, predictions in self.in_batches((None, batch) for batch in batches):
             yield from predictions
 
-    def in_batches(self, batches: Iterable[tuple[Tag, list[Source]]]) -> Iterator[tuple[Tag, list[Prediction]]]:
+    def in_batches(self, batches: Iterable[tuple[Tag, Sequence[Source]]]) -> Iterator[tuple[Tag, list[Prediction]]]:
         """Yield the predictions of every batch, in order, with the tag of the batch.
 
         Predictions depend on the images of the batch alone, to the last bit, not on other batches or on the worker.
@@ -158,7 +158,7 @@ class Predictor:
             for tag, read in on_every_core(lambda item: (item[0], self._read(item[1])), batches, self.workers):
                 yield tag, self._predict(*read)
 
-    def _read(self, sources: list[Source]) -> tuple[list[Prediction], dict[int, Tensor]]:
+    def _read(self, sources: Sequence[Source]) -> tuple[list[Prediction], dict[int, Tensor]]:
         """Return empty predictions, and the pixels of readable images by index, uint8 `[C, H, W]`."""
         predictions = [Prediction(source) for source in sources]
         pixels = {}
@@ -170,10 +170,11 @@ class Predictor:
         return predictions, pixels
 
     def _pixels(self, source: Source) -> Tensor:
+        image: Any = source
         if not isinstance(source, Image.Image):
             read: Callable[..., Any] = read_stored if isinstance(source, dict) else read_image
-            source = read(source, self.processor.least_size)
-        return preprocess(source, self.processor)
+            image = read(source, self.processor.least_size)
+        return preprocess(image, self.processor)
 
     @torch.inference_mode()
     def _predict(self, predictions: list[Prediction], pixels: dict[int, Tensor]) -> list[Prediction]:

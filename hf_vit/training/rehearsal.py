@@ -273,7 +273,7 @@ class Rehearsal:
         images = evaluation_length(run.data, self.config.eval_fraction)
         if images is None:
             return None
-        order = run.eval_loader.batch_sampler
+        order: Any = run.eval_loader.batch_sampler
         left = max(0, math.ceil(images / (order.batch_size * order.processes)) - number)
         # The first batches of all workers come together, after the time it takes to start the workers.
         return seconds + left * (marks[-1] - marks[workers - 1]) / (number - workers)

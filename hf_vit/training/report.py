@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import inspection
-from ..data.images import EvaluationImages, Visit
+from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import RECIPE, ImageData
 from ..evaluation.metrics import ImageResults
 from ..hub.card import write_card
@@ -136,7 +136,11 @@ def _image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Cal
         return lambda position: images[int(predictions.index[position])]["pixel_values"]
     # A stream is read once more, for the few images that are shown.
     positions = {int(predictions.index[position]): position for position in inspection.shown_predictions(predictions)}
-    visits = (Visit(0, number, row) for number, row in enumerate(images.rows()) if number in positions)
+    visits = (
+        Visit(0, number, row)
+        for number, row in enumerate(stored_rows(images.split, images.columns))
+        if number in positions
+    )
     return {positions[visit.index]: images[visit]["pixel_values"] for visit in visits}.__getitem__
 
 
@@ -235,5 +239,7 @@ def _recipe(config: TrainConfig) -> str:
 def for_others(config: TrainConfig) -> TrainConfig:
     """Return a recipe that may be published: without absolute paths of this machine or its user's repository."""
     paths = {name: getattr(config, name) for name in ("data", "model", "output_dir")}
-    public = {name: Path(value).name for name, value in paths.items() if value and Path(value).is_absolute()}
+    public: dict[str, Any] = {
+        name: Path(value).name for name, value in paths.items() if value and Path(value).is_absolute()
+    }
     return replace(config, push_to_hub=None, **public)

@@ -27,7 +27,7 @@ from hf_vit.benchmark.suites import (
 )
 from hf_vit.checkpoints import open_checkpoint
 from hf_vit.cli.main import app
-from hf_vit.system.machine import FLAGS, hardware, slug, versions
+from hf_vit.system.machine import FLAGS, hardware, installed_versions, slug
 
 CASE = Case("inference", "quick, batch 2", 2, "quick")
 runner = CliRunner()
@@ -163,7 +163,7 @@ def test_slug() -> None:
 def test_the_machine_is_described() -> None:
     machine = hardware()
     assert machine["cores"] >= 1 and set(machine["flags"]) <= set(FLAGS)
-    lines = table.describe(machine, versions())
+    lines = table.describe(machine, installed_versions())
     assert f"{machine['cores']} CPU cores" in lines[0] and f"torch {torch.__version__.split('+')[0]}" in lines[1]
 
 

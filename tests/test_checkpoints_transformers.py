@@ -326,7 +326,7 @@ def test_a_config_of_an_older_transformers_is_read(tmp_path):
 def test_a_biased_query_alone_is_refused(tmp_path):
     stock_model("DINOv3").save_pretrained(tmp_path)
     edit_config(tmp_path, lambda config: config.update(value_bias=False))
-    with pytest.raises(ValueError, match="a bias of queries or of values alone"):
+    with pytest.raises(ValueError, match="a bias of only queries or only values"):
         open_checkpoint(tmp_path)
 
 

@@ -40,9 +40,20 @@ def test_help(command: list[str]) -> None:
     assert result.exit_code == 0 and "Usage" in result.output
 
 
-# Commands that print without any work, and all that they import besides the standard library.
+# Commands that print without any work, and what they must not import.
 INSTANT = ["--help", "--version", "recipes", "recipes digits", "study", *(f"{command} --help" for command in COMMANDS)]
-LIGHT = {"hf_vit", "typer", "shellingham", "yaml", "cython_runtime", "huggingface_hub"}  # cython_runtime is of yaml
+HEAVY = {
+    "torch",
+    "torchvision",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "pyarrow",
+    "matplotlib",
+    "sklearn",
+    "numpy",
+    "PIL",
+}
 NAMES_OF_IMPORTS = """
 import runpy, sys
 before, sys.argv = {*sys.modules}, ["hf-vit", *sys.argv[1:]]
@@ -56,8 +67,8 @@ def test_instant_commands_import_nothing_heavy(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", NAMES_OF_IMPORTS, *command.split()], capture_output=True, text=True, check=True
     )
-    imported = {name for name in done.stdout.splitlines()[-1].split() if not name.startswith("_")}
-    assert imported <= LIGHT | {*sys.stdlib_module_names}
+    imported = {*done.stdout.splitlines()[-1].split()}
+    assert "hf_vit" in imported and imported.isdisjoint(HEAVY)
 
 
 def test_the_app_is_importable_from_the_package() -> None:
@@ -91,7 +102,7 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epoch", "3"], "the nearest is 'epochs'"),
+        (["--epoch", "3"], "did you mean 'epochs'?"),
         (["--epochs", "many"], "epochs must be a number, got 'many'"),
         (["--compile=maybe"], "compile must be true or false, got 'maybe'"),
         (["--model-config.hidden-sise", "3"], "hidden_size"),
@@ -134,7 +145,7 @@ def test_recipes_are_listed_and_explained(tmp_path: Path) -> None:
     explained = runner.invoke(app, ["recipes", "digits"]).output
     (tmp_path / "mine.yaml").write_text(explained)
     assert TrainConfig.from_recipe(tmp_path / "mine.yaml") == TrainConfig.from_recipe("digits")
-    assert "# Result:" in explained and "# At its height.\nlearning_rate: 0.002\n" in explained
+    assert "# Result:" in explained and "# Peak learning rate.\nlearning_rate: 0.002\n" in explained
 
 
 def test_push_calls_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_a_signal_ends_it_at_once(
         (["--dry-run", "--batch-size", "7", "--accumulation-steps", "2"], "batch_size=7 must be divisible by"),
         (["--dry-run", "--data", "/no/such/place"], "Expected a data set, got '/no/such/place'"),
         (["--dry-run", "--keep-checkpoints", "0"], "keep_checkpoints must be at least 1"),
-        (["--price-per-hour", "2"], "--price-per-hour belongs to --dry-run"),
+        (["--price-per-hour", "2"], "--price-per-hour needs --dry-run"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, recipe: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_launched_run_of_a_page_is_one_of_the_recipes() -> None:
 def test_help_reads_well_in_80_columns(name: str) -> None:
     said = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
     assert max(map(len, said.splitlines())) <= 80
-    example = re.search(r"For example: (hf-vit .*?)\n\n", re.sub(r"(?<=\S)\n  (?=\S)", " ", said), re.DOTALL)
+    example = re.search(r"Example: (hf-vit .*?)\n\n", re.sub(r"(?<=\S)\n  (?=\S)", " ", said), re.DOTALL)
     assert example, "every command shows an example"
     for command in example.group(1).split(" && "):
         parse(command.split(" > ")[0])

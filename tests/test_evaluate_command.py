@@ -199,7 +199,7 @@ def test_classes_that_do_not_match_are_an_error_or_leave_the_probes(photos: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--json", "nowhere/figures.json"), "no folder nowhere"),
+        (("--json", "nowhere/figures.json"), "The folder nowhere for --json does not exist"),
         (("--probe", "quadratic"), "Unknown probe quadratic: choose one of linear, knn, few-shot"),
         (("--image-size", "big"), "Expected pixels as H or HxW for --image-size"),
         (("--image-size", "9"), "9"),

@@ -419,7 +419,7 @@ def test_timm_s_transforms_give_the_pixels(tmp_path: Path, picture: Image.Image,
 
 def test_every_crop_of_a_shorter_side_is_said() -> None:
     for edge in range(32, 999):
-        share, mode = hf_vit.checkpoints.families.timm_out._timm_crop(
+        share, mode = hf_vit.checkpoints.families.timm_out.crop(
             {"do_center_crop": True, "size": {"shortest_edge": edge}}, (32, 32)
         )
         assert mode == "center" and np.floor(32 / share) == edge
@@ -908,7 +908,11 @@ def test_a_wrong_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
     source = save(tmp_path / "ours", num_register_tokens=2)
     for arguments, said in {
-        (source, "--to", "tflite"): "no --to 'tflite': choose one of onnx, torch-export, transformers, timm, npz.",
+        (
+            source,
+            "--to",
+            "tflite",
+        ): "Unknown format 'tflite' for --to: choose one of onnx, torch-export, transformers, timm, npz.",
         (source, "--to", "timm", "--int8", "weights"): "--int8 and --data apply only to onnx and torch-export",
         (source, "--to", "transformers"): "does not fit into transformers: num_register_tokens=2",
         (tmp_path / "nothing", "--to", "timm"): "nothing",

@@ -111,5 +111,5 @@ def test_lora_finds_the_layers_of_other_blocks(tiny_config) -> None:
 
 def test_lora_without_peft_is_an_error_with_its_remedy(tiny_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r'\(peft\): pip install "hf-vit\[lora\]"$'):
+    with pytest.raises(ValueError, match=r'peft must be installed for this: pip install "hf-vit\[lora\]"$'):
         add_lora(HFViTForImageClassification(tiny_config()), rank=1)

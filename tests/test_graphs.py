@@ -23,6 +23,7 @@ from hf_vit.cli.main import app
 from hf_vit.graphs import export as graphs
 from hf_vit.graphs import kinds
 from hf_vit.graphs.kinds import KINDS, Graph, Kind, Run, read_onnx, write_onnx
+from hf_vit.graphs.open_sizes import resampling_weights
 from hf_vit.model.validation_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
 
 NAMES = ["red", "green", "blue"]
@@ -93,7 +94,7 @@ def test_products_resample_as_torch_does(interpolation: str) -> None:
     how = POSITION_INTERPOLATIONS[interpolation]
     for old, new in itertools.product((1, 2, 3, 5, 14, 27), (1, 2, 3, 4, 9, 14, 37)):
         cells = torch.randn(1, 4, old, old + 1)
-        rows, columns = (graphs.resampling_weights(size, new, **how) for size in (old, old + 1))
+        rows, columns = (resampling_weights(size, new, **how) for size in (old, old + 1))
         expected = F.interpolate(cells, (new, new), **how)
         torch.testing.assert_close(rows @ cells @ columns.T, expected, rtol=1e-5, atol=1e-5)
         if old == new:
@@ -247,7 +248,7 @@ def test_a_missing_package_is_an_error_with_its_remedy(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     done = run(save(tmp_path / "ours"), tmp_path / "model.onnx", "--to", "onnx")
     assert done.exit_code == 2 and len(done.output.splitlines()) == 1
-    assert '(onnxscript): pip install "hf-vit[onnx]"' in done.output
+    assert 'onnxscript must be installed for this: pip install "hf-vit[onnx]"' in done.output
 
 
 @pytest.mark.parametrize(("channels", "packing"), [(1, None), (3, 16), (5, None)])

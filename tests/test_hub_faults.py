@@ -213,7 +213,7 @@ def assert_is_a_sentence(result: Result, *words: str) -> None:
 
 
 STATUSES = {
-    400: "it does not take what was sent",
+    400: "the server rejects the request",
     401: "HF_TOKEN",
     403: "no permission for this",
     404: "check the name",

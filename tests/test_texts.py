@@ -257,7 +257,7 @@ def test_a_token_is_nowhere_but_in_its_header(
     for place, data in everything.items():
         assert MARKED.encode() not in data and SHAPED.encode() not in data, place
         assert STRANGE.encode() not in data or place in [folder / name for name in STRANGERS], place
-    assert "Not pushed, since a run does not write them: " + ", ".join(sorted(STRANGERS)) in result.output
+    assert "Not pushed, since a run does not write such files: " + ", ".join(sorted(STRANGERS)) in result.output
     with pytest.raises(ValueError, match="look like secrets"):  # what is pushed by hand is to be clean
         push(folder, "tester/run")
 
@@ -274,7 +274,7 @@ def test_a_token_is_nowhere_but_in_its_header(
     ],
 )
 def test_a_recipe_with_a_token_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"a token or a password in {next(iter(fields))}, ") as refusal:
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} contains a token or a password, ") as refusal:
         TrainConfig(**fields)
     assert MARKED not in str(refusal.value) and SHAPED not in str(refusal.value)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))

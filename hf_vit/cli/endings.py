@@ -65,17 +65,15 @@ def clear_endings() -> Iterator[None]:
         if not isinstance(error, Interrupted):
             raise
         if os.environ.get("RANK", "0") == "0":
-            echo(_how_to_resume(error), err=True)
+            echo(f"{error}\n{_how_to_resume()}" if error.can_resume else str(error), err=True)
         raise typer.Exit(error.exit_code) from None
 
 
-def _how_to_resume(stop: BaseException) -> str:
+def _how_to_resume() -> str:
     command = typed_command()
-    if " --dry-run" in command:  # which saves nothing
-        return str(stop)
     resuming, discarding = re.sub(DISCARDING, "", command), re.search(DISCARDING, command)
     which = "The same command" if discarding is None else f"This command, without {discarding[1].replace('=', ' ')},"
-    return f"{stop}\n{which} resumes the run:  {resuming}"
+    return f"{which} resumes the run:  {resuming}"
 
 
 def _end_progress_bars() -> None:

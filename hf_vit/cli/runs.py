@@ -16,7 +16,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Random seed. The evaluation split does not depend on it.")] = 0,
     resume: Resume = "auto",
 ) -> None:
-    """Train a small ViT on handwritten digits, save it, and load it again.
+    """Train, save and load a small ViT on handwritten digits.
 
     Needs no download and no GPU, and takes less than two minutes on two CPU cores. After Ctrl-C, the same command
     resumes the run.
@@ -102,9 +102,9 @@ def study(
     recipe: Annotated[str | None, typer.Option(help="Recipe to vary, instead of the study's own.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Number of parallel runs. Default: automatic.")] = None,
 ) -> None:
-    """Repeat an experiment of the paper over several seeds, or list the experiments.
+    """Repeat an experiment of the paper over several seeds.
 
-    Writes the results, a figure, and a page with the findings. The same command resumes an interrupted study. Fields
+    Without NAME, lists the experiments. Writes the results, a figure, and a page with the findings. The same command resumes an interrupted study. Fields
     of the recipe are options, as for hf-vit train.
 
     Example: hf-vit study positions --quick --data CIFAR10 --epochs 2

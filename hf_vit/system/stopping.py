@@ -13,11 +13,15 @@ class Interrupted(BaseException):
     """Raised when a signal has stopped a run after it saved its progress; the run can be resumed.
 
     Not a subclass of `Exception`, since libraries convert those into errors of their own.
+
+    Attributes:
+        exit_code: Exit code of the process, as shells have it.
+        can_resume: Whether the same command continues; false if the run saves nothing.
     """
 
-    def __init__(self, signum: int, message: str) -> None:
+    def __init__(self, signum: int, message: str, can_resume: bool = True) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signum
+        self.exit_code, self.can_resume = 128 + signum, can_resume
 
 
 class EvaluationStopped(Exception):

@@ -310,7 +310,7 @@ def rehearse(config: TrainConfig) -> Cost | None:
             with suppress(Measured):
                 train(rehearsal.changed(folder), steps=rehearsal)
         except Interrupted as stop:
-            raise Interrupted(stop.exit_code - 128, "Stopped; a dry run leaves no files.") from None
+            raise Interrupted(stop.exit_code - 128, "Stopped; a dry run leaves no files.", can_resume=False) from None
     accelerator.end_training()
     return rehearsal.cost if accelerator.is_main_process else None
 

@@ -326,7 +326,7 @@ def test_what_cannot_be_merged_is_a_line(photos, tmp_path):
     encoder = save_model(tmp_path / "encoder", ["a"], HFViTForMaskedImageModeling)
     for model, words in (
         (relative, "With 'relative' positions"),
-        (encoder, "--merge-tokens needs a classifier: remove the option"),
+        (encoder, "--merge-tokens needs a classifier"),
     ):
         output = evaluate(model, photos, "--merge-tokens", 1, "--probe", "knn", exit_code=2)
         last = output.splitlines()[-1]  # behind the bar of weights that are loaded

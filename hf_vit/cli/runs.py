@@ -104,8 +104,8 @@ def study(
 ) -> None:
     """Repeat an experiment of the paper over several seeds.
 
-    Without NAME, lists the experiments. Writes the results, a figure, and a page with the findings. The same command resumes an interrupted study. Fields
-    of the recipe are options, as for hf-vit train.
+    Without NAME, lists the experiments. Otherwise writes the results, a figure, and a page with the findings. The same
+    command resumes an interrupted study. Fields of the recipe are options, as for hf-vit train.
 
     Example: hf-vit study positions --quick --data CIFAR10 --epochs 2
     """

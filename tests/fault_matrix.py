@@ -336,7 +336,7 @@ def read_only(bench: Bench, times: int) -> str:
         case = bench.case()
         case.folder.parent.mkdir()
         case.folder.parent.chmod(0o555)
-        case.ends(case.begin(give_up_privileges), 2, "must be a folder that can be written to")
+        case.ends(case.begin(give_up_privileges), 2, "must be a writable folder")
         case.folder.parent.chmod(0o755)
         processes = case.begin(give_up_privileges)
         case.until_saved(2)
@@ -495,7 +495,7 @@ def not_finite(bench: Bench, times: int) -> str:
     for _ in range(times):
         case = bench.case()
         step = bench.draw.randrange(1, 20)
-        case.ends(case.begin(partial(spoil_a_step, step)), 2, f"Step {step + 1} is not finite")
+        case.ends(case.begin(partial(spoil_a_step, step)), 2, f"The loss or gradient of step {step + 1} is not finite")
         case.goes_on()
     return "exits with 2 and names the step, which is not saved"
 

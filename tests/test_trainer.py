@@ -205,7 +205,7 @@ def test_what_a_kill_left_is_passed_over(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 
-from hf_vit.trainer import ViTTrainer
+from hf_vit.training.trainer import ViTTrainer
 
 sys.path.insert(0, sys.argv.pop(1))
 import finetune_with_trainer

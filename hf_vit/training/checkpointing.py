@@ -9,6 +9,7 @@ after a kill or on a full or failing disk is never taken for a checkpoint.
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,14 @@ class CheckpointFolder:
             OSError: If the disk is full, for example. Earlier checkpoints are intact then.
         """
         final = self.folder / f"step-{step:08d}"
-        try:
-            self._write(final, step, state, write_model)
-        except FileNotFoundError:  # the folder was removed meanwhile; its content is still in memory
-            self._write(final, step, state, write_model)
+        for pause in (0.1, 1.0, None):
+            try:
+                self._write(final, step, state, write_model)
+                break
+            except FileNotFoundError:  # the folder is being removed; its content is still in memory
+                if pause is None:
+                    raise
+                time.sleep(pause)
         # Later checkpoints were corrupt, or the run would have resumed from them: they must not stay the newest.
         kept = [path for path in self._newest_first() if path.name <= final.name][: self.keep]
         for other in self._newest_first():

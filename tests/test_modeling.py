@@ -716,7 +716,7 @@ def test_export(tiny_config, positions):
     [
         *(pytest.param(kind, "aot_eager", marks=pytest.mark.full) for kind in ("learned", "learned_2d", "none")),
         *((kind, "aot_eager") for kind in ("sincos_2d", "relative", "rotary")),
-        ("learned", "inductor"),
+        pytest.param("learned", "inductor", marks=pytest.mark.full),  # test_processes trains with inductor
     ],
 )
 def test_compiles_in_one_graph(tiny_config, positions, backend):

@@ -4,6 +4,7 @@ import pkgutil
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import pdoc
 
@@ -15,6 +16,8 @@ def main() -> None:
     for name in (hf_vit.__name__, *modules):  # pdoc does not see names that are imported at first use
         module = import_module(name)
         vars(module).update({public: getattr(module, public) for public in getattr(module, "__all__", ())})
+    # pdoc looks up the types of inherited config fields in the module of our config instead of transformers'.
+    vars(sys.modules[hf_vit.HFViTConfig.__module__])["Literal"] = Literal
     pdoc.render.configure(docformat="google", show_source=False)
     pdoc.pdoc(hf_vit.__name__, *modules, output_directory=Path(sys.argv[1]))
 

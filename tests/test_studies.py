@@ -337,4 +337,4 @@ def test_the_command_lists_studies_and_refuses_others() -> None:
     listed = CliRunner().invoke(app, ["study"])
     assert listed.exit_code == 0 and all(name in listed.output for name in STUDIES)
     refused = CliRunner().invoke(app, ["study", "nothing"])
-    assert refused.exit_code == 2 and "There is no study 'nothing': choose one of positions" in refused.output
+    assert refused.exit_code == 2 and "Unknown study 'nothing': choose one of positions" in refused.output

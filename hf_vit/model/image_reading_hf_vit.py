@@ -61,8 +61,8 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
         stored, in any mode and orientation; the first frame if there are several.
 
     Raises:
-        ValueError: If the source is no image, is corrupt, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels; the
-            message starts with the name of the file.
+        ValueError: If the source is not an image, is corrupt, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels;
+            the message starts with the name of the file.
         OSError: If the file does not exist or cannot be read.
     """
     data = source if isinstance(source, bytes) else _bytes_of(source)

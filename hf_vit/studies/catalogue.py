@@ -66,6 +66,6 @@ def load_study(name: str) -> "Study":
         ValueError: If there is no study of this name.
     """
     if name not in CATALOGUE:
-        raise ValueError(f"There is no study {name!r}: choose one of {', '.join(CATALOGUE)}.")
+        raise ValueError(f"Unknown study {name!r}: choose one of {', '.join(CATALOGUE)}.")
     module, _, class_name = CATALOGUE[name].location.partition(":")
     return getattr(import_module(f".{module}", __package__), class_name)()

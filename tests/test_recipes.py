@@ -359,7 +359,10 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         ("ema_decay: 1", "ema_decay must be between 0 and 1, such as 0.999, got 1.0"),
         ("cache: disk", "cache must be one of none, ram, device, got 'disk'"),
         ("precision: int8", "precision must be one of auto, fp32, bf16, fp16, got 'int8'"),
-        ("task: segmentation", "task must be one of classification, masked_patches, got 'segmentation'"),
+        (
+            "task: segmentation",
+            "task must be one of classification, multi_label, regression, masked_patches, got 'segmentation'",
+        ),
         (
             "{loss: binary_cross_entropy, label_smoothing: 0.1}",
             "label_smoothing=0.1 gives all classes a share: set it to 0",

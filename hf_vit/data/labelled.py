@@ -1,7 +1,7 @@
 """Labelled images from any source of `datasets`, prepared on disk or streamed: a training and an evaluation split."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class ImageData:
 
     `columns` are the names of the image and label columns, the latter `None` without labels; `label_names` are the
     names of the class indices; `train_length` is the number of training images, approximate if a stream was divided.
-    A stream gives images as they are stored, `{"bytes", "path"}`.
+    A stream gives images as they are stored, `{"bytes", "path"}`. `problem_type` is transformers' name for what the
+    labels are, `None` without labels; `notes` are sentences about the data for the user.
     """
 
     name: str
@@ -42,6 +43,8 @@ class ImageData:
     label_names: list[str]
     eval_split: str
     train_length: int
+    problem_type: str | None = "single_label_classification"
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_stream(self) -> bool:

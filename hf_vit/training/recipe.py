@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
@@ -22,8 +22,13 @@ RECIPES = Path(__file__).with_name("recipes")
 # Fields that may differ when a run resumes: none of them changes the weights.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "num_workers", "cache", "save_every", "keep_checkpoints", "tracker", "push_to_hub",
-    "push_every", "private",
+    "push_every", "private", "auto", "keep_last",
 }  # fmt: skip
+# Fields that may be `auto`: they are chosen from the data, the model and the machine when a run starts.
+AUTO = (
+    "task", "image_size", "cache", "shorter_side", "num_workers", "epochs", "batch_size", "accumulation_steps",
+    "learning_rate", "layer_decay", "warmup_epochs", "eval_every", "best_metric",
+)  # fmt: skip
 
 
 def option(default: Any, text: str, least: float | None = None) -> Any:
@@ -42,11 +47,17 @@ class TrainConfig:
     """
 
     # data: arguments of `load_data`
-    data: str = option("", "Folder of images (one subfolder per class), parquet, webdataset shards, or Hub dataset.")
+    data: str | list[str] = option(
+        "",
+        "Folder of images, table of paths and labels, archive, parquet, webdataset, Hub dataset, or a list of these.",
+    )
     train_split: str | None = option(None, "Name of the training split; null: found by its usual names.")
     eval_split: str | None = option(None, "Name of the evaluation split; null: found, or held out from training data.")
     image_column: str | None = option(None, "Name of the image column; null: found by its type.")
-    label_column: str | None = option(None, "Name of the label column; null: found by its type.")
+    label_column: str | list[str] | None = option(
+        None, "Name of the label column, or a list of 0/1 or number columns; null: found by its name and type."
+    )
+    label_separator: str | None = option(None, "Text between several labels of one image; null: found.")
     eval_fraction: float = option(0.2, "Share of each class to hold out if the data has no evaluation split.")
     train_share: float = option(1.0, "Share of each class of the training images to use.")
     train_repeats: float = option(1.0, "Number of passes over these images in one epoch, at least 1.")
@@ -59,8 +70,10 @@ class TrainConfig:
     max_broken: float = option(0.01, "Largest acceptable share of images that cannot be read.")
 
     # model
-    task: Literal["classification", "masked_patches"] = option(
-        "classification", "Training objective: classification, or masked_patches for pre-training without labels."
+    task: Literal["classification", "multi_label", "regression", "masked_patches"] = option(
+        "classification",
+        "Training objective: classification, multi_label, regression, masked_patches (pre-training without labels), "
+        "or auto for what the labels are.",
     )
     model: str | None = option(
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: model_config describes it all."
@@ -72,7 +85,10 @@ class TrainConfig:
         None, "Standard deviation of initial position embeddings; null: initializer_range of the model."
     )
     resample_positions: bool = option(True, "Whether to resample a checkpoint's positions; false: new random ones.")
-    trained: Literal["all", "head"] = option("all", "Trained parameters: all, or head for a linear probe.")
+    trained: Literal["all", "head", "lora"] = option(
+        "all", "Trained parameters: all, head for a linear probe, or lora for the head and low-rank updates."
+    )
+    lora_rank: int = option(8, "Rank of the updates of lora.", 1)
 
     # images
     cache: Literal["none", "ram", "device"] = option("none", "Memory for decoded images: none, ram or device.")
@@ -93,6 +109,12 @@ class TrainConfig:
     max_steps: int | None = option(None, "Number of steps; null: given by epochs.", 1)
     batch_size: int = option(128, "Batch size per optimizer step, over all devices.", 1)
     accumulation_steps: int = option(1, "Number of parts into which each device divides its share of a batch.", 1)
+    sampling: Literal["shuffled", "balanced"] = option(
+        "shuffled", "Sampling of training images: shuffled, or balanced for every class equally often."
+    )
+    class_weights: Literal["none", "balanced", "effective"] = option(
+        "none", "Weights of classes in the loss: none, balanced (inverse of their numbers), or effective (1901.05555)."
+    )
     loss: Literal["cross_entropy", "binary_cross_entropy"] = option(
         "cross_entropy", "Loss function: cross_entropy, or binary_cross_entropy, one decision per class (DeiT III)."
     )
@@ -133,6 +155,13 @@ class TrainConfig:
     save_every: int | None = option(None, "Number of steps between checkpoints; null: one epoch.", 1)
     keep_checkpoints: int = option(2, "Number of checkpoints to keep.")
     eval_every: float = option(1, "Number of epochs between evaluations; the last step always has one.", 0)
+    best_metric: str | None = option(
+        None, "Metric that chooses the saved model among all evaluations, such as accuracy; null: the last is saved."
+    )
+    early_stopping: int | None = option(
+        None, "Number of evaluations without improvement of best_metric after which a run ends; null: never.", 1
+    )
+    keep_last: bool = option(False, "Whether to save the last model in the folder last, next to the best.")
     log_every: int = option(10, "Number of steps per line of the log.", 1)
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "none", "Experiment tracker in addition to log.jsonl: none, tensorboard, trackio or wandb."
@@ -140,9 +169,14 @@ class TrainConfig:
     push_to_hub: str | None = option(None, "Hub repository (USER/NAME) to push to during and after training.")
     push_every: int | None = option(None, "Number of steps between pushes; null: one epoch.", 1)
     private: bool = option(False, "Whether a new Hub repository is private.")
+    auto: list[str] = option([], "Fields that are still to be chosen from data, model and machine.")
 
     def __post_init__(self) -> None:
-        texts = {name: str(value) for name, value in vars(self).items() if isinstance(value, str | dict)}
+        for item in fields(self):
+            if getattr(self, item.name) == "auto" and item.name in AUTO:
+                setattr(self, item.name, _default(item))
+                self.auto = [*self.auto, item.name]
+        texts = {name: str(value) for name, value in vars(self).items() if isinstance(value, str | dict | list)}
         if leaking := [name for name, text in texts.items() if has_token(text)]:
             raise ValueError(
                 f"{', '.join(leaking)} contains a token or a password, but recipes are printed, saved and published: "
@@ -206,15 +240,21 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """Return the recipe as the text of a YAML file."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return yaml.safe_dump(self._stated(), sort_keys=False)
 
     def explain(self) -> str:
         """Return the recipe as the text of a YAML file in which a comment explains each field."""
-        values = asdict(self)
+        values = self._stated()
         return "".join(
             f"# {item.metadata['help']}\n{item.name}: {json.dumps(values[item.name])}\n"  # JSON is YAML on one line
             for item in fields(self)
+            if item.name in values
         )
+
+    def _stated(self) -> dict[str, Any]:
+        values = {**asdict(self), **dict.fromkeys(self.auto, "auto")}
+        del values["auto"]
+        return values
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -236,6 +276,10 @@ def recipe_header(recipe: str | Path) -> str:
     """Return the comment at the top of a recipe: source, command, hardware, time and result."""
     lines = recipe_path(recipe).read_text(encoding="utf-8").splitlines(keepends=True)
     return "".join(takewhile(lambda line: line.startswith("#"), lines))
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default is not MISSING else item.default_factory()
 
 
 def _convert(value: Any, kind: Any) -> Any:

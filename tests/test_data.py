@@ -388,7 +388,7 @@ def test_refuses(arguments: dict[str, Any], message: str, tmp_path: Path) -> Non
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no images, tables, parquet files or webdataset shards. It is empty"):
+    with pytest.raises(ValueError, match=r"holds no images, tables, parquet files or webdataset shards. It is empty"):
         load_data(tmp_path)
 
 

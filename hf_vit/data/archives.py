@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 
+from ..system.texts import one_line
 from .folders import is_image_file
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -45,7 +46,7 @@ def unpacked(path: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(mkdtemp(prefix="unpacking-", dir=folder.parent))
     try:
-        if zipfile.is_zipfile(path):
+        if path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as zipped:
                 zipped.extractall(work)
         else:
@@ -54,7 +55,7 @@ def unpacked(path: Path) -> Path:
         if not folder.is_dir():  # another process may have been faster
             os.replace(work, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be unpacked: {error}. Copy or download it again.") from error
+        raise ValueError(f"{path} cannot be unpacked: {one_line(str(error))}. Copy or download it again.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder

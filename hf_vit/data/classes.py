@@ -20,6 +20,7 @@ from .tables import LABEL_NAMES, SPLIT_NAMES, is_multi_hot, normalized, usual
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 TASK_OF = {SINGLE: "classification", MULTI: "multi_label", REGRESSION: "regression"}
 SEPARATORS = ("|", ";", ",")  # that are inferred
+UNKNOWN = -100.0  # one of several labels of an image that nobody knows
 LABELS = "labels"  # the column that replaces several ones
 
 
@@ -59,8 +60,9 @@ class Part:
             return self.split.map(
                 label_of, remove_columns=[name for name in names if name != column], features=features
             )
-        split = self.split.remove_columns(names).add_column(column, [convert(value) for value in values])
-        return split.cast_column(column, feature)
+        return self.split.remove_columns(names).add_column(
+            column, [convert(value) for value in values], feature=feature
+        )
 
 
 @dataclass
@@ -113,7 +115,8 @@ def convert_labels(parts: list[Part], problem_type: str | None, separator: str |
         return splits, Labels(SINGLE, stated[0], column)
     values = [_named(part.values(), names) for part, names in zip(parts, stated, strict=True)]
     for part, own in zip(parts, values, strict=True):
-        _refuse_missing(own, part.label_columns)
+        if len(part.label_columns) == 1:
+            _refuse_missing(own, part.label_columns)
     kind = _kind_of(values, columns, problem_type, separator, stated)
     splits = []
     for part, own, names in zip(parts, values, stated, strict=True):
@@ -187,8 +190,8 @@ def _kind_of(
             if separator is None:
                 example = next(text for text in texts if found in text)
                 kind.notes.append(
-                    f"Labels such as {example!r} in {column!r} are read as several labels divided by {found!r}. For one "
-                    "class per image, set the task to classification."
+                    f"Labels such as {example!r} in {column!r} are read as several labels divided by {found!r}. "
+                    "For one class per image, set the task to classification."
                 )
             return kind
     has_fractions = any(isinstance(value, float) and value != int(value) for value in everything)
@@ -255,7 +258,14 @@ def _notes_on(same: dict[str, str]) -> list[str]:
 
 def _of_columns(rows: list[tuple[Any, ...]], columns: list[str], asked: str | None) -> _Kind:
     """Return the kind of several columns: 0/1 for one or several classes, or numbers."""
-    if asked != REGRESSION and all(value in (0, 1) for row in rows for value in row):
+    given = [value for row in rows for value in row if value is not None and value != UNKNOWN]
+    unknown = sum(map(len, rows)) - len(given)
+    if unknown and given and asked != REGRESSION and all(value in (0, 1) for value in given):
+        note = f"{unknown:,} labels in the columns {shortened(columns)} are missing and count as unknown."
+        kind = _vectors(MULTI, columns, lambda row: [UNKNOWN if value is None else float(value) for value in row])
+        return replace(kind, notes=[note])
+    _refuse_missing(rows, columns)
+    if asked != REGRESSION and all(value in (0, 1) for value in given):
         if asked == SINGLE and (bad := sum(sum(row) != 1 for row in rows)):
             raise ValueError(
                 f"Expected one class per image in {shortened(columns)}, but {bad:,} of {len(rows):,} rows have "

@@ -207,9 +207,11 @@ def split_folders(folder: Folder) -> dict[str, list[Folder]]:
     return splits if is_divided and (not others or {"train"} < splits.keys()) else {}
 
 
-def unwrapped(folder: Folder) -> Folder:
+def unwrapped(folder: Folder, may_have_tables: bool = False) -> Folder:
     """Return the folder below, as long as nothing lies beside it and it has no split or class for its name."""
     while not folder.images and not split_folders(folder) and len(inner := folder.with_images()) == 1:
+        if folder.tables and not may_have_tables:
+            break
         [(name, only)] = inner.items()
         if only.images and not _says_nothing(name, folder):
             break
@@ -228,7 +230,7 @@ def layout_of(root: Folder) -> Layout:
 
     The class of an image is the first folder below that of its split, whatever folders lie below the class.
     """
-    root = unwrapped(root)
+    root = unwrapped(root, may_have_tables=True)
     notes: list[str] = []
     by_split = split_folders(root)
     if by_split:

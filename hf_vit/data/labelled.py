@@ -62,7 +62,7 @@ class ImageData:
             return None
         if self.problem_type == MULTI:
             labels = torch.tensor(self.train[column][:]).reshape(-1, len(self.label_names))
-            return labels.sum(dim=0).long().tolist()
+            return (labels == 1).sum(dim=0).tolist()
         number = Counter(self.train[column][:])
         return [number[index] for index in range(len(self.label_names))]
 
@@ -265,8 +265,10 @@ def _joined(splits: list[Any]) -> Any:
     return splits[0] if len(splits) == 1 else concatenate_datasets(splits)
 
 
-def load_evaluation_data(model: str, source: str, **options: Any) -> tuple[ImageData, str]:
+def load_evaluation_data(model: str, source: str | Sequence[str], **options: Any) -> tuple[ImageData, str]:
     """Load data to evaluate a model; if a run left the model, hold out what the run held out.
+
+    Without an evaluation split, all images are evaluated if the run was trained on other data.
 
     Args:
         model: If this is the folder of a run, its recipe is read.
@@ -279,9 +281,30 @@ def load_evaluation_data(model: str, source: str, **options: Any) -> tuple[Image
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     held_out = {name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe}
     data = load_data(source, **options, **held_out)
-    if data.eval_split == HELD_OUT and recipe.get("streaming"):
+    if data.eval_split != HELD_OUT:
+        return data, ""
+    if recipe.get("data") and not _same_sources(recipe["data"], source) and not options.get("needs_train", True):
+        return _whole(
+            data
+        ), f"All images are evaluated, since the model was trained on other data ({_names(recipe['data'])})."
+    if recipe.get("streaming"):
         return data, "The model was trained on a stream, which holds out other images: it may have seen some of these."
     return data, ""
+
+
+def _names(sources: str | Sequence[str]) -> str:
+    """Return the names of sources without their folders."""
+    return ", ".join(Path(each).name or str(each) for each in ([sources] if isinstance(sources, str) else sources))
+
+
+def _same_sources(one: str | Sequence[str], other: str | Sequence[str]) -> bool:
+    """Return whether sources may be the same: a copy on another machine has another folder."""
+    return bool(set(_names(one).split(", ")) & set(_names(other).split(", ")))
+
+
+def _whole(data: ImageData) -> ImageData:
+    """Return data with all images for evaluation."""
+    return replace(data, evaluation=concatenate_datasets([data.train, data.evaluation]), eval_split="all")
 
 
 def _divided(united: _United, name: str, fraction: float, seed: int, train_images: int | None) -> ImageData:
@@ -370,7 +393,9 @@ def _strata(data: ImageData) -> list[int]:
         return data.train[column][:]
     counts = data.class_counts() or []
     rows = data.train[column][:]
-    return [min((c for c, present in enumerate(row) if present), key=counts.__getitem__, default=-1) for row in rows]
+    return [
+        min((c for c, present in enumerate(row) if present == 1), key=counts.__getitem__, default=-1) for row in rows
+    ]
 
 
 def split_evenly(

@@ -247,7 +247,9 @@ def test_labels_are_not_always_needed(tmp_path: Path, streaming: bool) -> None:
     data = load_data(tmp_path / "photos", needs_labels=False, streaming=streaming, eval_fraction=0.3)
     assert data.columns == ("image", None) and data.label_names == []
     assert sum(1 for _ in data.train) == data.train_length > 0
-    with pytest.raises(ValueError, match="Found no label_column: specify one"):
+    with pytest.raises(
+        ValueError, match="Found images without labels in photos: expected one subfolder per class, or"
+    ):
         load_data(tmp_path / "photos", streaming=streaming)
 
 
@@ -287,23 +289,34 @@ def test_labels_of_any_kind(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, None], "Some images have no label in 'label': remove them, or specify another label_column"),
-        (["a", None], "Some images have no label in 'label'"),
-        ([[0, 1], [1]], "Expected one class per image in 'label', got List.*specify another label_column"),
+        ([0, None], r"10 of 20 images have no label in 'label' \(rows 2, 4, 6, ...\): add the labels, remove"),
+        (["a", None], "10 of 20 images have no label in 'label'"),
+        ([[0, 1], [1]], "Expected one class per image in 'label', found lists.*specify another label_column"),
+        ([0.5, 1.0], "Expected classes in 'label', found numbers such as 0.5: set the task to regression"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(
     labels: list[Any], message: str, streaming: bool, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        load_data(labelled(tmp_path / "source", labels * 10), streaming=streaming)
+        load_data(
+            labelled(tmp_path / "source", labels * 10),
+            streaming=streaming,
+            problem_type="single_label_classification",
+        )
 
 
-def test_splits_must_have_the_same_classes(tmp_path: Path) -> None:
-    test = colored_dataset(9, 1).cast_column("label", ClassLabel(names=["green", "blue", "red"]))
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_of_splits_are_united_by_name(tmp_path: Path, streaming: bool) -> None:
+    test = colored_dataset(9, 1).cast_column("label", ClassLabel(names=["Green", "blue", "pink"]))
     DatasetDict({"train": colored_dataset(30, 0), "test": test}).save_to_disk(str(tmp_path))
-    with pytest.raises(ValueError, match=r"different classes in 'label'.*'blue', 'green', 'red'.*'green', 'blue'"):
-        load_data(tmp_path)
+    data = load_data(tmp_path, streaming=streaming)
+    assert data.label_names == ["blue", "green", "pink", "red"]
+    assert [row["label"] for row in data.train][:3] == [0, 1, 3]
+    assert [row["label"] for row in data.evaluation][:3] == [1, 0, 2]
+    assert data.notes[0] == "Classes that differ in case or Unicode form alone are united: 'Green' as 'green'."
+    if not streaming:
+        assert data.notes[1] == "1 class has no training images, so the model cannot learn it: pink."
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -375,7 +388,7 @@ def test_refuses(arguments: dict[str, Any], message: str, tmp_path: Path) -> Non
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no images .* parquet files or webdataset shards"):
+    with pytest.raises(ValueError, match=r"holds no images, tables, parquet files or webdataset shards. It is empty"):
         load_data(tmp_path)
 
 

@@ -173,6 +173,17 @@ def test_what_a_run_held_out_is_held_out(tmp_path: Path) -> None:
         assert words in evaluate(model, tmp_path / "alone")
 
 
+def test_other_data_than_that_of_the_run_is_measured_whole(model: Path, tmp_path: Path) -> None:
+    DatasetDict(train=colored_dataset(40, 0)).save_to_disk(tmp_path / "new")
+    (model / RECIPE).write_text(TrainConfig(data="somewhere/photos").to_yaml())
+    output = evaluate(model, tmp_path / "new")
+    assert "split all: 40 images" in output
+    assert "All images are evaluated, since the model was trained on other data (photos)." in output
+    (model / RECIPE).write_text(TrainConfig(data="somewhere/new").to_yaml())
+    assert "held-out split: 9 images" in evaluate(model, tmp_path / "new")
+    (model / RECIPE).unlink()
+
+
 def test_broken_images_are_left_out_and_named(model: Path, tmp_path: Path) -> None:
     for index, image in enumerate(colored_dataset(30, 0)["image"]):
         file = tmp_path / "photos" / list(COLORS)[index % 3] / f"{index}.png"
@@ -184,10 +195,16 @@ def test_broken_images_are_left_out_and_named(model: Path, tmp_path: Path) -> No
     assert "29 images of" in output and "Skipped 1 images that cannot be read (blue/3.png)" in output
 
 
+def test_images_of_classes_that_the_model_lacks_are_left_out(photos: Path, tmp_path: Path) -> None:
+    output = evaluate(save_model(tmp_path / "other", ["Blue", "cyan", "red"]), photos)
+    assert "14 images of" in output and "Note: The model lacks 1 of the data's 3 classes (green)." in output
+    assert "7 of 21 images are of these classes and are left out." in output
+
+
 def test_classes_that_do_not_match_are_an_error_or_leave_the_probes(photos: Path, tmp_path: Path) -> None:
-    stranger = save_model(tmp_path / "stranger", ["blue", "cyan", "magenta"])
+    stranger = save_model(tmp_path / "stranger", ["azure", "cyan", "magenta"])
     output = evaluate(stranger, photos, exit_code=2)
-    assert output.startswith("Error: The model lacks 2 of the data's 3 classes (green, red); it has 3 classes")
+    assert output.startswith("Error: The model lacks 3 of the data's 3 classes (blue, green, red); it has 3 classes")
     assert "--probe" in output and "Traceback" not in output
     encoder = save_model(tmp_path / "encoder", ["a"], HFViTForMaskedImageModeling)
     assert "no classifier" in evaluate(encoder, photos, exit_code=2)
@@ -223,6 +240,16 @@ def test_matching_by_position_is_said() -> None:
     classes, sentence = match_labels(numbers, ["a", "b", "c"])
     assert classes == [0, 1, 2] and "by position: LABEL_0 is a, ..., LABEL_2 is c" in sentence
     assert match_labels(["a", "b", "c"], ["0", "1", "2"])[0] == [0, 1, 2]
+    by_text = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
+    for of_model in ([f"LABEL_{index}" for index in range(12)], [f"n{index}" for index in range(12)]):
+        assert match_labels(of_model, by_text)[0] == [int(name) for name in by_text]
+    assert match_labels([f"LABEL_{index}" for index in range(12)], ["3", "11"])[0] == [3, 11]
+    classes, sentence = match_labels(["cat", "dog"], ["Dog", "cat"])
+    assert classes == [1, 0] and "Without regard to case, 'Dog' is 'dog'." in sentence
+    assert match_labels(["cat", "dog"], ["ant", "dog"]) == (
+        [None, 1],
+        "The model lacks 1 of the data's 2 classes (ant).",
+    )
     assert match_labels(numbers, ["a", "b"])[0] is None
     assert match_labels(["a", "b"], ["1", "2"])[0] is None  # names that happen to be digits
     assert match_labels(["1", "0"], ["0", "1"])[0] == [1, 0]

@@ -215,7 +215,17 @@ def test_a_broken_image_is_listed(tmp_path: Path, fields: dict[str, Any]) -> Non
 def test_too_many_broken_images_end_the_run(tmp_path: Path) -> None:
     photos = photos_with_a_broken_one(tmp_path / "photos")
     with pytest.raises(ValueError, match=r"1 images of the .* data cannot be read, .*: blue/03.png"):
-        train(tiny_recipe(photos, tmp_path / "run", max_broken=0.001, epochs=2))
+        train(tiny_recipe(photos, tmp_path / "run", max_broken=0, epochs=2))
+    for name in ("blue/06", "blue/09", "green/07", "red/08"):
+        (photos / f"{name}.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"[45] images of the training data cannot be read"):
+        train(tiny_recipe(photos, tmp_path / "run", eval_fraction=0.01, epochs=2))
+
+
+def test_a_few_broken_images_never_end_a_run(tmp_path: Path) -> None:
+    photos = photos_with_a_broken_one(tmp_path / "photos")
+    run = train(tiny_recipe(photos, tmp_path / "run", max_broken=0.001, epochs=2))
+    assert run.metrics["broken_images"] == ["blue/03.png"]
 
 
 # ------------------------------------------------------------------------------------------------- kinds of runs

@@ -30,11 +30,17 @@ Precision = Annotated[
 def evaluate(
     model: Model,
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Labeled images: folder, parquet, or a name on the Hub.")
+        list[str],
+        typer.Argument(
+            metavar="DATA...", help="Labeled images: folder, table, archive, parquet, or a name on the Hub."
+        ),
     ],
     split: Annotated[str | None, typer.Option(help="Split to use. Default: the evaluation split.")] = None,
     image_column: ImageColumn = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels, if it is ambiguous.")] = None,
+    label_column: Annotated[
+        list[str] | None, typer.Option(help="Column of labels, if it is ambiguous; may be repeated.")
+    ] = None,
+    label_separator: Annotated[str | None, typer.Option(help="Text between several labels of one image.")] = None,
     batch_size: BatchSize = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Worker processes that load images.")] = 0,
     image_size: ImageSize = None,
@@ -61,10 +67,11 @@ def evaluate(
         raise ValueError(f"The folder {json_file.parent} for --json does not exist: create it first.")
     measured = evaluate_checkpoint(
         model,
-        data,
+        data if len(data) > 1 else data[0],
         split=split,
         image_column=image_column,
-        label_column=label_column,
+        label_column=label_column if label_column is None or len(label_column) > 1 else label_column[0],
+        label_separator=label_separator,
         batch_size=batch_size,
         num_workers=num_workers,
         image_size=read_size("--image-size", image_size),

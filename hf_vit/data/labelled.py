@@ -1,23 +1,28 @@
 """Labelled images from any source of `datasets`, prepared on disk or streamed: a training and an evaluation split."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from datasets import ClassLabel, Features, Image, IterableDataset, Value
+from datasets import Image, IterableDataset, concatenate_datasets
 
+from ..system.texts import shortened
+from .archives import is_archive, stem_of
+from .classes import MULTI, REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels
+from .folders import counted
 from .images import NO_IMAGE, derive_seed, image_digest
 from .opening import (
+    EVAL_SPLITS,
     IMAGE_COLUMNS,
-    LABEL_COLUMNS,
     choose,
     choose_splits,
     image_columns,
     label_columns,
-    open_splits,
+    open_source,
     stated_length,
     with_features,
 )
@@ -50,14 +55,27 @@ class ImageData:
     def is_stream(self) -> bool:
         return isinstance(self.train, IterableDataset)
 
+    def class_counts(self) -> list[int] | None:
+        """Return the number of training images of each class; `None` for streams, regression and without labels."""
+        column = self.columns[1]
+        if self.is_stream or column is None or self.problem_type == REGRESSION:
+            return None
+        if self.problem_type == MULTI:
+            labels = torch.tensor(self.train[column][:]).reshape(-1, len(self.label_names))
+            return (labels == 1).sum(dim=0).tolist()
+        number = Counter(self.train[column][:])
+        return [number[index] for index in range(len(self.label_names))]
+
 
 def load_data(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     *,
     train_split: str | None = None,
     eval_split: str | None = None,
     image_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
     eval_fraction: float = 0.2,
     train_share: float = 1.0,
     train_repeats: float = 1.0,
@@ -70,14 +88,20 @@ def load_data(
     """Open a data set and divide it into a training and an evaluation split.
 
     Args:
-        source: `"digits"` (scikit-learn's); a parquet file or webdataset shard; a folder of these, named by split or
-            in one subfolder per split; a folder that `save_to_disk` wrote; a folder of images, one subfolder per
-            class; or the name of a data set on the Hub.
+        source: `"digits"` (scikit-learn's); a folder of images, one subfolder per class, with or without folders for
+            the splits; a table of image paths and labels (.csv, .tsv, .jsonl, .parquet), or a folder with a table and
+            images; a zip or tar of these; a parquet file or webdataset shard; a folder of these, named by split or in
+            one subfolder per split; a folder that `save_to_disk` wrote; the name of a data set on the Hub; or a list
+            of sources, whose images are joined and whose classes are united by name.
         train_split: Training split; found by its usual name if not given.
         eval_split: Evaluation split; found by its usual name if not given. Without one, a part of the training split
             is held out: the same share of every class, or of a stream by a digest of each image.
-        image_column: Column of images; the only one, or the one with a usual name, if not given.
-        label_column: Column of labels; the only one of classes, or the one with a usual name, if not given.
+        image_column: Column of images or of their paths; the only one, or the one with a usual name, if not given.
+        label_column: Column of labels; the only one of classes, or the one with a usual name, if not given. A list
+            names several columns: of 0/1 for each class, or of numbers.
+        label_separator: Text between several labels of an image; found if not given.
+        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`; inferred from
+            the labels if not given.
         eval_fraction: Share to hold out if there is no evaluation split.
         train_share: Share of the training images of every class to use. Larger shares include smaller ones.
         train_repeats: Number of times that the training images are repeated, for longer epochs of few images.
@@ -89,28 +113,162 @@ def load_data(
         needs_train: Whether a training split is required; if not, an evaluation split alone is enough.
 
     Raises:
-        ValueError: If the source cannot be opened, or its splits or columns cannot be inferred.
+        ValueError: If the source cannot be opened, its splits or columns cannot be inferred, or its labels are missing
+            or do not fit `problem_type`.
     """
-    splits = open_splits(source, streaming)
-    train_name, eval_name = choose_splits(splits, train_split, eval_split, needs_train)
-    used = [with_features(splits[name]) for name in (train_name, eval_name) if name is not None]
-    features = used[0].features
-    image_column = choose("image_column", image_columns(features), image_column, IMAGE_COLUMNS)
-    if needs_labels or label_column is not None:
-        label_column = choose("label_column", label_columns(features), label_column, LABEL_COLUMNS)
-    columns = (image_column, label_column)
-    used = [split.select_columns([name for name in columns if name]) for split in used]
-    used = [split.cast_column(image_column, Image(decode=not streaming)) for split in used]
-    path = Path(source).expanduser()
-    name = path.resolve().stem if path.exists() else str(source)  # a model card must not reveal local paths
-    kind = _Streams if streaming else _Tables
-    data = kind(used, columns, eval_fraction, split_seed).divide(name, eval_name, train_images)
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if problem_type not in (None, *TASK_OF):
+        raise ValueError(f"Unknown problem_type {problem_type!r}: choose one of {', '.join(TASK_OF)}.")
+    columns = [label_column] if isinstance(label_column, str) else list(label_column or ())
+    choice = _Choice(train_split, eval_split, image_column, columns, needs_labels, needs_train, len(sources) == 1)
+    notes: list[str] = []
+    parts: list[Part] = []
+    eval_names: list[str] = []
+    for each in sources:
+        opened = open_source(each, streaming, image_column, columns)
+        notes += opened.notes
+        own, eval_name = choice.parts_of(_name_of(each), opened.splits, notes)
+        parts += own
+        eval_names += [eval_name] if eval_name is not None else []
+    if not any(part.is_train for part in parts):
+        raise ValueError(
+            "Found no training split in the sources: give a source with one, or its name as train_split."
+            if sources
+            else "Expected a data set, got an empty list: name at least one."
+        )
+    name = " + ".join(map(_name_of, sources))
+    data = _divided(_united(parts, problem_type, label_separator), name, eval_fraction, split_seed, train_images)
+    data = replace(data, eval_split=", ".join(dict.fromkeys(eval_names)) or HELD_OUT, notes=[*notes, *data.notes])
+    if needs_train:
+        _check_classes(data)
     is_plain = train_share == train_repeats == 1
     return data if is_plain else _resampled(data, train_share, train_repeats, split_seed)
 
 
-def load_evaluation_data(model: str, source: str, **options: Any) -> tuple[ImageData, str]:
+def _name_of(source: str | Path) -> str:
+    """Return the name of a source for cards, which must not reveal local paths."""
+    path = Path(source).expanduser()
+    if is_archive(path):
+        return stem_of(path)
+    return path.resolve().stem if path.exists() else str(source)
+
+
+@dataclass
+class _Choice:
+    """What to take from each source; arguments of `load_data`."""
+
+    train_split: str | None
+    eval_split: str | None
+    image_column: str | None
+    label_columns: list[str]
+    needs_labels: bool
+    needs_train: bool
+    is_alone: bool
+
+    def parts_of(self, name: str, splits: dict[str, Any], notes: list[str]) -> tuple[list[Part], str | None]:
+        """Return the training and evaluation parts of a source, and the name of the evaluation split if it has one."""
+        eval_split = self.eval_split
+        if not self.is_alone:
+            if eval_split is not None and eval_split not in splits:
+                eval_split = None
+            if set(splits) <= set(EVAL_SPLITS):
+                eval_split = eval_split or next(each for each in EVAL_SPLITS if each in splits)
+                return [self._part(name, splits[eval_split], False, None)], eval_split
+        train_name, eval_name = choose_splits(splits, self.train_split, eval_split, self.needs_train)
+        is_asked = self.eval_split is not None or set(splits) == {eval_name}
+        if not is_asked and eval_name is not None and not self._is_labelled(splits[eval_name]):
+            notes.append(
+                f"The {eval_name} split has no labels, so it is not used: images of the training split are held "
+                "out for evaluation."
+            )
+            rest = {each: split for each, split in splits.items() if each != eval_name}
+            return self.parts_of(name, rest, notes)
+        train = self._part(name, splits[train_name], True, None)
+        if eval_name is None:
+            return [train], None
+        return [train, self._part(name, splits[eval_name], False, train)], eval_name
+
+    def _is_labelled(self, split: Any) -> bool:
+        """Return whether a split has labels, if they are needed: a column of them, of which some are given."""
+        if not self.needs_labels:
+            return True
+        split = with_features(split)
+        images = image_columns(split.features)
+        names = [name for name in label_columns(split.features) if name not in images]
+        names = [name for name in self.label_columns if name in split.features] or names
+        if not names or isinstance(split, IterableDataset):
+            return bool(names)
+        return any(value is not None for name in names for value in split[name][:])
+
+    def _part(self, name: str, split: Any, is_train: bool, like: Part | None) -> Part:
+        """Return a split with its columns, which are those of `like` if it has them."""
+        split = with_features(split)
+        features = split.features
+        if like is not None and all(each in features for each in (like.image_column, *like.label_columns)):
+            return replace(like, split=split, is_train=is_train)
+        given = "image" if self.image_column == "file_name" and "file_name" not in features else self.image_column
+        image = choose("image_column", image_columns(features), given, IMAGE_COLUMNS)
+        labels: list[str] = []
+        if self.needs_labels or self.label_columns:
+            found = label_columns(features)
+            if not found and not self.label_columns:
+                raise ValueError(
+                    f"Found images without labels in {name}: expected one subfolder per class, or a table of labels "
+                    "beside the images, such as metadata.csv with the columns file_name and label. If a column holds "
+                    "the labels, specify it as label_column."
+                )
+            labels = choose_label_columns(split, found, self.label_columns, image)
+        return Part(split, image, labels, is_train)
+
+
+@dataclass
+class _United:
+    """Training and evaluation parts with the same two columns; `lengths` are what streams state."""
+
+    train: Any
+    evaluation: Any | None
+    columns: tuple[str, str | None]
+    labels: Labels | None
+    stated_length: int | None
+
+
+def _united(parts: list[Part], problem_type: str | None, separator: str | None) -> _United:
+    """Return the parts with labels of one kind in one column, and the same columns."""
+    is_stream, image = isinstance(parts[0].split, IterableDataset), parts[0].image_column
+    lengths = [stated_length(part.split) if is_stream else None for part in parts if part.is_train]
+    labels = None
+    for index, part in enumerate(parts):
+        split = part.split.select_columns([part.image_column, *part.label_columns])
+        # First: later operations on a stream would decode its images.
+        split = split.cast_column(part.image_column, Image(decode=not is_stream))
+        parts[index] = replace(part, split=split)
+    splits = [part.split for part in parts]
+    if parts[0].label_columns:
+        splits, labels = convert_labels(parts, problem_type, separator)
+    for index, part in enumerate(parts):
+        if part.image_column != image:
+            splits[index] = splits[index].rename_column(part.image_column, image)
+    trains, evals = (
+        [split for split, part in zip(splits, parts, strict=True) if part.is_train == is_train]
+        for is_train in (True, False)
+    )
+    return _United(
+        _joined(trains),
+        _joined(evals) if evals else None,
+        (image, None if labels is None else labels.column),
+        labels,
+        None if None in lengths else sum(length or 0 for length in lengths),
+    )
+
+
+def _joined(splits: list[Any]) -> Any:
+    return splits[0] if len(splits) == 1 else concatenate_datasets(splits)
+
+
+def load_evaluation_data(model: str, source: str | Sequence[str], **options: Any) -> tuple[ImageData, str]:
     """Load data to evaluate a model; if a run left the model, hold out what the run held out.
+
+    Without an evaluation split, all images are evaluated if the run was trained on other data.
 
     Args:
         model: If this is the folder of a run, its recipe is read.
@@ -123,9 +281,92 @@ def load_evaluation_data(model: str, source: str, **options: Any) -> tuple[Image
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     held_out = {name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe}
     data = load_data(source, **options, **held_out)
-    if data.eval_split == HELD_OUT and recipe.get("streaming"):
+    if data.eval_split != HELD_OUT:
+        return data, ""
+    if recipe.get("data") and not _same_sources(recipe["data"], source) and not options.get("needs_train", True):
+        return _whole(
+            data
+        ), f"All images are evaluated, since the model was trained on other data ({_names(recipe['data'])})."
+    if recipe.get("streaming"):
         return data, "The model was trained on a stream, which holds out other images: it may have seen some of these."
     return data, ""
+
+
+def _names(sources: str | Sequence[str]) -> str:
+    """Return the names of sources without their folders."""
+    return ", ".join(Path(each).name or str(each) for each in ([sources] if isinstance(sources, str) else sources))
+
+
+def _same_sources(one: str | Sequence[str], other: str | Sequence[str]) -> bool:
+    """Return whether sources may be the same: a copy on another machine has another folder."""
+    return bool(set(_names(one).split(", ")) & set(_names(other).split(", ")))
+
+
+def _whole(data: ImageData) -> ImageData:
+    """Return data with all images for evaluation."""
+    return replace(data, evaluation=concatenate_datasets([data.train, data.evaluation]), eval_split="all")
+
+
+def _divided(united: _United, name: str, fraction: float, seed: int, train_images: int | None) -> ImageData:
+    """Return the splits as data; a training split alone is divided."""
+    train, evaluation = united.train, united.evaluation
+    labels = united.labels or Labels("", [], "")
+    data = ImageData(
+        name, train, evaluation, united.columns, labels.names, "", 0, labels.problem_type or None, labels.notes
+    )
+    if evaluation is None:
+        hold_out = _hold_out_of_stream if data.is_stream else _hold_out
+        train, evaluation = hold_out(data, fraction, seed)
+    length = len(train) if not data.is_stream else _stream_length(united, fraction, train_images)
+    if length == 0 or (hasattr(evaluation, "__len__") and len(evaluation) == 0):
+        raise ValueError(
+            f"{name} has {length} training images and needs some for evaluation too: add images, or change "
+            f"eval_fraction={fraction}."
+        )
+    return replace(data, train=train, evaluation=evaluation, train_length=length)
+
+
+def _hold_out(data: ImageData, fraction: float, seed: int) -> tuple[Any, Any]:
+    train, held_out = split_evenly(_strata(data), fraction, seed)
+    return data.train.select(train), data.train.select(held_out)
+
+
+def _hold_out_of_stream(data: ImageData, fraction: float, seed: int) -> tuple[Any, Any]:
+    limit = int(_checked_share(fraction, "eval_fraction") * 2**63)
+    column = data.columns[0]
+
+    def is_held_out(row: dict[str, Any]) -> bool:
+        return derive_seed(seed, "split", image_digest(row[column] or NO_IMAGE)) < limit
+
+    return data.train.filter(lambda row: not is_held_out(row)), data.train.filter(is_held_out)
+
+
+def _stream_length(united: _United, fraction: float, train_images: int | None) -> int:
+    if train_images is not None:
+        return train_images
+    # Of the undivided split, whether stated or counted: the number of steps must not depend on a cache.
+    share = 1.0 if united.evaluation is not None else 1 - fraction
+    label = united.columns[1]
+    smallest = united.train if label is None else united.train.select_columns(label)  # faster to read than images
+    return round(share * (united.stated_length or sum(1 for _ in smallest)))
+
+
+def _check_classes(data: ImageData) -> None:
+    """Add notes on classes with too few images, and raise a `ValueError` if there is one class only."""
+    if data.problem_type == SINGLE and len(data.label_names) < 2:
+        found = f"one class only, {data.label_names[0]}" if data.label_names else "no class"
+        raise ValueError(
+            f"Found {found}, in {data.name}: expected at least two classes, as one subfolder each or as values of a "
+            "label column."
+        )
+    counts = data.class_counts()
+    if counts is None:
+        return
+    for number, text in ((0, "no training images, so the model cannot learn"), (1, "a single training image")):
+        if names := [name for name, count in zip(data.label_names, counts, strict=True) if count == number]:
+            has = "has" if len(names) == 1 else "have"
+            which = (" it" if len(names) == 1 else " them") if number == 0 else ""
+            data.notes.append(f"{counted(len(names), 'class', 'classes')} {has} {text}{which}: {shortened(names)}.")
 
 
 def _resampled(data: ImageData, share: float, repeats: float, seed: int) -> ImageData:
@@ -136,107 +377,49 @@ def _resampled(data: ImageData, share: float, repeats: float, seed: int) -> Imag
         raise ValueError(f"train_repeats must be at least 1, got {repeats}: to use fewer images, set train_share.")
     chosen = list(range(len(data.train)))
     if share != 1:
-        _, chosen = split_evenly(_labels(data.train, data.columns[1]), share, seed, "train_share")
+        _, chosen = split_evenly(_strata(data), share, seed, "train_share", keeps_one=False)
     if not chosen:
         raise ValueError(f"train_share={share} leaves none of {len(data.train)} training images: increase it.")
     indices = [chosen[index % len(chosen)] for index in range(round(repeats * len(chosen)))]
     return replace(data, train=data.train.select(indices), train_length=len(indices))
 
 
-def _labels(split: Any, column: str | None) -> list[int]:
-    return split[column] if column else [0] * len(split)
-
-
-class _Tables:
-    """One or two prepared splits, with the same classes."""
-
-    def __init__(self, splits: list[Any], columns: tuple[str, str | None], fraction: float, seed: int) -> None:
-        self.columns, self.fraction, self.seed = columns, fraction, seed
-        self.splits, self.label_names = (splits, []) if columns[1] is None else self._with_classes(splits, columns[1])
-
-    def divide(self, name: str, eval_split: str | None, train_images: int | None) -> ImageData:
-        """Return the splits as data; a single one is divided."""
-        train, evaluation = self.splits if len(self.splits) == 2 else self._hold_out(self.splits[0])
-        length = self._train_length(train, train_images)
-        if length == 0 or (hasattr(evaluation, "__len__") and len(evaluation) == 0):
-            raise ValueError(f"{name} has {length} training images and needs some for evaluation too: add images.")
-        return ImageData(name, train, evaluation, self.columns, self.label_names, eval_split or HELD_OUT, length)
-
-    def _with_classes(self, splits: list[Any], column: str) -> tuple[list[Any], list[str]]:
-        """Return the splits with labels of the same classes, and the names of these."""
-        features: list[Any] = [split.features.get(column) for split in splits]
-        if all(isinstance(feature, ClassLabel) and feature.names for feature in features):
-            if len({tuple(feature.names) for feature in features}) > 1:
-                raise ValueError(f"The splits have different classes in {column!r}: {[f.names for f in features]}.")
-            return splits, features[0].names
-        for feature in features:
-            if not isinstance(feature, Value | ClassLabel):
-                raise ValueError(
-                    f"Expected one class per image in {column!r}, got {feature}: specify another label_column."
-                )
-        values = self._values(splits, column)
-        if None in values:
-            raise ValueError(f"Some images have no label in {column!r}: remove them, or specify another label_column.")
-        ordered = sorted(values, key=lambda value: (str(type(value)), value))
-        if all(isinstance(value, int) and value >= 0 for value in ordered):  # already class indices
-            ordered = list(range(max(ordered, default=-1) + 1))
-        names, indices = [str(value) for value in ordered], {value: index for index, value in enumerate(ordered)}
-        return [self._with_indices(split, column, indices, names) for split in splits], names
-
-    def _values(self, splits: list[Any], column: str) -> set[Any]:
-        return {value for split in splits for value in split.unique(column)}
-
-    def _with_indices(self, split: Any, column: str, indices: dict[Any, int], names: list[str]) -> Any:
-        labels = [indices[value] for value in split[column]]
-        return split.remove_columns(column).add_column(column, labels).cast_column(column, ClassLabel(names=names))
-
-    def _hold_out(self, split: Any) -> tuple[Any, Any]:
-        train, held_out = split_evenly(_labels(split, self.columns[1]), self.fraction, self.seed)
-        return split.select(train), split.select(held_out)
-
-    def _train_length(self, train: Any, train_images: int | None) -> int:
-        return len(train)
-
-
-class _Streams(_Tables):
-    """One or two streamed splits, which are read from the beginning in every epoch."""
-
-    def _values(self, splits: list[Any], column: str) -> set[Any]:
-        return {row[column] for split in splits for row in split.select_columns(column)}
-
-    def _with_indices(self, split: Any, column: str, indices: dict[Any, int], names: list[str]) -> Any:
-        features = Features({**split.features, column: ClassLabel(names=names)})
-        return split.map(lambda row: {column: indices[row[column]]}, features=features)
-
-    def _hold_out(self, split: Any) -> tuple[Any, Any]:
-        limit = int(_checked_share(self.fraction, "eval_fraction") * 2**63)
-
-        def is_held_out(row: dict[str, Any]) -> bool:
-            return derive_seed(self.seed, "split", image_digest(row[self.columns[0]] or NO_IMAGE)) < limit
-
-        return split.filter(lambda row: not is_held_out(row)), split.filter(is_held_out)
-
-    def _train_length(self, train: Any, train_images: int | None) -> int:
-        if train_images is not None:
-            return train_images
-        # Of the undivided split, whether stated or counted: the number of steps must not depend on a cache.
-        split, share = self.splits[0], 1.0 if len(self.splits) == 2 else 1 - self.fraction
-        # Labels are faster to read than images.
-        smallest = split if self.columns[1] is None else split.select_columns(self.columns[1])
-        return round(share * (stated_length(split) or sum(1 for _ in smallest)))
+def _strata(data: ImageData) -> list[int]:
+    """Return the class of each training image: the rarest of several, and the same one where there are none."""
+    column = data.columns[1]
+    if column is None or data.problem_type == REGRESSION:
+        return [0] * len(data.train)
+    if data.problem_type == SINGLE:
+        return data.train[column][:]
+    counts = data.class_counts() or []
+    rows = data.train[column][:]
+    return [
+        min((c for c, present in enumerate(row) if present == 1), key=counts.__getitem__, default=-1) for row in rows
+    ]
 
 
 def split_evenly(
-    labels: Iterable[int], fraction: float, seed: int, name: str = "eval_fraction"
+    labels: Iterable[int], fraction: float, seed: int, name: str = "eval_fraction", keeps_one: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Divide indices, in order, so that the second list has `fraction` of every class; `name` is for errors."""
+    """Divide indices, in order, so that the second list has `fraction` of every class; `name` is for errors.
+
+    With `keeps_one`, the first list has at least one index of every class, and the second one is not empty if a class
+    has two.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "split"))
     classes = torch.tensor(list(labels))
+    share = _checked_share(fraction, name)
     chosen: set[int] = set()
+    spare: list[int] = []  # one of each class that has several
     for label in classes.unique():
         members = (classes == label).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=generator)
-        chosen.update(members[order[: round(_checked_share(fraction, name) * len(members))]].tolist())
+        number = round(share * len(members))
+        chosen.update(members[order[: min(number, len(members) - 1) if keeps_one else number]].tolist())
+        spare += members[order[: min(1, len(members) - 1)]].tolist()
+    if keeps_one and not chosen and spare:
+        order = torch.randperm(len(spare), generator=generator)[: max(1, round(share * len(classes)))]
+        chosen.update(spare[index] for index in order.tolist())
     return [index for index in range(len(classes)) if index not in chosen], sorted(chosen)
 
 

@@ -4,17 +4,20 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..system.texts import without_tokens
+from ..system.texts import shortened, without_tokens
+from .archives import ENDINGS, is_archive, unpacked
+from .folders import TABLE_ENDINGS, datasets_of, layout_of, scan, split_of, unwrapped
+from .tables import Tables, is_table, open_table, tables_of
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "valid", "val", "test", "testing", "eval")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SHARDS = 64  # of a stream from memory
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of `datasets`, by the suffix of their shards
 
 
@@ -37,28 +40,96 @@ def choose(what: str, found: Iterable[str], given: str | None, usual: tuple[str,
     )
 
 
+@dataclass
+class Opened:
+    """The splits of a source by name, and sentences about what was found there."""
+
+    splits: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
 def open_splits(source: str | Path, streaming: bool) -> dict[str, Any]:
     """Return the splits of a source by name; see `load_data` for what a source may be."""
+    return open_source(source, streaming).splits
+
+
+def open_source(
+    source: str | Path, streaming: bool, image_column: str | None = None, label_columns: Sequence[str] = ()
+) -> Opened:
+    """Open a source; the columns say which tables of images and labels are meant."""
     path, name = Path(source).expanduser(), str(source)
+    if name not in ("", "digits") and is_archive(path):
+        return open_source(unpacked(path), streaming, image_column, label_columns)
     storage = storage_of(path) if name not in ("", "digits") else None
+    notes: list[str] = []
     if name == "digits":
-        loaded: Any = _digits().to_iterable_dataset() if streaming else _digits()
+        loaded: Any = _in_memory({"train": _digits()}, streaming)
     elif storage == "saved":
         loaded = _load_saved(path, streaming)
-    elif storage == "imagefolder":
-        if not any(file.suffix.lower() in IMAGE_FILES for file in path.rglob("*")):
-            raise ValueError(f"{path} holds no images ({', '.join(IMAGE_FILES)}), parquet files or webdataset shards.")
-        loaded = _load("imagefolder", streaming, data_dir=str(path))
+    elif storage == "imagefolder" or _is_folder_of_tables(path, storage):
+        splits, notes = _open_folder(path, image_column, label_columns)
+        loaded = _in_memory(splits, streaming)
+    elif path.is_file() and is_table(path) and (table := open_table(path, image_column)) is not None:
+        tables = Tables([table])
+        loaded, notes = _in_memory(tables.splits(), streaming), tables.notes
+    elif path.is_file() and path.suffix.lower() in TABLE_ENDINGS and path.suffix not in BUILDERS:
+        raise ValueError(
+            f"No column of {path} names images: expected paths relative to {path.parent}, with or without an ending. "
+            "Put the table beside the images, or name the column with --image-column."
+        )
     elif storage is not None:
         loaded = _load(storage, streaming, data_files=shards_of(path))
     elif not name or path.exists() or path.is_absolute() or name.count("/") > 1:
         raise ValueError(
             f"Expected a data set, got {without_tokens(name)!r}: specify a folder of images with one subfolder per "
-            "class, a parquet file or webdataset shard or a folder of them, a data set on the Hub, or 'digits'."
+            "class, a table of paths and labels (.csv, .tsv, .jsonl, .parquet), a zip or tar of these, a parquet file "
+            "or webdataset shard or a folder of them, a data set on the Hub, or 'digits'."
         )
     else:
         loaded = _load(name, streaming)
-    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    return Opened(dict(loaded) if isinstance(loaded, dict) else {"train": loaded}, notes)
+
+
+def _is_folder_of_tables(path: Path, storage: str | None) -> bool:
+    """Return whether all parquet files of a folder hold paths instead of images."""
+    if storage != "parquet" or not path.is_dir():
+        return False
+    return all(is_table(Path(file)) for files in shards_of(path).values() for file in files)
+
+
+def _open_folder(
+    path: Path, image_column: str | None, label_columns: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the splits of a folder of images, by its tables if they label the images, else by its folders."""
+    root, skipped = scan(path)
+    root, notes = unwrapped(root), [note] if (note := skipped.note()) else []
+    layout = layout_of(root)
+    tables = tables_of(root, image_column, label_columns, layout.has_classes)
+    if not root.has_images and not tables.tables:
+        raise ValueError(f"{path} holds no images, tables, parquet files or webdataset shards.{_what_lies(path)}")
+    if tables.tables:
+        splits = tables.splits()
+        used = sum(len(split) for split in splits.values())
+        number = sum(1 for _ in root.files())
+        if used < number and root.has_images:
+            tables.notes.append(f"{number - used:,} of {number:,} images are in no table of labels and are not used.")
+        return splits, [*notes, *tables.notes]
+    return datasets_of(layout), [*notes, *tables.notes, *layout.notes]
+
+
+def _what_lies(path: Path) -> str:
+    found = [entry.name for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+    archives = [name for name in found if name.lower().endswith(ENDINGS)]
+    if archives:
+        return f" It holds the archives {shortened(archives)}: give one of them, or unpack them."
+    return f" It holds {shortened(found)}." if found else " It is empty."
+
+
+def _in_memory(splits: dict[str, Any], streaming: bool) -> dict[str, Any]:
+    """Return data sets in memory, as streams of several shards if `streaming`, which workers then share."""
+    if not streaming:
+        return splits
+    return {name: split.to_iterable_dataset(min(SHARDS, max(1, len(split)))) for name, split in splits.items()}
 
 
 def choose_splits(
@@ -68,14 +139,22 @@ def choose_splits(
 
     Without `needs_train`, an evaluation split stands for both.
     """
-    usual = [name for name in EVAL_SPLITS if name in splits]
+    names = list(splits)
+    train_split, eval_split = (_spelled(name, names) for name in (train_split, eval_split))
+    found = [name for name in EVAL_SPLITS if name in names]
     if eval_split is not None:
-        choose("split", splits, eval_split, EVAL_SPLITS)
-    if not needs_train and (eval_split or usual):
-        eval_split = eval_split or usual[0]
+        choose("split", names, eval_split, EVAL_SPLITS)
+    if not needs_train and (eval_split or found):
+        eval_split = eval_split or found[0]
         return eval_split, eval_split
-    train_split = choose("train_split", splits, train_split, TRAIN_SPLITS)
-    return train_split, eval_split or next((name for name in usual if name != train_split), None)
+    train_split = choose("train_split", names, train_split, TRAIN_SPLITS)
+    return train_split, eval_split or next((name for name in found if name != train_split), None)
+
+
+def _spelled(name: str | None, names: list[str]) -> str | None:
+    """Return the name of a split as the source has it: `val` may be given for `validation`."""
+    same = split_of(name) if name is not None and name not in names else None
+    return same if same in names else name
 
 
 def storage_of(path: Path) -> str | None:
@@ -173,12 +252,12 @@ def image_columns(features: Any) -> list[str]:
 
 def label_columns(features: Any) -> list[str]:
     """Return the columns of classes, or else those that may hold labels."""
-    from datasets import ClassLabel, Sequence, Value
+    from datasets import ClassLabel, List, Sequence, Value
 
     return [name for name, feature in features.items() if isinstance(feature, ClassLabel)] or [
         name
         for name, feature in features.items()
-        if isinstance(feature, Value | Sequence) and not name.startswith("__")  # webdataset's key and address
+        if isinstance(feature, Value | Sequence | List) and not name.startswith("__")  # webdataset's key and address
     ]
 
 

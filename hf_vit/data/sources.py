@@ -15,9 +15,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PILImage
-
 from ..system.texts import without_tokens
+from .folders import is_image_file
 from .images import NO_IMAGE, stored_rows
 from .opening import (
     BUILDERS,
@@ -73,7 +72,7 @@ def files_of(words: Iterable[str]) -> Iterator[Path]:
             for match in map(Path, _matches(word)):
                 if match.is_dir() and not is_recursive:
                     yield from _images_below(match)
-                elif match.is_file() and _is_image(match.name):
+                elif match.is_file() and is_image_file(match.name):
                     yield match
 
 
@@ -87,13 +86,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
             yield from _images_below(folder / entry.name)
-        elif _is_image(entry.name) and entry.is_file():
+        elif is_image_file(entry.name) and entry.is_file():
             yield folder / entry.name
-
-
-def _is_image(name: str) -> bool:
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix != "" and suffix in PILImage.registered_extensions()  # Pillow 12.0 may register the empty suffix
 
 
 def _state_of(path: str) -> str:
@@ -292,4 +286,4 @@ class Sources:
 
 def _may_be_on_the_hub(word: str) -> bool:
     is_path = word.startswith((".", "/", "~")) or word.endswith("/") or word.count("/") > 1
-    return not (is_path or glob.has_magic(word) or _is_image(word) or Path(word).suffix in BUILDERS)
+    return not (is_path or glob.has_magic(word) or is_image_file(word) or Path(word).suffix in BUILDERS)

@@ -23,7 +23,7 @@ from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
 from ..system.machine import machine, versions
 from . import probing
-from .labels import labels_of, match_labels
+from .labels import align, labels_for_model, labels_of
 from .metrics import ImageResults, classify, extract_features, forward_in_turn, forward_on_cores
 from .throughput import throughputs
 
@@ -37,11 +37,12 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 @naming_dead_workers()
 def evaluate_checkpoint(
     source: str,
-    data_source: str,
+    data_source: str | Sequence[str],
     *,
     split: str | None = None,
     image_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
     batch_size: int | None = None,
     num_workers: int = 0,
     image_size: tuple[int, int] | None = None,
@@ -55,7 +56,7 @@ def evaluate_checkpoint(
         source: A file, a folder or a name on the Hub, of this package or another library.
         data_source: As for `load_data`.
         split: Split to evaluate on; the usual evaluation split, or held-out images, if not given.
-        image_column, label_column: As for `load_data`.
+        image_column, label_column, label_separator: As for `load_data`.
         batch_size: Batch size per device, chosen for the hardware if not given. It changes metrics by rounding only.
         num_workers: Data loading processes, per process.
         image_size: (height, width) in pixels; the checkpoint's if not given.
@@ -78,14 +79,14 @@ def evaluate_checkpoint(
     accelerator = Accelerator()  # without mixed precision: the model itself is cast
     batch_size = batch_size or default_batch_size(accelerator.device.type)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
     with accelerator.local_main_process_first():  # the others read what it has cached
         data, warning = load_evaluation_data(
             source, data_source, eval_split=split, needs_train=bool(probes), **columns
         )
     model_labels = labels_of(checkpoint)
-    classes, note = match_labels(model_labels, data.label_names)
-    note = f"{note} {warning}".strip()
+    data, classes, note = align(data, model_labels, needs_all=bool(probes))
+    note = " ".join(filter(None, [*data.notes, note, warning]))
     _check_measurable(classes, note, data, split, probes, merged_per_layer)
     model, processor = load(source, image_size, checkpoint)
     if merged_per_layer:  # fails now instead of after minutes
@@ -165,7 +166,7 @@ class _Run:
     def loader(self, split: Any) -> Any:
         images = EvaluationImages(split, self.data.columns, self.processor)
         if self.classes is not None:
-            images.labels = [self.classes[label] for label in images.labels]
+            images.labels = labels_for_model(images.labels, self.classes, self.model.config.num_labels)
         parts = self.accelerator.num_processes, self.accelerator.process_index
         return evaluation_loader(images, self.batch_size, self.num_workers, *parts)
 

@@ -1,9 +1,13 @@
 """Match the classes of a data set with the classes of a model."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
+from ..data.classes import UNKNOWN
+from ..data.folders import key_of
+from ..data.labelled import ImageData
 from ..system.texts import shortened
 
 
@@ -15,16 +19,63 @@ def labels_of(checkpoint: Checkpoint) -> list[str] | None:
     return [config.id2label[index] for index in range(config.num_labels)]
 
 
-def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[int] | None, str]:
+def align(
+    data: ImageData, of_model: list[str] | None, needs_all: bool = False
+) -> tuple[ImageData, list[int] | None, str]:
+    """Return data whose evaluation images have classes of the model, the model's index of each class, and a note.
+
+    Images of classes that the model lacks are left out and counted in the note.
+
+    Args:
+        of_model: Label names of the model; `None` without a classifier.
+        needs_all: Whether all images are needed; then the indices are `None` if the model lacks some classes.
+    """
+    matched, note = match_labels(of_model, data.label_names)
+    column = data.columns[1]
+    if matched is None or column is None:
+        return data, None, note
+    classes = [-1 if index is None else index for index in matched]
+    unknown = [name for name, index in zip(data.label_names, matched, strict=True) if index is None]
+    if not unknown or data.problem_type != "single_label_classification":
+        return data, classes, note
+    if needs_all:
+        return data, None, note
+    labels = data.evaluation[column][:]
+    rows = [row for row, label in enumerate(labels) if label < 0 or classes[label] >= 0]
+    if not rows:
+        return data, None, f"{note} No image is of a class that the model knows."
+    left_out = f"{len(labels) - len(rows):,} of {len(labels):,} images are of these classes and are left out."
+    return replace(data, evaluation=data.evaluation.select(rows)), classes, f"{note} {left_out}"
+
+
+def labels_for_model(labels: list[Any], classes: list[int], num_labels: int) -> list[Any]:
+    """Return labels of the data as the model numbers them.
+
+    With several per image, a label that the data lacks is unknown, -100.
+    """
+    if not labels or not isinstance(labels[0], list):
+        return [classes[label] for label in labels]
+    rows = []
+    for label in labels:
+        row = [UNKNOWN] * num_labels
+        for index, value in zip(classes, label, strict=True):
+            if index >= 0:
+                row[index] = value
+        rows.append(row)
+    return rows
+
+
+def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[int | None] | None, str]:
     """Return the model's class index for each class of the data, and a note unless both have the same classes.
 
-    Classes are matched by name, or by position if one side has only numbers for names, and both have as many.
+    Classes are matched by name, if need be without regard to case and Unicode form. If one side has only numbers for
+    names, they are matched by number, or by position if both have as many.
 
     Args:
         of_model: Label names of the model; `None` without a classifier.
 
     Returns:
-        The indices, or `None` if the classes do not match; the note then says why.
+        The indices, `None` for a class that the model lacks; or `None` if no class matches. The note says why.
     """
     if of_model is None:
         return None, "The model has no classifier."
@@ -34,24 +85,56 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
     pairs = list(zip(of_model, of_data, strict=False))
     if len(of_model) == len(of_data) and all(ours == theirs or number[ours] > 1 for ours, theirs in pairs):
         return list(range(len(of_data))), "Classes of the model that share a name are matched by position."
-    index = {name: index for index, name in enumerate(of_model) if number[name] == 1}
-    if all(name in index for name in of_data):
+    found = [_index_of(name, of_model) for name in of_data]
+    if None not in found:
         note = "Classes are matched by name; their order differs."
         if len(of_model) > len(of_data):
             note = f"The data has {len(of_data)} of the {len(of_model)} classes of the model."
-        return [index[name] for name in of_data], note
+        others = [
+            f"{name!r} is {of_model[index]!r}"
+            for name, index in zip(of_data, found, strict=True)
+            if index is not None and of_model[index] != name
+        ]
+        return found, f"{note} Without regard to case, {shortened(others)}." if others else note
+    by_number = _by_number(of_model, of_data)
+    if by_number is not None:
+        return by_number, (
+            f"Classes are matched by number: {of_data[0]} is {of_model[by_number[0]]}, ..., {of_data[-1]} is "
+            f"{of_model[by_number[-1]]}."
+        )
     if len(of_model) == len(of_data) and (_are_numbers(of_model) or _are_numbers(of_data)):
         side = "model" if _are_numbers(of_model) else "data"
         return list(range(len(of_data))), (
             f"The classes of the {side} have no names, so they are matched by position: {of_model[0]} is "
             f"{of_data[0]}, ..., {of_model[-1]} is {of_data[-1]}."
         )
-    unknown = [name for name in of_data if name not in index]
+    unknown = [name for name, index in zip(of_data, found, strict=True) if index is None]
+    note = f"The model lacks {len(unknown)} of the data's {len(of_data)} classes ({shortened(unknown)})"
+    is_ambiguous = any(number[name] > 1 for name in unknown)
+    if len(unknown) < len(of_data) and not is_ambiguous:
+        return found, f"{note}."
     return None, (
-        f"The model lacks {len(unknown)} of the data's {len(of_data)} classes ({shortened(unknown)}); it has "
-        f"{len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the "
+        f"{note}; it has {len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the "
         "--label-column that the model was trained on."
     )
+
+
+def _index_of(name: str, of_model: list[str]) -> int | None:
+    """Return the only class of a name, or else the only one that differs in case or Unicode form alone."""
+    for same in (lambda other: other == name, lambda other: key_of(other) == key_of(name)):
+        if found := [index for index, other in enumerate(of_model) if same(other)]:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def _by_number(of_model: list[str], of_data: list[str]) -> list[int] | None:
+    """Return the indices if the names of the data are the numbers of the model's classes."""
+    if not all(name.isdecimal() and name == str(int(name)) for name in of_data):
+        return None
+    numbers = [int(name) for name in of_data]
+    is_whole = sorted(numbers) == list(range(len(of_model)))
+    is_unnamed = of_model == [f"LABEL_{index}" for index in range(len(of_model))]
+    return numbers if is_whole or (is_unnamed and max(numbers) < len(of_model)) else None
 
 
 def _are_numbers(names: list[str]) -> bool:

@@ -15,7 +15,7 @@ from ..data.images import EvaluationImages, normalize
 from ..data.labelled import load_evaluation_data
 from ..data.loaders import evaluation_loader
 from ..inference.threads import BATCH_OF_CPU
-from .labels import labels_of, match_labels
+from .labels import align, labels_for_model, labels_of
 from .metrics import classify
 
 
@@ -35,11 +35,11 @@ def compare(
     """
     accelerator = Accelerator(cpu=True)
     data, _ = load_evaluation_data(source, data_source, needs_train=False)
-    classes, note = match_labels(labels_of(checkpoint), data.label_names)
+    data, classes, note = align(data, labels_of(checkpoint))
     if classes is None:
         raise ValueError(note)
     images = EvaluationImages(data.evaluation, data.columns, processor)
-    images.labels = [classes[label] for label in images.labels]
+    images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels)
     loader = evaluation_loader(images, BATCH_OF_CPU, 0)
     to_model = partial(normalize, processor=processor)
     results = {name: classify(model, loader, accelerator, to_model) for name, model in models.items()}

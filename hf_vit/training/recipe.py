@@ -67,7 +67,9 @@ class TrainConfig:
         None, "Number of training images in a stream; null: stated by it, or counted.", 1
     )
     shuffle_buffer: int = option(2048, "Number of undecoded images in the shuffle buffer of a stream.", 1)
-    max_broken: float = option(0.01, "Largest acceptable share of images that cannot be read.")
+    max_broken: float = option(
+        0.01, "Largest acceptable share of images that cannot be read; unless it is 0, three are always accepted."
+    )
 
     # model
     task: Literal["classification", "multi_label", "regression", "masked_patches"] = option(

@@ -29,7 +29,7 @@ from .checkpointing import CheckpointFolder, load_state
 from .optim import Schedule, build_optimizer, parameter_groups
 from .parallel import counts_in_evaluation, data_parts, shard_matrices, start_tracker, whole_weights
 from .recipe import FREE_TO_CHANGE, TrainConfig
-from .state import AveragedWeights, BrokenImages, RunLog, TrainingState
+from .state import AveragedWeights, BrokenImages, RunLog, TrainingState, accepted_broken
 from .tasks import TASKS, build_model
 
 METRICS, TIMING, LOG, CHECKPOINTS = "metrics.json", "timing.json", "log.jsonl", "checkpoints"
@@ -113,6 +113,8 @@ class Run:
         with accelerator.main_process_first():  # the other processes read what the first one has cached
             self.data = data = data_of(config)
         self.plan = Plan.of(config, data.train_length)
+        for note in data.notes:
+            self.say(note)
 
         # All processes draw the same initial weights: the seed does not depend on the rank.
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -158,7 +160,8 @@ class Run:
         self.checkpoints = CheckpointFolder(self.output_dir / CHECKPOINTS, config.keep_checkpoints)
         # A stream does not tell how many evaluation images it has.
         eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
-        limits = {"training": config.max_broken * data.train_length, "evaluation": config.max_broken * eval_length}
+        lengths = {"training": data.train_length, "evaluation": eval_length}
+        limits = {split: accepted_broken(config.max_broken, length) for split, length in lengths.items()}
         self.state = TrainingState(
             accelerator=accelerator,
             model=model,

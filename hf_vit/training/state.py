@@ -130,6 +130,11 @@ class Throughput:
         }
 
 
+def accepted_broken(share: float, number: int) -> float:
+    """Return how many of a number of images may be unreadable: a share, but at least 3 unless it is 0."""
+    return max(3.0, share * number) if share else 0.0
+
+
 class BrokenImages:
     """Names of images that cannot be read, in order of appearance.
 

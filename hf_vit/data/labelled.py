@@ -58,6 +58,8 @@ def load_data(
     eval_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
     eval_fraction: float = 0.2,
     train_share: float = 1.0,
     train_repeats: float = 1.0,

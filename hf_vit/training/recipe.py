@@ -266,6 +266,13 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
+def default_recipe(model: str | None) -> str:
+    """Return the name of the recipe for a model: a checkpoint, a variant, or `None` for a small model from scratch."""
+    from ..variants import VARIANTS  # imports torch
+
+    return "scratch" if model is None or model in VARIANTS else "finetune"
+
+
 def recipe_path(recipe: str | Path) -> Path:
     """Return the file of a recipe, given its name or path."""
     shipped = shipped_recipes()

@@ -33,7 +33,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Name of a recipe (see hf-vit recipes), or a YAML file. Default: finetune for a checkpoint, else scratch.",
+            help="Name of a recipe (see hf-vit recipes), or a YAML file. Default: finetune for a checkpoint, scratch "
+            "for other models.",
             autocompletion=shipped_recipes,
         ),
     ] = None,

@@ -111,7 +111,7 @@ def _image_size(config: TrainConfig, facts: Facts) -> Choice:
     stored = min(facts.stored_size) if facts.stored_size else math.inf
     if stored >= usual:
         return usual, "usual for models from scratch"
-    size = min(usual, max(math.ceil(stored / patch), SMALLEST_GRID) * patch)
+    size = min(usual, max(round(stored / patch), SMALLEST_GRID) * patch)
     return size, f"the shorter side of the images, {stored:.0f} pixels, in patches of {patch}"
 
 
@@ -189,7 +189,8 @@ def _layer_decay(config: TrainConfig, facts: Facts) -> Choice:
 
 def _eval_every(config: TrainConfig, facts: Facts) -> Choice:
     every = max(1, math.ceil(config.epochs / EVALUATIONS))
-    return every, f"{math.ceil(config.epochs / every)} evaluations"
+    number = math.ceil(config.epochs / every)
+    return every, f"{number} evaluation{'s' * (number > 1)}"
 
 
 # ------------------------------------------------------------------------------------------------------------ machine

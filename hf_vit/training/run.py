@@ -182,10 +182,8 @@ class Run:
             fill=self.processor.image_mean,
         )
         self.to_model = partial(normalize, processor=self.processor)
-        cache, limit = (
-            accelerator.device if config.cache == "device" else config.cache,
-            cache_limit(accelerator, config),
-        )
+        cache = accelerator.device if config.cache == "device" else config.cache
+        limit = cache_limit(accelerator, config)
         self.images = TrainingImages(
             data.train, data.columns, self.processor, augmentation, config.seed, cache, config.shorter_side, limit
         )

@@ -182,8 +182,10 @@ def _rounded(rate: float) -> float:
 
 
 def _layer_decay(config: TrainConfig, facts: Facts) -> Choice:
-    if not facts.is_checkpoint or config.trained != "all":
-        return 1.0, "training from scratch" if not facts.is_checkpoint else f"only {config.trained} is trained"
+    if not facts.is_checkpoint:
+        return 1.0, "training from scratch"
+    if config.trained != "all" or config.task == "masked_patches":
+        return 1.0, "full fine-tuning alone decays layers"
     return 0.65 if facts.width >= 1024 else 0.75, f"full fine-tuning of {facts.depth} layers of width {facts.width}"
 
 

@@ -230,22 +230,34 @@ def test_what_is_not_finite_in_one_process_is_so_in_both(
     assert ends(processes, tmp_path / "out.txt", 2).count("of step 5 is not finite") == 2
 
 
+# With a rate of 0, the first evaluation is the best, so its weights replace the last ones.
+BEST: dict[str, Any] = {
+    "trained": "lora", "lora_rank": 2, "sampling": "balanced", "ema_decay": 0.9, "batch_size": "auto",
+    "best_metric": "auto", "learning_rate": 0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "fields", [{"streaming": True, "shuffle_buffer": 5}, {"task": "masked_patches"}], ids=["stream", "masked"]
+    ("fields", "environment"),
+    [({"streaming": True, "shuffle_buffer": 5}, {}), ({"task": "masked_patches"}, {}), (BEST, {}), (BEST, FSDP)],
+    ids=["stream", "masked", "best", "best-fsdp2"],
 )
-def test_two_processes_with_other_kinds_go_on_exactly(photos: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_two_processes_with_other_kinds_go_on_exactly(
+    photos: Path, tmp_path: Path, fields: dict[str, Any], environment: dict[str, str]
+) -> None:
     if "streaming" in fields:
         photos = tmp_path / "shards"
         photos.mkdir()
         for number in range(4):
             colored_dataset(14, number).to_parquet(str(photos / f"train-{number}.parquet"))
         colored_dataset(21, 9).to_parquet(str(photos / "test.parquet"))
-    fields = {**fields, "batch_size": 8, "log_every": 3}
-    finish(tiny_recipe(photos, tmp_path / "whole", **fields), 2)
+    fields = {"batch_size": 8, "epochs": 3, **fields, "log_every": 3}
+    fields |= {"epochs": 10} if fields["batch_size"] == "auto" else {}
+    finish(tiny_recipe(photos, tmp_path / "whole", **fields), 2, **environment)
     config = tiny_recipe(photos, tmp_path / "parts", **fields)
-    processes = start_all(config, tmp_path / "parts.txt", 2, stop_by_environment, STOP_AT="9")
+    processes = start_all(config, tmp_path / "parts.txt", 2, stop_by_environment, STOP_AT="9", **environment)
     ends(processes, tmp_path / "parts.txt", 143)
-    assert "Resuming from" in finish(config, 2)
+    assert "Resuming from" in finish(config, 2, **environment)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert log_of(tmp_path / "whole")[-1]["eval_count"] == 21
 

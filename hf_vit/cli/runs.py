@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..training.recipe import TrainConfig, recipe_header, shipped_recipes
+from ..training.recipe import TrainConfig, default_recipe, recipe_header, shipped_recipes
 from .endings import echo, typed_command
 
 Resume = Annotated[str, typer.Option(help="'auto' resumes the run in the output folder; 'never' discards it.")]
@@ -31,12 +31,22 @@ def quickstart(
 def train(
     context: typer.Context,
     recipe: Annotated[
-        str,
-        typer.Option(help="Name of a recipe (see hf-vit recipes), or a YAML file.", autocompletion=shipped_recipes),
-    ] = "flowers",
-    data: Annotated[
         str | None,
-        typer.Option(help="Folder with one subfolder per class, parquet, webdataset shards, or a name on the Hub."),
+        typer.Option(
+            help="Name of a recipe (see hf-vit recipes), or a YAML file. Default: finetune for a checkpoint, scratch "
+            "for other models.",
+            autocompletion=shipped_recipes,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder with one subfolder per class, table, archive, parquet, webdataset shards, or a name on the "
+            "Hub. May be repeated."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint to fine-tune, or variant such as ViT-S/16 to train from scratch.")
     ] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder for the model. Default: the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed. Default: the recipe's.")] = None,
@@ -55,16 +65,23 @@ def train(
     """Train by a recipe. The same command resumes an interrupted run exactly.
 
     Trains from scratch, from a checkpoint, or by masked patch prediction. Every field of a recipe is an option;
-    fields of the architecture are --model-config.NAME. hf-vit recipes NAME explains all fields.
+    fields of the architecture are --model-config.NAME. hf-vit recipes NAME explains all fields. What a recipe states
+    as auto is chosen from the data, the model and the machine, and printed with the reason.
 
-    Example: hf-vit train --data photos/ --image-size 128 --batch-size 64 --model-config.hidden-size 192
+    Example: hf-vit train --data photos/ --model facebook/dinov2-small
+
+    From scratch: hf-vit train --data photos/ --image-size 128 --batch-size 64 --model-config.hidden-size 192
 
     Estimate of parameters, FLOPs, memory, time and price: hf-vit train ... --dry-run --price-per-hour 2.5
     """
-    named = dict(data=data, output_dir=output_dir, seed=seed, max_steps=max_steps, save_every=save_every)
+    named = dict(output_dir=output_dir, seed=seed, max_steps=max_steps, save_every=save_every)
     named |= dict(num_workers=num_workers, push_to_hub=push_to_hub, resume=resume)
     given = {name: value for name, value in named.items() if value is not None}
-    config = TrainConfig.from_recipe(recipe, **given, **_fields(context.args))
+    if data:
+        given["data"] = data if len(data) > 1 else data[0]
+    if model is not None:
+        given["model"] = None if model == "null" else model  # as in a recipe
+    config = TrainConfig.from_recipe(recipe or default_recipe(given.get("model")), **given, **_fields(context.args))
     if dry_run:
         from ..training.rehearsal import describe, rehearse
 

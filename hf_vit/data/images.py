@@ -28,13 +28,15 @@ class Visit(NamedTuple):
     """One image in one epoch: what a sampler requests from a data set.
 
     `index` is the position of the image in the data, or in a stream its digest; `row` is (stored image, label) if the
-    sampler has already read it. A visit that is not `counted` only fills a batch.
+    sampler has already read it. A visit that is not `counted` only fills a batch. `repeat` counts the earlier visits
+    of the image in this epoch.
     """
 
     epoch: int
     index: int  # type: ignore[assignment] # tuples have a method of that name
     row: tuple[dict[str, Any], int] | None = None
     counted: bool = True
+    repeat: int = 0
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -106,10 +108,16 @@ class EvaluationImages(torch.utils.data.Dataset):
         columns: Names of the columns of images and labels.
         processor: Image processor of the model.
         cache: `"none"`, `"ram"`, or a device. Decoded images are cached there; on a device they are augmented, too.
+        cache_limit: Bytes that the cache may take. If the images need more, none is cached.
     """
 
     def __init__(
-        self, split: Any, columns: tuple[str, str | None], processor: Any, cache: str | torch.device = "none"
+        self,
+        split: Any,
+        columns: tuple[str, str | None],
+        processor: Any,
+        cache: str | torch.device = "none",
+        cache_limit: float = math.inf,
     ) -> None:
         from .opening import as_stored
 
@@ -124,10 +132,26 @@ class EvaluationImages(torch.utils.data.Dataset):
         if unlabelled := sum(label is None or (type(label) is int and label < 0) for label in self.labels):
             raise ValueError(f"{unlabelled} of {len(self.labels)} images have no label: choose another split.")
         if cache != "none":
-            device = torch.device("cpu" if cache == "ram" else cache)
-            with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding releases the GIL
-                read = threads.map(lambda index: self._read(Visit(0, index)), range(len(split)))
-                self.cached = [None if pixels is None else pixels.to(device) for pixels in read]
+            self.cached = self._fill_cache(torch.device("cpu" if cache == "ram" else cache), cache_limit)
+
+    def _fill_cache(self, device: torch.device, limit: float) -> list[Tensor | None] | None:
+        """Return all images, or `None` if they need more bytes than the limit."""
+        cached: list[Tensor | None] = []
+        size, threads = 0, ThreadPoolExecutor(os.cpu_count())  # decoding releases the GIL
+        try:
+            for pixels in threads.map(lambda index: self._read(Visit(0, index)), range(len(self))):
+                size += 0 if pixels is None else pixels.nbytes
+                if size > limit:
+                    return None
+                cached.append(None if pixels is None else pixels.to(device))
+        finally:
+            threads.shutdown(cancel_futures=True)
+        return cached
+
+    @property
+    def cached_bytes(self) -> int:
+        """The size of the cache."""
+        return sum(pixels.nbytes for pixels in self.cached or () if pixels is not None)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -202,9 +226,10 @@ class TrainingImages(EvaluationImages):
         seed: int,
         cache: str | torch.device = "none",
         shorter_side: int | None = None,
+        cache_limit: float = math.inf,
     ) -> None:
         self.augmentation, self.seed, self.shorter_side = augmentation, seed, shorter_side
-        super().__init__(split, columns, processor, cache)
+        super().__init__(split, columns, processor, cache, cache_limit)
 
     def least_size(self, size: tuple[int, int]) -> tuple[int, int]:
         gap = self.processor.reducing_gap
@@ -231,7 +256,8 @@ class TrainingImages(EvaluationImages):
     def augment(self, pixels: Tensor, visit: Visit) -> Tensor:
         state = torch.get_rng_state()
         try:
-            torch.default_generator.manual_seed(derive_seed(self.seed, visit.epoch, visit.index))
+            repeat = (visit.repeat,) if visit.repeat else ()
+            torch.default_generator.manual_seed(derive_seed(self.seed, visit.epoch, visit.index, *repeat))
             return self.augmentation(pixels)
         finally:
             torch.set_rng_state(state)

@@ -1,7 +1,7 @@
 """Batch samplers: the order in which images are visited, and how batches are divided over processes."""
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets.distributed import split_dataset_by_node
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from .images import EvaluationImages, TrainingImages, Visit, derive_seed, image_digest, stored_rows
@@ -67,11 +68,56 @@ class TableOrder(Sampler[list[Visit]]):
             epoch, offset = divmod(step, self.length // self.batch_size)
             if epoch != drawn_epoch:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-                drawn_epoch, order = epoch, torch.randperm(self.length, generator=generator)
+                drawn_epoch, order = epoch, self._draw(generator)
             batch = order[offset * self.batch_size : (offset + 1) * self.batch_size]
             for part in batch.chunk(self.division.accumulation_steps):
-                indices = part.chunk(self.division.processes)[self.division.process]
-                yield [Visit(epoch, index) for index in indices.tolist()]
+                visits = part.chunk(self.division.processes)[self.division.process]
+                yield [Visit(epoch, index, repeat=repeat) for index, repeat in visits.tolist()]
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        """Return the images of an epoch and how often each was visited before in this epoch, `[length, 2]`."""
+        indices = torch.randperm(self.length, generator=generator)
+        return torch.stack([indices, torch.zeros_like(indices)], dim=1)
+
+
+class BalancedOrder(TableOrder):
+    """Sample batches of a table in which every class comes equally often in an epoch.
+
+    An epoch has as many visits as there are images. Images of a rare class are visited repeatedly, each equally often
+    up to one; of a frequent class, another part is visited in every epoch. With several labels per image, every
+    positive label is a class, and so is an image without any.
+
+    Args:
+        labels: Class indices, or a list of 0 or 1 per class for every image.
+        others: Arguments of `TableOrder`.
+    """
+
+    def __init__(self, labels: Sequence[Any], *others: Any) -> None:
+        super().__init__(len(labels), *others)
+        classes = torch.tensor(labels)
+        if classes.ndim == 2:
+            positive = classes > 0
+            columns = [*positive.T, ~positive.any(dim=1)]
+        else:
+            columns = [classes == label for label in classes.unique()]
+        self.members = [column.nonzero().squeeze(1) for column in columns if column.any()]
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        least, rest = divmod(self.length, len(self.members))
+        with_one_more = set(torch.randperm(len(self.members), generator=generator)[:rest].tolist())
+        drawn = []
+        for number, members in enumerate(self.members):
+            visits = least + (number in with_one_more)
+            for _ in range(math.ceil(visits / len(members))):
+                drawn.append(members[torch.randperm(len(members), generator=generator)[:visits]])
+                visits -= len(drawn[-1])
+        visited = torch.cat(drawn)[torch.randperm(self.length, generator=generator)]
+        seen = Counter[int]()
+        repeats = []
+        for index in visited.tolist():
+            repeats.append(seen[index])
+            seen[index] += 1
+        return torch.stack([visited, torch.tensor(repeats)], dim=1)
 
 
 class StreamOrder(Sampler[list[Visit]]):
@@ -191,10 +237,18 @@ def training_order(
     division: BatchDivision,
     buffer: int,
     images_per_epoch: Sequence[int] | None = None,
+    sampling: str = "shuffled",
 ) -> TableOrder | StreamOrder:
-    """Return the order for a table or a stream; `steps` are the first one and the one after the last."""
+    """Return the order for a table or a stream; `steps` are the first one and the one after the last.
+
+    `sampling` is `"shuffled"` or `"balanced"`, for every class equally often.
+    """
+    if sampling == "balanced" and (data.is_stream or data.columns[1] is None or data.problem_type == "regression"):
+        raise ValueError("sampling: balanced needs classes of images that are not streamed: set sampling: shuffled.")
     if batch_size > data.train_length:
         raise ValueError(f"batch_size={batch_size} exceeds the {data.train_length} training images: reduce it.")
     if data.is_stream:
         return StreamOrder(images, batch_size, seed, *steps, division, buffer, images_per_epoch)
+    if sampling == "balanced":
+        return BalancedOrder(images.labels, batch_size, seed, *steps, division)
     return TableOrder(data.train_length, batch_size, seed, *steps, division)

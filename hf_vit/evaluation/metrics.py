@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
 
+LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
+
 # From a model, a loader, and what maps a batch to `pixel_values`, to every batch with its outputs.
 Forward = Callable[[Any, Any, Callable[[Any], Tensor]], Iterator[tuple[Any, Any]]]
 

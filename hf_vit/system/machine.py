@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,34 @@ def precision_name(mixed_precision: str) -> str:
 def cores() -> int:
     """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that this process can still use: what is available, within the limits of cgroups."""
+    import psutil
+
+    return max(0, min([psutil.virtual_memory().available, *_free_in_cgroups()]))
+
+
+def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Return the bytes that are left in each cgroup with a limit, of containers and job schedulers."""
+    free = []
+    with suppress(OSError, ValueError):
+        groups = [line.split(":", 2)[1:] for line in own.read_text(encoding="utf-8").splitlines()]
+        for controllers, name in groups:
+            if controllers == "":
+                base, files = root, ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                base, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            folder = base / name.strip("/")
+            for group in [folder, *folder.parents[: len(folder.parts) - len(base.parts)]]:
+                with suppress(OSError, ValueError):  # no limit is "max", which is no number
+                    limit, used = (int((group / file).read_text()) for file in files)
+                    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    free.append(limit - used + int(statistics.get("inactive_file", 0)))  # the page cache is given up
+    return free
 
 
 def processor() -> dict[str, str]:

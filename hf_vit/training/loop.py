@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -24,6 +22,7 @@ from ..data.orders import StreamOrder, training_order
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.locking import lock_folder_together
 from ..system.stopping import StopSignals
+from .gradients import compute_gradients
 from .parallel import build_accelerator
 from .recipe import TrainConfig
 from .run import Publish, Run, check_output_dir, clear_output
@@ -33,8 +32,11 @@ Steps = Callable[[Run], Iterable[int]]
 
 
 def remaining_steps(run: Run) -> Iterable[int]:
-    """Return every step that is not done yet."""
-    return range(run.state.step, run.plan.total_steps)
+    """Yield every step that is not done yet, until the run is over."""
+    for step in range(run.state.step, run.plan.total_steps):
+        if run.is_over:
+            return
+        yield step
 
 
 def train(
@@ -46,7 +48,7 @@ def train(
     """Train a model, or resume an interrupted run in `config.output_dir`.
 
     Args:
-        config: The recipe.
+        config: The recipe; fields that are `auto` are chosen from the data, the model and the machine.
         publish: Called every `push_every` steps on the main process with the number of steps and a function that
             writes the model into a folder; must return soon.
         steps: Returns the steps to take; what its iterator does between two steps is not part of training.
@@ -80,7 +82,7 @@ def _train(
         clear_output(Path(config.output_dir))
     accelerator.wait_for_everyone()
     run = Run(config, accelerator, signals, build)
-    config, plan, task, state, say = run.config, run.plan, run.task, run.state, run.say
+    config, plan, state, say = run.config, run.plan, run.state, run.say
     model, optimizer = state.model, state.optimizer
 
     # ---- resume
@@ -95,6 +97,7 @@ def _train(
         run.division,
         config.shuffle_buffer,
         state.images_per_epoch,
+        config.sampling,
     )
     # The list grows while a stream is read; sharing it keeps the state up to date.
     state.images_per_epoch = order.images_per_epoch if isinstance(order, StreamOrder) else None
@@ -115,19 +118,11 @@ def _train(
             # Seeding every step makes its random numbers independent of what was drawn before, so nothing random
             # needs saving. Processes that see different images draw different numbers.
             seed = derive_seed(config.seed, "step", step, run.division.process)
-            torch.manual_seed(seed)  # for dropout and stochastic depth
-            generator = torch.Generator().manual_seed(seed)  # for mixing and masks
             learning_rate = plan.schedule.apply(optimizer, config.learning_rate, step)
-            step_loss = torch.zeros((), device=accelerator.device)
-            for _ in range(config.accumulation_steps):
-                batch = state.throughput.next_batch(run.batches)
+            batches = [state.throughput.next_batch(run.batches) for _ in range(config.accumulation_steps)]
+            for batch in batches:
                 state.broken.new += batch.pop("broken")
-                batch = send_to_device(batch, accelerator.device, non_blocking=True)
-                # Gradients are synchronized between processes in the last part of a batch only.
-                with accelerator.accumulate(model):
-                    loss = task.loss(model, run.to_model(batch["pixel_values"]), batch["labels"], generator)
-                    accelerator.backward(loss)
-                step_loss += loss.detach() / config.accumulation_steps
+            step_loss = compute_gradients(run, batches, seed)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
             if accelerator.scaler is None:  # a gradient scaler skips overflowing steps itself
                 # A gradient that is not finite makes the loss of its step not finite, at no cost: nothing is read.
@@ -165,9 +160,9 @@ def _train(
             # save
             # All processes agree on a signal at the same step, or one would wait for the others forever. The last
             # step ends the run anyway.
-            stop = 0 if is_last else signals.agreed(accelerator, state.step)
+            stop = 0 if is_last or run.is_over else signals.agreed(accelerator, state.step)
             with state.throughput.paused():
-                if state.step % plan.save_every == 0 or is_last or stop:
+                if state.step % plan.save_every == 0 or is_last or stop or run.is_over:
                     run.save()
                 if publish is not None and state.step % plan.push_every == 0 and not is_last:
                     run.publish(publish)
@@ -176,8 +171,6 @@ def _train(
 
     # ---- finish
     del run.batches  # ends data loader processes
-    if run.predictions is None and task.needs_labels:  # all steps were done before; the log has the metrics already
-        run.evaluate(is_logged=False)
     run.finish()
     return run
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -117,8 +118,15 @@ def whole_weights(model: Any) -> dict[str, Tensor]:
 
 
 def load_weights(model: Any, weights: dict[str, Any]) -> None:
-    """Load complete weights; each process takes its shards."""
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    """Load complete weights, or those of some parameters; each process takes its shards."""
+    is_strict = len(weights) == len(model.state_dict())
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=is_strict))
+
+
+def load_weights_of_main(model: Any, weights: dict[str, Any]) -> None:
+    """Load complete weights that the main process alone holds; called by all processes together."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=torch.distributed.is_initialized())
+    set_model_state_dict(model, weights, options=options)
 
 
 def optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:

@@ -19,10 +19,10 @@ import yaml
 from ..system.texts import has_token, without_tokens
 
 RECIPES = Path(__file__).with_name("recipes")
-# Fields that may differ when a run resumes: none of them changes the weights.
+# Fields that may differ when a run resumes: none of them changes the weights, but for rounding.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "num_workers", "cache", "save_every", "keep_checkpoints", "tracker", "push_to_hub",
-    "push_every", "private", "auto", "keep_last",
+    "push_every", "private", "auto", "keep_last", "accumulation_steps",
 }  # fmt: skip
 # Fields that may be `auto`: they are chosen from the data, the model and the machine when a run starts.
 AUTO = (
@@ -178,6 +178,8 @@ class TrainConfig:
             if getattr(self, item.name) == "auto" and item.name in AUTO:
                 setattr(self, item.name, _default(item))
                 self.auto = [*self.auto, item.name]
+        # A field that is still to be chosen holds its default, so another value was given to `replace`.
+        self.auto = [item.name for item in fields(self) if item.name in self.auto and _is_default(self, item)]
         texts = {name: str(value) for name, value in vars(self).items() if isinstance(value, str | dict | list)}
         if leaking := [name for name, text in texts.items() if has_token(text)]:
             raise ValueError(
@@ -196,6 +198,8 @@ class TrainConfig:
             setattr(self, item.name, converted)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, such as 0.999, got {self.ema_decay}.")
+        if self.early_stopping is not None and self.best_metric is None and "best_metric" not in self.auto:
+            raise ValueError("early_stopping needs a metric that improves: set best_metric, for example to auto.")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}.")
         if self.loss == "binary_cross_entropy" and self.label_smoothing:
@@ -264,6 +268,13 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
+def default_recipe(model: str | None) -> str:
+    """Return the name of the recipe for a model: a checkpoint, a variant, or `None` for a small model from scratch."""
+    from ..variants import VARIANTS  # imports torch
+
+    return "scratch" if model is None or model in VARIANTS else "finetune"
+
+
 def recipe_path(recipe: str | Path) -> Path:
     """Return the file of a recipe, given its name or path."""
     shipped = shipped_recipes()
@@ -280,8 +291,17 @@ def recipe_header(recipe: str | Path) -> str:
     return "".join(takewhile(lambda line: line.startswith("#"), lines))
 
 
+def default_values() -> dict[str, Any]:
+    """Return the defaults of all fields, which are the values of fields that older checkpoints do not have."""
+    return {item.name: _default(item) for item in fields(TrainConfig)}
+
+
 def _default(item: Any) -> Any:
     return item.default if item.default is not MISSING else item.default_factory()
+
+
+def _is_default(config: TrainConfig, item: Any) -> bool:
+    return getattr(config, item.name) == _default(item)
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -28,11 +29,12 @@ from ..data.orders import READ_AHEAD
 from ..evaluation.flops import count_flops, count_parameters
 from ..system.machine import machine, peak_memory, precision_name
 from ..system.stopping import Interrupted
-from .checkpointing import CheckpointFolder
+from .checkpointing import CheckpointFolder, load_state
 from .loop import train
+from .lora import add_low_rank_updates
 from .parallel import build_accelerator
 from .recipe import TrainConfig
-from .run import CHECKPOINTS, Plan, Run, check_output_dir
+from .run import CHECKPOINTS, Plan, Run, check_output_dir, data_of, resolved, with_values_of
 
 WARM_UP, MEASURED = 3, 10  # steps
 AHEAD = 2  # batches that a worker prefetches, DataLoader's default
@@ -219,7 +221,7 @@ class Rehearsal:
         own = torch.tensor([peak_memory(device), wait_share], device=device)
         peak, wait_share = accelerator.gather(own).view(-1, 2).amax(dim=0).tolist()
         learned, frozen = count_parameters(run.model)
-        forward_flops, training_flops = count_flops(run.model, run.task.model_class)
+        forward_flops, training_flops = count_flops(run.model, partial(_twin, run))
         plan, is_gpu = Plan.of(config, run.data.train_length), device.type == "cuda"
         return Cost(
             source=run.data.name,
@@ -279,6 +281,12 @@ class Rehearsal:
         return seconds + left * (marks[-1] - marks[workers - 1]) / (number - workers)
 
 
+def _twin(run: Run, model_config: Any) -> Any:
+    """Return a model with the parameters of the run's."""
+    model = run.task.model_class(model_config)
+    return add_low_rank_updates(model, run.config.lora_rank) if run.config.trained == "lora" else model
+
+
 def _synchronize(run: Run) -> None:
     if run.accelerator.device.type != "cpu":
         torch.accelerator.synchronize()
@@ -286,9 +294,13 @@ def _synchronize(run: Run) -> None:
 
 def _done_steps(config: TrainConfig) -> int:
     """Return the number of steps of the run in `output_dir` that would be resumed."""
-    checkpoints = CheckpointFolder(Path(config.output_dir) / CHECKPOINTS, config.keep_checkpoints)
-    newest = checkpoints.newest(lambda message: None) if config.resume == "auto" else None
+    newest = _newest(config)
     return int(newest.name.removeprefix("step-")) if newest is not None else 0
+
+
+def _newest(config: TrainConfig) -> Path | None:
+    checkpoints = CheckpointFolder(Path(config.output_dir) / CHECKPOINTS, config.keep_checkpoints)
+    return checkpoints.newest(lambda message: None) if config.resume == "auto" else None
 
 
 def rehearse(config: TrainConfig) -> Cost | None:
@@ -303,6 +315,13 @@ def rehearse(config: TrainConfig) -> Cost | None:
     """
     check_output_dir(config)
     accelerator = build_accelerator(config)  # checks the tracker, which the dry run does not start
+    if config.auto:
+        if (newest := _newest(config)) is not None:
+            config = with_values_of(config, load_state(newest)["identity"])
+        else:
+            with accelerator.main_process_first():
+                data = data_of(config)
+            config = resolved(config, data, accelerator)
     rehearsal = Rehearsal(config)
     # The loop prints its recipe, which is not the user's.
     with tempfile.TemporaryDirectory(prefix="hf-vit-") as folder, redirect_stdout(StringIO()):

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -24,15 +25,27 @@ from ..data.orders import BatchDivision, steps_of
 from ..evaluation.metrics import ImageResults
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.disk import writing
+from ..system.machine import free_memory
 from ..system.stopping import EvaluationStopped, Interrupted, StopSignals
+from .best import BestModel
 from .checkpointing import CheckpointFolder, load_state
+from .defaults import MEMORY_SHARE, TASK_OF, describe_choices, resolve
+from .facts import facts_of, processes_here
+from .lora import add_low_rank_updates, merge_low_rank_updates, merged
 from .optim import Schedule, build_optimizer, parameter_groups
-from .parallel import counts_in_evaluation, data_parts, shard_matrices, start_tracker, whole_weights
-from .recipe import FREE_TO_CHANGE, TrainConfig
+from .parallel import (
+    counts_in_evaluation,
+    data_parts,
+    load_weights_of_main,
+    shard_matrices,
+    start_tracker,
+    whole_weights,
+)
+from .recipe import FREE_TO_CHANGE, TrainConfig, default_values
 from .state import AveragedWeights, BrokenImages, RunLog, TrainingState, accepted_broken
 from .tasks import TASKS, build_model
 
-METRICS, TIMING, LOG, CHECKPOINTS = "metrics.json", "timing.json", "log.jsonl", "checkpoints"
+METRICS, TIMING, LOG, CHECKPOINTS, LAST = "metrics.json", "timing.json", "log.jsonl", "checkpoints", "last"
 # Called with the number of completed steps and a function that writes the model into a folder.
 Publish = Callable[[int, Callable[[Path], None]], None]
 
@@ -63,20 +76,43 @@ class Plan:
 
 
 def data_of(config: TrainConfig) -> ImageData:
-    """Load the training and evaluation images of a recipe."""
+    """Load the training and evaluation images of a recipe; labels decide what they are for if the task is `auto`."""
     names = (
-        *("train_split", "eval_split", "image_column", "label_column", "eval_fraction", "train_share"),
-        *("train_repeats", "split_seed", "streaming", "train_images"),
+        *("train_split", "eval_split", "image_column", "label_column", "label_separator", "eval_fraction"),
+        *("train_share", "train_repeats", "split_seed", "streaming", "train_images"),
     )
     options = {name: getattr(config, name) for name in names}
-    return load_data(config.data, needs_labels=TASKS[config.task].needs_labels, **options)
+    if "task" not in config.auto:
+        options["problem_type"] = {task: kind for kind, task in TASK_OF.items()}.get(config.task)
+        options["needs_labels"] = TASKS[config.task].needs_labels
+    return load_data(config.data, **options)
+
+
+def resolved(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> TrainConfig:
+    """Return the recipe with values for the fields that are `auto`, the same on all processes; print the reasons."""
+    if not config.auto:
+        return config
+    choices = [resolve(config, facts_of(config, data, accelerator)) if accelerator.is_main_process else None]
+    [(config, reasons)] = broadcast_object_list(choices)
+    if accelerator.is_main_process and reasons:
+        tqdm.write("\n".join(["Chosen from the data, the model and the machine:", *describe_choices(config, reasons)]))
+    return config
+
+
+def with_values_of(config: TrainConfig, identity: dict[str, Any]) -> TrainConfig:
+    """Return a recipe whose `auto` fields have the values of an interrupted run, on whatever machine it resumes."""
+    values = {name: identity.get(name, default_values()[name]) for name in config.auto}
+    patch_size = identity["model_config"].get("patch_size")
+    if "image_size" in config.auto and config.model is None and patch_size is not None:
+        values["model_config"] = {"patch_size": patch_size, **config.model_config}
+    return replace(config, auto=[], **values)
 
 
 class Run:
     """A run of a recipe, from its start to its end; when it has finished, `output_dir` holds the same as files.
 
     Attributes:
-        config: The recipe.
+        config: The recipe, with a value for every field.
         data, task, processor: What the run learns from, its objective, and the image processor.
         model: The model, without what Accelerate wraps around it.
         plan: When to do what, in steps.
@@ -84,7 +120,7 @@ class Run:
         to_model: Normalizes uint8 pixels for the model.
         state: Everything that checkpoints save.
         loader, batches, bar: Training batches and the progress bar, set by the loop.
-        predictions: Results of the last evaluation, for a task with labels.
+        predictions: Results of the best evaluation, or without a best metric of the last one, for a task with labels.
         metrics: Results that are the same whenever the run is repeated, once it has finished.
         timing: Results that are not.
     """
@@ -103,15 +139,22 @@ class Run:
         build: Callable[..., Any] = build_model,
     ) -> None:
         """Build data, task, model, optimizer, loaders and an empty state, at step 0."""
-        if config.mixup is None:  # the saved recipe states the value that the augmentation implies
-            config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
-        self.config, self.accelerator, self.signals = config, accelerator, signals
+        self.accelerator, self.signals = accelerator, signals
         self.say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
         self.is_main_process, self.output_dir = accelerator.is_main_process, Path(config.output_dir)
         self.predictions: ImageResults | None = None
         self.shown: dict[str, str] = {}  # by the progress bar
+        self.is_tried = False  # whether a part of a batch fits into the memory of every process
+        self.checkpoints = CheckpointFolder(self.output_dir / CHECKPOINTS, config.keep_checkpoints)
+        self.checkpoint, self.saved = self._newest_checkpoint()
+        if self.saved is not None:
+            config = with_values_of(config, self.saved["identity"])
         with accelerator.main_process_first():  # the other processes read what the first one has cached
             self.data = data = data_of(config)
+        config = resolved(config, data, accelerator)
+        if config.mixup is None:  # the saved recipe states the value that the augmentation implies
+            config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
+        self.config = config
         self.plan = Plan.of(config, data.train_length)
         for note in data.notes:
             self.say(note)
@@ -121,6 +164,8 @@ class Run:
         self.task = TASKS[config.task](config, data)
         model, self.processor = build(config, self.task)
         self.model_class = type(model)  # FSDP2 changes the class of the model itself
+        if config.trained == "lora":
+            add_low_rank_updates(model, config.lora_rank)
         model = shard_matrices(model, accelerator)
         if config.gradient_checkpointing:
             # transformers renamed the method; the oldest version that we support has the old name only.
@@ -138,12 +183,16 @@ class Run:
             erasing=config.erasing,
             fill=self.processor.image_mean,
         )
-        cache = accelerator.device if config.cache == "device" else config.cache
         self.to_model = partial(normalize, processor=self.processor)
+        cache = accelerator.device if config.cache == "device" else config.cache
+        limit = cache_limit(accelerator, config)
         self.images = TrainingImages(
-            data.train, data.columns, self.processor, augmentation, config.seed, cache, config.shorter_side
+            data.train, data.columns, self.processor, augmentation, config.seed, cache, config.shorter_side, limit
         )
-        eval_images = EvaluationImages(data.evaluation, data.columns, self.processor, cache)
+        limit -= self.images.cached_bytes
+        eval_images = EvaluationImages(data.evaluation, data.columns, self.processor, cache, limit)
+        if cache != "none" and (self.images.cached is None or eval_images.cached is None):
+            self.say(f"Not all images are cached: they need more than {MEMORY_SHARE:.0%} of the free memory.")
         self.division = BatchDivision(config.accumulation_steps, *data_parts(accelerator))
         eval_batch = max(1, config.batch_size // (self.division.accumulation_steps * self.division.processes))
         self.eval_loader = evaluation_loader(
@@ -157,7 +206,6 @@ class Run:
         model, optimizer = accelerator.prepare(model, optimizer)
         self.model = accelerator.unwrap_model(model)
         start_tracker(accelerator, config)
-        self.checkpoints = CheckpointFolder(self.output_dir / CHECKPOINTS, config.keep_checkpoints)
         # A stream does not tell how many evaluation images it has.
         eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
         lengths = {"training": data.train_length, "evaluation": eval_length}
@@ -170,22 +218,37 @@ class Run:
             log=RunLog(self.output_dir / LOG, accelerator),
             broken=BrokenImages(limits, self.say),
             identity={**asdict(config), "training images": data.train_length},
+            best=None if config.best_metric is None else BestModel(config.best_metric, config.early_stopping),
         )
+
+    def _newest_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """Return the newest complete checkpoint and its state, the same on all processes, if there is one."""
+        newest = self.checkpoints.newest(self.say) if self.is_main_process else None
+        [checkpoint] = broadcast_object_list([newest])  # a damaged file must not make processes disagree
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise ValueError(f"{checkpoint} does not exist here: output_dir must be on a disk shared by all machines.")
+        return checkpoint, None if checkpoint is None else load_state(checkpoint)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ends before its last step, since it does not improve any more."""
+        return self.state.best is not None and self.state.best.is_over
 
     def resume(self) -> None:
         """Load the newest complete checkpoint if there is one; then write the recipe and the log of this run."""
-        output_dir, accelerator = self.output_dir, self.accelerator
-        newest = self.checkpoints.newest(self.say) if accelerator.is_main_process else None
-        [checkpoint] = broadcast_object_list([newest])  # a damaged file must not make processes disagree
-        if checkpoint is None:
+        output_dir, accelerator, checkpoint, saved = self.output_dir, self.accelerator, self.checkpoint, self.saved
+        if saved is None:
             self.say(self.config.to_yaml())
-        elif not checkpoint.is_dir():
-            raise ValueError(f"{checkpoint} does not exist here: output_dir must be on a disk shared by all machines.")
         else:
-            saved = load_state(checkpoint)
             _check_same_run(self.state.identity, saved["identity"], output_dir)
-            saved["model"] = self.model_class.from_pretrained(checkpoint).state_dict()
+            if self.config.trained == "lora":  # the other weights are those of the model already
+                saved["model"] = saved["trained"]
+            else:
+                saved["model"] = self.model_class.from_pretrained(checkpoint).state_dict()
             self.state.load_state_dict(saved)
+            self.saved = None  # frees memory
+            if saved["identity"]["accumulation_steps"] != self.config.accumulation_steps:
+                self.say("Resuming with other accumulation_steps. The result differs by rounding.")
             if saved["processes"] != accelerator.num_processes:
                 self.say(
                     f"Resuming on {accelerator.num_processes} processes a run that used {saved['processes']}. The "
@@ -199,41 +262,58 @@ class Run:
         self.state.log.rewrite()
         accelerator.wait_for_everyone()
 
-    def evaluate(self, is_logged: bool = True) -> None:
+    def evaluate(self) -> None:
         """Evaluate the averaged weights. If a signal comes, save first, so that the next run starts with this."""
         state = self.state
         try:
             with state.throughput.paused(), state.average.in_place():
-                batches = self.signals.heeded(self.eval_loader, self.accelerator)
-                results = self.task.evaluate(state.model, batches, self.accelerator, self.to_model)
+                metrics, predictions = self._measure()
+                # Only the best weights are kept, and what they predict.
+                if state.best is None or state.best.update(state.step, metrics, partial(whole_weights, state.model)):
+                    self.predictions = predictions
         except EvaluationStopped as stopped:
-            if is_logged:
-                state.is_evaluation_due = True
-                self.save()
+            state.is_evaluation_due = True
+            self.save()
             self.interrupt(stopped.args[0])
-        metrics, unreadable, self.predictions = results
         state.is_evaluation_due = False
-        state.broken.add("evaluation", unreadable)
-        if is_logged:
-            epoch = state.step / self.plan.steps_per_epoch
-            state.log.add(state.step, epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
-            if "accuracy" in metrics:
-                self.shown["accuracy"] = f"{metrics['accuracy']:.1%}"
+        epoch = state.step / self.plan.steps_per_epoch
+        state.log.add(state.step, epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
+        name = "accuracy" if state.best is None else state.best.metric
+        if name in metrics:
+            self.shown[name] = f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.4g}"
+        if self.is_over:
+            self.say(f"Stopping after step {state.step}: {name} has not improved since step {state.best.step}.")
+
+    def _measure(self) -> tuple[dict[str, Any], ImageResults | None]:
+        """Return the metrics and predictions of the weights that the model holds."""
+        batches = self.signals.heeded(self.eval_loader, self.accelerator)
+        metrics, unreadable, predictions = self.task.evaluate(
+            self.state.model, batches, self.accelerator, self.to_model
+        )
+        self.state.broken.add("evaluation", unreadable)
+        return metrics, predictions
 
     def save(self) -> None:
         """Write a checkpoint; all processes take part, the main one writes."""
         saved = self.state.state_dict()
         weights = saved.pop("model")
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self.state.step, saved, partial(save_model, self.model, weights, self.processor))
+        if self.config.trained == "lora":  # the model files hold the merged weights
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            saved["trained"] = {name: tensor for name, tensor in weights.items() if name in trained}
+        if self.is_main_process:
+            self.checkpoints.save(self.state.step, saved, self._writer(weights))
         self.accelerator.wait_for_everyone()
+
+    def _writer(self, weights: dict[str, Tensor]) -> Callable[[Path], None]:
+        """Return a function that writes a model with these weights, and its image processor, into a folder."""
+        return partial(save_model, self.model, merged(weights), self.processor)
 
     def publish(self, publish: Publish) -> None:
         """Hand the averaged weights to `publish`, on the main process."""
         with self.state.average.in_place():
             weights = whole_weights(self.state.model)
             if self.accelerator.is_main_process:
-                publish(self.state.step, partial(save_model, self.model, weights, self.processor))
+                publish(self.state.step, self._writer(weights))
 
     def interrupt(self, signum: int) -> NoReturn:
         steps = f"step {self.state.step} of {self.plan.total_steps}"
@@ -241,28 +321,66 @@ class Run:
         raise Interrupted(signum, f"Stopped by {name} after {steps}; saved in {self.checkpoints.folder}.")
 
     def finish(self) -> None:
-        """Write the final model, which is the averaged one if there is an average, and the metrics."""
-        state, output_dir = self.state, self.output_dir
+        """Write the final model and the metrics.
+
+        It is the best model if a metric chooses it, else the last one; averaged if there is an average.
+        """
+        state, output_dir, best = self.state, self.output_dir, self.state.best
         state.throughput.lap()
         self.timing = state.throughput.summary()
-        self.metrics = {
-            **{name: value for name, value in state.log.rows[-1].items() if name.startswith("eval_")},
+        state.average.swap()
+        if self.config.keep_last:
+            self._write_model(output_dir / LAST)
+        if best is not None and best.step != state.step:
+            load_weights_of_main(state.model, best.weights)
+            self.say(f"The final model is that of step {best.step}, the best by {best.metric}: {best.value:.4g}.")
+        if self.predictions is None and self.task.needs_labels:  # the log of an earlier part has the metrics only
+            try:
+                _, self.predictions = self._measure()
+            except EvaluationStopped as stopped:
+                self.interrupt(stopped.args[0])
+        self.metrics = self._final_metrics()
+        self._write_model(output_dir)
+        if self.is_main_process:
+            with writing("the metrics; the checkpoints are intact", output_dir):
+                for name, values in ((METRICS, self.metrics), (TIMING, self.timing)):
+                    (output_dir / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            merge_low_rank_updates(self.model)
+        self.model.eval()
+
+    def _write_model(self, folder: Path) -> None:
+        weights = whole_weights(self.state.model)
+        if self.is_main_process:
+            with writing("the trained model; the checkpoints are intact", folder):
+                self._writer(weights)(folder)
+
+    def _final_metrics(self) -> dict[str, Any]:
+        """Return the metrics of the final model, and facts of the run."""
+        state, best = self.state, self.state.best
+        rows = [row for row in state.log.rows if any(name.startswith("eval_") for name in row)]
+        row = next(row for row in reversed(rows) if best is None or row["step"] == best.step)
+        chosen = (
+            {}
+            if best is None
+            else {
+                "best_metric": best.metric,
+                "best_step": best.step,
+                "best_value": best.value,
+                "last_value": best.last_value,
+            }
+        )
+        return {
+            **{name: value for name, value in row.items() if name.startswith("eval_")},
+            **chosen,
             "train_images": self.data.train_length,
-            "steps": self.plan.total_steps,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "steps": state.step,
+            "parameters": sum(tensor.numel() for tensor in merged(dict(self.model.named_parameters())).values()),
             "precision": self.accelerator.mixed_precision,
             "processes": self.accelerator.num_processes,
             "broken_images": sorted({name for names in state.broken.names.values() for name in names}),
         }
-        state.average.swap()
-        weights = whole_weights(state.model)
-        if self.is_main_process:
-            with writing("the trained model; the checkpoints are intact", output_dir):
-                save_model(self.model, weights, self.processor, output_dir)
-                for name, values in ((METRICS, self.metrics), (TIMING, self.timing)):
-                    (output_dir / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        self.accelerator.wait_for_everyone()
-        self.model.eval()
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -276,11 +394,19 @@ def check_output_dir(config: TrainConfig) -> None:
         raise ValueError(f"{config.output_dir} holds the model to start from: choose another --output-dir.")
 
 
+def cache_limit(accelerator: Accelerator, config: TrainConfig) -> float:
+    """Return the bytes that cached images may take in this process."""
+    if config.cache == "device" and accelerator.device.type == "cuda":
+        return MEMORY_SHARE * torch.cuda.mem_get_info(accelerator.device)[0]
+    return MEMORY_SHARE * free_memory() / processes_here(accelerator)
+
+
 def _check_same_run(asked: dict[str, Any], saved: dict[str, Any], output_dir: Path) -> None:
+    before = {**default_values(), **saved}  # an older version has fewer fields
     different = [
-        f"{name} {saved.get(name)!r} -> {value!r}"
+        f"{name} {before.get(name)!r} -> {value!r}"
         for name, value in asked.items()
-        if name not in FREE_TO_CHANGE and saved.get(name) != value
+        if name not in FREE_TO_CHANGE and before.get(name) != value
     ]
     if different:
         raise ValueError(
@@ -301,6 +427,7 @@ def save_model(model: Any, weights: dict[str, Tensor], processor: HFViTImageProc
 
 def clear_output(output_dir: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
+    for folder in (CHECKPOINTS, LAST):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
     for name in (LOG, METRICS, TIMING, RECIPE):
         (output_dir / name).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ..system.disk import writing
+from .best import BestModel
 from .parallel import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
 
@@ -177,6 +178,8 @@ class TrainingState:
         is_evaluation_due: Whether a signal interrupted the evaluation after this step.
         pending_losses: Losses that are not in the log yet, one per step, on the device: reading one waits for it.
         images_per_epoch: Number of images of a stream that this process read in each epoch so far.
+        split: Number of parts into which each batch is split, since memory ran out.
+        best: The best weights so far, if a metric chooses the final model.
     """
 
     accelerator: Accelerator
@@ -191,11 +194,14 @@ class TrainingState:
     pending_losses: list[Tensor] = field(default_factory=list)
     images_per_epoch: list[int] | None = None
     throughput: Throughput = field(default_factory=Throughput)
+    split: int = 1
+    best: BestModel | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; `model` becomes a safetensors file, the rest `training_state.pt`.
 
-        Tensors are complete on the main process. The keys are a file format: older checkpoints have the same ones.
+        Tensors are complete on the main process. The keys are a file format: older checkpoints lack the newest ones,
+        which stand last here.
 
         Raises:
             FloatingPointError: If a loss is not finite; such a state is not worth saving.
@@ -217,14 +223,22 @@ class TrainingState:
             "images_an_epoch": gather_object([self.images_per_epoch]),
             "processes": self.accelerator.num_processes,
             "identity": self.identity,
+            "split": self.split,
+            "best": None if self.best is None else self.best.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Load a state that `state_dict` returned, on any number of processes."""
+        """Load a state that `state_dict` returned, on any number of processes.
+
+        Its weights may be the trained ones alone if the others are those of the model already.
+        """
         if saved["average"] is not None:
             with self.average.in_place():
                 load_weights(self.model, saved["average"])
         load_weights(self.model, saved["model"])
+        self.split = saved.get("split", 1)
+        if self.best is not None and saved.get("best") is not None:
+            self.best.load_state_dict(saved["best"], self.accelerator.is_main_process)
         load_optimizer_state(self.model, self.optimizer, saved["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])

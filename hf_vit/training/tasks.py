@@ -50,6 +50,7 @@ class Classification:
     """Assign one of several labels to an image."""
 
     needs_labels = True
+    best_metric = "accuracy"
     model_class: Any = HFViTForImageClassification
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
@@ -83,6 +84,7 @@ class MaskedPatches:
     """Fill in masked patches; needs no labels."""
 
     needs_labels = False
+    best_metric = "loss"
     model_class: Any = HFViTForMaskedImageModeling
     fields: dict[str, Any] = {}
 

@@ -1,0 +1,128 @@
+"""The gradients of a step, in as many parts as memory requires.
+
+When memory runs out, the parts are halved and the step is repeated. The images of the step, its random numbers and its
+learning rate stay the same, and so do the gradients, up to rounding.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def compute_gradients(run: "Run", batches: list[dict[str, Any]], seed: int) -> Tensor:
+    """Compute the gradients of one step, and return the mean loss of this process.
+
+    Args:
+        run: The run; its state counts the parts into which each batch is split.
+        batches: What the loader gives for this step: one batch per accumulation step.
+        seed: Seed of dropout, mixing and masks.
+
+    Raises:
+        ValueError: If a single image does not fit into memory, or if memory runs out in one of several processes.
+    """
+    _agree_on_split(run, batches[0], seed)
+    while True:
+        try:
+            return _compute(run, batches, seed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here, outside of the handler, nothing holds the tensors of the failed step any more.
+        processes = run.accelerator.num_processes
+        if processes > 1:
+            raise ValueError(
+                f"Memory ran out in one of {processes} processes at step {run.state.step + 1}. The checkpoints are "
+                f"intact: run the command again with --accumulation-steps {2 * run.config.accumulation_steps}, or "
+                "with --gradient-checkpointing."
+            )
+        _halve(run, len(batches[0]["labels"]))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error of an accelerator or of the CPU's allocator says that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def split_batch(batch: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """Return the tensors of a batch in up to `number` parts."""
+    names, number = list(batch), min(number, len(batch["labels"]))
+    parts = zip(*(torch.tensor_split(batch[name], number) for name in names), strict=True)
+    return [dict(zip(names, part, strict=True)) for part in parts]
+
+
+def _compute(run: "Run", batches: list[dict[str, Any]], seed: int) -> Tensor:
+    accelerator, model = run.accelerator, run.state.model
+    torch.manual_seed(seed)  # for dropout and stochastic depth
+    generator = torch.Generator().manual_seed(seed)  # for mixing and masks
+    total = sum(len(batch["labels"]) for batch in batches)
+    number = sum(min(run.state.split, len(batch["labels"])) for batch in batches)
+    accelerator.step, accelerator.gradient_accumulation_steps = 0, number
+    step_loss = torch.zeros((), device=accelerator.device)
+    for batch in batches:
+        on_device = send_to_device(batch, accelerator.device, non_blocking=True)
+        for part in split_batch(on_device, run.state.split):
+            # Gradients are synchronized between processes in the last part of a batch only.
+            with accelerator.accumulate(model):
+                loss = run.task.loss(model, run.to_model(part["pixel_values"]), part["labels"], generator)
+                if (share := len(part["labels"]) * number / total) != 1:  # parts of unequal sizes
+                    loss = loss * share
+                accelerator.backward(loss)
+            step_loss += loss.detach() / number
+    return step_loss
+
+
+def _halve(run: "Run", batch_size: int) -> None:
+    """Split every batch into twice as many parts."""
+    run.state.optimizer.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    if run.state.split >= batch_size:
+        raise ValueError(
+            "Memory ran out with a single image: use a smaller image_size or model, or gradient_checkpointing."
+        )
+    run.state.split *= 2
+    size = math.ceil(batch_size / run.state.split)
+    run.say(
+        f"Memory ran out: each batch is computed in parts of {size} from here on. The batch size of "
+        f"{run.config.batch_size} and the learning rate stay the same."
+    )
+
+
+def _agree_on_split(run: "Run", batch: dict[str, Any], seed: int) -> None:
+    """Split the batches of all processes of an accelerator until each can compute a part, before the first step.
+
+    A process on its own, and processes that share a model, need or allow no trial.
+    """
+    accelerator = run.accelerator
+    is_replicated = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.NO)
+    is_replicated &= run.division.processes == accelerator.num_processes
+    if run.is_tried or accelerator.device.type == "cpu" or not is_replicated:
+        run.is_tried = True
+        return
+    while not run.is_tried:
+        fits = torch.tensor(float(_fits(run, batch, seed)), device=accelerator.device)
+        run.is_tried = accelerator.reduce(fits).item() == accelerator.num_processes
+        if not run.is_tried:
+            _halve(run, len(batch["labels"]))
+    run.state.optimizer.zero_grad()
+
+
+def _fits(run: "Run", batch: dict[str, Any], seed: int) -> bool:
+    """Compute and discard the gradients of one part, without synchronization."""
+    part = split_batch(send_to_device(batch, run.accelerator.device), run.state.split)[0]
+    try:
+        with run.accelerator.no_sync(run.state.model):
+            generator = torch.Generator().manual_seed(seed)
+            loss = run.task.loss(run.state.model, run.to_model(part["pixel_values"]), part["labels"], generator)
+            loss.backward()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True

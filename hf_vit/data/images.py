@@ -121,7 +121,7 @@ class EvaluationImages(torch.utils.data.Dataset):
                 raise ValueError("A stream cannot be cached in memory: set cache: none, or streaming: false.")
             return
         self.labels = split[columns[1]][:] if columns[1] else [0] * len(split)
-        if unlabelled := sum(label is None or label < 0 for label in self.labels):
+        if unlabelled := sum(label is None or (type(label) is int and label < 0) for label in self.labels):
             raise ValueError(f"{unlabelled} of {len(self.labels)} images have no label: choose another split.")
         if cache != "none":
             device = torch.device("cpu" if cache == "ram" else cache)

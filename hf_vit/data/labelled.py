@@ -50,6 +50,15 @@ class ImageData:
     def is_stream(self) -> bool:
         return isinstance(self.train, IterableDataset)
 
+    def class_counts(self) -> list[int] | None:
+        """Return the number of training images of every class or label; `None` for targets, streams or no labels."""
+        if self.is_stream or self.columns[1] is None or self.problem_type == "regression":
+            return None
+        labels = torch.tensor(self.train[self.columns[1]][:])
+        if self.problem_type == "multi_label_classification":
+            return (labels == 1).sum(dim=0).tolist()
+        return torch.bincount(labels, minlength=len(self.label_names)).tolist()
+
 
 def load_data(
     source: str | Path,

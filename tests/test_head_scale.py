@@ -1,4 +1,4 @@
-"""Temperature and units of targets: every way to run a model honours them, and other libraries' layouts fold them in."""
+"""Temperature and units of targets, in every form of a model, and folded into the layouts of other libraries."""
 
 from pathlib import Path
 from typing import Any

@@ -1,20 +1,28 @@
 """Several labels per image, targets, and classes of different size: losses, metrics, and runs from end to end."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Sequence, Value
 from sklearn import metrics as sklearn_metrics
-from tiny_run import COLORS, RECIPE, colored_images
+from tiny_run import COLORS, RECIPE, assert_same_weights, colored_images, stop_at, weights
+from transformers import pipeline
 
 from hf_vit.data.augmentation import BatchMixer
 from hf_vit.data.labelled import ImageData
 from hf_vit.evaluation.calibration import fit_temperature
 from hf_vit.evaluation.metrics import LOWER_IS_BETTER
 from hf_vit.evaluation.results import ImageResults, LabelResults, TargetResults
+from hf_vit.prediction.predictor import Predictor
+from hf_vit.system.stopping import Interrupted
+from hf_vit.training import run as run_module
 from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.report import train_and_report
 from hf_vit.training.tasks import LOSSES, TASKS, build_model, effective_number, weights_of_classes
 
 SEVERAL, TARGETS = "multi_label_classification", "regression"
@@ -191,3 +199,74 @@ def test_a_regression_learns_in_units_of_its_targets() -> None:
     for fields in ({"mixup": 0.2}, {"class_weights": "balanced"}, {"sampling": "balanced"}):
         with pytest.raises(ValueError, match="no classes to mix or to weigh"):
             TASKS["regression"](TrainConfig(**{**RECIPE, **fields}), data)
+
+
+def finished(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[Any, list[str]]:
+    """Train and report on data of a kind, which `load_data` need not know."""
+    task = {SEVERAL: "multi_label", TARGETS: "regression"}[kind]
+    monkeypatch.setattr(run_module, "data_of", lambda config: data_of(kind))
+    config = TrainConfig(**{**RECIPE, "data": "photos", "output_dir": str(folder), "task": task, **fields})
+    said: list[str] = []
+    return train_and_report(config, "hf-vit train", said.append), said
+
+
+def image() -> PIL.Image.Image:
+    return colored_images(3, 5)[0][2]  # red
+
+
+def test_a_model_of_several_labels_from_run_to_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "several"
+    fields = {"class_weights": "balanced", "mixup": 0.1, "epochs": 30, "learning_rate": 1e-2, "eval_every": 15}
+    run, said = finished(SEVERAL, folder, monkeypatch, **fields)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["eval_mean_average_precision"] > 0.9 and metrics["eval_micro_f1"] > 0.8
+    assert said[0].startswith(f"Mean average precision {metrics['eval_mean_average_precision']:.2%}, micro-F1")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["problem_type"] == SEVERAL and config["thresholds"] == run.predictions.thresholds
+    card = (folder / "README.md").read_text()
+    assert {path.name for path in folder.glob("*.png")} >= {"training.png", "average_precision.png"}
+    assert "| label | images | average precision | F1 | threshold |" in card and "`class_weights: balanced`" in card
+    assert "highest F1 on the evaluation images" in card and "Training images with each label: bright 18," in card
+
+    answers = pipeline("image-classification", str(folder), device="cpu", top_k=4)(image())
+    (prediction,) = Predictor.from_pretrained(folder, precision="fp32")([image()])
+    above = {
+        answer["label"]: answer["score"]
+        for answer in answers
+        if answer["score"] > config["thresholds"][config["label2id"][answer["label"]]]
+    }
+    assert dict(zip(prediction.labels, prediction.scores, strict=True)) == pytest.approx(above, abs=1e-5)
+    assert prediction.labels[0] == "red" and prediction.scores == sorted(prediction.scores, reverse=True)
+    (most,) = Predictor.from_pretrained(folder, precision="fp32", top_k=4)([image()])
+    assert [(answer["label"], pytest.approx(answer["score"], abs=1e-5)) for answer in answers] == [
+        *zip(most.labels, most.scores, strict=True)
+    ]
+
+
+def test_a_regression_from_run_to_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "targets"
+    _, said = finished(TARGETS, folder, monkeypatch, epochs=40, learning_rate=1e-2, eval_every=20)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["eval_r2"] > 0.7 and said[0].startswith(f"R² {metrics['eval_r2']:.4f}, mean absolute error")
+    card = (folder / "README.md").read_text()
+    assert "| target | images | MAE | RMSE | R² |" in card and "expect larger errors outside of that" in card
+    assert (folder / "targets.png").is_file() and "one of 2 classes" not in card
+    answers = pipeline("image-classification", str(folder), device="cpu")(image())
+    (prediction,) = Predictor.from_pretrained(folder, precision="fp32")([image()])
+    values = dict(zip(prediction.labels, prediction.scores, strict=True))
+    assert values == pytest.approx({answer["label"]: answer["score"] for answer in answers}, rel=1e-4)
+    assert list(values) == ["redness", "blueness"] and 1000 < values["redness"] < 1025
+    assert prediction.answers[0] == f"redness {values['redness']:.4g}"
+
+
+@pytest.mark.parametrize("kind", [SEVERAL, TARGETS])
+def test_a_killed_run_resumes_to_the_same_bits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = finished(kind, tmp_path / "whole", monkeypatch, max_steps=6)
+    with monkeypatch.context() as stopped, pytest.raises(Interrupted):
+        stop_at(3, stopped)
+        finished(kind, tmp_path / "resumed", monkeypatch, max_steps=6)
+    resumed, _ = finished(kind, tmp_path / "resumed", monkeypatch, max_steps=6)
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+    assert whole.metrics == resumed.metrics
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "resumed")]
+    assert configs[0] == configs[1]

@@ -1,5 +1,6 @@
 """Several labels per image, targets, and classes of different size: losses, metrics, and runs from end to end."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from transformers import pipeline
 
 from hf_vit.data.augmentation import BatchMixer
 from hf_vit.data.labelled import ImageData
+from hf_vit.evaluation import evaluate
 from hf_vit.evaluation.calibration import fit_temperature
 from hf_vit.evaluation.metrics import LOWER_IS_BETTER
+from hf_vit.evaluation.report import report_lines
 from hf_vit.evaluation.results import ImageResults, LabelResults, TargetResults
 from hf_vit.prediction.predictor import Predictor
 from hf_vit.system.stopping import Interrupted
@@ -270,3 +273,45 @@ def test_a_killed_run_resumes_to_the_same_bits(kind: str, tmp_path: Path, monkey
     assert whole.metrics == resumed.metrics
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "resumed")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("kind", [SEVERAL, TARGETS])
+def test_evaluation_of_a_saved_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(kind, train=6, test=12)
+    task = TASKS[{SEVERAL: "multi_label", TARGETS: "regression"}[kind]](TrainConfig(**RECIPE), data)
+    model, processor = build_model(TrainConfig(**RECIPE), task)
+    torch.nn.init.normal_(model.classifier.weight)
+    if kind == SEVERAL:
+        model.config.thresholds = [0.2, 0.4, 0.6, 0.8]
+    model.save_pretrained(folder := tmp_path / "model")
+    processor.save_pretrained(folder)
+    # Another order of labels, and for several labels one less.
+    order = [3, 0, 1] if kind == SEVERAL else [1, 0]
+    moved = data.evaluation.map(lambda row: {"label": [row["label"][index] for index in order]})
+    names = [data.label_names[index] for index in order]
+    other = dataclasses.replace(data, evaluation=moved, label_names=names)
+    monkeypatch.setattr(evaluate, "load_evaluation_data", lambda *names, **options: (other, ""))
+    measured = evaluate.evaluate_checkpoint(str(folder), "photos", precision="fp32")
+    assert measured is not None and measured["problem_type"] == kind and measured["labels"] == data.label_names
+
+    pixels = torch.stack([processor(image, return_tensors="pt")["pixel_values"][0] for image in moved["image"]])
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=pixels).logits
+    labels = np.array(data.evaluation["label"][:])
+    if kind == SEVERAL:
+        chosen = logits.sigmoid().numpy() > np.array(model.config.thresholds)
+        known = [0, 1, 3]
+        expected = sklearn_metrics.f1_score(labels[:, known], chosen[:, known], average="micro")
+        assert measured["figures"]["micro_f1"] == pytest.approx(expected)
+        assert "The data has 3 of the 4 classes" in measured["note"] and measured["per_class"][2]["count"] == 0
+    else:
+        expected = sklearn_metrics.mean_absolute_error(labels, logits.numpy())
+        assert measured["figures"]["mae"] == pytest.approx(expected, rel=1e-4)
+    lines = report_lines(measured)
+    assert any(line.split()[0] == {SEVERAL: "mAP", TARGETS: "R²"}[kind] for line in lines)
+    assert all(any(line.endswith(f"  {name}") for line in lines) for name in names)
+
+    plain = dataclasses.replace(other, problem_type="single_label_classification")
+    monkeypatch.setattr(evaluate, "load_evaluation_data", lambda *names, **options: (plain, ""))
+    with pytest.raises(ValueError, match="but the data has one label per image"):
+        evaluate.evaluate_checkpoint(str(folder), "photos", precision="fp32")

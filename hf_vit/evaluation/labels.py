@@ -4,7 +4,17 @@ from collections import Counter
 from typing import Any
 
 from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
+from ..data.labelled import ImageData
 from ..system.texts import shortened
+
+SINGLE_LABEL = "single_label_classification"
+# By transformers' name of what the labels are.
+KINDS = {
+    SINGLE_LABEL: "one label per image",
+    "multi_label_classification": "several labels per image",
+    "regression": "numbers to predict",
+}
+UNKNOWN = -100.0
 
 
 def labels_of(checkpoint: Checkpoint) -> list[str] | None:
@@ -56,3 +66,38 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
 
 def _are_numbers(names: list[str]) -> bool:
     return all(name in (str(index), f"LABEL_{index}") for index, name in enumerate(names))
+
+
+def contradiction(config: Any, data: ImageData) -> str:
+    """Return a sentence if model and data do not agree in what their labels are, else `""`."""
+    ours, theirs = config.problem_type or SINGLE_LABEL, data.problem_type
+    if ours == theirs or theirs is None:
+        return ""
+    return (
+        f"The model has {KINDS[ours]}, but the data has {KINDS[theirs]}: choose another --label-column, or another "
+        "model."
+    )
+
+
+def in_order_of_model(labels: list[Any], classes: list[int], config: Any) -> list[Any]:
+    """Return the labels of images as the model has them.
+
+    Args:
+        labels: Class indices, or a number for each label or target of the data.
+        classes: The model's index for each class of the data, as `match_labels` returns them.
+        config: Config of the model. Labels of the model that the data lacks are unknown, -100.
+
+    Raises:
+        ValueError: If the data lacks a target of a regression.
+    """
+    if (config.problem_type or SINGLE_LABEL) == SINGLE_LABEL:
+        return [classes[label] for label in labels]
+    if config.problem_type == "regression" and len(classes) < config.num_labels:
+        raise ValueError(f"The model predicts {config.num_labels} targets, and the data has {len(classes)} of them.")
+    rows = []
+    for row in labels:
+        ordered = [UNKNOWN] * config.num_labels
+        for index, value in zip(classes, row, strict=True):
+            ordered[index] = value
+        rows.append(ordered)
+    return rows

@@ -58,6 +58,10 @@ class ImageResults:
         metrics["calibration_error"] = self.calibration_error()
         return {**metrics, "count": len(self.labels)}
 
+    def agreement(self, other: "ImageResults") -> float:
+        """Return the share of images with the same predicted class."""
+        return _share(self.predicted == other.predicted)
+
     def calibration_error(self, bins: int = 15) -> float:
         """Return the expected calibration error of Guo et al. (arXiv:1706.04599), with bins of equal width.
 
@@ -154,6 +158,10 @@ class LabelResults:
         has, is_predicted = self.labels == 1, self.predicted & (self.labels != -100)
         return (has & is_predicted).sum(dim=0).double(), (has.sum(dim=0) + is_predicted.sum(dim=0)).double()
 
+    def agreement(self, other: "LabelResults") -> float:
+        """Return the share of labels of images that both predict, or both do not."""
+        return (self.predicted == other.predicted).double().mean().item()
+
     def average_precisions(self) -> list[float | None]:
         """Return the average precision of every label; `None` if no image has it."""
         from sklearn.metrics import average_precision_score
@@ -230,6 +238,10 @@ class TargetResults:
         means = {name: sum(row[name] for row in rows) / len(rows) for name in ("r2", "mae", "rmse")}
         residuals = (self.predicted.double() - self.labels) / torch.tensor(self.scale or [1.0] * len(rows))
         return {**means, "loss": residuals.square().mean().item(), "count": len(self.labels)}
+
+    def agreement(self, other: "TargetResults") -> float:
+        """Return the mean over targets of R^2 of these values as predictions of the others'."""
+        return TargetResults(other.predicted, self.predicted).metrics()["r2"]
 
     def per_class(self, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """Return `label`, `count`, `mae`, `rmse` and `r2` of every target.

@@ -23,7 +23,7 @@ from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
 from ..system.machine import machine, versions
 from . import probing
-from .labels import SINGLE_LABEL, contradiction, in_order_of_model, labels_of, match_labels
+from .labels import SINGLE_LABEL, contradiction, labels_for_model, labels_of, match_labels
 from .metrics import evaluate_images, extract_features, forward_in_turn, forward_on_cores
 from .results import ImageResults, Results
 from .throughput import throughputs
@@ -130,12 +130,7 @@ def evaluate_checkpoint(
         "images_per_second": {"pipeline": count / seconds, "model": speed},
         **merged,
         "precision": precision,
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "hardware": machine(),
-        "versions": versions(),
+        **run.conditions(),
     }
 
 
@@ -171,7 +166,7 @@ class _Run:
     def loader(self, split: Any) -> Any:
         images = EvaluationImages(split, self.data.columns, self.processor)
         if self.classes is not None:
-            images.labels = in_order_of_model(images.labels, self.classes, self.model.config)
+            images.labels = labels_for_model(images.labels, self.classes, self.model.config.num_labels)
         parts = self.accelerator.num_processes, self.accelerator.process_index
         return evaluation_loader(images, self.batch_size, self.num_workers, *parts)
 
@@ -188,6 +183,17 @@ class _Run:
         to_model = partial(normalize, processor=self.processor)
         loader = self.loader(self.data.evaluation)
         return evaluate_images(self.model, loader, self.accelerator, to_model, self.model.config, forward)
+
+    def conditions(self) -> dict[str, Any]:
+        """Return under which conditions was measured."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "hardware": machine(),
+            "versions": versions(),
+        }
 
     def speed(self, merged_per_layer: int) -> tuple[float, dict[str, Any]]:
         """Return images/s of the model, and if tokens are to be merged, metrics and images/s with merging."""

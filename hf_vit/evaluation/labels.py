@@ -71,33 +71,27 @@ def _are_numbers(names: list[str]) -> bool:
 def contradiction(config: Any, data: ImageData) -> str:
     """Return a sentence if model and data do not agree in what their labels are, else `""`."""
     ours, theirs = config.problem_type or SINGLE_LABEL, data.problem_type
-    if ours == theirs or theirs is None:
-        return ""
-    return (
-        f"The model has {KINDS[ours]}, but the data has {KINDS[theirs]}: choose another --label-column, or another "
-        "model."
-    )
+    if theirs is not None and ours != theirs:
+        return (
+            f"The model has {KINDS[ours]}, but the data has {KINDS[theirs]}: choose another --label-column, or "
+            "another model."
+        )
+    if ours == "regression" and len(data.label_names) < config.num_labels:
+        return f"The model predicts {config.num_labels} targets, but the data has {len(data.label_names)} of them."
+    return ""
 
 
-def in_order_of_model(labels: list[Any], classes: list[int], config: Any) -> list[Any]:
-    """Return the labels of images as the model has them.
+def labels_for_model(labels: list[Any], classes: list[int], num_labels: int) -> list[Any]:
+    """Return labels of the data as the model numbers them.
 
-    Args:
-        labels: Class indices, or a number for each label or target of the data.
-        classes: The model's index for each class of the data, as `match_labels` returns them.
-        config: Config of the model. Labels of the model that the data lacks are unknown, -100.
-
-    Raises:
-        ValueError: If the data lacks a target of a regression.
+    With several per image, a label that the data lacks is unknown, -100.
     """
-    if (config.problem_type or SINGLE_LABEL) == SINGLE_LABEL:
+    if not labels or not isinstance(labels[0], list):
         return [classes[label] for label in labels]
-    if config.problem_type == "regression" and len(classes) < config.num_labels:
-        raise ValueError(f"The model predicts {config.num_labels} targets, and the data has {len(classes)} of them.")
     rows = []
-    for row in labels:
-        ordered = [UNKNOWN] * config.num_labels
-        for index, value in zip(classes, row, strict=True):
-            ordered[index] = value
-        rows.append(ordered)
+    for label in labels:
+        row = [UNKNOWN] * num_labels
+        for index, value in zip(classes, label, strict=True):
+            row[index] = value
+        rows.append(row)
     return rows

@@ -15,7 +15,7 @@ from ..data.images import EvaluationImages, normalize
 from ..data.labelled import load_evaluation_data
 from ..data.loaders import evaluation_loader
 from ..inference.threads import BATCH_OF_CPU
-from .labels import contradiction, in_order_of_model, labels_of, match_labels
+from .labels import contradiction, labels_for_model, labels_of, match_labels
 from .metrics import evaluate_images
 
 SHORT = {"mean_average_precision": "mAP", "r2": "R²"}
@@ -43,7 +43,7 @@ def compare(
     images = EvaluationImages(data.evaluation, data.columns, processor)
     if problem := contradiction(checkpoint.config, data):
         raise ValueError(problem)
-    images.labels = in_order_of_model(images.labels, classes, checkpoint.config)
+    images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels)
     loader = evaluation_loader(images, BATCH_OF_CPU, 0)
     to_model = partial(normalize, processor=processor)
     config = checkpoint.config

@@ -68,7 +68,10 @@ def prepare(folder: Path, flowers: str, pets: str, cifar10: str) -> None:
 
 def _read(source: str) -> dict[str, Dataset]:
     files = {split: str(Path(source) / f"{split}.parquet") for split in ("train", "test")}
-    return {name: data.cast_column("image", Image(decode=False)) for name, data in load_dataset("parquet", data_files=files).items()}
+    return {
+        name: data.cast_column("image", Image(decode=False))
+        for name, data in load_dataset("parquet", data_files=files).items()
+    }
 
 
 def _per_class(data: Dataset, number: int) -> Dataset:
@@ -122,7 +125,9 @@ def sweep(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[
         setting = {
             "trained": trained,
             "learning_rate": trial.suggest_float(f"learning_rate_{trained}", *rates, log=True),
-            "layer_decay": trial.suggest_categorical("layer_decay", [0.65, 0.75, 0.9, 1.0]) if trained == "all" else 1.0,
+            "layer_decay": trial.suggest_categorical("layer_decay", [0.65, 0.75, 0.9, 1.0])
+            if trained == "all"
+            else 1.0,
             "weight_decay": trial.suggest_float("weight_decay", 1e-3, 0.3, log=True),
             "pooling": trial.suggest_categorical("pooling", ["cls", "mean", "cls_and_mean"]),
             "epochs": trial.suggest_categorical("epochs", [3, 6, 9]),
@@ -173,7 +178,13 @@ def _splits(data: Path) -> Any:
 def transformers(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
     """Fine-tune with Trainer's defaults and the transforms of transformers' example."""
     from torchvision.transforms import (
-        CenterCrop, Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, Resize, ToTensor,
+        CenterCrop,
+        Compose,
+        Normalize,
+        RandomHorizontalFlip,
+        RandomResizedCrop,
+        Resize,
+        ToTensor,
     )  # fmt: skip
     from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 

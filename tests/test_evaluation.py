@@ -227,6 +227,8 @@ def test_calibration_error_by_hand() -> None:
     assert predictions.calibration_error() == pytest.approx(expected, abs=1e-12)
     assert predictions.metrics() == {
         "accuracy": 0.6,
+        "balanced_accuracy": 0.6,
+        "macro_f1": 0.375,
         "loss": 0.0,
         "calibration_error": predictions.calibration_error(),
         "count": 5,

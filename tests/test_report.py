@@ -19,6 +19,7 @@ from hf_vit.hub.folder import check_folder
 from hf_vit.training import report
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.report import train_and_report
+from hf_vit.training.views import VIEWS, describe_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 # What a user without the package does.
@@ -57,14 +58,17 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
     (entry,) = card.data.to_dict()["model-index"]
     assert entry["name"] == "tiny"
     measured = {metric["type"]: metric["value"] for metric in entry["results"][0]["metrics"]}
-    assert measured == {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}
+    assert measured == {
+        name: metrics[f"eval_{name}"] for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss")
+    }
     assert entry["results"][0]["dataset"] == {"name": "photos", "type": "custom", "split": "test"}
 
     text = card.text
     assert SHAPED not in text and "- command: `hf-vit train --data photos --token TOKEN`" in text
     for row in run.predictions.per_class(["blue", "green", "red"]):
         precision = "-" if row["precision"] is None else f"{row['precision']:.1%}"
-        assert f"| {row['label']} | 7 | {row['accuracy']:.1%} | {precision} |" in text
+        assert f"| {row['label']} | 7 | {row['recall']:.1%} | {precision} | {row['f1']:.1%} |" in text
+    assert "- Training images per class: blue 18, green 18, red 18." in text and "class_weights: balanced" not in text
     assert "The model was trained on 54 images of photos at 8x8 pixels" in text
     assert f"Its confidence is off by {metrics['eval_calibration_error']:.1%} on average" in text
     for part in ("- hardware: ", "- time: ", "- versions: Python", "@inproceedings{dosovitskiy2021image", "<details>"):
@@ -146,6 +150,7 @@ def a_run(predictions: ImageResults, names: list[str], **fields: Any) -> Any:
         config=SimpleNamespace(eval_fraction=0.2, split_seed=3),
         metrics=metrics,
         predictions=predictions,
+        task=SimpleNamespace(problem_type="single_label_classification"),
     )
 
 
@@ -173,9 +178,33 @@ def test_of_many_classes_the_best_and_the_worst_are_listed() -> None:
     names = [f"class|{number}" for number in range(60)]
     labels = [number for number in range(60) for _ in range(60)]
     predicted = [label if place < label else (label + 1) % 60 for label in range(60) for place in range(60)]
-    table = report._class_table(predictions_of(labels, predicted, 60), names).splitlines()
+    table = VIEWS["single_label_classification"]._table(a_run(predictions_of(labels, predicted, 60), names))
+    table = table.splitlines()
     assert table[0] == "The ten best and the ten worst of 60 classes." and len(table) == 2 + 2 + 20
     assert table[4].startswith("| class\\|59 | 60 | 98.3% |") and table[-1].startswith("| class\\|0 | 60 | 0.0% |")
+
+
+def test_chosen_metrics_are_said_to_be_chosen() -> None:
+    run = a_run(predictions_of([0, 1], [0, 1], 2), ["cat", "dog"], best_metric="macro_f1", best_step=20)
+    limits = report._limitations(run)
+    assert "It is the model of step 20, the best by `macro_f1` among all evaluations on the same images." in limits
+
+
+def test_numbers_of_training_images() -> None:
+    def data(counts: list[int] | None, **fields: Any) -> Any:
+        names = [f"class {number}" for number in range(len(counts or ()))]
+        kind = {"problem_type": "single_label_classification", "notes": [], **fields}
+        return SimpleNamespace(label_names=names, class_counts=lambda: counts, **kind)
+
+    assert describe_data(data(None, notes=["3 files are no images."])) == ["3 files are no images."]
+    assert describe_data(data([1200, 0])) == ["Training images per class: class 0 1,200, class 1 0."]
+    assert describe_data(data([2, 1], problem_type="multi_label_classification")) == [
+        "Training images with each label: class 0 2, class 1 1."
+    ]
+    assert describe_data(data([9, 0, *range(100, 150)])) == [
+        "Training images per class: class 1 0, class 0 9, class 2 100 (the fewest) to class 49 147, class 50 148, "
+        "class 51 149 (the most), of 52; 1 have none."
+    ]
 
 
 def test_what_may_be_published_names_no_folder_of_this_machine(photos: Path, tmp_path: Path) -> None:

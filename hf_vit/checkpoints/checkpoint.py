@@ -13,6 +13,7 @@ from ..model import model_class
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.positions_hf_vit import resample_table
+from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
 from .files import PROCESSOR_FILES, Source
 from .layouts import Row, Rule, resample_patch_projection, rules_of
@@ -113,6 +114,7 @@ class Checkpoint:
         parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
         self.left_out = self._check_names()
+        self._head_scale: tuple[Tensor, Tensor] | None = None
         self._check_tensors(parameters)
 
     # ------------------------------------------------------------------------------------------------ architecture
@@ -194,10 +196,40 @@ class Checkpoint:
             stored = [self._read(name) for name in rule.theirs]
             for name, tensor in zip(names, self._arrange(rule, stored), strict=True):
                 if not self._is_new(name):
-                    yield name, self._fit(name, tensor).to(dtype)
+                    yield name, self._folded(name, self._fit(name, tensor)).to(dtype)
         for name, shape in shapes.items():
             if self._is_new(name):
                 yield name, torch.zeros(shape, dtype=dtype)
+
+    def fold_head(self) -> list[str]:
+        """Fold temperature and units of targets into the head's weights; return which fields of the config these were.
+
+        The logits stay the same, also in a library that knows no such fields.
+        """
+        if self.architecture != CLASSIFIER:
+            return []
+        config, unscaled = self.config, {name: OF_HEAD[name] for name in OF_HEAD if name != "thresholds"}
+        folded = [name for name, value in unscaled.items() if getattr(config, name) != value]
+        if folded:
+            std, mean = (
+                torch.tensor(values or [empty], dtype=torch.float64)
+                for values, empty in (
+                    (config.target_std, 1.0),
+                    (config.target_mean, 0.0),
+                )
+            )
+            self._head_scale = (std / config.temperature, mean)
+            self.config = HFViTConfig.from_dict({**config.to_dict(), **unscaled})
+        return folded
+
+    def _folded(self, name: str, tensor: Tensor) -> Tensor:
+        """Apply the scale of the logits to a parameter of the head."""
+        if self._head_scale is None or not name.startswith("classifier."):
+            return tensor
+        factor, shift = self._head_scale
+        if name.endswith(".bias"):
+            return tensor.double() * factor + shift
+        return tensor.double() * factor[:, None]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights under our names."""

@@ -42,11 +42,15 @@ def export_checkpoint(source: str | Path, out: str | Path, to: str, force: bool 
     if to not in TARGETS:
         raise ValueError(f"Unknown layout {to!r}: choose one of {', '.join(TARGETS)}.")
     checkpoint, target = open_checkpoint(source), TARGETS[to]
+    folded = checkpoint.fold_head()
     if unsupported := _unsupported(checkpoint, target):
         raise ValueError(f"{checkpoint.source.name} does not fit into {to}: {'; '.join(unsupported)}.")
     rules = rules_of(target.table(checkpoint), checkpoint.config, checkpoint.shapes)
     target.write(checkpoint, rules, Path(out), force)
-    return _lost(checkpoint, target)
+    sentences = _lost(checkpoint, target)
+    if folded:
+        sentences.append(f"Folded into the weights of the head, so that the logits are the same: {', '.join(folded)}.")
+    return sentences
 
 
 def _unsupported(checkpoint: Checkpoint, target: Target) -> list[str]:
@@ -72,6 +76,8 @@ def _lost(checkpoint: Checkpoint, target: Target) -> list[str]:
         sentences.append(
             f"The other library resamples positions by its own rule, not by {config.position_interpolation}."
         )
+    if config.thresholds is not None:
+        sentences.append("thresholds are not written: the other library has no thresholds per label.")
     if "labels" not in target.carries and checkpoint.architecture == CLASSIFIER:
         sentences.append("The labels are not written: the layout does not store them.")
     if "processor" not in target.carries:

@@ -16,6 +16,7 @@ from ..model import model_class
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
 from .checkpoint import CLASSIFIER, Checkpoint, Options
 from .families import own
@@ -24,6 +25,7 @@ from .opening import open_checkpoint
 
 logger = logging.get_logger(__name__)
 
+SINGLE_LABEL = "single_label_classification"
 # Training is in float32, whatever the checkpoint stores: half precision loses small updates.
 FINE_TUNING: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.float32}
 
@@ -71,13 +73,15 @@ def load_classifier(
 ) -> tuple[HFViTForImageClassification, HFViTImageProcessor]:
     """Load a checkpoint as a classifier of `label_names`, with its image processor at the model's size.
 
-    The head is kept if it was trained for exactly these labels in this order. Otherwise it is replaced by a head of
-    zeros with a warning, even if the number of labels is the same.
+    The head is kept, with its temperature, thresholds and units of targets, if it was trained for exactly these
+    labels in this order. Otherwise it is replaced by a head of zeros with a warning, even if the number of labels is
+    the same.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
-        label_names: Names of the classes, by class index.
-        fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`.
+        label_names: Names of the classes, by class index, or of the targets of a regression.
+        fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`. `problem_type` is one
+            label per image by default; `target_mean` and `target_std` are for a new head.
 
     Raises:
         ValueError: If weights other than the head are missing, have another shape, or are NaN or infinite.
@@ -86,9 +90,12 @@ def load_classifier(
     checkpoint = open_checkpoint(source)
     stored = list((checkpoint.config.id2label or {}).values())
     of_model = {**fields_of_labels(label_names), **fields}
+    is_kept = stored == label_names and (checkpoint.config.problem_type or SINGLE_LABEL) == of_model["problem_type"]
+    for name, value in OF_HEAD.items():
+        of_model[name] = getattr(checkpoint.config, name) if is_kept else fields.get(name, value)
     model, report = _fill(HFViTForImageClassification, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, "classifier.", fields)
-    if stored != label_names:
+    if not is_kept:
         for parameter in model.classifier.parameters():
             nn.init.zeros_(parameter)
         logger.warning(
@@ -116,13 +123,13 @@ def load_for_masked_patches(
     return model, _processor(checkpoint, model.config.image_shape)
 
 
-def fields_of_labels(label_names: Sequence[str]) -> dict[str, Any]:
-    """Return the config fields of a classifier with one label per image."""
+def fields_of_labels(label_names: Sequence[str], problem_type: str = SINGLE_LABEL) -> dict[str, Any]:
+    """Return the config fields of a classifier; `problem_type` is transformers' name for what its labels are."""
     return {
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
         # Stated, since transformers would guess several labels per image from soft labels in the first batch.
-        "problem_type": "single_label_classification",
+        "problem_type": problem_type,
     }
 
 

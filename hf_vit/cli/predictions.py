@@ -91,7 +91,10 @@ def predict(
         list[str], typer.Argument(metavar="SOURCE...", help="Image files, folders, globs, parquet, or data sets.")
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Table to write: .parquet or .jsonl.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Number of labels per image.")] = 5,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of labels per image. Default: 5, or those above thresholds."),
+    ] = None,
     features: Annotated[bool, typer.Option("--features", help="Also write the pooled features.")] = False,
     split: Annotated[str | None, typer.Option(help="Split of a data set that has several.")] = None,
     image_column: ImageColumn = None,
@@ -148,8 +151,7 @@ def _print_predictions(sources: "Sources", settings: "Settings", say: Callable[[
     broken, images, began = [], 0, time.perf_counter()
     for name, prediction in predict_each(sources, settings):
         images += 1
-        best = zip(prediction.labels, prediction.scores, strict=True)
-        line = prediction.error or ", ".join(f"{label} {score:.1%}" for label, score in best)
+        line = prediction.error or ", ".join(prediction.answers)
         if prediction.error is not None:
             broken.append(name)
         say(one_line(line if line.startswith(name) else f"{name}  {line}"))  # errors often begin with the file name

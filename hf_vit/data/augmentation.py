@@ -24,6 +24,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
 
+UNKNOWN = -100.0  # one of several labels of an image that nobody knows
+
 
 class SmallAffine(v2.Transform):
     """Rotate, translate, scale and shear a little, by fractions of a pixel; RandomAffine translates by whole pixels.
@@ -223,7 +225,8 @@ class BatchMixer:
         num_labels: Number of classes.
         mixup: Alpha of the Beta distribution of mixup; 0 disables it.
         cutmix: Alpha of the Beta distribution of CutMix; 0 disables it. With both, each batch uses either at random.
-        label_smoothing: Share of every label that is distributed over all classes.
+        label_smoothing: Share of every label that is distributed over all classes; with several labels per image, over
+            its presence and absence.
     """
 
     def __init__(self, num_labels: int, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0) -> None:
@@ -235,14 +238,17 @@ class BatchMixer:
         """Return images `[B, C, H, W]` and labels, soft ones `[B, num_labels]` if anything is mixed or smoothed."""
         if not self.kinds and not self.label_smoothing:
             return pixel_values, labels
-        soft = F.one_hot(labels, self.num_labels).float()
-        soft = soft * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
+        if labels.is_floating_point():  # several labels per image; an unknown one, -100, stays unknown
+            soft, even = labels.masked_fill(labels == UNKNOWN, math.nan), 0.5
+        else:
+            soft, even = F.one_hot(labels, self.num_labels).float(), 1 / self.num_labels
+        soft = soft * (1 - self.label_smoothing) + self.label_smoothing * even
         if self.kinds:
             mix, alpha = self.kinds[int(torch.randint(len(self.kinds), (), generator=generator))]
             others = torch.randperm(len(labels), generator=generator).to(labels.device)
             pixel_values, share = mix(pixel_values, others, _beta(alpha, generator), generator)
             soft = share * soft + (1 - share) * soft[others]
-        return pixel_values, soft
+        return pixel_values, soft.nan_to_num(nan=UNKNOWN) if labels.is_floating_point() else soft
 
 
 def mixup_images(images: Tensor, others: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, float]:

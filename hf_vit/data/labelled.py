@@ -1,6 +1,5 @@
 """Labelled images from any source of `datasets`, prepared on disk or streamed: a training and an evaluation split."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from datasets import Image, IterableDataset, concatenate_datasets
 
 from ..system.texts import shortened
 from .archives import is_archive, stem_of
-from .classes import MULTI, REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels
+from .classes import REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels
 from .folders import counted
 from .images import NO_IMAGE, derive_seed, image_digest
 from .opening import (
@@ -56,15 +55,13 @@ class ImageData:
         return isinstance(self.train, IterableDataset)
 
     def class_counts(self) -> list[int] | None:
-        """Return the number of training images of each class; `None` for streams, regression and without labels."""
-        column = self.columns[1]
-        if self.is_stream or column is None or self.problem_type == REGRESSION:
+        """Return the number of training images of every class or label; `None` for targets, streams or no labels."""
+        if self.is_stream or self.columns[1] is None or self.problem_type == "regression":
             return None
-        if self.problem_type == MULTI:
-            labels = torch.tensor(self.train[column][:]).reshape(-1, len(self.label_names))
+        labels = torch.tensor(self.train[self.columns[1]][:])
+        if self.problem_type == "multi_label_classification":
             return (labels == 1).sum(dim=0).tolist()
-        number = Counter(self.train[column][:])
-        return [number[index] for index in range(len(self.label_names))]
+        return torch.bincount(labels, minlength=len(self.label_names)).tolist()
 
 
 def load_data(

@@ -119,6 +119,7 @@ class Exhibit:
             labels=self.config.id2label,
             device=self.device,
             top_k=top_k,
+            config=self.config,
         )
 
     def warm_up(self) -> None:

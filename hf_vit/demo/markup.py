@@ -77,6 +77,12 @@ def _cost(exhibit: Exhibit, answer: Answer) -> str:
 
 
 def _bars(prediction: Prediction) -> str:
+    if prediction.are_values:
+        values = (
+            f'<li><span class="label">{escape(label)}</span><span class="score">{value:.4g}</span></li>'
+            for label, value in zip(prediction.labels, prediction.scores, strict=True)
+        )
+        return f'<ol class="vit-bars">{"".join(values)}</ol>'
     bars = (
         f'<li><span class="label">{escape(label)}</span><span class="score">{score:.1%}</span>'
         f'<span class="bar"><span style="width: {score:.1%}"></span></span></li>'

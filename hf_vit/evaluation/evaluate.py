@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Options
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
+from ..data.classes import SINGLE
 from ..data.images import EvaluationImages, normalize
 from ..data.labelled import ImageData, load_evaluation_data
 from ..data.loaders import evaluation_loader, naming_dead_workers
@@ -23,8 +24,9 @@ from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
 from ..system.machine import machine, versions
 from . import probing
-from .labels import align, labels_for_model, labels_of
-from .metrics import ImageResults, classify, extract_features, forward_in_turn, forward_on_cores
+from .labels import align, contradiction, labels_for_model, labels_of
+from .metrics import evaluate_images, extract_features, forward_in_turn, forward_on_cores
+from .results import ImageResults, Results
 from .throughput import throughputs
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -86,6 +88,8 @@ def evaluate_checkpoint(
         )
     model_labels = labels_of(checkpoint)
     data, classes, note = align(data, model_labels, needs_all=bool(probes))
+    if classes is not None and (problem := contradiction(checkpoint.config, data)):
+        classes, note = None, problem
     note = " ".join(filter(None, [*data.notes, note, warning]))
     _check_measurable(classes, note, data, split, probes, merged_per_layer)
     model, processor = load(source, image_size, checkpoint)
@@ -103,7 +107,7 @@ def evaluate_checkpoint(
         *features["test"], broken = run.features(data.evaluation)
     if classes is not None:
         began = time.perf_counter()
-        results = run.classify(is_stateless=not merged_per_layer)
+        results = run.results(is_stateless=not merged_per_layer)
         broken = results.broken
     seconds = time.perf_counter() - began
     speed, merged = run.speed(merged_per_layer)
@@ -119,6 +123,7 @@ def evaluate_checkpoint(
         "images": count,
         "broken": broken,
         "image_size": list(model.config.image_shape),
+        "problem_type": data.problem_type if classes is None else checkpoint.config.problem_type or SINGLE,
         "labels": label_names,
         "note": note,
         "assumed": checkpoint.assumed,
@@ -127,12 +132,7 @@ def evaluate_checkpoint(
         "images_per_second": {"pipeline": count / seconds, "model": speed},
         **merged,
         "precision": precision,
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "hardware": machine(),
-        "versions": versions(),
+        **run.conditions(),
     }
 
 
@@ -144,6 +144,8 @@ def _check_measurable(
         raise ValueError(f"{note} To evaluate its features alone, add --probe.")
     if classes is None and merged:
         raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
+    if probes and data.problem_type != SINGLE:
+        raise ValueError("Probes need one label per image, and this data has others: remove --probe.")
     if probes and len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]:
         raise ValueError(
             f"Probes are fitted on the training split, so they cannot be evaluated on it: choose another --split than "
@@ -175,13 +177,25 @@ class _Run:
         to_model, pooled = partial(normalize, processor=self.processor), self.model.base_model.pooler
         return extract_features(self.model, self.loader(split), self.accelerator, to_model, pooled)
 
-    def classify(self, is_stateless: bool) -> ImageResults:
-        """Classify the evaluation split; CPU cores may share a stateless model."""
+    def results(self, is_stateless: bool) -> Results:
+        """Return the results on the evaluation split; CPU cores may share a stateless model."""
         is_alone = self.accelerator.num_processes == 1 and not self.num_workers
         is_shared = is_stateless and is_alone and self.accelerator.device.type == "cpu"
         forward = forward_on_cores if is_shared else forward_in_turn
         to_model = partial(normalize, processor=self.processor)
-        return classify(self.model, self.loader(self.data.evaluation), self.accelerator, to_model, forward)
+        loader = self.loader(self.data.evaluation)
+        return evaluate_images(self.model, loader, self.accelerator, to_model, self.model.config, forward)
+
+    def conditions(self) -> dict[str, Any]:
+        """Return under which conditions was measured."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "hardware": machine(),
+            "versions": versions(),
+        }
 
     def speed(self, merged_per_layer: int) -> tuple[float, dict[str, Any]]:
         """Return images/s of the model, and if tokens are to be merged, metrics and images/s with merging."""
@@ -191,7 +205,7 @@ class _Run:
         if not merged_per_layer:
             return median(throughputs({0: lambda: model}, pixel_values, self.accelerator)[0]), {}
         merge_tokens(model, merged_per_layer)
-        metrics = self.classify(is_stateless=False).metrics()
+        metrics = self.results(is_stateless=False).metrics()
         prepare: dict[int, Callable[[], Any]] = {
             number: partial(merge_tokens, model, number) for number in (0, merged_per_layer)
         }
@@ -200,14 +214,15 @@ class _Run:
         return median(speeds[0]), {"merged": {"per_layer": merged_per_layer, **merged}}
 
 
-def _by_class(results: ImageResults, label_names: list[str]) -> dict[str, Any]:
-    # Only non-zero entries of the confusion matrix, since most are zero with many classes.
-    pairs, counts = torch.stack([results.labels, results.predicted]).unique(dim=1, return_counts=True)
-    confusion = [
-        {"label": label_names[label], "predicted": label_names[predicted], "count": count}
-        for label, predicted, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
-    ]
-    return {"figures": results.metrics(), "per_class": results.per_class(label_names), "confusion": confusion}
+def _by_class(results: Results, label_names: list[str]) -> dict[str, Any]:
+    measured = {"figures": results.metrics(), "per_class": results.per_class(label_names)}
+    if isinstance(results, ImageResults):
+        # Only non-zero entries of the confusion matrix, since most are zero with many classes.
+        measured["confusion"] = [
+            {"label": label_names[label], "predicted": label_names[predicted], "count": count}
+            for label, predicted, count in results.pairs()
+        ]
+    return measured
 
 
 def _probe(name: str, features: dict[str, Any], label_names: list[str]) -> dict[str, Any]:

@@ -5,10 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
-from ..data.classes import UNKNOWN
+from ..data.classes import MULTI, REGRESSION, SINGLE, UNKNOWN
 from ..data.folders import key_of
 from ..data.labelled import ImageData
 from ..system.texts import shortened
+
+# By transformers' name of what the labels are.
+KINDS = {
+    SINGLE: "one label per image",
+    MULTI: "several labels per image",
+    REGRESSION: "numbers to predict",
+}
 
 
 def labels_of(checkpoint: Checkpoint) -> list[str] | None:
@@ -36,7 +43,7 @@ def align(
         return data, None, note
     classes = [-1 if index is None else index for index in matched]
     unknown = [name for name, index in zip(data.label_names, matched, strict=True) if index is None]
-    if not unknown or data.problem_type != "single_label_classification":
+    if not unknown or data.problem_type != SINGLE:
         return data, classes, note
     if needs_all:
         return data, None, note
@@ -139,3 +146,16 @@ def _by_number(of_model: list[str], of_data: list[str]) -> list[int] | None:
 
 def _are_numbers(names: list[str]) -> bool:
     return all(name in (str(index), f"LABEL_{index}") for index, name in enumerate(names))
+
+
+def contradiction(config: Any, data: ImageData) -> str:
+    """Return a sentence if model and data do not agree in what their labels are, else `""`."""
+    ours, theirs = config.problem_type or SINGLE, data.problem_type
+    if theirs is not None and ours != theirs:
+        return (
+            f"The model has {KINDS[ours]}, but the data has {KINDS[theirs]}: choose another --label-column, or "
+            "another model."
+        )
+    if ours == REGRESSION and len(data.label_names) < config.num_labels:
+        return f"The model predicts {config.num_labels} targets, but the data has {len(data.label_names)} of them."
+    return ""

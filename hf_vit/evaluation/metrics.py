@@ -1,11 +1,11 @@
 """Metrics and features of a model over a loader: every image once, in order, on any number of processes.
 
-A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` and `index` `[B]`, and `broken`, the names of images that
-could not be read. The index is the position of the image in the data, or -1 if the image is not counted.
+A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` (int64 `[B]`, or float32 `[B, num_labels]` for several
+labels per image and for targets), `index` `[B]`, and `broken`, the names of images that could not be read. The index
+is the position of the image in the data, or -1 if the image is not counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,86 +15,15 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
+from .results import ImageResults, LabelResults, Results, TargetResults
+
+# Metrics of which a lower value is better.
+LOWER_IS_BETTER = frozenset({"loss", "calibration_error", "mae", "rmse"})
 
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
 
 # From a model, a loader, and what maps a batch to `pixel_values`, to every batch with its outputs.
 Forward = Callable[[Any, Any, Callable[[Any], Tensor]], Iterator[tuple[Any, Any]]]
-
-
-@dataclass
-class ImageResults:
-    """Results of a classifier per image, 1-D, in the order of the data, on the CPU.
-
-    Attributes:
-        labels: True classes.
-        predicted: Most likely classes; the first one of equally likely ones.
-        confidence: Probability of the predicted class.
-        losses: Cross-entropy.
-        ranks: Number of classes ahead of the true one; of equally likely classes, those with a lower index are ahead.
-            So a classifier of zeros does not have a top-5 accuracy of 100 %.
-        num_labels: Number of classes of the model.
-        broken: Names of images that could not be read, and are not counted.
-        index: Positions of the others in the data; all of them if not given.
-    """
-
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    losses: Tensor
-    ranks: Tensor
-    num_labels: int
-    broken: list[str] = field(default_factory=list)
-    index: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        if len(self.index) != len(self.labels):
-            self.index = torch.arange(len(self.labels))
-
-    def metrics(self) -> dict[str, float]:
-        """Return accuracies in [0, 1], the mean loss, the expected calibration error, and the number of images."""
-        metrics = {"accuracy": _share(self.predicted == self.labels)}
-        if self.num_labels > 5:
-            metrics["top5_accuracy"] = _share(self.ranks < 5)
-        metrics["loss"] = self.losses.double().mean().item()
-        metrics["calibration_error"] = self.calibration_error()
-        return {**metrics, "count": len(self.labels)}
-
-    def calibration_error(self, bins: int = 15) -> float:
-        """Return the expected calibration error of Guo et al. (arXiv:1706.04599), with bins of equal width.
-
-        It is the mean distance between confidence and accuracy over bins, weighted by their numbers of images.
-        """
-        confidence = self.confidence.double()
-        edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-        bin_of = torch.bucketize(confidence, edges[1:-1])  # bins are open below
-        gaps = (self.predicted == self.labels).double() - confidence
-        return (torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, gaps).abs().sum() / len(gaps)).item()
-
-    def per_class(self, label_names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return `label`, `count`, `accuracy` (recall) and `precision` of every class; `None` if undefined."""
-        count, predicted, hits = (
-            torch.bincount(classes, minlength=self.num_labels).tolist()
-            for classes in (self.labels, self.predicted, self.labels[self.predicted == self.labels])
-        )
-        return [
-            {
-                "label": name,
-                "count": count[index],
-                "accuracy": hits[index] / count[index] if count[index] else None,
-                "precision": hits[index] / predicted[index] if predicted[index] else None,
-            }
-            for index, name in zip(range(self.num_labels), label_names, strict=True)
-        ]
-
-    def confusion(self) -> Tensor:
-        """Return the confusion matrix `[num_labels, num_labels]`: rows are true classes, columns predicted ones."""
-        pairs = self.labels * self.num_labels + self.predicted
-        return torch.bincount(pairs, minlength=self.num_labels**2).view(self.num_labels, self.num_labels)
-
-
-def _share(is_hit: Tensor) -> float:
-    return is_hit.sum().item() / len(is_hit)
 
 
 def forward_in_turn(model: Any, loader: Any, to_input: Callable[[Any], Tensor]) -> Iterator[tuple[Any, Any]]:
@@ -147,6 +76,77 @@ def classify(
     columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
     index, labels, predicted, confidence, losses, ranks = columns
     return ImageResults(labels, predicted, confidence, losses, ranks, num_labels, broken, index)
+
+
+def recognize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Any,
+    normalize: Callable[[Tensor], Tensor],
+    forward: Forward = forward_in_turn,
+    thresholds: Sequence[float] | None = None,
+) -> LabelResults:
+    """Compute the probability of every label for every image of a loader.
+
+    Args:
+        model, loader, accelerator, normalize, forward: As for `classify`. Labels of the batches are 0 or 1,
+            `[B, num_labels]`; -100 stands for an unknown one.
+        thresholds: As for `LabelResults`.
+    """
+
+    def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = outputs.logits.float()
+        losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
+        return labels, logits.sigmoid(), losses * (labels != -100)
+
+    columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
+    index, labels, scores, losses = columns
+    return LabelResults(labels, scores, losses, thresholds, broken, index)
+
+
+def regress(
+    model: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Any,
+    normalize: Callable[[Tensor], Tensor],
+    forward: Forward = forward_in_turn,
+    scale: Sequence[float] | None = None,
+) -> TargetResults:
+    """Predict the targets of every image of a loader.
+
+    Args:
+        model, loader, accelerator, normalize, forward: As for `classify`. Labels of the batches are `[B, num_labels]`.
+        scale: As for `TargetResults`.
+    """
+
+    def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        return labels.float(), outputs.logits.float()
+
+    (index, labels, predicted), broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
+    return TargetResults(labels, predicted, scale, broken, index)
+
+
+def evaluate_images(
+    model: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Any,
+    normalize: Callable[[Tensor], Tensor],
+    config: Any,
+    forward: Forward = forward_in_turn,
+) -> Results:
+    """Return the results of a model per image, of the kind that `config.problem_type` asks for.
+
+    Args:
+        model, loader, accelerator, normalize, forward: As for `classify`.
+        config: Config of the model. Its thresholds decide which of several labels are predicted.
+    """
+    measures: dict[str, Callable[..., Results]] = {
+        "single_label_classification": classify,
+        "multi_label_classification": partial(recognize, thresholds=config.thresholds),
+        "regression": partial(regress, scale=config.target_std),
+    }
+    measure = measures[config.problem_type or "single_label_classification"]
+    return measure(model, loader, accelerator, normalize, forward=forward)
 
 
 def extract_features(

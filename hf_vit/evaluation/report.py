@@ -1,11 +1,58 @@
 """Print the measurements of an evaluation."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.labelled import HELD_OUT
 from ..system.texts import shortened
 
 MOST_CLASSES, WORST = 20, 10  # with more classes, only the worst ones are printed
+
+# Names and formats of metrics, in the order of their lines; the first one that there is leads.
+METRICS = {
+    "accuracy": ("top-1 accuracy", "{:.2%}"),
+    "mean_average_precision": ("mAP", "{:.2%}"),
+    "r2": ("R²", "{:.4f}"),
+    "top5_accuracy": ("top-5 accuracy", "{:.2%}"),
+    "balanced_accuracy": ("balanced accuracy", "{:.2%}"),
+    "micro_f1": ("micro-F1", "{:.2%}"),
+    "macro_f1": ("macro-F1", "{:.2%}"),
+    "mae": ("mean abs. error", "{:.4g}"),
+    "rmse": ("root mean sq. err", "{:.4g}"),
+    "loss": ("loss", "{:.4f}"),
+    "calibration_error": ("calibration error", "{:.2%}  (ECE, 15 bins)"),
+}
+SHORT = {"top-1 accuracy": "top-1"}
+
+
+class Table(NamedTuple):
+    """The table of results per class, label or target: heading, width and format of columns, the leading one first."""
+
+    thing: str
+    things: str
+    columns: dict[str, tuple[str, int, str]]
+
+
+TABLES = {
+    "single_label_classification": Table(
+        "class",
+        "classes",
+        {"recall": ("recall", 7, "{:.1%}"), "precision": ("precision", 9, "{:.1%}"), "f1": ("F1", 6, "{:.1%}")},
+    ),
+    "multi_label_classification": Table(
+        "label",
+        "labels",
+        {
+            "average_precision": ("precision", 9, "{:.1%}"),
+            "f1": ("F1", 6, "{:.1%}"),
+            "threshold": ("threshold", 9, "{:.3f}"),
+        },
+    ),
+    "regression": Table(
+        "target",
+        "targets",
+        {"r2": ("R²", 7, "{:.4f}"), "mae": ("MAE", 9, "{:.4g}"), "rmse": ("RMSE", 9, "{:.4g}")},
+    ),
+}
 
 
 def report_lines(measured: dict[str, Any]) -> list[str]:
@@ -24,17 +71,13 @@ def report_lines(measured: dict[str, Any]) -> list[str]:
     lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
     lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []
-    return lines + (_class_table(measured["per_class"]) if "per_class" in measured else [])
+    return lines + (_class_table(measured["per_class"], measured["problem_type"]) if "per_class" in measured else [])
 
 
 def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    if metrics := measured.get("figures"):
-        rows.append(("top-1 accuracy", f"{metrics['accuracy']:.2%}"))
-        if "top5_accuracy" in metrics:
-            rows.append(("top-5 accuracy", f"{metrics['top5_accuracy']:.2%}"))
-        rows.append(("loss", f"{metrics['loss']:.4f}"))
-        rows.append(("calibration error", f"{metrics['calibration_error']:.2%}  (ECE, 15 bins)"))
+    rows: list[tuple[str, str]] = []
+    metrics = measured.get("figures", {})
+    rows += [(name, form.format(metrics[key])) for key, (name, form) in METRICS.items() if key in metrics]
     for name, probe in measured["probes"].items():
         training = f"{probe['train_images']:,} training images"
         if name == "linear":
@@ -53,21 +96,29 @@ def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _merging_table(measured: dict[str, Any], merged: dict[str, Any]) -> list[str]:
-    lines = ["", f"{'top-1':>8}  {'loss':>7}  {'images/s':>9}  model alone"]
-    for row, name in ((measured, "all tokens"), (merged, f"{merged['per_layer']} tokens merged per layer")):
+    metric = next(name for name in METRICS if name in measured["figures"])
+    name, form = METRICS[metric]
+    lines = ["", f"{SHORT.get(name, name):>8}  {'loss':>7}  {'images/s':>9}  model alone"]
+    for row, what in ((measured, "all tokens"), (merged, f"{merged['per_layer']} tokens merged per layer")):
         metrics, speed = row["figures"], row["images_per_second"]["model"]
-        lines.append(f"{metrics['accuracy']:>8.2%}  {metrics['loss']:>7.4f}  {speed:>9,.0f}  {name}")
+        lines.append(f"{form.format(metrics[metric]):>8}  {metrics['loss']:>7.4f}  {speed:>9,.0f}  {what}")
     return lines
 
 
-def _class_table(per_class: list[dict[str, Any]]) -> list[str]:
-    with_images = [row for row in per_class if row["count"]]
-    is_long = len(with_images) > MOST_CLASSES
-    shown = sorted(with_images, key=lambda row: row["accuracy"])[:WORST] if is_long else with_images
-    lines = ["", f"{'images':>8}  {'recall':>7}  {'precision':>9}  class"]
+def _class_table(per_class: list[dict[str, Any]], problem_type: str) -> list[str]:
+    table = TABLES[problem_type]
+    key = next(iter(table.columns))  # by which rows are ordered
+    known = [row for row in per_class if row["count"]]
+    is_long = len(known) > MOST_CLASSES
+    shown = sorted(known, key=lambda row: row[key])[:WORST] if is_long else known
+    heads = "  ".join(f"{head:>{width}}" for head, width, _ in table.columns.values())
+    lines = ["", f"{'images':>8}  {heads}  {table.thing}"]
     for row in shown:
-        precision = "-" if row["precision"] is None else f"{row['precision']:.1%}"
-        lines.append(f"{row['count']:>8,}  {row['accuracy']:>7.1%}  {precision:>9}  {row['label']}")
+        cells = "  ".join(
+            f"{'-' if row[name] is None else form.format(row[name]):>{width}}"
+            for name, (_, width, form) in table.columns.items()
+        )
+        lines.append(f"{row['count']:>8,}  {cells}  {row['label']}")
     if is_long:
-        lines.append(f"These are the {WORST} worst of {len(with_images)} classes; --json writes all.")
+        lines.append(f"These are the {WORST} worst of {len(known)} {table.things}; --json writes all.")
     return lines

@@ -15,8 +15,10 @@ from ..data.images import EvaluationImages, normalize
 from ..data.labelled import load_evaluation_data
 from ..data.loaders import evaluation_loader
 from ..inference.threads import BATCH_OF_CPU
-from .labels import align, labels_for_model, labels_of
-from .metrics import classify
+from .labels import align, contradiction, labels_for_model, labels_of
+from .metrics import evaluate_images
+
+SHORT = {"mean_average_precision": "mAP", "r2": "R²"}
 
 
 def compare(
@@ -39,23 +41,27 @@ def compare(
     if classes is None:
         raise ValueError(note)
     images = EvaluationImages(data.evaluation, data.columns, processor)
+    if problem := contradiction(checkpoint.config, data):
+        raise ValueError(problem)
     images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels)
     loader = evaluation_loader(images, BATCH_OF_CPU, 0)
     to_model = partial(normalize, processor=processor)
-    results = {name: classify(model, loader, accelerator, to_model) for name, model in models.items()}
+    config = checkpoint.config
+    results = {name: evaluate_images(model, loader, accelerator, to_model, config) for name, model in models.items()}
     pixel_values = torch.zeros(BATCH_OF_CPU, checkpoint.config.num_channels, *checkpoint.config.image_shape)
     prepare: dict[Any, Callable[[], Any]] = {name: partial(models.get, name) for name in models}
     speeds = throughputs(prepare, pixel_values, accelerator, turns)
     first, threads = next(iter(results.values())), torch.get_num_threads()
+    metric = next(iter(first.metrics()))
     lines = [
         f"{len(first.labels):,} images of {data.name}, {data.eval_split}. Throughput: batch size {BATCH_OF_CPU}, "
         f"{threads} thread{'s' * (threads > 1)}, median of {turns} runs (min to max).",
-        f"{'':28}{'accuracy':>9}  {'agreement':>9}  images/s",
+        f"{'':28}{SHORT.get(metric, metric):>9}  {'agreement':>9}  images/s",
     ]
     for name, result in results.items():
-        agreement = (result.predicted == first.predicted).double().mean().item()
+        agreement = result.agreement(first)
         speed = f"{median(speeds[name]):,.1f} ({min(speeds[name]):,.1f} to {max(speeds[name]):,.1f})"
-        lines.append(f"{name:28}{result.metrics()['accuracy']:9.2%}  {agreement:9.2%}  {speed}")
+        lines.append(f"{name:28}{result.metrics()[metric]:9.2%}  {agreement:9.2%}  {speed}")
     return lines
 
 

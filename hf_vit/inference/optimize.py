@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from ..model.layers_hf_vit import HFViTGatedMLP, HFViTLayerScale
+from ..model.losses_hf_vit import scaled_logits
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTLayer, HFViTModel
 from ..model.positions_hf_vit import rotate
 from ..system.machine import precision_name, resolve_precision
@@ -149,7 +150,7 @@ class InferenceModel(nn.Module):
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         if self.classifier is None:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-        return InferenceOutput(logits=self.classifier(pooled), pooler_output=pooled)
+        return InferenceOutput(logits=scaled_logits(self.classifier(pooled), self.config), pooler_output=pooled)
 
 
 def inference_precision(precision: str) -> str:

@@ -21,6 +21,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "filters": ["patch_filters", "plot_filters", "stem_filters"],
         "maps": ["lit", "plot_attention_maps", "plot_feature_components", "plot_heads", "plot_norm_maps"],
         "positions": ["plot_position_bias", "plot_position_similarity", "position_bias", "position_similarity"],
-        "runs": ["plot_confusion", "plot_predictions", "plot_training", "shown_predictions"],
+        "runs": [
+            "plot_average_precision",
+            "plot_confusion",
+            "plot_predictions",
+            "plot_targets",
+            "plot_training",
+            "shown_predictions",
+        ],
     },
 )

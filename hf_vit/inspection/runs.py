@@ -1,4 +1,4 @@
-"""Figures of a training run: its log, its confusion matrix and its predictions."""
+"""Figures of a training run: its log, its metrics per class, label or target, and its predictions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,30 +12,85 @@ from .drawing import BLUE, GRAY, INK, ORANGE, Figure, bare, heading, new_figure,
 ROOT_TICKS = (0, 1, 5, 20, 50, 100)
 
 
+# Metrics of which the first one in a log is drawn: axis label, factor, and the format of the last value.
+DRAWN = {
+    "eval_accuracy": ("evaluation accuracy, %", 100, "{:.1f} %"),
+    "eval_mean_average_precision": ("mean average precision, %", 100, "{:.1f} %"),
+    "eval_r2": ("R²", 1, "{:.3f}"),
+}
+LOSSES = {
+    "eval_accuracy": "cross-entropy",
+    "eval_mean_average_precision": "binary cross-entropy",
+    "eval_r2": "squared error, standardized",
+    None: "loss of masked patches",
+}
+MOST_BARS, MOST_TARGETS = 40, 9
+
+
 def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> Figure:
-    """Draw the loss of a run by epoch and, for a classifier, its accuracy."""
+    """Draw the loss of a run by epoch and, for a model with labels, its main metric."""
     training = [row for row in log if "loss" in row]
     evaluations = [row for row in log if "eval_loss" in row]
-    is_classifier = "eval_accuracy" in evaluations[-1]
-    figure = new_figure(9 if is_classifier else 5.5, 3.6)
-    axes = figure.subplots(1, 2 if is_classifier else 1, squeeze=False)[0]
+    metric = next((name for name in DRAWN if name in evaluations[-1]), None)
+    figure = new_figure(5.5 if metric is None else 9, 3.6)
+    axes = figure.subplots(1, 1 if metric is None else 2, squeeze=False)[0]
     epochs = [row["epoch"] for row in evaluations]
     marker = "o" if len(epochs) < 30 else None
     losses = axes[0]
     losses.plot([r["epoch"] for r in training], [r["loss"] for r in training], color=GRAY, lw=1.2, label="training")
     losses.plot(epochs, [r["eval_loss"] for r in evaluations], color=BLUE, marker=marker, ms=4, label="evaluation")
-    losses.set(xlabel="epoch", ylabel="cross-entropy" if is_classifier else "loss of masked patches", ylim=(0, None))
+    losses.set(xlabel="epoch", ylabel=LOSSES[metric], ylim=(0, None))
     losses.legend(frameon=False)
-    if is_classifier:
-        shares = [100 * row["eval_accuracy"] for row in evaluations]
-        axes[1].plot(epochs, shares, color=BLUE, marker=marker, ms=4)
+    if metric is not None:
+        label, factor, last = DRAWN[metric]
+        values = [factor * row[metric] for row in evaluations]
+        axes[1].plot(epochs, values, color=BLUE, marker=marker, ms=4)
         axes[1].text(
-            0.98, 0.06, f"final: {shares[-1]:.1f} %", transform=axes[1].transAxes, ha="right", color=BLUE,
+            0.98, 0.06, f"final: {last.format(values[-1])}", transform=axes[1].transAxes, ha="right", color=BLUE,
             fontweight="bold",
         )  # fmt: skip
-        axes[1].set(xlabel="epoch", ylabel="evaluation accuracy, %", ylim=(None, 101))
+        axes[1].set(xlabel="epoch", ylabel=label, ylim=(None, 1.01 * factor))
     for axis in axes:
         bare(axis).set_xlim(0, None)
+    return heading(figure, title)
+
+
+def plot_average_precision(rows: Sequence[dict[str, Any]], title: str = "Average precision") -> Figure:
+    """Draw the average precision of every label as bars, the best first; of many labels, the worst ones.
+
+    Args:
+        rows: `LabelResults.per_class`.
+    """
+    known = sorted((row for row in rows if row["count"]), key=lambda row: row["average_precision"])[:MOST_BARS]
+    figure = new_figure(7, max(2.0, 1.2 + 0.24 * len(known)))
+    axis = bare(figure.subplots())
+    names = [f"{short(row['label'])} ({row['count']:,})" for row in known]
+    axis.barh(range(len(known)), [100 * row["average_precision"] for row in known], color=BLUE, height=0.7)
+    axis.set_yticks(range(len(known)), names)
+    axis.tick_params(axis="y", length=0)
+    axis.set(xlim=(0, 100), xlabel="average precision, %; number of images with the label in brackets")
+    return heading(figure, title)
+
+
+def plot_targets(labels: Tensor, predicted: Tensor, names: Sequence[str], title: str = "Predictions") -> Figure:
+    """Draw predicted against true values, one part for each of the first nine targets.
+
+    Args:
+        labels, predicted: True and predicted values, `[N, targets]`.
+    """
+    shown = min(len(names), MOST_TARGETS)
+    columns = min(shown, 3)
+    rows = -(-shown // columns)
+    figure = new_figure(3.6 * columns + 0.4, 3.4 * rows + 0.5)
+    parts = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in parts:
+        axis.axis("off")
+    for index, axis in zip(range(shown), parts, strict=False):
+        bare(axis).axis("on")
+        true, said = labels[:, index].numpy(), predicted[:, index].numpy()
+        axis.scatter(true, said, s=12, color=BLUE, alpha=0.5, linewidths=0)
+        axis.axline((float(true.mean()), float(true.mean())), slope=1, color=GRAY, lw=1)
+        axis.set(title=short(names[index]), xlabel="true value", ylabel="predicted value")
     return heading(figure, title)
 
 

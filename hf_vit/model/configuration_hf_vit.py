@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from .validation_hf_vit import (
+    OF_HEAD,
     POOLINGS_OF_CLS,
     POSITION_INTERPOLATIONS,
     check_config,
@@ -105,6 +106,13 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             head; `None` for none.
         zero_init_head (`bool`, *optional*, defaults to `False`): Whether a new classifier starts at zero, as in the
             paper's fine-tuning.
+        temperature (`float`, *optional*, defaults to 1.0): Divisor of the logits of a classifier, which calibrates its
+            probabilities (arXiv:1706.04599).
+        thresholds (`list[float]`, *optional*): Least probability at which each label counts as present, for a
+            classifier with several labels per image; `None` for 0.5. The logits do not depend on it.
+        target_mean, target_std (`list[float]`, *optional*): Mean and standard deviation of each target of a
+            regression. The head predicts standardized targets, and the logits are in the targets' own units; `None`
+            if the head predicts these directly.
         mim_objective (`str`, *optional*, defaults to `"pixels"`): Target of `HFViTForMaskedImageModeling`: `"pixels"`
             (SimMIM, arXiv:2111.09886) or `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel).
         apply_layernorm (`bool`, *optional*, defaults to `True`): Whether the final LayerNorm is applied to the feature
@@ -171,6 +179,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     pooling: str = "cls"
     representation_size: int | None = None
     zero_init_head: bool = False
+    temperature: float | int = 1.0
+    thresholds: list[float] | None = None
+    target_mean: list[float] | None = None
+    target_std: list[float] | None = None
     mim_objective: str = "pixels"
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
@@ -247,9 +259,13 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if "num_hidden_layers" in overrides:  # stored stages belong to the stored depth
             config_dict.pop("out_features", None)
             config_dict.pop("out_indices", None)
-        if kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
-            config_dict.pop("id2label", None)  # stored names belong to the stored number of labels
-            config_dict.pop("label2id", None)
+        number = len(kwargs["id2label"]) if kwargs.get("id2label") else kwargs.get("num_labels")
+        if number not in (None, len(config_dict.get("id2label") or ())):
+            for name in ("id2label", "label2id", *OF_HEAD):  # they belong to the stored number of labels
+                if name not in overrides:
+                    config_dict.pop(name, None)
+            given = [name for name in ("id2label", "label2id", "num_labels") if name in kwargs]
+            config_dict = {**config_dict, **{name: kwargs.pop(name) for name in given}}
         built = super().from_dict(config_dict, **kwargs)
         for name, value in misspelt.items():
             setattr(built[0] if isinstance(built, tuple) else built, name, value)

@@ -1,4 +1,4 @@
-"""The loss of a classifier."""
+"""What follows the head of a classifier: the scale of its logits, and its loss."""
 
 from typing import Any
 
@@ -9,11 +9,26 @@ from torch import Tensor
 from .configuration_hf_vit import HFViTConfig
 
 
+def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
+    """Return the logits for the outputs of a head `[B, num_labels]`.
+
+    They are divided by the temperature of `config`. Standardized targets are converted to their own units, in float32,
+    since half precision would round values that are large beside their deviation.
+    """
+    if config.temperature != 1:
+        outputs = outputs / config.temperature
+    if config.target_std is not None and config.target_mean is not None:
+        outputs = outputs.float()
+        outputs = outputs * outputs.new_tensor(config.target_std) + outputs.new_tensor(config.target_mean)
+    return outputs
+
+
 def classification_loss(
     labels: Tensor,
     logits: Tensor,
     config: HFViTConfig,
     num_items_in_batch: Tensor | int | None = None,
+    class_weights: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Compute the loss of a classifier in float32.
@@ -23,11 +38,14 @@ def classification_loss(
 
     Args:
         labels: Class indices `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0 or 1 per
-            label, `[B, num_labels]`, with `problem_type="multi_label_classification"`; or regression targets.
+            label, `[B, num_labels]`, with `problem_type="multi_label_classification"`; or regression targets in their
+            own units. A class index of -100, and a -100 for one of several labels, is ignored.
         logits: `[B, num_labels]`.
-        config: The model's config.
+        config: The model's config. With `target_std`, the loss of a regression is that of standardized targets.
         num_items_in_batch: Number of entries of `labels` in all accumulated batches. If given, the sum of the losses
             is divided by it; otherwise the loss is the mean over this batch.
+        class_weights: `[num_labels]`, float32: factors on the loss of each class, or with several labels per image on
+            that of its positives. The divisor stays the number of entries, so weights of mean 1 keep the scale.
 
     Raises:
         ValueError: If soft labels do not sum to one, or labels and logits differ in shape.
@@ -36,7 +54,7 @@ def classification_loss(
     is_class = not labels.is_floating_point() and labels.ndim == 1
     kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     if kind == "single_label_classification" and is_class:
-        loss = F.cross_entropy(logits, labels, reduction="sum")  # a label of -100 is ignored
+        loss = F.cross_entropy(logits, labels, class_weights, reduction="sum")  # a label of -100 is ignored
         entries = (labels != -100).sum().clamp(min=1)
         return loss / (entries if num_items_in_batch is None else num_items_in_batch)
     if kind == "regression" and config.num_labels == 1:
@@ -51,12 +69,21 @@ def classification_loss(
     if kind == "single_label_classification":
         _check_soft_labels(labels, config)
         # Every row is one distribution: its entries together count as num_labels items.
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        loss = F.cross_entropy(logits, labels, class_weights, reduction="sum")
         return loss / len(labels) if num_items_in_batch is None else loss * logits.shape[-1] / num_items_in_batch
-    measure = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-    if num_items_in_batch is None:
-        return measure(logits, labels)
-    return measure(logits, labels, reduction="sum") / num_items_in_batch
+    if kind == "regression":
+        is_known = torch.ones_like(labels, dtype=torch.bool)
+        residuals = logits - labels
+        if config.target_std is not None:
+            residuals = residuals / residuals.new_tensor(config.target_std)
+        losses = residuals.square()
+    else:
+        is_known = labels != -100
+        losses = F.binary_cross_entropy_with_logits(
+            logits, labels.where(is_known, 0), reduction="none", pos_weight=class_weights
+        )
+        losses = losses * is_known
+    return losses.sum() / (is_known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:

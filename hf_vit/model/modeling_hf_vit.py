@@ -42,7 +42,7 @@ from .layers_hf_vit import (
     patchify,
     sdpa_attention,
 )
-from .losses_hf_vit import classification_loss
+from .losses_hf_vit import classification_loss, scaled_logits
 from .packing_hf_vit import HFViTPacking, check_pack_options
 from .pooling_hf_vit import HFViTAttentionPooling, HFViTPooler
 from .positions_hf_vit import (
@@ -427,11 +427,11 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
             kwargs: As for `HFViTModel`, including `patch_grids`.
 
         Returns:
-            `logits` `[B, num_labels]` and, with labels, `loss`.
+            `logits` `[B, num_labels]`, as of `scaled_logits`, and, with labels, `loss`.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.vit(pixel_values, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
+        logits = scaled_logits(self.classifier(outputs.pooler_output), self.config)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)

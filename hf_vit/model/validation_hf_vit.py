@@ -5,6 +5,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Collection, Iterator
 from typing import Any, Literal, TypedDict
 
@@ -54,8 +55,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "layer_norm_eps": (1e-30, 1e3),  # at 0 a constant token would be divided by zero
     "layer_scale_init_value": (-1e3, 1e3),
     "rope_theta": (1, 1e12),
+    "temperature": (1e-3, 1e3),
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
+# Fields that describe a trained head, and how they begin with a new one.
+OF_HEAD: dict[str, Any] = {"temperature": 1.0, "thresholds": None, "target_mean": None, "target_std": None}
 MAX_SIDE = 2**16
 MAX_PATCHES = 2**20
 MAX_STEM_STAGES = 8
@@ -175,7 +179,7 @@ def multiples_around(value: int, divisor: int) -> list[int]:
 
 def check_config(config: Any) -> None:
     """Raise `ValueError` for the first combination of values that cannot work, with a remedy."""
-    for problems in (_choices, _width, _tokens, _stem, _sizes):
+    for problems in (_choices, _head, _width, _tokens, _stem, _sizes):
         for problem in problems(config):
             raise ValueError(problem)
 
@@ -189,6 +193,21 @@ def _choices(config: Any) -> Iterator[str]:
             "mim_objective='mean_color' predicts one of 8^num_channels colours and needs num_channels of at most "
             f"{MAX_COLOR_CHANNELS}, got {config.num_channels}: set mim_objective='pixels'."
         )
+
+
+def _head(config: Any) -> Iterator[str]:
+    for name in ("thresholds", "target_mean", "target_std"):
+        values = getattr(config, name)
+        if values is not None and len(values) != config.num_labels:
+            yield f"{name} must have a number for each of {config.num_labels} labels, got {len(values)}."
+        if values is not None and not all(map(math.isfinite, values)):
+            yield f"{name} must be finite numbers, got {values}."
+    if not all(0 <= threshold <= 1 for threshold in config.thresholds or ()):
+        yield f"thresholds must be probabilities in [0, 1], got {config.thresholds}."
+    if not all(std > 0 for std in config.target_std or ()):
+        yield f"target_std must be positive, got {config.target_std}."
+    if (config.target_mean is None) != (config.target_std is None):
+        yield "target_mean and target_std belong together: set both, or neither."
 
 
 def _width(config: Any) -> Iterator[str]:

@@ -97,7 +97,8 @@ def predict_to_file(
             "model": workers.model,
             "precision": settings.precision,
             "device": workers.device,
-            "top-k": settings.top_k,
+            "top-k": 5 if settings.top_k is None else settings.top_k,
+            "chosen labels": "above their thresholds" if settings.top_k is None else "the most likely",
             "features": settings.has_features,
             "compile": settings.compile,
         }

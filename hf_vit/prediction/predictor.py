@@ -35,8 +35,10 @@ class Prediction:
 
     Attributes:
         source: The given image: a path, bytes, a PIL image, or one as `datasets` stores it.
-        labels: Names of the most likely classes, the most likely first; none if the image is broken.
-        scores: Probabilities of these classes.
+        labels: Names of the most likely classes, the most likely first; with several labels per image, of those above
+            their thresholds, which may be none; of a regression, of all targets. None if the image is broken.
+        scores: Probabilities of these classes, or values of these targets.
+        are_values: Whether `scores` are values of targets.
         error: Why the image could not be read, or `None`.
         features: Input of the classifier, float32 `[pooled_width]`, if requested; `None` if the image is broken.
     """
@@ -46,6 +48,81 @@ class Prediction:
     scores: list[float] = field(default_factory=list)
     error: str | None = None
     features: np.ndarray | None = None
+    are_values: bool = False
+
+    @property
+    def answers(self) -> list[str]:
+        """Labels with their scores as text, such as `"cat 93.1%"`, or for a target `"age 41.5"`."""
+        form = "{} {:.4g}" if self.are_values else "{} {:.1%}"
+        return [form.format(*pair) for pair in zip(self.labels, self.scores, strict=True)]
+
+
+# The most likely classes of images, their scores, for each: from logits `[B, num_labels]`, float32.
+Answers = list[tuple[list[int], list[float]]]
+
+
+def most_likely(probabilities: Tensor, number: int) -> Answers:
+    """Return the classes with the highest probabilities, the highest first."""
+    scores, classes = probabilities.topk(min(number, probabilities.shape[-1]))
+    return list(zip(classes.tolist(), scores.tolist(), strict=True))
+
+
+class ClassAnswers:
+    """Answers of a classifier with one label per image: the `top_k` most likely classes, five if not given."""
+
+    are_values = False
+
+    def __init__(self, config: Any, top_k: int | None) -> None:
+        self.top_k = 5 if top_k is None else top_k
+
+    def __call__(self, logits: Tensor) -> Answers:
+        return most_likely(logits.softmax(dim=-1), self.top_k)
+
+
+class LabelAnswers:
+    """Answers of a classifier with several labels per image.
+
+    These are the labels above their thresholds, 0.5 if the config has none; or the `top_k` most likely ones, whatever
+    their thresholds, if their number is given.
+    """
+
+    are_values = False
+
+    def __init__(self, config: Any, top_k: int | None) -> None:
+        self.top_k, self.thresholds = top_k, torch.tensor(config.thresholds or [0.5] * config.num_labels)
+
+    def __call__(self, logits: Tensor) -> Answers:
+        probabilities = logits.sigmoid()
+        if self.top_k is not None:
+            return most_likely(probabilities, self.top_k)
+        numbers = (probabilities > self.thresholds.to(logits.device)).sum(dim=-1).tolist()
+        # Those above their thresholds come first in the order, since others count as less than any probability.
+        kept = probabilities.where(probabilities > self.thresholds.to(logits.device), -1.0)
+        return [
+            (classes[:number], scores[:number])
+            for number, (classes, scores) in zip(numbers, most_likely(kept, kept.shape[-1]), strict=True)
+        ]
+
+
+class TargetAnswers:
+    """Answers of a regression: all targets in their order."""
+
+    are_values = True
+
+    def __init__(self, config: Any, top_k: int | None) -> None:
+        pass
+
+    def __call__(self, logits: Tensor) -> Answers:
+        return [(list(range(len(values))), values) for values in logits.tolist()]
+
+
+# By transformers' name of what the labels are.
+ANSWERS: dict[str | None, Callable[[Any, int | None], Any]] = {
+    None: ClassAnswers,
+    "single_label_classification": ClassAnswers,
+    "multi_label_classification": LabelAnswers,
+    "regression": TargetAnswers,
+}
 
 
 class Predictor:
@@ -58,9 +135,11 @@ class Predictor:
         device: Device of the model.
         batch_size: Batch size per worker of a CPU, or of the GPU; chosen for the hardware if not given.
         workers: Number of threads; one per CPU core if not given.
-        top_k: Number of labels per image.
+        top_k: Number of labels per image; five if not given, or with several labels per image, those above their
+            thresholds. A regression always has all targets.
         has_features: Whether predictions include the pooled features that the classifier reads.
         is_compiled: Whether `model` is compiled for one batch size, so that smaller batches are padded.
+        config: Config of the model, which states what its labels are; one label per image if not given.
     """
 
     def __init__(
@@ -71,14 +150,15 @@ class Predictor:
         device: torch.device,
         batch_size: int | None = None,
         workers: int | None = None,
-        top_k: int = 5,
+        top_k: int | None = None,
         has_features: bool = False,
         is_compiled: bool = False,
+        config: Any = None,
     ) -> None:
         self.model, self.processor, self.labels, self.device = model, processor, labels, device
         self.batch_size = batch_size or default_batch_size(device.type)
         self.workers = workers
-        self.top_k = min(top_k, len(labels))
+        self.answers = ANSWERS[getattr(config, "problem_type", None)](config, top_k)
         self.has_features, self.is_compiled = has_features, is_compiled
 
     @classmethod
@@ -129,7 +209,7 @@ class Predictor:
         chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
         optimized = optimize_for_inference(model.to(chosen), precision, compile)
         labels = model.config.id2label if is_classifier else {}
-        return cls(optimized, processor, labels, chosen, is_compiled=compile, **options)
+        return cls(optimized, processor, labels, chosen, is_compiled=compile, config=model.config, **options)
 
     def __call__(self, images: Iterable[Source]) -> Iterator[Prediction]:
         """Yield a prediction for every image, in order; a broken image has an `error`.
@@ -191,9 +271,10 @@ class Predictor:
 
     def _fill(self, predictions: list[Prediction], outputs: Any) -> None:
         if self.labels:
-            scores, classes = outputs.logits[: len(predictions)].float().softmax(dim=-1).topk(self.top_k)
-            for prediction, best, indices in zip(predictions, scores.tolist(), classes.tolist(), strict=True):
-                prediction.labels, prediction.scores = [self.labels[index] for index in indices], best
+            answers = self.answers(outputs.logits[: len(predictions)].float())
+            for prediction, (classes, scores) in zip(predictions, answers, strict=True):
+                prediction.labels, prediction.scores = [self.labels[index] for index in classes], scores
+                prediction.are_values = self.answers.are_values
         if self.has_features:
             # Contiguous: a view would keep the tokens of all images in memory.
             features = outputs.pooler_output[: len(predictions)].float().cpu().contiguous().numpy()

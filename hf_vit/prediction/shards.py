@@ -41,7 +41,7 @@ class Settings:
     compile: bool = False
     batch_size: int | None = None
     workers: int | None = None
-    top_k: int = 5
+    top_k: int | None = None
     has_features: bool = False
 
     @property

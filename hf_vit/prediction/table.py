@@ -3,8 +3,9 @@
 A row is an image, in the order of the sources:
 
     image     string         the name of its file; without a name, the number of the row, from 0
-    labels    list<string>   the most likely classes, the most likely first; none if the image is broken
-    scores    list<float>    their probabilities
+    labels    list<string>   the most likely classes, the most likely first, or all targets of a regression; see
+                             `Prediction`; none if the image is broken
+    scores    list<float>    their probabilities, or the values of targets
     error     string         why the image is broken, or null
     features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
 
@@ -114,6 +115,8 @@ class PredictionTable:
             ValueError: If they were not, and are not to be removed.
         """
         previous = self._plan()
+        if previous is not None:  # what an older version did not know does not differ
+            previous = {**plan, **previous}
         if not restart and previous is not None and previous != plan:
             names = [name for name in {**previous, **plan} if previous.get(name) != plan.get(name)]
             raise ValueError(

@@ -17,15 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..data.classes import SINGLE, TASK_OF
 from .facts import Facts
 from .recipe import TrainConfig
 from .tasks import TASKS
 
-TASK_OF = {
-    "single_label_classification": "classification",
-    "multi_label_classification": "multi_label",
-    "regression": "regression",
-}
 MEMORY_SHARE = 0.25  # of the free memory, for cached images
 ACTIVATION_SHARE = 0.8  # of the free memory, for activations
 # Values per token, layer and unit of width that a backward pass needs: Korthikanti et al. 2022 (arXiv:2205.05198)
@@ -92,7 +88,7 @@ def _shown(value: Any) -> str:
 
 
 def _task(config: TrainConfig, facts: Facts) -> Choice:
-    kind = facts.problem_type or "single_label_classification"
+    kind = facts.problem_type or SINGLE
     return TASK_OF[kind], f"the labels are for {kind.replace('_', ' ')}"
 
 

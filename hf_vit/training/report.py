@@ -1,32 +1,31 @@
 """From a recipe to a folder that people understand: train, draw figures, write the model card, push."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import inspection
-from ..data.images import EvaluationImages, Visit, stored_rows
-from ..data.labelled import RECIPE, ImageData
-from ..evaluation.metrics import ImageResults
+from ..data.labelled import RECIPE
 from ..hub.card import write_card
 from ..hub.folder import copy_of_ours
 from ..hub.upload import BackgroundPush
 from ..inspection.drawing import save
 from ..system.machine import machine, precision_name
-from ..system.texts import code, fenced, markdown, shell_word
+from ..system.texts import code, fenced, markdown
 from ..variants import VARIANTS
 from .loop import train
 from .recipe import TrainConfig
 from .run import Run
+from .views import CAREFUL, VIEWS, Unlabelled, describe_data
 
-LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
-DRAWN_CLASSES = 120  # a confusion matrix with more classes cannot be read
-RESULTS = {"eval_accuracy": "accuracy", "eval_top5_accuracy": "top_5_accuracy", "eval_loss": "loss"}
+WEIGHTED = {
+    "balanced": "In the loss, classes have weights that are inverse to their numbers of images",
+    "effective": "In the loss, classes have weights that are inverse to their effective numbers of images",
+}
 
 
 def train_and_report(config: TrainConfig, command: str, say: Callable[[str], None]) -> Run:
@@ -77,7 +76,7 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
 def summary(run: Run) -> list[str]:
     """Return the result of a run in two or three lines."""
     metrics, timing = run.metrics, run.timing
-    result = f"Accuracy {metrics['eval_accuracy']:.2%}" if run.predictions else f"Loss {metrics['eval_loss']:.4f}"
+    result = view_of(run).headline.format(**metrics)
     lines = [
         f"{result} on {metrics['eval_count']:,} evaluation images ({run.data.eval_split}) after {metrics['steps']:,} "
         f"steps in {timing['seconds']:.0f} s ({timing['images_per_second']:,.0f} images/s)."
@@ -89,19 +88,11 @@ def summary(run: Run) -> list[str]:
 
 def write_report(run: Run, command: str) -> None:
     """Write the figures and the model card of a finished run into its folder."""
-    title, names = run.output_dir.resolve().name, run.data.label_names
-    figures = {"training.png": inspection.plot_training(run.log, f"{title}: {run.metrics['steps']:,} steps")}
-    if run.predictions is not None:
-        if len(names) <= DRAWN_CLASSES:
-            figures["confusion.png"] = inspection.plot_confusion(
-                run.predictions.confusion(), names, f"{title}: confusion matrix"
-            )
-        figures["predictions.png"] = inspection.plot_predictions(
-            _image_of(run.data, run.processor, run.predictions),
-            run.predictions,
-            names,
-            f"{title}: evaluation images",
-        )
+    title, view = run.output_dir.resolve().name, view_of(run)
+    figures = {
+        "training.png": inspection.plot_training(run.log, f"{title}: {run.metrics['steps']:,} steps"),
+        **view.figures(run, title),
+    }
     if hasattr(run.model.base_model.embeddings.position_embeddings, "on_grid"):
         figures["positions.png"] = inspection.plot_position_similarity(
             inspection.position_similarity(run.model), f"{title}: similarity of position embeddings"
@@ -114,7 +105,7 @@ def write_report(run: Run, command: str) -> None:
         run.output_dir,
         title=title,
         description=_description(run),
-        results={name: run.metrics[key] for key, name in RESULTS.items() if key in run.metrics},
+        results={name: run.metrics[key] for key, name in view.results.items() if key in run.metrics},
         measured={
             "command": code(command),
             "hardware": f"{machine()}{processes}, {precision_name(run.metrics['precision'])}",
@@ -129,27 +120,16 @@ def write_report(run: Run, command: str) -> None:
     )
 
 
-def _image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Callable[[int], Tensor]:
-    """Return a function from the position of a prediction to its image, uint8 `[C, H, W]`."""
-    images = EvaluationImages(data.evaluation, data.columns, processor)
-    if not data.is_stream:
-        return lambda position: images[int(predictions.index[position])]["pixel_values"]
-    # A stream is read once more, for the few images that are shown.
-    positions = {int(predictions.index[position]): position for position in inspection.shown_predictions(predictions)}
-    visits = (
-        Visit(0, number, row)
-        for number, row in enumerate(stored_rows(images.split, images.columns))
-        if number in positions
-    )
-    return {positions[visit.index]: images[visit]["pixel_values"] for visit in visits}.__getitem__
+def view_of(run: Run) -> Unlabelled:
+    """Return the view on the results of a run."""
+    return VIEWS[run.task.problem_type]
 
 
 def _description(run: Run) -> str:
     metrics = run.metrics
-    kind = "Trained" if run.predictions is not None else "An encoder, pre-trained without labels on masked patches,"
     return (
-        f"{kind} on {metrics['train_images']:,} images of {markdown(run.data.name)} for {metrics['steps']:,} steps, "
-        f"and evaluated on {metrics['eval_count']:,} other images."
+        f"{view_of(run).kind} on {metrics['train_images']:,} images of {markdown(run.data.name)} for "
+        f"{metrics['steps']:,} steps, and evaluated on {metrics['eval_count']:,} other images."
     )
 
 
@@ -165,67 +145,44 @@ def _sections(run: Run, command: str) -> dict[str, str]:
 
 The same command resumes an interrupted run. `recipe.yaml` contains all fields: set its `data` and `output_dir`, then
 run `hf-vit train --recipe recipe.yaml`.
+{"".join(f"{chr(10)}- {line}" for line in _balance(run))}
 
 {_recipe(run.config)}"""
-    sections = {"Limitations": _limitations(run), "Training": training}
-    if run.predictions is not None:
-        return {"Classes": _class_table(run.predictions, run.data.label_names), **sections}
-    name = run.output_dir.resolve().name
-    tuning = f"--model {shell_word(name)} --output-dir {shell_word(f'{name}-tuned')}"
-    how = fenced(f"hf-vit train --recipe flowers --data FOLDER {tuning}", "bash")
-    words = "The model has no classifier yet. Fine-tune it on a folder of images with one subfolder per class:"
-    return {"Fine-tuning": f"{words}\n\n{how}", **sections}
-
-
-def _class_table(predictions: ImageResults, names: Sequence[str]) -> str:
-    rows = predictions.per_class(names)
-    heading = ""
-    if len(rows) > LISTED_CLASSES:
-        ordered = sorted((row for row in rows if row["count"]), key=lambda row: -row["accuracy"])
-        rows = ordered if len(ordered) <= 20 else [*ordered[:10], *ordered[-10:]]
-        heading = f"The ten best and the ten worst of {len(names)} classes.\n\n"
-    lines = ["| class | images | accuracy | precision |", "|---|---|---|---|"]
-    for row in rows:
-        accuracy, precision = ("-" if row[key] is None else f"{row[key]:.1%}" for key in ("accuracy", "precision"))
-        lines.append(f"| {markdown(row['label'])} | {row['count']:,} | {accuracy} | {precision} |")
-    return heading + "\n".join(lines)
+    return {**view_of(run).sections(run), "Limitations": _limitations(run), "Training": training}
 
 
 def _limitations(run: Run) -> str:
     """Return what the metrics do not promise, as a list in Markdown."""
     height, width = run.model.config.image_shape
-    metrics, predictions, names = run.metrics, run.predictions, [markdown(name) for name in run.data.label_names]
+    metrics, config = run.metrics, run.config
     lines = [
         f"The model was trained on {metrics['train_images']:,} images of {markdown(run.data.name)} at "
-        f"{height}x{width} pixels. Expect other metrics on other images."
+        f"{height}x{width} pixels. Expect other metrics on other images.",
+        *view_of(run).limitations(run),
     ]
-    if predictions is not None:
-        lines.append(f"It predicts one of {len(names)} classes for any image, also for one that shows none of them.")
-        rows = [row for row in predictions.per_class(names) if row["count"]]
-        if len(rows) < len(names):
-            lines.append(f"{len(names) - len(rows)} classes have no evaluation image: their accuracy is unknown.")
-        worst = min(rows, key=lambda row: row["accuracy"])
-        if worst["accuracy"] < 1:
-            lines.append(
-                f"Its worst class is {worst['label']}, with an accuracy of {worst['accuracy']:.1%} on "
-                f"{worst['count']:,} images."
-            )
-        confusion = predictions.confusion()
-        of_class = confusion.sum(dim=1)
-        if (mistakes := confusion.fill_diagonal_(0)).any():
-            true, predicted = divmod(int(mistakes.argmax()), len(names))
-            lines.append(
-                f"Its most frequent mistake is to predict {names[predicted]} for {names[true]}: "
-                f"{int(mistakes.max()):,} of {int(of_class[true]):,} images."
-            )
-        error = predictions.calibration_error()
-        lines.append(f"Its confidence is off by {error:.1%} on average (expected calibration error, 15 bins).")
     if run.data.eval_split == "held out":
-        share, seed = run.config.eval_fraction, run.config.split_seed
-        lines.append(f"It was evaluated on a random {share:.0%} of the same data (split_seed {seed}).")
+        lines.append(
+            f"It was evaluated on a random {config.eval_fraction:.0%} of the same data (split_seed "
+            f"{config.split_seed})."
+        )
+    if (metric := metrics.get("best_metric")) is not None:
+        lines.append(
+            f"It is the model of step {metrics['best_step']:,}, the best by {code(str(metric))} among all evaluations "
+            f"on the same images. So its metrics are chosen, and {CAREFUL}."
+        )
     if broken := metrics["broken_images"]:
         lines.append(f"{_unreadable(len(broken))}; `metrics.json` lists them.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _balance(run: Run) -> list[str]:
+    """Return sentences on the training images, and on what the recipe does about classes of different size."""
+    lines = [markdown(line) for line in describe_data(run.data)]
+    if run.config.class_weights != "none":
+        lines.append(f"{WEIGHTED[run.config.class_weights]} (`class_weights: {run.config.class_weights}`).")
+    if run.config.sampling == "balanced":
+        lines.append("Images were drawn so that every class came equally often (`sampling: balanced`).")
+    return lines
 
 
 def _unreadable(number: int) -> str:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
+from ..data.classes import TASK_OF
 from ..data.images import EvaluationImages, TrainingImages, derive_seed, normalize
 from ..data.labelled import RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader
@@ -29,7 +30,7 @@ from ..system.machine import free_memory
 from ..system.stopping import EvaluationStopped, Interrupted, StopSignals
 from .best import BestModel
 from .checkpointing import CheckpointFolder, load_state
-from .defaults import MEMORY_SHARE, TASK_OF, describe_choices, resolve
+from .defaults import MEMORY_SHARE, describe_choices, resolve
 from .facts import facts_of, processes_here
 from .lora import add_low_rank_updates, merge_low_rank_updates, merged
 from .optim import Schedule, build_optimizer, parameter_groups

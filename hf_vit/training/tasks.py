@@ -1,4 +1,4 @@
-"""Training objectives: classification, and filling in masked patches. The loop is the same for both."""
+"""Training objectives: one label, several labels, numbers, and masked patches. The loop is the same for all."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,8 @@ from ..checkpoints.models import fields_of_labels, load_classifier, load_for_mas
 from ..data.augmentation import BatchMixer
 from ..data.images import derive_seed
 from ..data.labelled import ImageData
-from ..evaluation.metrics import ImageResults, classify
+from ..evaluation.metrics import classify, recognize, regress
+from ..evaluation.results import Results
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -27,23 +28,72 @@ WITHOUT_DROPOUT = dict.fromkeys(
 )
 SINGLE_LABEL = HFViTConfig(problem_type="single_label_classification")
 MULTI_LABEL = HFViTConfig(problem_type="multi_label_classification")
+# Cui et al. (arXiv:1901.05555) count each further image of a class less, by this factor: the limit is 1,000 images.
+NEW_SHARE = 0.999
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy, as the model itself computes it for Trainer."""
-    return classification_loss(labels, logits, SINGLE_LABEL)
+    return classification_loss(labels, logits, SINGLE_LABEL, class_weights=class_weights)
 
 
-def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of one binary cross-entropy per class, as in DeiT III (arXiv:2204.07118)."""
-    present = F.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels > 0
-    return classification_loss(present, logits, MULTI_LABEL)
+def binary_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Return the mean of one binary cross-entropy per class, as in DeiT III (arXiv:2204.07118).
+
+    The weight of an image is that of its class, or of mixed labels the mean of those of its classes.
+    """
+    shares = F.one_hot(labels, logits.shape[-1]).float() if labels.ndim == 1 else labels
+    if class_weights is None:
+        return classification_loss(shares > 0, logits, MULTI_LABEL)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), (shares > 0).float(), reduction="none")
+    return (losses.mean(dim=1) * (shares @ class_weights)).mean()
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
     "binary_cross_entropy": binary_cross_entropy,
 }
+
+
+def effective_number(counts: Tensor) -> Tensor:
+    """Return the effective numbers of images of Cui et al. (arXiv:1901.05555), for numbers of images."""
+    return (1 - NEW_SHARE**counts) / (1 - NEW_SHARE)
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {"balanced": lambda counts: counts, "effective": effective_number}
+
+
+def weights_of_classes(how: str, data: ImageData) -> Tensor | None:
+    """Return the weight of every class in the loss, float32 `[num_labels]`; `None` for equal weights.
+
+    With one label per image, weights are inverse to the numbers of images, and their mean over the training images
+    is 1, so that they do not change the learning rate. A class without images has the weight 0. With several labels,
+    they are the weights of the positives of each label: the number of images without it for each one with it; 1 for
+    a label that no image or every image has.
+
+    Args:
+        how: `"none"`, `"balanced"`, or `"effective"` for `effective_number` instead of the number of images.
+        data: The training images.
+
+    Raises:
+        ValueError: If the numbers of images per class are not known.
+    """
+    if how == "none":
+        return None
+    counts = data.class_counts()
+    if counts is None:
+        raise ValueError(
+            f"class_weights={how} needs the number of training images per class, which a stream does not tell: set "
+            "class_weights: none, or streaming: false."
+        )
+    images, number_of = torch.tensor(counts, dtype=torch.float64), NUMBERS[how]
+    if data.problem_type == "multi_label_classification":
+        others = len(data.train) - images
+        weights = torch.where((images > 0) & (others > 0), number_of(others) / number_of(images), 1.0)
+    else:
+        weights = torch.where(images > 0, 1 / number_of(images), 0.0)
+        weights = weights * images.sum() / (weights * images).sum()
+    return weights.float()
 
 
 class Classification:
@@ -51,33 +101,115 @@ class Classification:
 
     needs_labels = True
     best_metric = "accuracy"
+    problem_type = "single_label_classification"
     model_class: Any = HFViTForImageClassification
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
         self.label_names = data.label_names
         self.mixer = BatchMixer(len(data.label_names), config.mixup or 0.0, config.cutmix, config.label_smoothing)
         self.measure = LOSSES[config.loss]
+        self.class_weights = weights_of_classes(config.class_weights, data)
 
     @property
     def fields(self) -> dict[str, Any]:
         """Fields of the model's config that follow from the data."""
-        return fields_of_labels(self.label_names)
+        return fields_of_labels(self.label_names, self.problem_type)
 
     def load(self, source: str, **fields: Any) -> tuple[Any, HFViTImageProcessor]:
         """Load the model of a checkpoint, with a head for these labels, and its processor."""
-        return load_classifier(source, self.label_names, **fields)
+        return load_classifier(source, self.label_names, **{**self.fields, **fields})
 
     def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean loss of a batch, after mixing it with random numbers from `generator`."""
         pixel_values, labels = self.mixer(pixel_values, labels, generator)
-        return self.measure(model(pixel_values=pixel_values).logits, labels)
+        logits = model(pixel_values=pixel_values).logits
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        return self.measure(logits, labels, weights)
 
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
-    ) -> tuple[dict[str, Any], list[str], ImageResults | None]:
+    ) -> tuple[dict[str, Any], list[str], Results]:
         """Return metrics, the names of images that cannot be read, and the results per image."""
-        predictions = classify(model, loader, accelerator, normalize)
-        return predictions.metrics(), predictions.broken, predictions
+        results = self.results(model, loader, accelerator, normalize)
+        return results.metrics(), results.broken, results
+
+    def results(self, model: nn.Module, *evaluation: Any) -> Results:
+        """Return the results per image; further arguments as for `evaluate`."""
+        return classify(model, *evaluation)
+
+
+class MultiLabel(Classification):
+    """Find which of several labels an image has.
+
+    Mixed images have shares of the labels of both. An unknown label, -100, is ignored in the loss.
+    """
+
+    best_metric = "mean_average_precision"
+    problem_type = "multi_label_classification"
+
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        super().__init__(config, data)
+        self.measure = binary_cross_entropy_of_labels
+
+    def results(self, model: nn.Module, *evaluation: Any) -> Results:
+        """Return the results at the best thresholds for these images, which the model's config gets."""
+        results = recognize(model, *evaluation)
+        results.thresholds = _config_of(model).thresholds = results.best_thresholds()
+        return results
+
+
+def binary_cross_entropy_of_labels(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Return the mean binary cross-entropy, as the model itself computes it for Trainer."""
+    return classification_loss(labels, logits, MULTI_LABEL, class_weights=class_weights)
+
+
+class Regression(Classification):
+    """Predict one or several numbers for an image; the model standardizes them by the training images."""
+
+    best_metric = "r2"
+    problem_type = "regression"
+
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        given = {name: getattr(config, name) for name in ("cutmix", "mixup", "label_smoothing")}
+        if config.class_weights != "none":
+            given["class_weights"] = config.class_weights
+        if config.sampling == "balanced":
+            given["sampling"] = config.sampling
+        if mixing := [f"{name}={value}" for name, value in given.items() if value]:
+            raise ValueError(f"A regression has no classes to mix or to weigh: remove {', '.join(mixing)}.")
+        self.label_names = data.label_names
+        self.mean, self.std = moments_of_targets(data)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return {**super().fields, "target_mean": self.mean, "target_std": self.std}
+
+    def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the mean squared error of the standardized targets of a batch."""
+        return classification_loss(labels, model(pixel_values=pixel_values).logits, _config_of(model))
+
+    def results(self, model: nn.Module, *evaluation: Any) -> Results:
+        """Return the results per image, with the loss of training."""
+        return regress(model, *evaluation, scale=_config_of(model).target_std)
+
+
+def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of every target over the training images; 1 for a constant target.
+
+    Raises:
+        ValueError: If the training images are a stream.
+    """
+    if data.is_stream:
+        raise ValueError(
+            "A regression needs mean and deviation of its targets before it starts: set streaming: false."
+        )
+    targets = torch.tensor(data.train[data.columns[1]][:], dtype=torch.float64).view(-1, len(data.label_names))
+    std = targets.std(dim=0, correction=0)
+    return targets.mean(dim=0).tolist(), std.where(std > 0, 1.0).tolist()
+
+
+def _config_of(model: Any) -> HFViTConfig:
+    return getattr(model, "module", model).config
 
 
 class MaskedPatches:
@@ -85,6 +217,7 @@ class MaskedPatches:
 
     needs_labels = False
     best_metric = "loss"
+    problem_type = None
     model_class: Any = HFViTForMaskedImageModeling
     fields: dict[str, Any] = {}
 
@@ -141,7 +274,7 @@ class MaskedPatches:
 
     def _mask(self, model: Any, pixel_values: Tensor, generator: torch.Generator) -> Tensor:
         """Return which patches are masked, `[N]`: random squares of `mask_block`, up to exactly `mask_ratio`."""
-        config = getattr(model, "module", model).config
+        config = _config_of(model)
         rows, columns = config.grid_of(*pixel_values.shape[-2:])
         side = self.config.mask_block
         grid = torch.arange(rows * columns).reshape(rows, columns)
@@ -153,6 +286,8 @@ class MaskedPatches:
 
 TASKS: dict[str, type[Classification | MaskedPatches]] = {
     "classification": Classification,
+    "multi_label": MultiLabel,
+    "regression": Regression,
     "masked_patches": MaskedPatches,
 }
 

@@ -1,0 +1,271 @@
+"""What the report of a run shows of its results: a view for each kind of labels, and one for a run without labels."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .. import inspection
+from ..data.images import EvaluationImages, Visit, stored_rows
+from ..data.labelled import ImageData
+from ..evaluation.results import ImageResults
+from ..inspection.drawing import Figure
+from ..system.texts import fenced, markdown, shell_word
+
+if TYPE_CHECKING:  # a run describes its data
+    from .run import Run
+else:
+    Run = Any
+
+LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
+DRAWN_CLASSES = 120  # a confusion matrix with more classes cannot be read
+CAREFUL = "they describe these images a little better than others"
+
+
+class Unlabelled:
+    """The results of a run without labels, and what all views have in common.
+
+    Attributes:
+        kind: Beginning of the description of the model.
+        headline: Format of the main result, given the metrics of the run.
+        results: Names of metrics in the model card, by their names in the metrics of the run.
+        things: What rows of results are about.
+        best: Value by which rows are ordered, with its sign: larger is better.
+        columns: Values of a row by heading, and their formats.
+    """
+
+    kind = "An encoder, pre-trained without labels on masked patches,"
+    headline = "Loss {eval_loss:.4f}"
+    results = {"eval_loss": "loss"}
+    things = "classes"
+    best = ("recall", 1)
+    columns: dict[str, tuple[str, str]] = {}
+
+    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+        """Return figures of the results by file name."""
+        return {}
+
+    def limitations(self, run: Run) -> list[str]:
+        """Return sentences on what the metrics do not promise."""
+        return []
+
+    def sections(self, run: Run) -> dict[str, str]:
+        """Return the first sections of the model card."""
+        name = run.output_dir.resolve().name
+        tuning = f"--model {shell_word(name)} --output-dir {shell_word(f'{name}-tuned')}"
+        how = fenced(f"hf-vit train --recipe flowers --data FOLDER {tuning}", "bash")
+        words = "The model has no classifier yet. Fine-tune it on a folder of images with one subfolder per class:"
+        return {"Fine-tuning": f"{words}\n\n{how}"}
+
+    def _table(self, run: Run) -> str:
+        """Return the results per class, label or target as a table in Markdown."""
+        rows, (key, sign) = run.predictions.per_class(run.data.label_names), self.best
+        names = len(rows)
+        text = ""
+        if names > LISTED_CLASSES:
+            ordered = sorted((row for row in rows if row[key] is not None), key=lambda row: -sign * row[key])
+            rows = ordered if len(ordered) <= 20 else [*ordered[:10], *ordered[-10:]]
+            text = f"The ten best and the ten worst of {names} {self.things}.\n\n"
+        lines = [f"| {' | '.join(self.columns)} |", "|" + "---|" * len(self.columns)]
+        for row in rows:
+            shown = {**row, "label": markdown(row["label"])}
+            cells = ("-" if shown[name] is None else form.format(shown[name]) for name, form in self.columns.values())
+            lines.append(f"| {' | '.join(cells)} |")
+        return text + "\n".join(lines)
+
+
+class OfClasses(Unlabelled):
+    """Results of a classifier with one label per image."""
+
+    kind = "Trained"
+    headline = "Accuracy {eval_accuracy:.2%}"
+    results = {
+        "eval_accuracy": "accuracy",
+        "eval_top5_accuracy": "top_5_accuracy",
+        "eval_balanced_accuracy": "balanced_accuracy",
+        "eval_macro_f1": "macro_f1",
+        "eval_loss": "loss",
+    }
+    columns = {
+        "class": ("label", "{}"),
+        "images": ("count", "{:,}"),
+        "recall": ("recall", "{:.1%}"),
+        "precision": ("precision", "{:.1%}"),
+        "F1": ("f1", "{:.1%}"),
+    }
+
+    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+        names, figures = run.data.label_names, {}
+        if len(names) <= DRAWN_CLASSES:
+            figures["confusion.png"] = inspection.plot_confusion(
+                run.predictions.confusion(), names, f"{title}: confusion matrix"
+            )
+        figures["predictions.png"] = inspection.plot_predictions(
+            image_of(run.data, run.processor, run.predictions), run.predictions, names, f"{title}: evaluation images"
+        )
+        return figures
+
+    def sections(self, run: Run) -> dict[str, str]:
+        return {"Classes": self._table(run)}
+
+    def limitations(self, run: Run) -> list[str]:
+        predictions, names = run.predictions, [markdown(name) for name in run.data.label_names]
+        rows = predictions.per_class(names)
+        lines = [f"It predicts one of {len(names)} classes for any image, also for one that shows none of them."]
+        known = [row for row in rows if row["count"]]
+        if len(known) < len(names):
+            lines.append(f"{len(names) - len(known)} classes have no evaluation image: their accuracy is unknown.")
+        worst = min(known, key=lambda row: row["recall"])
+        if worst["recall"] < 1:
+            lines.append(
+                f"Its worst class is {worst['label']}, with an accuracy of {worst['recall']:.1%} on "
+                f"{worst['count']:,} images."
+            )
+        mistakes = [pair for pair in predictions.pairs() if pair[0] != pair[1]]
+        if mistakes:
+            true, predicted, number = max(mistakes, key=lambda pair: pair[2])
+            lines.append(
+                f"Its most frequent mistake is to predict {names[predicted]} for {names[true]}: "
+                f"{number:,} of {rows[true]['count']:,} images."
+            )
+        error = predictions.calibration_error()
+        return [*lines, f"Its confidence is off by {error:.1%} on average (expected calibration error, 15 bins)."]
+
+
+class OfLabels(Unlabelled):
+    """Results of a classifier with several labels per image."""
+
+    kind = "Trained"
+    headline = "Mean average precision {eval_mean_average_precision:.2%}, micro-F1 {eval_micro_f1:.2%}"
+    results = {
+        "eval_mean_average_precision": "mean_average_precision",
+        "eval_micro_f1": "micro_f1",
+        "eval_macro_f1": "macro_f1",
+        "eval_loss": "loss",
+    }
+    things = "labels"
+    best = ("average_precision", 1)
+    columns = {
+        "label": ("label", "{}"),
+        "images": ("count", "{:,}"),
+        "average precision": ("average_precision", "{:.1%}"),
+        "F1": ("f1", "{:.1%}"),
+        "threshold": ("threshold", "{:.3f}"),
+    }
+
+    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+        rows = run.predictions.per_class(run.data.label_names)
+        if not any(row["count"] for row in rows):
+            return {}
+        return {"average_precision.png": inspection.plot_average_precision(rows, f"{title}: average precision")}
+
+    def sections(self, run: Run) -> dict[str, str]:
+        return {"Labels": self._table(run)}
+
+    def limitations(self, run: Run) -> list[str]:
+        rows = run.predictions.per_class([markdown(name) for name in run.data.label_names])
+        known = [row for row in rows if row["count"]]
+        lines = [
+            "The threshold of each label is the one with the highest F1 on the evaluation images. So F1 was measured "
+            f"where the thresholds were chosen, and {CAREFUL}."
+        ]
+        if len(known) < len(rows):
+            lines.append(f"{len(rows) - len(known)} labels have no evaluation image: their precision is unknown.")
+        if known:
+            worst = min(known, key=lambda row: row["average_precision"])
+            lines.append(
+                f"Its worst label is {worst['label']}, with an average precision of "
+                f"{worst['average_precision']:.1%} on {worst['count']:,} images that have it."
+            )
+        return lines
+
+
+class OfTargets(Unlabelled):
+    """Results of a regression."""
+
+    kind = "Trained"
+    headline = "R² {eval_r2:.4f}, mean absolute error {eval_mae:.4g}"
+    results = {"eval_r2": "r2", "eval_mae": "mae", "eval_rmse": "rmse", "eval_loss": "loss"}
+    things = "targets"
+    best = ("r2", 1)
+    columns = {
+        "target": ("label", "{}"),
+        "images": ("count", "{:,}"),
+        "MAE": ("mae", "{:.4g}"),
+        "RMSE": ("rmse", "{:.4g}"),
+        "R²": ("r2", "{:.4f}"),
+    }
+
+    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+        results = run.predictions
+        return {
+            "targets.png": inspection.plot_targets(
+                results.labels, results.predicted, run.data.label_names, f"{title}: evaluation images"
+            )
+        }
+
+    def sections(self, run: Run) -> dict[str, str]:
+        return {"Targets": self._table(run)}
+
+    def limitations(self, run: Run) -> list[str]:
+        lowest, highest = (run.predictions.labels.aminmax(dim=0)[index].tolist() for index in (0, 1))
+        ranges = [
+            f"{markdown(name)} from {low:.4g} to {high:.4g}"
+            for name, low, high in zip(run.data.label_names, lowest, highest, strict=True)
+        ][:MOST_RANGES]
+        return [f"The evaluation images cover {', '.join(ranges)}: expect larger errors outside of that."]
+
+
+MOST_RANGES = 10
+# By transformers' name of what the labels are, as tasks have it.
+VIEWS: dict[str | None, Unlabelled] = {
+    None: Unlabelled(),
+    "single_label_classification": OfClasses(),
+    "multi_label_classification": OfLabels(),
+    "regression": OfTargets(),
+}
+
+
+def image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Callable[[int], Tensor]:
+    """Return a function from the position of a prediction to its image, uint8 `[C, H, W]`."""
+    images = EvaluationImages(data.evaluation, data.columns, processor)
+    if not data.is_stream:
+        return lambda position: images[int(predictions.index[position])]["pixel_values"]
+    # A stream is read once more, for the few images that are shown.
+    positions = {int(predictions.index[position]): position for position in inspection.shown_predictions(predictions)}
+    visits = (
+        Visit(0, number, row)
+        for number, row in enumerate(stored_rows(images.split, images.columns))
+        if number in positions
+    )
+    return {positions[visit.index]: images[visit]["pixel_values"] for visit in visits}.__getitem__
+
+
+# ---------------------------------------------------------------------------------------------- the training images
+
+
+LISTED_COUNTS, EXTREME_COUNTS = 12, 3
+
+
+def describe_data(data: ImageData) -> list[str]:
+    """Return the number of training images per class, and the notes on the data, as lines for people."""
+    counts = data.class_counts()
+    return [*([] if counts is None else [_counts(data, counts)]), *data.notes]
+
+
+def _counts(data: ImageData, counts: Sequence[int]) -> str:
+    is_several = data.problem_type == "multi_label_classification"
+    heading = f"Training images {'with each label' if is_several else 'per class'}"
+    ordered = sorted(zip(counts, data.label_names, strict=True), key=lambda pair: pair[0])
+    if len(counts) <= LISTED_COUNTS:
+        return f"{heading}: {_listed(zip(counts, data.label_names, strict=True))}."
+    empty = sum(count == 0 for count in counts)
+    none = f"; {empty:,} have none" if empty else ""
+    return (
+        f"{heading}: {_listed(ordered[:EXTREME_COUNTS])} (the fewest) to {_listed(ordered[-EXTREME_COUNTS:])} (the "
+        f"most), of {len(counts):,}{none}."
+    )
+
+
+def _listed(pairs: Any) -> str:
+    return ", ".join(f"{name} {count:,}" for count, name in pairs)

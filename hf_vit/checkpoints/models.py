@@ -77,13 +77,14 @@ def load_classifier(
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
         label_names: Names of the classes, by class index.
-        fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`.
+        fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`. To another
+            `num_channels` the patch projection and the processor are adapted.
 
     Raises:
         ValueError: If weights other than the head are missing, have another shape, or are NaN or infinite.
     """
     label_names = list(label_names)
-    checkpoint = open_checkpoint(source)
+    checkpoint = _open_for(source, fields)
     stored = list((checkpoint.config.id2label or {}).values())
     of_model = {**fields_of_labels(label_names), **fields}
     model, report = _fill(HFViTForImageClassification, checkpoint, **FINE_TUNING, **of_model)
@@ -110,7 +111,7 @@ def load_for_masked_patches(
     Raises:
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = _open_for(source, fields)
     model, report = _fill(HFViTForMaskedImageModeling, checkpoint, **FINE_TUNING, **fields)
     _require_encoder(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
     return model, _processor(checkpoint, model.config.image_shape)
@@ -124,6 +125,15 @@ def fields_of_labels(label_names: Sequence[str]) -> dict[str, Any]:
         # Stated, since transformers would guess several labels per image from soft labels in the first batch.
         "problem_type": "single_label_classification",
     }
+
+
+def _open_for(source: str | Path, fields: dict[str, Any]) -> Checkpoint:
+    """Open a checkpoint to fine-tune it with other fields, and log how it is adapted to other channels."""
+    checkpoint = open_checkpoint(source, Options(num_channels=fields.get("num_channels")))
+    for sentence in checkpoint.assumed:
+        if sentence.startswith("num_channels="):
+            logger.warning(f"{source}, {sentence}")
+    return checkpoint
 
 
 def _fill(loaded: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -93,7 +93,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 def _is_image(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
-    return suffix != "" and suffix in PILImage.registered_extensions()  # Pillow 12.0 may register the empty suffix
+    # Pillow 12.0 may register the empty suffix.
+    return suffix == ".npy" or (suffix != "" and suffix in PILImage.registered_extensions())
 
 
 def _state_of(path: str) -> str:

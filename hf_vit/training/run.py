@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
+from ..data.channels import adapt_processor, channels_of
 from ..data.images import EvaluationImages, TrainingImages, derive_seed, normalize
 from ..data.labelled import RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader
@@ -105,19 +106,24 @@ class Run:
         """Build data, task, model, optimizer, loaders and an empty state, at step 0."""
         if config.mixup is None:  # the saved recipe states the value that the augmentation implies
             config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
-        self.config, self.accelerator, self.signals = config, accelerator, signals
+        self.accelerator, self.signals = accelerator, signals
         self.say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
         self.is_main_process, self.output_dir = accelerator.is_main_process, Path(config.output_dir)
         self.predictions: ImageResults | None = None
         self.shown: dict[str, str] = {}  # by the progress bar
         with accelerator.main_process_first():  # the other processes read what the first one has cached
             self.data = data = data_of(config)
+        channels = channels_of(data.train, data.columns)
+        if channels.num_channels != 3:  # written to the recipe
+            config = replace(config, model_config={"num_channels": channels.num_channels, **config.model_config})
+        self.config = config
         self.plan = Plan.of(config, data.train_length)
 
         # All processes draw the same initial weights: the seed does not depend on the rank.
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.task = TASKS[config.task](config, data)
         model, self.processor = build(config, self.task)
+        adapt_processor(self.processor, channels, model.config.num_channels)
         self.model_class = type(model)  # FSDP2 changes the class of the model itself
         model = shard_matrices(model, accelerator)
         if config.gradient_checkpointing:
@@ -135,6 +141,7 @@ class Run:
             color_jitter=config.color_jitter,
             erasing=config.erasing,
             fill=self.processor.image_mean,
+            num_channels=model.config.num_channels,
         )
         cache = accelerator.device if config.cache == "device" else config.cache
         self.to_model = partial(normalize, processor=self.processor)

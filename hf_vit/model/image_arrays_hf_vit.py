@@ -1,6 +1,7 @@
 """Reading of files whose pixels Pillow cannot hold: NumPy arrays, TIFF of any number of channels, 16-bit colours.
 
-tifffile (`pip install "hf-vit[tiff]"`) is imported when a TIFF needs it. Sizes are checked before pixels are decoded.
+tifffile and imagecodecs (`pip install "hf-vit[tiff]"`) are imported when a file needs them. Sizes are checked before
+pixels are decoded.
 """
 
 import io
@@ -141,17 +142,12 @@ def is_deep_png(image: Image.Image) -> bool:
 
 
 def decode_deep_png(data: bytes, image: Image.Image) -> Tensor:
-    """Return a PNG with colours of 16 bits as uint16 `[3, H, W]`; without torchvision the lower 8 bits are lost."""
+    """Return a PNG with colours of 16 bits as uint16 `[3, H, W]`; without imagecodecs the lower 8 bits are lost."""
     try:
-        from torchvision.io import ImageReadMode, decode_image
-
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels = decode_image(encoded, ImageReadMode.RGB)
-        if pixels.dtype == torch.uint16:
-            return pixels
-    except (ImportError, RuntimeError):
-        pass  # Pillow reads it, or reports the fault
-    return eight_bits_as_sixteen(image)
+        import imagecodecs
+    except ImportError:
+        return eight_bits_as_sixteen(image)
+    return torch.from_numpy(imagecodecs.png_decode(data)).permute(2, 0, 1)
 
 
 def eight_bits_as_sixteen(image: Image.Image) -> Tensor:

@@ -122,6 +122,7 @@ def sweep(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[
     def objective(trial: Any) -> float:
         trained = trial.suggest_categorical("trained", ["all", "head"])
         rates = {"all": (3e-6, 3e-4), "head": (1e-4, 3e-2)}[trained]
+        decays = [0.65, 0.75, 0.9, 1.0] if trained == "all" else [1.0]
         setting = {
             "trained": trained,
             "learning_rate": trial.suggest_float(f"learning_rate_{trained}", *rates, log=True),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..model.positions_hf_vit import resample_table
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
 from .files import PROCESSOR_FILES, Source
-from .layouts import Row, Rule, resample_patch_projection, rules_of
+from .layouts import Row, Rule, adapt_channels, resample_patch_projection, rules_of
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -29,6 +29,7 @@ class Options:
     Attributes:
         image_size: `(height, width)` in pixels; positions are resampled to it. Required if the file has no grid.
         patch_size: `(height, width)` in pixels; the patch projection is resampled to it (FlexiViT, arXiv:2212.08013).
+        num_channels: Channels of the images; the patch projection is adapted to them (`adapt_channels`).
         num_labels: Number of classes of a new head, which is zero.
         num_heads: Number of attention heads, if the tensors do not determine it.
         pooling: A pooling of `HFViTConfig`, if the tensors do not determine it.
@@ -39,6 +40,7 @@ class Options:
 
     image_size: tuple[int, int] | None = None
     patch_size: tuple[int, int] | None = None
+    num_channels: int | None = None
     num_labels: int | None = None
     num_heads: int | None = None
     pooling: str | None = None
@@ -131,9 +133,28 @@ class Checkpoint:
                 changed["representation_size"] = None  # it belongs to the head that is replaced
             if self.architecture == ENCODER:
                 self.architecture = CLASSIFIER
+        if options.num_channels not in (None, own.num_channels):
+            changed["num_channels"] = self._checked_channels(cast(int, options.num_channels))
         config = HFViTConfig.from_dict(own.to_dict(), **changed)
         config.architectures = [self.architecture]
         return config
+
+    def _checked_channels(self, number: int) -> int:
+        """Return a new number of channels, and state how the patch projection is adapted to it."""
+        own = self._own_config
+        if own.stem_layers is not None or own.use_patch_layernorm:
+            part = "ResNet stem" if own.stem_layers is not None else "LayerNorm of patches"
+            raise ValueError(
+                f"{self.source.name} has a {part} for {own.num_channels} channels, which cannot be adapted to "
+                f"{number}: use a model with a plain patch projection, or images of {own.num_channels} channels."
+            )
+        rule = (
+            f"is the sum over the {own.num_channels} channels"
+            if number == 1
+            else f"repeats the filters of the {own.num_channels} channels, scaled by {own.num_channels}/{number}"
+        )
+        self.assumed.append(f"num_channels={number}: the patch projection {rule}.")
+        return number
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -274,7 +295,9 @@ class Checkpoint:
         if ".position_embeddings." in f".{name}" and tensor.ndim == 4:
             return resample_table(tensor, (target[1], target[2]), self.config.position_interpolation)
         if name.endswith("patch_embeddings.projection.weight"):
-            return resample_patch_projection(tensor, self._own_config.patch_shape, self.config.patch_shape)
+            tensor = resample_patch_projection(tensor, self._own_config.patch_shape, self.config.patch_shape)
+            old, new = self._own_config.num_channels, self.config.num_channels
+            return tensor if new == old else adapt_channels(tensor, old, new)
         return tensor
 
     # ----------------------------------------------------------------------------------------------- processor
@@ -286,10 +309,12 @@ class Checkpoint:
             processor = stated
         else:
             arguments = {"name": "original", **(stated or {})}
-            channels = self.config.num_channels
+            channels = own.num_channels
             processor = HFViTImageProcessorPil.from_preset(size=own.image_shape, num_channels=channels, **arguments)
         if self.config.image_shape != own.image_shape:
             processor.set_output_size(self.config.image_shape)
+        if self.config.num_channels != own.num_channels:
+            processor.set_num_channels(self.config.num_channels)
         return processor
 
 

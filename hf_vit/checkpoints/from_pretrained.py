@@ -8,7 +8,7 @@ from transformers.utils import cached_file
 
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
-from .checkpoint import CLASSIFIER, ENCODER, Checkpoint
+from .checkpoint import CLASSIFIER, ENCODER, Checkpoint, Options
 from .families import own
 from .files import read_json, read_weights
 from .opening import open_checkpoint
@@ -29,19 +29,22 @@ def read_foreign(
         options: Keywords of `from_pretrained`; config fields among them override the checkpoint's.
 
     Returns:
-        Config, state dict, processor and the remaining keywords; `None` if the checkpoint is our own, or does not
-        exist, so that transformers reads it or raises.
+        Config, state dict, processor and the remaining keywords; `None` if the checkpoint is our own and for images of
+        as many channels, or does not exist, so that transformers reads it or raises.
     """
+    num_channels = options.get("num_channels", getattr(options.get("config"), "num_channels", None))
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     if not Path(name).is_file():
         found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
         if found is None:
             return None
-        if read_json(Path(found)).get("model_type") == HFViTConfig.model_type:
+        stored = read_json(Path(found))
+        is_own = stored.get("model_type") == HFViTConfig.model_type
+        if is_own and num_channels in (None, stored.get("num_channels", HFViTConfig.num_channels)):
             if Path(name).is_dir() and not OTHER_WEIGHTS.intersection(options):
                 read_weights(name, hub)  # rejects corrupt files that transformers accepts or reports without a name
             return None
-    checkpoint = open_checkpoint(name, **hub)
+    checkpoint = open_checkpoint(name, Options(num_channels=num_channels), **hub)
     rest = {option: value for option, value in options.items() if option not in hub}
     config = rest.pop("config", None)
     if not isinstance(config, HFViTConfig):

@@ -229,3 +229,20 @@ def resample_patch_projection(weight: Tensor, old: tuple[int, int], new: tuple[i
     resize = F.interpolate(pixels, size=new, mode="bilinear").flatten(1).T  # [new pixels, old pixels]
     kernels = weight.double().unflatten(1, (-1, old[0] * old[1]))  # [D, C, old pixels]
     return (kernels @ torch.linalg.pinv(resize)).flatten(1).to(weight.dtype)
+
+
+def adapt_channels(weight: Tensor, old: int, new: int) -> Tensor:
+    """Adapt a patch projection to another number of channels.
+
+    For one channel the filters of all channels are summed, which equals repeating a grey image. For other numbers the
+    filters are repeated in order and scaled by `old / new`, as timm does (timm/models/_manipulate.py,
+    `adapt_input_conv`).
+
+    Args:
+        weight: `[D, C*ph*pw]`; computed in float64, returned in its dtype.
+        old: Number of channels of the weight.
+        new: Number of channels of the result.
+    """
+    kernels = weight.double().unflatten(1, (old, -1))  # [D, C, ph*pw]
+    chosen = kernels.sum(1, keepdim=True) if new == 1 else kernels[:, torch.arange(new) % old] * (old / new)
+    return chosen.flatten(1).to(weight.dtype)

@@ -81,13 +81,14 @@ def load_classifier(
         source: A file, a folder or a name on the Hub, in any layout.
         label_names: Names of the classes, by class index, or of the targets of a regression.
         fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`. `problem_type` is one
-            label per image by default; `target_mean` and `target_std` are for a new head.
+            label per image by default; `target_mean` and `target_std` are for a new head. The patch projection and
+            the processor are adapted to another `num_channels`.
 
     Raises:
         ValueError: If weights other than the head are missing, have another shape, or are NaN or infinite.
     """
     label_names = list(label_names)
-    checkpoint = open_checkpoint(source)
+    checkpoint = _open_for(source, fields)
     stored = list((checkpoint.config.id2label or {}).values())
     of_model = {**fields_of_labels(label_names), **fields}
     is_kept = stored == label_names and (checkpoint.config.problem_type or SINGLE_LABEL) == of_model["problem_type"]
@@ -117,7 +118,7 @@ def load_for_masked_patches(
     Raises:
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = _open_for(source, fields)
     model, report = _fill(HFViTForMaskedImageModeling, checkpoint, **FINE_TUNING, **fields)
     _require_encoder(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
     return model, _processor(checkpoint, model.config.image_shape)
@@ -131,6 +132,15 @@ def fields_of_labels(label_names: Sequence[str], problem_type: str = SINGLE_LABE
         # Stated, since transformers would guess several labels per image from soft labels in the first batch.
         "problem_type": problem_type,
     }
+
+
+def _open_for(source: str | Path, fields: dict[str, Any]) -> Checkpoint:
+    """Open a checkpoint to fine-tune it with other fields, and log how it is adapted to other channels."""
+    checkpoint = open_checkpoint(source, Options(num_channels=fields.get("num_channels")))
+    for sentence in checkpoint.assumed:
+        if sentence.startswith("num_channels="):
+            logger.warning(f"{source}, {sentence}")
+    return checkpoint
 
 
 def _fill(loaded: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:

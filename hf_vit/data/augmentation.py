@@ -179,6 +179,8 @@ AUGMENTATIONS: dict[str, Callable[[tuple[int, int], float, list[int]], list[v2.T
     **{name: _augreg(layers, level) for name, (layers, level, _) in AUGREG.items()},
 }
 
+WITHOUT_COLORS = ("none", "affine", "crop_flip")  # they work on any number of channels
+
 
 def build_augmentation(
     name: str,
@@ -188,8 +190,9 @@ def build_augmentation(
     color_jitter: float = 0.0,
     erasing: float = 0.0,
     fill: Sequence[float] = (0.5, 0.5, 0.5),
+    num_channels: int = 3,
 ) -> v2.Transform:
-    """Return a transform of uint8 images `[C, H, W]` of any size, with C of 1 or 3, to `[C, *size]`.
+    """Return a transform of uint8 images `[C, H, W]` of any size to `[C, *size]`.
 
     Args:
         name: A key of `AUGMENTATIONS`.
@@ -199,14 +202,20 @@ def build_augmentation(
         erasing: Probability of erasing a rectangle, after everything else.
         fill: Values in [0, 1], one per channel or equal ones, for erased rectangles and for AugReg's operations:
             usually the processor's mean, which normalization maps to 0.
+        num_channels: C; other numbers than 1 and 3 have no operations on colours.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the augmentation needs images of 1 or 3 channels.
     """
     if name not in AUGMENTATIONS:
         (near,) = difflib.get_close_matches(name, AUGMENTATIONS, n=1, cutoff=0)
         raise ValueError(
             f"Unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}. Did you mean {near!r}?"
+        )
+    if num_channels not in (1, 3) and (name not in WITHOUT_COLORS or color_jitter):
+        raise ValueError(
+            f"augmentation={name} with color_jitter={color_jitter} changes colours, which images of {num_channels} "
+            f"channels lack: use {', '.join(WITHOUT_COLORS)} with color_jitter=0; erasing, mixup and cutmix work."
         )
     values = [round(255 * value) for value in fill]
     values = values[:1] if len(set(values)) == 1 else values  # a single value fits any number of channels

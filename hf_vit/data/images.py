@@ -17,11 +17,11 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from ..model.image_conversion_hf_vit import rgb_bands
 from ..model.image_reading_hf_vit import LeastSize, read_image
 from ..system.texts import one_line, without_tokens
 
 NO_IMAGE: dict[str, Any] = {"bytes": None, "path": None}  # what a row without an image is stored as
-GRAY = PILImage.new("RGB", (32, 32), "gray")
 
 
 class Visit(NamedTuple):
@@ -81,10 +81,39 @@ def read_stored(stored: dict[str, Any], least_size: LeastSize | None = None) -> 
     return read_image(source, least_size)
 
 
+def gray_image(processor: Any) -> Tensor:
+    """Return a gray image with the channels that a processor expects, uint8 `[C, H, W]`."""
+    return torch.full((3 if processor.do_convert_rgb else len(processor.image_mean), 32, 32), 128, dtype=torch.uint8)
+
+
+def has_channels(image: PILImage.Image | Tensor, processor: Any) -> bool:
+    """Return whether an image has the channels that a processor expects; colours are converted to RGB or gray."""
+    return processor.do_convert_rgb or len(processor.image_mean) in (3, channels_in(image))
+
+
+def channels_in(image: PILImage.Image | Tensor) -> int:
+    """Return the number of channels of an image or a tensor `[C, H, W]`."""
+    return len(image) if isinstance(image, Tensor) else len(image.getbands())
+
+
+def name_of(stored: dict[str, Any]) -> str:
+    """Return the last two parts of a stored image's path, which reveal little of the machine; `""` without a path."""
+    return one_line("/".join(str(stored["path"] or "").replace("\\", "/").split("/")[-2:]))
+
+
 def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
     """Apply an image processor up to normalization: uint8 `[C, H, W]`."""
+    if not has_channels(image, processor):
+        raise ValueError(
+            f"Expected an image of {len(processor.image_mean)} channels, got {channels_in(image)}: use files "
+            "like those that the model was trained on."
+        )
     outputs = processor(
-        image, input_data_format="channels_first", do_rescale=False, do_normalize=False, return_tensors="pt"
+        rgb_bands(image, processor.do_convert_rgb),
+        input_data_format="channels_first",
+        do_rescale=False,
+        do_normalize=False,
+        return_tensors="pt",
     )
     return outputs["pixel_values"][0]
 
@@ -185,7 +214,9 @@ class EvaluationImages(torch.utils.data.Dataset):
         pixels = self._read(visit) if self.cached is None else self.cached[visit.index]
         is_broken = pixels is None
         return {
-            "pixel_values": self.augment(self.prepare(GRAY) if pixels is None else pixels, visit),
+            "pixel_values": self.augment(
+                self.prepare(gray_image(self.processor)) if pixels is None else pixels, visit
+            ),
             "labels": visit.row[1] if visit.row else self.labels[visit.index],
             "index": visit.index if visit.counted and not is_broken else -1,
             "broken": self._name(visit) if visit.counted and is_broken else None,
@@ -200,12 +231,12 @@ class EvaluationImages(torch.utils.data.Dataset):
             image = read_stored(stored, self.least_size)
         except Exception:  # the image is named and counted, and too many of them end the run
             return None
+        if not has_channels(image, self.processor):
+            return None
         return self.prepare(image)
 
     def _name(self, visit: Visit) -> str:
-        """Name an image by the last two parts of its path, which reveal little of the machine."""
-        path = self._stored(visit)["path"]
-        return one_line("/".join(str(path).replace("\\", "/").split("/")[-2:])) if path else f"image {visit.index}"
+        return name_of(self._stored(visit)) or f"image {visit.index}"
 
 
 class TrainingImages(EvaluationImages):
@@ -243,10 +274,11 @@ class TrainingImages(EvaluationImages):
 
         processor = self.processor
         image = processor.process_image(
-            image,
+            rgb_bands(image, processor.do_convert_rgb),
             do_convert_rgb=processor.do_convert_rgb,
             do_grayscale=processor.do_grayscale,
             input_data_format="channels_first",
+            value_range=processor.value_range,
         )
         pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image
         if self.shorter_side is not None and min(pixels.shape[-2:]) > self.shorter_side:

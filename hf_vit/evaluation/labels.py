@@ -121,8 +121,8 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
     if len(unknown) < len(of_data) and not is_ambiguous:
         return found, f"{note}."
     return None, (
-        f"{note}; it has {len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the "
-        "--label-column that the model was trained on."
+        f"{note}; it has {len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose "
+        "the --label-column that the model was trained on."
     )
 
 

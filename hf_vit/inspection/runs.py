@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .drawing import BLUE, GRAY, INK, ORANGE, Figure, bare, heading, new_figure, short
+from .tiles import rgb
 
 ROOT_TICKS = (0, 1, 5, 20, 50, 100)
 
@@ -186,10 +187,10 @@ def plot_predictions(
         for axis in axes.flat:
             axis.axis("off")
         for axis, index in zip(axes.flat, indices, strict=False):
-            picture = image_of(index).permute(1, 2, 0).squeeze(-1).cpu().numpy()
+            picture = rgb(image_of(index).permute(1, 2, 0).cpu().numpy()).astype(np.uint8)
             # Small images are easier to recognize when smoothed.
             smoothing = "bicubic" if min(picture.shape[:2]) < 32 else "antialiased"
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation=smoothing)
+            axis.imshow(picture, interpolation=smoothing)
             label, truth = (
                 short(label_names[int(labels[index])], 16) for labels in (predictions.predicted, predictions.labels)
             )

@@ -90,5 +90,5 @@ def in_rows(groups: Sequence[Sequence[Tile]], columns: int) -> list[list[Tile]]:
 
 
 def rgb(picture: np.ndarray) -> np.ndarray:
-    """Return an array `[H, W, C]` as `[H, W, 3]`: the mean over channels as gray unless there are three."""
-    return picture if picture.shape[2] == 3 else np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2)
+    """Return an array `[H, W, C]` as `[H, W, 3]`: the first three channels, or the mean of one or two as gray."""
+    return picture[..., :3] if picture.shape[2] >= 3 else np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2)

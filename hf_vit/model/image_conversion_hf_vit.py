@@ -89,6 +89,12 @@ def tensor_of_array(image: np.ndarray) -> Tensor:
 
 def channels_first(image: np.ndarray | Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
     """Return an array or tensor (H, W), (H, W, C) or (C, H, W) as `[C, H, W]`, uint8 or float32."""
+    pixels = arranged(image, input_data_format)
+    return pixels.float() if pixels.is_floating_point() else to_8_bit(pixels)
+
+
+def arranged(image: np.ndarray | Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
+    """Return an array or tensor (H, W), (H, W, C) or (C, H, W) as `[C, H, W]` of the same dtype."""
     pixels = (tensor_of_array(image) if isinstance(image, np.ndarray) else image).detach()
     if pixels.is_complex():
         raise ValueError(f"Expected bool, integer or float pixels, got dtype {pixels.dtype}.")
@@ -110,7 +116,7 @@ def channels_first(image: np.ndarray | Tensor, input_data_format: str | ChannelD
             f"Expected an image of at least 1x1 pixels, got an array of shape {tuple(image.shape)}: "
             "check how it was read or cropped."
         )
-    return pixels.float() if pixels.is_floating_point() else to_8_bit(pixels)
+    return pixels
 
 
 def full_scale(pixels: Tensor) -> int:
@@ -131,7 +137,7 @@ def full_scale(pixels: Tensor) -> int:
             return scale
     raise ValueError(
         f"Expected {pixels.dtype} pixels from 0 to {scales[0]} or to {scales[1]}, got {low} to {high}: pass pixels "
-        "that are not normalised yet, or do_rescale=False to use them as they are."
+        "that are not normalised yet, state their value_range, or pass do_rescale=False to use them as they are."
     )
 
 
@@ -152,6 +158,57 @@ def to_8_bit(pixels: Tensor) -> Tensor:
     if scale == 255 and not pixels.is_floating_point():
         return pixels.to(torch.uint8)
     return (pixels.float() * (255 / scale)).round().to(torch.uint8)
+
+
+def checked_range(value_range: Any) -> list[list[float]]:
+    """Return a value range, one (low, high) or one per channel, as a list of pairs.
+
+    Raises:
+        ValueError: If it has another form, or a low that is not below its high.
+    """
+    try:
+        pairs = np.asarray(value_range, dtype=np.float64)
+        pairs = pairs[None] if pairs.ndim == 1 else pairs
+        if pairs.ndim == 2 and pairs.shape[1] == 2 and np.isfinite(pairs).all() and (pairs[:, 0] < pairs[:, 1]).all():
+            return pairs.tolist()
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"Expected value_range as (low, high), or one such pair per channel, with low < high, got {value_range!r}: "
+        "12-bit pixels have (0, 4095)."
+    )
+
+
+def map_range(
+    image: Any, value_range: Any, do_convert_rgb: bool | None, input_data_format: str | ChannelDimension | None
+) -> Tensor:
+    """Map the pixels of an image linearly from a value range to 0..255, clipped and rounded: uint8 `[C, H, W]`.
+
+    NaN becomes 0. The bits of a PIL image of mode I, I;16 or F are all used.
+    """
+    if not isinstance(image, Image.Image):
+        pixels = arranged(image, input_data_format)
+    elif image.mode == "F" or image.mode.startswith("I"):
+        pixels = tensor_of_array(np.array(upright(image)))[None]
+    else:
+        pixels = tensor_of_pil(convert_to_rgb(image) if do_convert_rgb else upright_8_bit(image))
+    pairs = checked_range(value_range)
+    if len(pairs) not in (1, pixels.shape[0]):
+        raise ValueError(
+            f"value_range has {len(pairs)} pairs but the image has {pixels.shape[0]} channels: pass one pair for all "
+            "channels, or as many pairs."
+        )
+    low, high = torch.tensor(pairs, dtype=torch.float64, device=pixels.device).view(-1, 2, 1, 1).unbind(1)
+    levels = (pixels.double() - low) * (255 / (high - low))
+    return levels.nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
+
+
+def rgb_bands(image: Image.Image | Tensor, do_convert_rgb: bool | None) -> Image.Image | Tensor:
+    """Return a file's pixels with its first three bands, if they become RGB; a fourth band is no transparency.
+
+    In files transparency is only in PIL images: see `read_image`.
+    """
+    return image[:3] if do_convert_rgb and isinstance(image, Tensor) and image.shape[0] == 4 else image
 
 
 def tensor_to_rgb(pixels: Tensor) -> Tensor:

@@ -37,10 +37,13 @@ from transformers.utils import TensorType
 
 from .image_conversion_hf_vit import (
     channels_first,
+    checked_range,
     convert_to_rgb,
     flatten_images,
     full_scale,
+    map_range,
     pil_of_tensor,
+    rgb_bands,
     tensor_of_pil,
     tensor_to_gray,
     tensor_to_rgb,
@@ -96,6 +99,11 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
         reducing_gap: Permits decoding a JPEG file at 1/2, 1/4 or 1/8 of its size while this leaves at least
             `reducing_gap` times the size that it is resized to, like the option of Pillow's `thumbnail`. 1 is fastest;
             `None` always decodes all pixels.
+        value_range: Values of the pixels of black and white, a pair (low, high) or one pair per channel. Pixels are
+            mapped linearly from it to 0..255, clipped, and rounded to 8 bits: 256 levels over this range. Required
+            where the dtype does not state it, such as (0, 4095) for 12-bit pixels in 16-bit files. `None`: bool, uint8
+            and uint16 have their full range; other integers have 255 or 65535, and floats 1 or 255, whichever the
+            image's largest value fits.
     """
 
     crop_pct: float | None
@@ -103,6 +111,7 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
     packing: int | None
     patch_size: int | list[int] | tuple[int, int] | None
     reducing_gap: float | int | None
+    value_range: list[float] | list[list[float]] | tuple[float, float] | None
 
 
 class HFViTImageProcessing(BaseImageProcessor):
@@ -131,6 +140,7 @@ class HFViTImageProcessing(BaseImageProcessor):
     patch_size: Any = None
     # From 6 on photographs stay within one level of 255. For 224 pixels, 12 megapixels are decoded at half size.
     reducing_gap: float | int | None = 6.0
+    value_range: Any = None
 
     @classmethod
     def from_preset(cls, name: str, size: int | tuple[int, int] = 224, num_channels: int = 3, **kwargs: Any) -> Self:
@@ -140,7 +150,7 @@ class HFViTImageProcessing(BaseImageProcessor):
             name: A key of `PRESETS`.
             size: Size of the model's input in pixels, one number or (height, width).
             num_channels: Channels of the model's input: 1 for the luma of any image, 3 for RGB; other numbers need
-                images with that many channels.
+                images with that many channels. All channels then have the average of the preset's mean and of its std.
             kwargs: Further options; they override the preset.
 
         Example:
@@ -150,7 +160,7 @@ class HFViTImageProcessing(BaseImageProcessor):
         """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-        channels = {1: {"do_grayscale": True}, 3: {}}.get(num_channels, {"do_convert_rgb": False})
+        channels = options_for_channels(num_channels, PRESETS[name]) if num_channels != 3 else {}
         return cls(**{"size": size, **PRESETS[name], **channels, **kwargs})
 
     def set_output_size(self, size: int | tuple[int, int]) -> None:
@@ -164,6 +174,19 @@ class HFViTImageProcessing(BaseImageProcessor):
         edges = dict(self.size).items()
         self.size = SizeDict(**{edge: round(old * factors.get(edge, max(factors.values()))) for edge, old in edges})
         self.crop_size = output
+
+    def set_num_channels(self, number: int) -> None:
+        """Set the channels of the output: 1 for the luma, 3 for RGB; other numbers need images with that many.
+
+        If the number changes, all channels get the average of mean and std, and the widest value range.
+        """
+        changed = options_for_channels(number, {"image_mean": self.image_mean, "image_std": self.image_std})
+        for name, value in changed.items():
+            setattr(self, name, value)
+        if self.value_range is not None:
+            pairs = checked_range(self.value_range)
+            if len(pairs) not in (1, number):
+                self.value_range = [min(low for low, _ in pairs), max(high for _, high in pairs)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options, with an `auto_map` that names the code of both backends."""
@@ -209,6 +232,8 @@ class HFViTImageProcessing(BaseImageProcessor):
                 raise ValueError(f"Expected size with height and width for crop_pct, got {size and dict(size)}.")
         if kwargs.get("do_pad"):
             raise ValueError("do_pad is not supported: resize to one size, or use a centre crop, which pads.")
+        if kwargs.get("value_range") is not None:
+            kwargs["value_range"] = checked_range(kwargs["value_range"])
         gap = kwargs.get("reducing_gap")
         if gap is not None and gap < 1:
             raise ValueError(f"Expected reducing_gap of at least 1, got {gap}: use 1 for the fastest decoding.")
@@ -224,6 +249,7 @@ class HFViTImageProcessing(BaseImageProcessor):
         do_rescale: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
+        value_range: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Convert any input to the channels of the model's input.
@@ -231,7 +257,10 @@ class HFViTImageProcessing(BaseImageProcessor):
         Returns a PIL image of mode RGB or L, or a tensor `[C, H, W]`, uint8 or unrounded float.
         """
         if isinstance(image, str | bytes | os.PathLike):
-            image = read_image(image, partial(self.least_size, **kwargs))
+            image = rgb_bands(read_image(image, partial(self.least_size, **kwargs)), do_convert_rgb)
+            input_data_format = ChannelDimension.FIRST
+        if value_range is not None:
+            image = map_range(image, value_range, do_convert_rgb, input_data_format)
             input_data_format = ChannelDimension.FIRST
         if not isinstance(image, Image.Image):
             pixels = channels_first(image, input_data_format)
@@ -362,6 +391,15 @@ def per_channel(values: float | Sequence[float], num_channels: int, name: str) -
             "convert to 3 channels with do_convert_rgb=True or to 1 with do_grayscale=True."
         )
     return torch.tensor(values).view(-1, 1, 1)
+
+
+def options_for_channels(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a processor for images of `number` channels, given its mean and std."""
+    averages = {
+        name: list(old) if len(old) == number else [sum(old) / len(old)] * number
+        for name, old in ((name, values[name]) for name in ("image_mean", "image_std"))
+    }
+    return {"do_convert_rgb": number in (1, 3), "do_grayscale": True if number == 1 else None, **averages}
 
 
 class HFViTImageProcessorPil(HFViTImageProcessing, PilBackend):  # type: ignore[misc]

@@ -1,8 +1,9 @@
-"""Reading of images from files, bytes and URLs to 8-bit pixels.
+"""Reading of images from files, bytes and URLs.
 
-Pillow reads all formats. For JPEG, simplejpeg is used where it is installed: it calls the same libjpeg-turbo and
-returns the same values as an array, without Pillow's copies; Pillow reads the files that simplejpeg rejects. Every
-fault of a file raises a `ValueError` with its name.
+Pillow reads all formats but NumPy's and the TIFF that it has no mode for: see `image_arrays_hf_vit`. For JPEG,
+simplejpeg is used where it is installed: it calls the same libjpeg-turbo and returns the same values as an array,
+without Pillow's copies; Pillow reads the files that simplejpeg rejects. Every fault of a file raises a `ValueError`
+with its name.
 
 An image with more than `PIL.Image.MAX_IMAGE_PIXELS` pixels is rejected before decoding, where Pillow only warns. The
 environment variable `HF_VIT_MAX_IMAGE_PIXELS` sets this limit for commands and their processes.
@@ -20,6 +21,19 @@ import torch
 from huggingface_hub import get_session
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+
+from .image_arrays_hf_vit import (
+    BITS,
+    NeedsTifffile,
+    decode_deep_png,
+    decode_numpy,
+    decode_tiff,
+    eight_bits_as_sixteen,
+    is_deep_png,
+    is_numpy,
+    is_tiff,
+    needs_tifffile,
+)
 
 try:
     import simplejpeg
@@ -57,8 +71,9 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
             least this size remains; sizes are (height, width) of the upright image. Default: decode all pixels.
 
     Returns:
-        An RGB or grayscale JPEG as upright uint8 `[C, H, W]`, channels last in memory. Other images as a PIL image as
-        stored, in any mode and orientation; the first frame if there are several.
+        An RGB or grayscale JPEG as upright uint8 `[C, H, W]`, channels last in memory. A NumPy file, a TIFF of 2
+        or more than 3 channels without transparency, and 16-bit colours as `[C, H, W]` of the stored dtype. Other
+        images as a PIL image as stored, in any mode and orientation; the first frame if there are several.
 
     Raises:
         ValueError: If the source is not an image, is corrupt, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels;
@@ -115,9 +130,21 @@ def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> bytes:
 
 
 def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
-    with Image.open(io.BytesIO(data)) as image:
+    if is_numpy(data):
+        return decode_numpy(data)
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if is_tiff(data):
+            return decode_tiff(data)
+        raise
+    with opened as image:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
+        if image.format == "TIFF" and needs_tifffile(image):
+            return _decode_tiff(data, image)
+        if is_deep_png(image):
+            return decode_deep_png(data, image)
         # MPO is written by phones: a JPEG followed by others.
         is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         orientation = _orientation_of(image) if is_jpeg else 1
@@ -139,6 +166,21 @@ def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
             image.draft(None, (image.width // factor, image.height // factor))
         image.load()
         return image
+
+
+def _decode_tiff(data: bytes, image: Image.Image) -> Tensor:
+    """Decode a TIFF of which Pillow would drop channels or bits; without tifffile it may drop bits of colours."""
+    try:
+        pixels = decode_tiff(data)
+    except NeedsTifffile:
+        if image.mode != "RGB" or getattr(image, "n_frames", 1) > 1 or len(image.tag_v2.get(BITS, ())) != 3:
+            raise
+        return eight_bits_as_sixteen(image)
+    orientation = _orientation_of(image)
+    if orientation in UPRIGHT:
+        turned = UPRIGHT[orientation][0](pixels.permute(1, 2, 0).numpy()).copy()
+        pixels = torch.from_numpy(turned).permute(2, 0, 1)
+    return pixels
 
 
 def _orientation_of(image: Image.Image) -> int:
@@ -183,6 +225,11 @@ def _fault(error: Exception, data: bytes | None) -> str:
         return (
             f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels and may be a decompression bomb: resize it, or, if you "
             f"trust your images, set PIL.Image.MAX_IMAGE_PIXELS or the environment variable {LIMIT}."
+        )
+    if isinstance(error, NeedsTifffile):
+        return (
+            "is a TIFF that Pillow cannot read, such as one of several channels, or is corrupt: "
+            'install tifffile with pip install "hf-vit[tiff]".'
         )
     if data is not None and isinstance(error, UnidentifiedImageError):
         if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
+from ..data.channels import adapt_processor, channels_of
 from ..data.classes import TASK_OF
 from ..data.images import EvaluationImages, TrainingImages, derive_seed, normalize
 from ..data.labelled import RECIPE, ImageData, load_data
@@ -152,6 +153,9 @@ class Run:
             config = with_values_of(config, self.saved["identity"])
         with accelerator.main_process_first():  # the other processes read what the first one has cached
             self.data = data = data_of(config)
+        channels = channels_of(data.train, data.columns)
+        if channels.num_channels != 3:  # written to the recipe
+            config = replace(config, model_config={"num_channels": channels.num_channels, **config.model_config})
         config = resolved(config, data, accelerator)
         if config.mixup is None:  # the saved recipe states the value that the augmentation implies
             config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
@@ -164,6 +168,7 @@ class Run:
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.task = TASKS[config.task](config, data)
         model, self.processor = build(config, self.task)
+        adapt_processor(self.processor, channels, model.config.num_channels)
         self.model_class = type(model)  # FSDP2 changes the class of the model itself
         if config.trained == "lora":
             add_low_rank_updates(model, config.lora_rank)
@@ -183,6 +188,7 @@ class Run:
             color_jitter=config.color_jitter,
             erasing=config.erasing,
             fill=self.processor.image_mean,
+            num_channels=model.config.num_channels,
         )
         self.to_model = partial(normalize, processor=self.processor)
         cache = accelerator.device if config.cache == "device" else config.cache

@@ -101,6 +101,7 @@ class Run:
         accelerator: Accelerator,
         signals: StopSignals,
         build: Callable[..., Any] = build_model,
+        data: ImageData | None = None,
     ) -> None:
         """Build data, task, model, optimizer, loaders and an empty state, at step 0."""
         if config.mixup is None:  # the saved recipe states the value that the augmentation implies
@@ -111,7 +112,7 @@ class Run:
         self.predictions: ImageResults | None = None
         self.shown: dict[str, str] = {}  # by the progress bar
         with accelerator.main_process_first():  # the other processes read what the first one has cached
-            self.data = data = data_of(config)
+            self.data = data = data or data_of(config)
         self.plan = Plan.of(config, data.train_length)
 
         # All processes draw the same initial weights: the seed does not depend on the rank.

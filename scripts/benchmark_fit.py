@@ -126,9 +126,7 @@ def sweep(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[
         setting = {
             "trained": trained,
             "learning_rate": trial.suggest_float(f"learning_rate_{trained}", *rates, log=True),
-            "layer_decay": trial.suggest_categorical("layer_decay", [0.65, 0.75, 0.9, 1.0])
-            if trained == "all"
-            else 1.0,
+            "layer_decay": trial.suggest_categorical(f"layer_decay_{trained}", decays),
             "weight_decay": trial.suggest_float("weight_decay", 1e-3, 0.3, log=True),
             "pooling": trial.suggest_categorical("pooling", ["cls", "mean", "cls_and_mean"]),
             "epochs": trial.suggest_categorical("epochs", [3, 6, 9]),

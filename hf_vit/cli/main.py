@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import models, predictions, runs
+from . import fitting, models, predictions, runs
 from .endings import clear_endings, echo
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}  # field
 
 for command, settings in (
     (runs.quickstart, {}),
+    (fitting.fit, {}),
     (runs.train, ANY_OPTION),
     (runs.recipes, {}),
     (predictions.evaluate, {}),

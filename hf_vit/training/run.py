@@ -139,6 +139,7 @@ class Run:
         accelerator: Accelerator,
         signals: StopSignals,
         build: Callable[..., Any] = build_model,
+        data: ImageData | None = None,
     ) -> None:
         """Build data, task, model, optimizer, loaders and an empty state, at step 0."""
         self.accelerator, self.signals = accelerator, signals
@@ -152,7 +153,7 @@ class Run:
         if self.saved is not None:
             config = with_values_of(config, self.saved["identity"])
         with accelerator.main_process_first():  # the other processes read what the first one has cached
-            self.data = data = data_of(config)
+            self.data = data = data or data_of(config)
         channels = channels_of(data.train, data.columns)
         if channels.num_channels != 3:  # written to the recipe
             config = replace(config, model_config={"num_channels": channels.num_channels, **config.model_config})

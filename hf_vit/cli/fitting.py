@@ -1,0 +1,68 @@
+"""The command that chooses: fit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .endings import echo, read_size, typed_command
+
+
+def fit(
+    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Labeled images, as for hf-vit train.")],
+    model: Annotated[str, typer.Option(help="Encoder to start from: a name on the Hub, a folder or a file.")],
+    minutes: Annotated[float, typer.Option(min=0, help="Time for everything. 0: a linear classifier only.")] = 10,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the model.")] = Path(
+        "my-classifier"
+    ),
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="H or HxW", help="Image size. Default: that of the checkpoint's processor.")
+    ] = None,
+    train_split: Annotated[str | None, typer.Option(help="Training split. Default: found by its name.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Evaluation split. Default: found by its name.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Image column. Default: found by its type.")] = None,
+    label_column: Annotated[
+        list[str] | None, typer.Option(help="Label column, or several. Default: found by name and type.")
+    ] = None,
+    label_separator: Annotated[str | None, typer.Option(help="Text between several labels of one image.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classification, multi_label or regression. Default: from the labels.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="'auto' resumes the fit in the output folder; 'never' discards it.")
+    ] = "auto",
+    cache: Annotated[Path | None, typer.Option(help="Folder for cached features. Default: below HF_HOME.")] = None,
+) -> None:
+    """Fit the best classifier that a number of minutes allows.
+
+    Computes features of every image once, fits a linear classifier to them, and tries whether fine-tuning is better.
+    States the accuracy to expect, with an interval. The same command resumes an interrupted fit.
+
+    Example: hf-vit fit photos/ --model facebook/dinov2-small --minutes 10 -o my-classifier
+    """
+    tasks = ("classification", "multi_label", "regression")
+    if task is not None and task not in tasks:
+        raise ValueError(f"--task must be one of {', '.join(tasks)}, got {task!r}.")
+    if resume not in ("auto", "never"):
+        raise ValueError(f"--resume must be auto or never, got {resume!r}.")
+    from ..training.fitting.fit import fit
+
+    fit(
+        data[0] if len(data) == 1 else data,
+        model=model,
+        minutes=minutes,
+        output_dir=output_dir,
+        seed=seed,
+        image_size=read_size("--image-size", image_size),
+        train_split=train_split,
+        eval_split=eval_split,
+        image_column=image_column,
+        label_column=label_column[0] if label_column and len(label_column) == 1 else label_column,
+        label_separator=label_separator,
+        task=task,
+        resume=resume,
+        cache=cache,
+        command=typed_command(),
+        say=echo,
+    )

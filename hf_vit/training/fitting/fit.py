@@ -1,0 +1,426 @@
+"""`fit`: from images and a number of minutes to the best classifier that they allow."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...checkpoints.models import load, load_classifier
+from ...checkpoints.models import logger as models_logger
+from ...data.audit import Audit, audit
+from ...data.labelled import HELD_OUT, ImageData, load_data
+from ...evaluation.calibration import fit_temperature
+from ...system.locking import alone_in
+from ...system.stopping import StopSignals
+from ..run import METRICS, save_model
+from .calibration import expected_score
+from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
+from .heads import FittedHead, LinearHead, fit_head, problem_of
+from .race import CANDIDATES, Candidate, Entrants, Verdict, race
+from .report import Report, shown, summary, write_fit
+from .state import STATE, FitState, stable
+
+FIT = "fit"  # folder of the state, in output_dir
+REPORT_SECONDS = 10  # reserved for figures and files
+PROBLEM_OF = {
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+@dataclass
+class Fitted:
+    """A finished fit.
+
+    Attributes:
+        folder: Folder of the model, its card and its figures.
+        method: `"probe"`, or how it was fine-tuned, such as `"all 1e-04"`.
+        metrics: What `metrics.json` holds.
+    """
+
+    folder: Path
+    method: str
+    metrics: dict[str, Any]
+
+
+def fit(
+    data: str | Sequence[str],
+    *,
+    model: str,
+    minutes: float = 10,
+    output_dir: str | Path = "my-classifier",
+    seed: int = 0,
+    image_size: int | tuple[int, int] | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
+    task: str | None = None,
+    resume: str = "auto",
+    cache: str | Path | None = None,
+    command: str | None = None,
+    candidates: Sequence[Candidate] = CANDIDATES,
+    say: Callable[[str], None] = print,
+) -> Fitted:
+    """Choose and train the best classifier of images that a number of minutes allows.
+
+    Every image passes once through the frozen encoder, and a linear head is fitted to these features. In the time that
+    is left, short races show whether fine-tuning is better. The winner is trained on all training images. An
+    evaluation split is only measured: nothing is chosen with it.
+
+    Args:
+        data: As for `load_data`.
+        model: Encoder to start from: a file, a folder or a name on the Hub.
+        minutes: Time for everything. With 0, only the linear head is fitted.
+        output_dir: Folder to write. An interrupted fit continues there.
+        seed: Random seed.
+        image_size: Pixels, or (height, width); by default that of the checkpoint's image processor.
+        train_split, eval_split, image_column, label_column, label_separator: As for `load_data`.
+        task: `"classification"`, `"multi_label"` or `"regression"`, if it does not follow from the labels.
+        resume: `"auto"`, or `"never"` to discard an earlier fit in `output_dir`.
+        cache: Folder of cached features; below that of Hugging Face by default.
+        command: The command that repeats this, for the model card.
+        candidates: Ways of fine-tuning to try, the most promising first.
+        say: Prints a line.
+
+    Raises:
+        Interrupted: If SIGINT, SIGTERM or SIGHUP came; the same call continues.
+        ValueError: If the data cannot be fitted, or `output_dir` holds something else.
+    """
+    output_dir, size = Path(output_dir), (image_size,) * 2 if isinstance(image_size, int) else image_size
+    options = {"train_split": train_split, "eval_split": eval_split, "image_column": image_column}
+    options |= {"label_column": label_column, "label_separator": label_separator}
+    options |= {"problem_type": None if task is None else PROBLEM_OF[task]}
+    sources = str(data) if isinstance(data, str | Path) else [str(source) for source in data]
+    _check_output_dir(output_dir, model)
+    if resume == "never":
+        shutil.rmtree(output_dir / FIT, ignore_errors=True)
+    at_once = f": what is finished is saved in {output_dir / FIT} and in the cache of features."
+    with alone_in(output_dir, say), StopSignals(at_once):
+        identity = stable({"data": sources, "model": model, "image_size": size, "seed": seed, **options})
+        state = FitState(output_dir / FIT, identity)
+        if "finished" in state:
+            metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
+            say(f"{output_dir} holds the finished result of this command. To fit again, add --resume never.")
+            for line in summary(metrics, output_dir):
+                say(line)
+            return Fitted(output_dir, metrics["method"], metrics)
+        state.write()
+        fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, tuple(candidates), say)
+        return fitting.run(output_dir, command or _call(sources, model, minutes, seed, size))
+
+
+def _check_output_dir(output_dir: Path, model: str) -> None:
+    if Path(model).resolve() == output_dir.resolve():
+        raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
+    if (output_dir / "config.json").exists() and not (output_dir / FIT / STATE).exists():
+        raise ValueError(f"{output_dir} holds a model that fit did not write: choose another --output-dir.")
+
+
+def _call(data: Any, model: str, minutes: float, seed: int, size: Any) -> str:
+    return (
+        f"hf_vit.training.fitting.fit({data!r}, model={model!r}, minutes={minutes:g}, seed={seed}, image_size={size})"
+    )
+
+
+def open_data(source: str | list[str], **options: Any) -> ImageData:
+    """Load data for a fit: all images of the training split, and an evaluation split only if the data has one.
+
+    `load_data` would hold out a part; here the accuracy comes from cross-validation. The evaluation is then `None`.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    data = load_data(source, eval_fraction=0.5, **options)  # type: ignore[arg-type]
+    if data.is_stream:
+        raise ValueError("A stream cannot be fitted, since every image is read several times: save it to disk first.")
+    if data.eval_split != HELD_OUT:
+        return data
+    try:  # the whole split in its own order, as a recipe with this eval_split has it
+        whole = load_data(source, **{**options, "eval_split": options.get("train_split", "train")})  # type: ignore[arg-type]
+        train = whole.train
+    except ValueError:
+        from datasets import concatenate_datasets
+
+        train = concatenate_datasets([data.train, data.evaluation])
+    return replace(data, train=train, evaluation=None, eval_split="", train_length=len(train))
+
+
+class _Fitting:
+    """The steps of one fit, in order."""
+
+    def __init__(
+        self,
+        sources: Any,
+        options: dict[str, Any],
+        model: str,
+        size: tuple[int, int] | None,
+        minutes: float,
+        seed: int,
+        state: FitState,
+        cache: str | Path | None,
+        candidates: tuple[Candidate, ...],
+        say: Callable[[str], None],
+    ) -> None:
+        self.sources, self.options, self.source, self.size = sources, options, model, size
+        self.minutes, self.seed, self.state, self.say, self.candidates = minutes, seed, state, say, candidates
+        self.cache = None if cache is None else Path(cache)
+        self.folder, self.seconds = state.folder, dict[str, float]()
+        self.mark = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        """Count the time since the last lap for a step, and over interruptions."""
+        now = time.perf_counter()
+        seconds = dict(self.state.values.get("step_seconds", {}))
+        seconds[step] = round(seconds.get(step, 0.0) + now - self.mark, 1)
+        self.state.put(step_seconds=seconds)
+        self.mark = now
+
+    def left(self) -> float:
+        """Return the seconds that are left for the race and the final training."""
+        measuring = self.state.values.get("evaluation_seconds", 0.0)
+        return 60 * self.minutes - self.state.seconds - REPORT_SECONDS - measuring
+
+    def run(self, output_dir: Path, command: str) -> Fitted:
+        """Do all steps, and write the result."""
+        self.read()
+        embedded = self.embed()
+        head = self.fit_head(embedded)
+        verdict = self.race(head)
+        logits, targets, is_fold = self.held_out(head, verdict)
+        temperature = fit_temperature(logits, targets) if self.problem.metric != "r2" else 1.0
+        evaluated = self.train_winner(output_dir, head, verdict, logits, targets, temperature, embedded)
+        self.lap("final")
+        report = Report(
+            data=self.data,
+            problem=self.problem,
+            head=head,
+            verdict=verdict,
+            expected=self.expected(logits, targets, verdict),
+            held_out=(logits / temperature, targets, self.rows_of(head, is_fold)),
+            evaluated=None if evaluated is None else (evaluated[0] / temperature, *evaluated[1:]),
+            temperature=temperature,
+            audit=self.found,
+            seconds=dict(self.state["step_seconds"]),
+            state=self.state,
+            facts={"model": self.source, "image_size": list(self.encoder.image_size), "seed": self.seed,
+                   "minutes": self.minutes, "precision": self.encoder.precision},
+            command=command,
+        )  # fmt: skip
+        metrics = write_fit(report, output_dir)
+        self.state.put(finished=True)
+        for name in ("fold", "final", *(["probe"] if verdict.winner is None else [])):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for line in summary(metrics, output_dir):
+            self.say(line)
+        return Fitted(output_dir, metrics["method"], metrics)
+
+    def read(self) -> None:
+        """Open the data and the encoder."""
+        data = self.data = open_data(self.sources, **self.options)
+        self.problem = problem_of(data.problem_type, len(data.label_names))
+        evaluation = "no evaluation split" if data.evaluation is None else f"{len(data.evaluation):,} for evaluation"
+        self.say(f"{data.name}: {len(data.train):,} training images, {evaluation}, {len(data.label_names)} labels.")
+        for note in data.notes:
+            self.say(note)
+        self.encoder = Encoder.from_pretrained(self.source, self.size)
+        self.lap("read")
+
+    def embed(self) -> tuple[Embeddings, Embeddings | None]:
+        """Compute all features, report what is odd, and drop unreadable images."""
+        splits = [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
+        results = [embed(self.encoder, split, self.data.columns, self.cache, _progress) for split in splits]
+        train, evaluation = results[0], results[1] if len(results) > 1 else None
+        computed, seconds = sum(part.computed for part in results), sum(part.seconds for part in results)
+        if "evaluation_seconds" not in self.state:
+            each = seconds / computed if computed else 0.0
+            self.state.put(evaluation_seconds=round(each * (len(splits[1]) if evaluation else 0), 1))
+        total = sum(len(part.rows) for part in results)
+        self.say(f"Features of {total:,} images in {seconds:.0f} s, {max(0, total - computed):,} of them cached.")
+        name = JOINED if JOINED in train.features else next(iter(train.features))
+        features = train.features[name], None if evaluation is None else evaluation.features[name]
+        contents = train.contents, None if evaluation is None else evaluation.contents
+        self.found: Audit = audit(self.data, contents, features)
+        self._say_counts(self.found)
+        if not train.rows:
+            raise ValueError("No training image can be read: check the data.")
+        labels = self.data.train[self.data.columns[1]][:]
+        self.labels = self.problem.targets([labels[row] for row in train.rows])
+        self.digests = [digest for digest in train.contents.digests if digest]
+        if len(train.rows) < len(self.data.train):
+            readable = self.data.train.select(train.rows)
+            self.data = replace(self.data, train=readable, train_length=len(readable))
+        self.lap("embed")
+        return train, evaluation
+
+    def _say_counts(self, found: Audit) -> None:
+        if found.counts:
+            ordered = sorted(found.counts.items(), key=lambda item: -item[1])
+            shown = ordered if len(ordered) <= 12 else [*ordered[:3], *ordered[-3:]]
+            listed = ", ".join(f"{name} {count:,}" for name, count in shown)
+            self.say(f"Images per class: {listed}{'' if shown == ordered else ' (the most and least frequent)'}.")
+        for sentence in found.sentences():
+            self.say(sentence)
+
+    def fit_head(self, embedded: tuple[Embeddings, Embeddings | None]) -> FittedHead:
+        """Fit the linear head, or load it."""
+        tensors = self.state.tensors("head")
+        if tensors is None or "head" not in self.state:
+            head = fit_head(embedded[0].features, self.labels, self.problem, self.digests, self.seed)
+            self.state.put_tensors(
+                "head",
+                {"weight": head.head.weight, "bias": head.head.bias, "folds": head.folds, "logits": head.logits},
+            )
+            values = {name: getattr(head, name) for name in ("pooling", "strength", "score", "loss", "tried")}
+            self.state.put(head=values)
+        else:
+            head = FittedHead(
+                LinearHead(tensors["weight"], tensors["bias"]), folds=tensors["folds"], logits=tensors["logits"],
+                targets=self.labels, **self.state["head"],
+            )  # fmt: skip
+        self.features = embedded[0].features[head.pooling]
+        score, folds = shown(self.problem.metric, head.score), len(head.folds.unique())
+        self.say(
+            f"Linear probe: {self.problem.metric} {score} in cross-validation with {folds} folds (pooling "
+            f"{head.pooling}, strength {head.strength:g})."
+        )
+        self.lap("probe")
+        return head
+
+    def race(self, head: FittedHead) -> Verdict:
+        """Race fine-tuning against the probe."""
+        held_out = head.folds == 0
+        start = self.folder / "fold"
+        self.entrants = self._entrants()
+        if "budget" not in self.state and self.left() > 10:
+            fold_head = self.problem.fit(self.features[~held_out], self.labels[~held_out], head.strength)
+            self.write_probe(fold_head, head.pooling, start)
+            self.write_probe(head.head, head.pooling, self.folder / "probe")
+        verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, self.candidates)
+        self.say(verdict.why if verdict.why.endswith(".") else f"{verdict.why}.")
+        self.lap("race")
+        return verdict
+
+    def _entrants(self) -> Entrants:
+        names = ("train_split", "eval_split", "image_column", "label_column", "label_separator")
+        fields = {name: self.options[name] for name in names}
+        if self.data.evaluation is None:  # a recipe would hold out images otherwise
+            fields["eval_split"] = self.options["train_split"] or "train"
+        fields |= {"data": self.sources, "seed": self.seed}
+        return Entrants(self.data, self.labels, self.problem, fields, self.folder, self.encoder.image_size, self.state)
+
+    def write_probe(self, head: LinearHead, pooling: str, folder: Path) -> None:
+        """Write the encoder with a head as a classifier."""
+        fields = {**self.problem.fields(self.labels), "pooling": pooling, "representation_size": None}
+        models_logger.addFilter(_is_not_about_a_new_head)  # it is filled below
+        try:
+            model, processor = load_classifier(
+                self.source, self.data.label_names, image_size=self.encoder.image_size, **fields
+            )
+        finally:
+            models_logger.removeFilter(_is_not_about_a_new_head)
+        scaled = self.problem.in_model(head, self.labels)
+        with torch.no_grad():
+            model.classifier.weight.copy_(scaled.weight)
+            model.classifier.bias.copy_(scaled.bias)
+        save_model(model, model.state_dict(), processor, folder)
+
+    def held_out(self, head: FittedHead, verdict: Verdict) -> tuple[Tensor, Tensor, bool]:
+        """Return predictions of the winner for images that it was not trained on, and whether they are the fold's."""
+        if verdict.winner is None:
+            return head.logits, head.targets, False
+        assert verdict.logits is not None
+        return verdict.logits, head.targets[head.folds == 0], True
+
+    def rows_of(self, head: FittedHead, is_fold: bool) -> Tensor:
+        """Return the rows of the training split that held-out predictions are of."""
+        return (head.folds == 0).nonzero().flatten() if is_fold else torch.arange(len(head.folds))
+
+    def expected(self, logits: Tensor, targets: Tensor, verdict: Verdict) -> dict[str, Any]:
+        """Return the metric to expect, for the evaluation split if there is one."""
+        new = None if self.data.evaluation is None else len(self.data.evaluation)
+        source = "cross-validation" if verdict.winner is None else "the held-out fold"
+        return {
+            **expected_score(self.problem, logits, targets, verdict.finalists, new, self.seed),
+            "source": source,
+            "choices": verdict.finalists,
+            "new_images": new,
+        }
+
+    def train_winner(
+        self,
+        output_dir: Path,
+        head: FittedHead,
+        verdict: Verdict,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        embedded: tuple[Embeddings, Embeddings | None],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Train the winner on all images, and write it with its calibration.
+
+        Returns:
+            Logits at temperature 1, targets and rows of the evaluation split, if there is one.
+        """
+        if verdict.winner is None:
+            self.write_probe(head.head, head.pooling, self.folder / "final")
+        else:
+            steps = self._final_steps(verdict)
+            self.say(f"Training {verdict.winner.name} on all {len(self.labels):,} images for {steps} steps.")
+            rows = torch.arange(len(self.labels))
+            run = self.entrants.train(verdict.winner, self.folder / "probe", rows, steps, "final")
+            self.state.put(recipe=stable(vars(run.config)))
+        model, processor = load(self.folder / "final")
+        evaluated = None
+        if (of_split := embedded[1]) is not None and of_split.rows:
+            split = self.data.evaluation.select(of_split.rows)
+            labels = self.problem.targets(split[self.data.columns[1]][:])
+            if verdict.winner is None:
+                found = head.head(of_split.features[head.pooling])
+            else:
+                found = logits_of(model, processor, split, self.data.columns)
+            evaluated = (found, labels, torch.tensor(of_split.rows))
+        model.config.temperature = temperature
+        if self.problem.metric == "mean_average_precision":
+            model.config.thresholds = _thresholds(logits / temperature, targets)
+        save_model(model, model.state_dict(), processor, output_dir)
+        return evaluated
+
+    def _final_steps(self, verdict: Verdict) -> int:
+        """Return the steps of the final training: as planned, fewer if the race was slower than planned."""
+        if "final_steps" not in self.state:
+            row = next(row for row in reversed(verdict.rows) if _is(row, verdict.winner))
+            affordable = int(0.95 * self.left() * row["steps"] / row["seconds"])
+            self.state.put(final_steps=min(verdict.final, max(affordable, verdict.final // 2, 1)))
+        return int(self.state["final_steps"])
+
+
+def _is(row: dict[str, Any], candidate: Candidate | None) -> bool:
+    return candidate is not None and (row["method"], row["learning_rate"]) == (
+        candidate.trained,
+        candidate.learning_rate,
+    )
+
+
+def _is_not_about_a_new_head(record: Any) -> bool:
+    return not record.getMessage().startswith("New head")
+
+
+def _thresholds(logits: Tensor, targets: Tensor) -> list[float]:
+    from ...evaluation.results import LabelResults
+
+    return LabelResults(targets, logits.sigmoid(), torch.zeros_like(logits)).best_thresholds()
+
+
+def _progress(batches: Any, number: int) -> Any:
+    with tqdm(total=number, unit="image", desc="Features", disable=None if number else True) as bar:
+        for batch in batches:
+            bar.update(len(batch))
+            yield batch

@@ -1,0 +1,333 @@
+"""Decide whether fine-tuning pays: candidates race from the fitted head, and the better ones get more steps.
+
+Each candidate starts from a model whose head is fitted already, so that the first steps do not distort the features
+(LP-FT: Kumar et al. 2022, arXiv:2202.10054). It trains on four of the five folds and is judged on the fifth. All
+candidates get a few steps, the better ones three times as many (successive halving: Jamieson and Talwalkar 2016,
+arXiv:1502.07943). The numbers of steps follow from the measured throughput, once, and are saved.
+"""
+
+import contextlib
+import io
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoints.models import load
+from ...data.labelled import ImageData
+from ..loop import train
+from ..recipe import TrainConfig
+from ..run import Run
+from .embedding import logits_of
+from .heads import SingleLabel
+from .state import FitState
+
+GROWTH = 3  # how many times more steps the finalists get
+FINALISTS = 2
+SHARE = 0.9  # of the time that is left is planned; the rest is for the report and for other users of the machine
+LEAST_STEPS = 40  # of a candidate: fewer say little about it
+MOST_EPOCHS = 20  # of the final training
+REHEARSED_STEPS = 4
+CHANCE = 0.1  # fine-tuning must be better with this one-sided error probability
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to fine-tune."""
+
+    trained: str
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """A name for tables, such as `"all 1e-04"`."""
+        return f"{self.trained} {self.learning_rate:.0e}"
+
+
+# The most promising first: with little time, only the first ones race.
+CANDIDATES = (
+    Candidate("all", 1e-4),
+    Candidate("lora", 1e-3),
+    Candidate("all", 3e-4),
+    Candidate("lora", 3e-4),
+    Candidate("all", 3e-5),
+)
+
+
+@dataclass
+class Entrants:
+    """What all fine-tunings of a fit share.
+
+    Attributes:
+        data: All readable training images.
+        labels: Their labels, from `problem.targets`.
+        problem: Kind of labels.
+        fields: Fields of every recipe.
+        folder: Folder of temporary runs.
+        image_size: (height, width) in pixels.
+        state: Finished steps.
+    """
+
+    data: ImageData
+    labels: Tensor
+    problem: SingleLabel
+    fields: dict[str, Any]
+    folder: Path
+    image_size: tuple[int, int]
+    state: FitState
+
+    def batch_size(self, images: int) -> int:
+        """Return the batch size: small for few images, so that an epoch has several steps."""
+        return max(1, min(32 if images >= 256 else 16, images))
+
+    def recipe(self, candidate: Candidate, start: Path, images: int, steps: int, output_dir: Path) -> TrainConfig:
+        """Return the recipe of a candidate, which starts from the model in `start`."""
+        shorter_side = round(1.3 * max(self.image_size))
+        return TrainConfig(
+            **self.fields,
+            task=self.problem.task,
+            model=str(start),
+            image_size=list(self.image_size),
+            trained=candidate.trained,
+            cache=cache_for(images, shorter_side),
+            shorter_side=shorter_side,
+            num_workers=min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0,
+            augmentation="crop_flip",
+            smallest_crop=0.5,
+            label_smoothing=0.1 if self.problem.task == "classification" else 0.0,
+            max_steps=steps,
+            batch_size=self.batch_size(images),
+            learning_rate=candidate.learning_rate,
+            layer_decay=0.75 if candidate.trained == "all" else 1.0,
+            warmup_steps=steps // 10,
+            eval_every=1e6,
+            save_every=max(1, steps // 4),
+            keep_checkpoints=1,
+            output_dir=str(output_dir),
+        )
+
+    def train(self, candidate: Candidate, start: Path, rows: Tensor, steps: int, name: str) -> Run:
+        """Train a candidate on some images, or resume that; returns the finished run in `folder/name`."""
+        output_dir = self.folder / name
+        split = self.data.train.select(rows.tolist())
+        # The loop evaluates once; the fold is evaluated afterwards, on every core.
+        data = replace(self.data, train=split, evaluation=split.select([0]), train_length=len(rows))
+        config = self.recipe(candidate, start, len(rows), steps, output_dir)
+        with contextlib.redirect_stdout(io.StringIO()):  # the recipe, which a run prints
+            return train(config, data=data)
+
+
+def cache_for(images: int, shorter_side: int) -> str:
+    """Return `"ram"` if decoded images fit into a quarter of the free memory, else `"none"`."""
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return "none"
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "ram" if images * 3 * 1.5 * shorter_side**2 < free / 4 else "none"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many candidates race with how many steps: `steps` of each rung, and `final` for all images."""
+
+    candidates: int
+    steps: tuple[int, ...]
+    final: int
+
+
+def plan(
+    seconds: float, steps_per_second: float, overhead: float, epoch: int, share: float, candidates: int
+) -> Budget | str:
+    """Return the largest race that fits, with the final training; or the sentence why none does.
+
+    Args:
+        seconds: Time that is left.
+        steps_per_second: Measured speed of full fine-tuning.
+        overhead: Seconds of a run apart from its steps.
+        epoch: Number of steps of an epoch of the four folds.
+        share: Number of all training images divided by that of the four folds.
+        candidates: Number of candidates that are worth racing.
+    """
+    most = max(LEAST_STEPS, MOST_EPOCHS * epoch)
+    left = SHARE * seconds
+    for number, rungs in ((candidates, 2), (min(2, candidates), 1), (1, 1)):
+        runs = number + (FINALISTS if rungs == 2 else 0) + 1
+        growth = GROWTH if rungs == 2 else 1
+        # In units of the steps of the first rung.
+        units = number + (FINALISTS * growth if rungs == 2 else 0) + growth * share
+        steps = int((left - runs * overhead) * steps_per_second / units)
+        if number <= FINALISTS and rungs == 2:
+            continue
+        if steps >= LEAST_STEPS:
+            first = min(steps, max(LEAST_STEPS, most // growth))
+            race = tuple(first * growth**rung for rung in range(rungs))
+            return Budget(number, race, max(1, round(race[-1] * share)))
+    needed = (LEAST_STEPS * (1 + share) / steps_per_second + 2 * overhead) / SHARE
+    return (
+        f"one candidate and the final training of {LEAST_STEPS} steps would take about {needed:.0f} s, and "
+        f"{max(0.0, seconds):.0f} s are left"
+    )
+
+
+@dataclass
+class Verdict:
+    """The result of a race.
+
+    Attributes:
+        winner: The candidate to train on everything, or `None` for the probe.
+        why: The reason in a sentence.
+        rows: One row per run: `method`, `learning_rate`, `steps`, `epochs`, `score`, `loss`, `seconds`.
+        logits: Predictions of the best fine-tuned candidate for the held-out fold, if there is one.
+        final: Number of steps for the final training.
+        finalists: Number of methods from which the winner was chosen.
+    """
+
+    winner: Candidate | None
+    why: str
+    rows: list[dict[str, Any]]
+    logits: Tensor | None = None
+    final: int = 0
+    finalists: int = 1
+
+
+def race(
+    entrants: Entrants,
+    start: Path,
+    held_out: Tensor,
+    probe_logits: Tensor,
+    seconds: Callable[[], float],
+    say: Callable[[str], None],
+    candidates: tuple[Candidate, ...] = CANDIDATES,
+) -> Verdict:
+    """Race candidates for the seconds that are left, and compare the best with the probe.
+
+    Args:
+        entrants: What they share.
+        start: Folder of the model whose head was fitted without the held-out fold.
+        held_out: Which images are held out, `[N]`.
+        probe_logits: The probe's predictions for these.
+        seconds: Returns the seconds that are left, for the race and the final training.
+        say: Prints a line.
+        candidates: The candidates, the most promising first.
+    """
+    state, problem = entrants.state, entrants.problem
+    trained, rows = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+    targets = entrants.labels[held_out]
+    if "budget" not in state:
+        state.put(budget=_budget(entrants, start, trained, rows, seconds, candidates))
+    if "why" in state["budget"]:
+        return Verdict(None, f"No fine-tuning was tried: {state['budget']['why']}.", [])
+    budget = Budget(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["budget"].items()})
+    racing = candidates[: budget.candidates]
+    epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
+    say(
+        f"Racing {', '.join(candidate.name for candidate in racing)}: {budget.steps[0]} steps each "
+        f"({budget.steps[0] / epoch:.1f} epochs)"
+        + (f", then {budget.steps[1]} for the best {FINALISTS}." if len(budget.steps) > 1 else ".")
+    )
+    table: list[dict[str, Any]] = []
+    for rung, steps in enumerate(budget.steps):
+        results = [_run(entrants, candidate, start, trained, rows, steps, rung, say) for candidate in racing]
+        table += results
+        ranked = sorted(zip(racing, results, strict=True), key=lambda pair: (-pair[1]["score"], pair[1]["loss"]))
+        racing = tuple(candidate for candidate, _ in ranked[:FINALISTS])
+    best = ranked[0][0]
+    tensors = state.tensors(f"rung{len(budget.steps) - 1}-{best.name.replace(' ', '-')}")
+    assert tensors is not None
+    is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
+    why = f"{best.name} scores {problem.score(tensors['logits'], targets):.1%} on the held-out fold, and {why}"
+    return Verdict(best if is_better else None, why, table, tensors["logits"], budget.final, len(results) + 1)
+
+
+def _budget(
+    entrants: Entrants,
+    start: Path,
+    trained: Tensor,
+    rows: Tensor,
+    seconds: Callable[[], float],
+    candidates: tuple[Candidate, ...],
+) -> dict[str, Any]:
+    """Measure the speed of training, and return the plan as plain values."""
+    if seconds() < 10:
+        return {"why": f"{max(0.0, seconds()):.0f} s are left, which is too little to measure the speed of training"}
+    began = time.perf_counter()
+    run = entrants.train(candidates[0], start, trained, REHEARSED_STEPS, "rehearsal")
+    wall = time.perf_counter() - began
+    # The first step is slow, so the speed is a cautious one.
+    training = run.config.batch_size * REHEARSED_STEPS / run.timing["images_per_second"]
+    steps_per_second = REHEARSED_STEPS / max(1e-6, training)
+    shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
+    # A forward is about a third of a step.
+    overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3
+    epoch = max(1, len(trained) // run.config.batch_size)
+    share = len(entrants.labels) / len(trained)
+    found = plan(seconds(), steps_per_second, overhead, epoch, share, len(candidates))
+    entrants.state.put(steps_per_second=steps_per_second, overhead=overhead)
+    return {"why": found} if isinstance(found, str) else asdict(found)
+
+
+def _run(
+    entrants: Entrants,
+    candidate: Candidate,
+    start: Path,
+    trained: Tensor,
+    rows: Tensor,
+    steps: int,
+    rung: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train a candidate, or return its saved result."""
+    name = f"rung{rung}-{candidate.name.replace(' ', '-')}"
+    if name in entrants.state:
+        return entrants.state[name]
+    began = time.perf_counter()
+    entrants.train(candidate, start, trained, steps, name)
+    model, processor = load(entrants.folder / name)
+    logits = logits_of(model, processor, entrants.data.train.select(rows.tolist()), entrants.data.columns)
+    targets, problem = entrants.labels[rows], entrants.problem
+    entrants.state.put_tensors(name, {"logits": logits})
+    row = {
+        "method": candidate.trained,
+        "learning_rate": candidate.learning_rate,
+        "steps": steps,
+        "epochs": round(steps * entrants.batch_size(len(trained)) / len(trained), 2),
+        "score": problem.score(logits, targets),
+        "loss": problem.loss(logits, targets),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    entrants.state.put(**{name: row})
+    shutil.rmtree(entrants.folder / name, ignore_errors=True)
+    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {row['score']:.1%}  {row['seconds']:.0f} s")
+    return row
+
+
+def beats(problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: Tensor) -> tuple[bool, str]:
+    """Return whether predictions are better than the probe's by more than chance, and the reason.
+
+    Counts the images on which only one of both is right (for several labels or numbers: the one with the smaller
+    error). If both were equally good, each would win half of them: a sign test, here McNemar's, with the mid-p value.
+    """
+    gains = problem.errors(probe_logits, targets) - problem.errors(logits, targets)
+    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
+    probability = _chance_of(wins, wins + losses)
+    is_better = probability < CHANCE and problem.score(logits, targets) > problem.score(probe_logits, targets)
+    counts = f"{wins} images better and {losses} worse than the probe ({problem.score(probe_logits, targets):.1%})"
+    verdict = "more than chance would explain" if is_better else "no significant difference, so the probe is kept"
+    return is_better, f"is {counts}: {verdict} (p = {probability:.2f}, limit {CHANCE})"
+
+
+def _chance_of(wins: int, total: int) -> float:
+    """Return the mid-p probability of at least `wins` heads among `total` tosses of a coin."""
+    if total == 0:
+        return 1.0
+    if total > 1000:
+        return 1 - NormalDist(total / 2, math.sqrt(total) / 2).cdf(wins)
+    of = [math.comb(total, heads) / 2**total for heads in range(wins, total + 1)]
+    return sum(of) - of[0] / 2

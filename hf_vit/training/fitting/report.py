@@ -1,0 +1,300 @@
+"""What a fit leaves: metrics, figures, recipe and model card."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import inspection
+from ...data.audit import Audit
+from ...data.images import EvaluationImages
+from ...data.labelled import RECIPE, ImageData
+from ...evaluation.metrics import ImageResults
+from ...hub.card import write_card
+from ...inspection.drawing import save
+from ...model.image_processing_hf_vit import HFViTImageProcessor
+from ...system.machine import machine
+from ...system.texts import code, fenced, markdown
+from ..recipe import TrainConfig
+from ..report import DRAWN_CLASSES, for_others
+from ..run import METRICS
+from .heads import FittedHead, SingleLabel
+from .race import CHANCE, Verdict
+from .state import FitState
+
+TITLES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision", "r2": "R²"}
+
+
+@dataclass
+class Report:
+    """Everything that the result of a fit says.
+
+    Attributes:
+        data, problem: The data, and the kind of its labels.
+        head, verdict: The linear probe, and the result of the race.
+        expected: Result of `expected_score`, with `source`, `choices` and `new_images`.
+        held_out, evaluated: Calibrated logits, targets and rows of the training and the evaluation split.
+        temperature: By which logits are divided.
+        audit: What is odd in the data.
+        seconds: Time of each step.
+        state: Plain values of the fit.
+        facts: Arguments that are shown.
+        command: What repeats the fit.
+    """
+
+    data: ImageData
+    problem: SingleLabel
+    head: FittedHead
+    verdict: Verdict
+    expected: dict[str, Any]
+    held_out: tuple[Tensor, Tensor, Tensor]
+    evaluated: tuple[Tensor, Tensor, Tensor] | None
+    temperature: float
+    audit: Audit
+    seconds: dict[str, float]
+    state: FitState
+    facts: dict[str, Any]
+    command: str
+
+    @property
+    def method(self) -> str:
+        """The name of the winner."""
+        return "probe" if self.verdict.winner is None else self.verdict.winner.name
+
+
+def results_of(problem: SingleLabel, logits: Tensor, targets: Tensor, rows: Tensor, broken: list[str]) -> Any:
+    """Return the results per image of predictions."""
+    if problem.metric == "accuracy":
+        scores = logits.softmax(dim=-1)
+        of_label = logits.gather(1, targets[:, None])
+        is_earlier = torch.arange(logits.shape[1]) < targets[:, None]
+        is_ahead = ~(logits <= of_label) | ((logits == of_label) & is_earlier)
+        confidence, predicted = scores.max(dim=-1)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        ranks = is_ahead.sum(dim=-1)
+        return ImageResults(targets, predicted, confidence, losses, ranks, logits.shape[1], broken, rows)
+    from ...evaluation.results import LabelResults, TargetResults
+
+    if problem.metric == "r2":
+        return TargetResults(targets, logits, targets.std(dim=0).clamp(min=1e-12).tolist(), broken, rows)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return LabelResults(targets, logits.sigmoid(), losses, None, broken, rows)
+
+
+def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
+    """Write metrics, figures, recipe and card next to the model; returns the metrics."""
+    unreadable = report.audit.unreadable
+    held_out = results_of(report.problem, *report.held_out, unreadable["training"])
+    measured = None
+    if report.evaluated is not None:
+        measured = results_of(report.problem, *report.evaluated, unreadable["evaluation"])
+    metrics = _metrics(report, held_out, measured)
+    (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    if report.verdict.winner is not None:
+        recipe = TrainConfig(**{**report.state["recipe"], "output_dir": f"{output_dir.resolve().name}-again"})
+        recipe = replace(recipe, model=str(Path(output_dir.name) / "fit" / "probe"), auto=[])
+        (output_dir / RECIPE).write_text(for_others(recipe).to_yaml(), encoding="utf-8")
+    else:
+        (output_dir / RECIPE).unlink(missing_ok=True)
+    figures = _draw(report, held_out, measured, output_dir)
+    title, split = output_dir.resolve().name, report.data.eval_split
+    results = {report.problem.metric: metrics["eval_" + report.problem.metric]} if measured is not None else {}
+    write_card(
+        output_dir,
+        title=title,
+        description=_description(report, metrics),
+        results=results,
+        measured={
+            "command": code(report.command),
+            "hardware": f"{machine()}, {report.facts['precision']}",
+            "time": f"{metrics['seconds']['total']:,.0f} s",
+            "seeds": str(report.facts["seed"]),
+        },
+        dataset=report.data.name,
+        split=split or "held-out training images",
+        sections=_sections(report, metrics, held_out if measured is None else measured),
+        images=figures,
+        base_model=_base_model(report.facts["model"]),
+    )
+    return metrics
+
+
+def _base_model(model: str) -> str | None:
+    return model if not Path(model).exists() and model.count("/") == 1 else None
+
+
+def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
+    verdict, head = report.verdict, report.head
+    model = report.facts["model"]
+    return {
+        "method": report.method,
+        "metric": report.problem.metric,
+        "expected": report.expected,
+        **({} if measured is None else {f"eval_{name}": value for name, value in measured.metrics().items()}),
+        "eval_split": report.data.eval_split,
+        "held_out": held_out.metrics(),
+        "probe": {
+            "score": head.score,
+            "loss": head.loss,
+            "pooling": head.pooling,
+            "strength": head.strength,
+            "folds": len(head.folds.unique()),
+            "tried": head.tried,
+        },
+        "race": verdict.rows,
+        "why": verdict.why,
+        "temperature": report.temperature,
+        "train_images": len(head.folds),
+        "audit": asdict(report.audit),
+        **{**report.facts, "model": Path(model).name if Path(model).exists() else model},
+        "seconds": {**report.seconds, "total": round(report.state.seconds, 1)},
+    }
+
+
+def _draw(report: Report, held_out: Any, measured: Any, output_dir: Path) -> list[str]:
+    """Draw the confusion matrix and predictions, of evaluation images or else of held-out training images."""
+    results, names = (held_out if measured is None else measured), report.data.label_names
+    if not isinstance(results, ImageResults):
+        return []
+    what = "held-out training images" if measured is None else "evaluation images"
+    split = report.data.train if measured is None else report.data.evaluation
+    processor = HFViTImageProcessor.from_pretrained(output_dir)
+    images = EvaluationImages(split, report.data.columns, processor)
+    title = output_dir.resolve().name
+    figures = {}
+    if len(names) <= DRAWN_CLASSES:
+        figures["confusion.png"] = inspection.plot_confusion(
+            results.confusion(), names, f"{title}: confusion matrix of {what}"
+        )
+    figures["predictions.png"] = inspection.plot_predictions(
+        lambda position: images[int(results.index[position])]["pixel_values"], results, names, f"{title}: {what}"
+    )
+    for name, figure in figures.items():
+        save(figure, output_dir / name)
+    return list(figures)
+
+
+def shown(metric: str, value: float) -> str:
+    """Return a score as people read it: accuracy in percent, others as numbers."""
+    return f"{value:.1%}" if metric == "accuracy" else f"{value:.3f}"
+
+
+def _expectation(metrics: dict[str, Any]) -> str:
+    """Return the expected metric in a sentence."""
+    metric, expected = metrics["metric"], metrics["expected"]
+    score, low, high = (shown(metric, expected[name]) for name in ("score", "low", "high"))
+    kind = f"for a measurement on {expected['new_images']:,} new images" if expected["new_images"] else "of its mean"
+    return (
+        f"{TITLES[metric]} to expect on new images of the same kind: {score} (95 % interval {kind}: {low} to {high}; "
+        f"from {expected['source']}, {expected['images']:,} images)."
+    )
+
+
+def summary(metrics: dict[str, Any], output_dir: Path) -> list[str]:
+    """Return the result of a fit in a few lines."""
+    metric = metrics["metric"]
+    lines = [_expectation(metrics)]
+    if f"eval_{metric}" in metrics:
+        measured, low, high = metrics[f"eval_{metric}"], metrics["expected"]["low"], metrics["expected"]["high"]
+        where = "within" if low <= measured <= high else "outside"
+        lines.append(
+            f"{TITLES[metric]} measured on {metrics['eval_count']:,} evaluation images ({metrics['eval_split']}): "
+            f"{shown(metric, measured)}, {where} this interval."
+        )
+    seconds = metrics["seconds"]["total"]
+    return [
+        *lines,
+        f"The model ({metrics['method']}), its card and its figures are in {output_dir} ({seconds:.0f} s).",
+    ]
+
+
+def _description(report: Report, metrics: dict[str, Any]) -> str:
+    how = "a linear head on the frozen encoder" if report.verdict.winner is None else "fine-tuning"
+    encoder = markdown(str(metrics["model"]))
+    return f"Fitted to {metrics['train_images']:,} images of {markdown(report.data.name)} by {how} of {encoder}."
+
+
+def _sections(report: Report, metrics: dict[str, Any], results: Any) -> dict[str, str]:
+    height, width = report.facts["image_size"]
+    sections = {
+        "Expected metrics": _expected_section(report, metrics),
+        "What was tried": _tried_section(report),
+        "Classes": _classes(results, report.data.label_names),
+        "Data": "\n".join(f"- {markdown(line)}" for line in report.audit.sentences()) or "Nothing odd was found.",
+        "Training": _training_section(report),
+        "Limitations": (
+            f"- It was fitted to images of {markdown(report.data.name)} at {height}x{width} pixels. Expect other "
+            f"metrics on other images.\n- It predicts one of its labels for any image, also for one that shows none."
+        ),
+    }
+    return sections
+
+
+def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
+    choices = report.expected["choices"]
+    how = {
+        "accuracy": "Wilson's interval of the images that were predicted without training on them",
+    }.get(metrics["metric"], "A bootstrap over the images that were predicted without training on them")
+    widened = f", widened for the choice among {choices} finalists" if choices > 1 else ""
+    lines = [_expectation(metrics), f"{how}{widened}."]
+    if f"eval_{metrics['metric']}" in metrics:
+        lines.append(
+            f"Measured on the evaluation split, which no choice depended on: "
+            f"{shown(metrics['metric'], metrics['eval_' + metrics['metric']])}."
+        )
+    lines.append(f"Logits are divided by a temperature of {report.temperature:.3f}, fitted to the same images.")
+    return "\n\n".join(lines)
+
+
+def _tried_section(report: Report) -> str:
+    head, metric = report.head, report.problem.metric
+    where = "held-out fold"
+    lines = [
+        f"| method | learning rate | steps | epochs | {metric} on the {where} | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    fold = head.folds == 0
+    probe = report.problem.score(head.logits[fold], head.targets[fold])
+    lines.append(f"| linear probe ({head.pooling}, strength {head.strength:g}) | | | | {shown(metric, probe)} | |")
+    for row in report.verdict.rows:
+        lines.append(
+            f"| {row['method']} | {row['learning_rate']:g} | {row['steps']} | {row['epochs']} | "
+            f"{shown(metric, row['score'])} | {row['seconds']:.0f} |"
+        )
+    settings = ", ".join(f"{row['pooling']} {row['strength']:g}: {shown(metric, row['score'])}" for row in head.tried)
+    return (
+        "\n".join(lines)
+        + f"\n\n{markdown(report.verdict.why)}. Fine-tuning is chosen if it is better on more images than chance "
+        f"would explain (sign test, one-sided error {CHANCE:g}).\n\nPoolings and strengths of the probe in cross-validation "
+        f"({len(head.folds.unique())} folds): {markdown(settings)}."
+    ).replace("..", ".")
+
+
+def _classes(results: Any, names: Sequence[str]) -> str:
+    rows = results.per_class(names)[:50]
+    columns = [name for name in rows[0] if name != "label"]
+    lines = [
+        f"| label | {' | '.join(name.replace('_', ' ') for name in columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for row in rows:
+        cells = [
+            "-" if row[n] is None else f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in columns
+        ]
+        lines.append(f"| {markdown(row['label'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _training_section(report: Report) -> str:
+    text = f"{fenced(report.command, 'bash')}\n\nThe same command resumes an interrupted fit."
+    if report.verdict.winner is not None:
+        text += (
+            " `recipe.yaml` contains the final training, which starts from the linear probe in `fit/probe`: run "
+            "`hf-vit train --recipe recipe.yaml` with its `data` and `model` set to your paths."
+        )
+    return text

@@ -1,0 +1,82 @@
+"""What a fit has finished so far, in `output_dir/fit`, so that the same command continues an interrupted one."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE = "state.json"
+
+
+class FitState:
+    """Results of finished steps: plain values in one JSON file, and tensors in files of their own.
+
+    Args:
+        folder: `output_dir/fit`.
+        identity: The arguments that decide the result.
+
+    Raises:
+        ValueError: If the folder holds a fit with other arguments.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.path = folder, folder / STATE
+        self.began = time.perf_counter()
+        self.values: dict[str, Any] = {"identity": identity, "seconds": 0.0}
+        if self.path.is_file():
+            self.values = json.loads(self.path.read_text(encoding="utf-8"))
+            saved = self.values["identity"]
+            if changed := [
+                f"{name} {saved.get(name)!r} -> {value!r}"
+                for name, value in identity.items()
+                if saved.get(name) != value
+            ]:
+                raise ValueError(
+                    f"{folder.parent} holds a fit with other arguments ({'; '.join(changed)}): choose another "
+                    "--output-dir, or start again there with --resume never."
+                )
+        self.before = float(self.values["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that this fit has taken so far, including its earlier parts."""
+        return self.before + time.perf_counter() - self.began
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def put(self, **values: Any) -> None:
+        """Add values, and write all of them."""
+        self.values.update(values)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, completely or not at all."""
+        self.values["seconds"] = round(self.seconds, 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(self.path)
+
+    def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors into a file, completely or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / f"{name}.unfinished"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished)
+        unfinished.replace(self.folder / f"{name}.safetensors")
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Return the tensors of a file, or `None` if it does not exist."""
+        path = self.folder / f"{name}.safetensors"
+        return load_file(path) if path.is_file() else None
+
+
+def stable(value: Any) -> Any:
+    """Return a value as JSON gives it back, so that identities can be compared."""
+    return json.loads(json.dumps(value, default=str))

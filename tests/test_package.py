@@ -31,8 +31,8 @@ def imported_names(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.name)
 def test_remote_code_stands_alone(path):
-    allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL", *sys.stdlib_module_names}
-    allowed |= {"simplejpeg"}  # where it is installed; see test_image_reading.py for where it is not
+= {"simplejpeg"}  # where it is installed; see test_image_reading.py for where it is not= {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL", *sys.stdlib_module_names}
+= {"simplejpeg"}  # where it is installed; see test_image_reading.py for where it is not|= {"simplejpeg"}  # where it is installed; see test_image_reading.py for where it is not
     for name in imported_names(path):
         if name.startswith("."):
             # transformers copies what `from .name import` names, flat: other forms are not found by it.

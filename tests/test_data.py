@@ -314,7 +314,7 @@ def test_classes_of_splits_are_united_by_name(tmp_path: Path, streaming: bool) -
     assert data.label_names == ["blue", "green", "pink", "red"]
     assert [row["label"] for row in data.train][:3] == [0, 1, 3]
     assert [row["label"] for row in data.evaluation][:3] == [1, 0, 2]
-    assert data.notes[0] == "Classes that differ in case or Unicode form alone are united: 'Green' as 'green'."
+    assert data.notes[0] == "Classes that differ only in case or Unicode form are united: 'Green' as 'green'."
     if not streaming:
         assert data.notes[1] == "1 class has no training images, so the model cannot learn it: pink."
 

@@ -73,6 +73,15 @@ def test_a_name_without_an_ending_is_no_image(folder: Path, monkeypatch: pytest.
     assert names(["photos"]) == below
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(folder: Path) -> None:
+    Path("photos", "a", "up").symlink_to("..")
+    Path("other").mkdir()
+    Path("photos", "d").symlink_to(Path("other").absolute())
+    PILImage.new("RGB", (4, 4)).save(Path("other", "1.png"))
+    below = ["a/9.png", "a/deep/3.PNG", "b/1.jpg", "b/2.png", "c.webp", "d/1.png"]
+    assert names(["photos"]) == [f"photos/{name}" for name in below]
+
+
 @pytest.mark.parametrize(
     ("pattern", "fitting"),
     [

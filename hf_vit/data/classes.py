@@ -253,7 +253,7 @@ def _same_names(lists: list[list[str]]) -> dict[str, str]:
 
 def _notes_on(same: dict[str, str]) -> list[str]:
     pairs = [f"{name!r} as {first!r}" for name, first in same.items()]
-    return [f"Classes that differ in case or Unicode form alone are united: {shortened(pairs)}."] if pairs else []
+    return [f"Classes that differ only in case or Unicode form are united: {shortened(pairs)}."] if pairs else []
 
 
 def _of_columns(rows: list[tuple[Any, ...]], columns: list[str], asked: str | None) -> _Kind:

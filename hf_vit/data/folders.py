@@ -315,7 +315,7 @@ def datasets_of(layout: Layout) -> dict[str, Any]:
     for split, names in classes.items():
         if split != "train" and names and classes.get("train") and not names & classes["train"]:
             layout.notes.append(
-                f"The folders of the {split} split ({shortened(sorted(map(str, names)))}) are not classes of the "
+                f"The folders of the {split} split ({shortened(sorted(map(str, names)))}) are not in the "
                 "training split, so its images count as not labelled."
             )
             names.clear()
@@ -339,7 +339,7 @@ def _unite_classes(layout: Layout) -> None:
                 layout.splits[split][number] = Placed(path, same[label])
     if same:
         pairs = [f"{name!r} as {first!r}" for name, first in same.items()]
-        layout.notes.append(f"Classes that differ in case or Unicode form alone are united: {shortened(pairs)}.")
+        layout.notes.append(f"Classes that differ only in case or Unicode form are united: {shortened(pairs)}.")
 
 
 def key_of(name: str) -> str:

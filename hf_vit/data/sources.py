@@ -82,10 +82,13 @@ def _matches(word: str) -> list[str]:
     raise ValueError(f"Found no file or folder {without_tokens(word)}.")
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
+def _images_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the images below a folder by name; links are followed, but not in circles."""
+    above = (*above, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _images_below(folder / entry.name)
+        if entry.is_dir():
+            if not entry.is_symlink() or os.path.realpath(entry.path) not in above:
+                yield from _images_below(folder / entry.name, above)
         elif is_image_file(entry.name) and entry.is_file():
             yield folder / entry.name
 

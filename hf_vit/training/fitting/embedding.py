@@ -33,6 +33,11 @@ from ...system.machine import cores
 SHARD = 512  # images per file of the cache
 VERSION = 1  # of the cache; a change of what features are makes older files unused
 JOINED = "cls_and_mean"
+# Config fields that do not change features, so they do not make cached ones unused.
+NOT_OF_THE_ENCODER = (
+    *("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id"),
+    *("problem_type", "temperature", "thresholds", "target_mean", "target_std", "zero_init_head", "pooling"),
+)
 
 
 def default_cache() -> Path:
@@ -89,7 +94,8 @@ class Encoder:
         for name, tensor in sorted(encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        facts = [VERSION, self.config.to_dict(), self.processor.to_dict(), self.precision, self.stored_poolings]
+        config = {name: value for name, value in self.config.to_dict().items() if name not in NOT_OF_THE_ENCODER}
+        facts = [VERSION, config, self.processor.to_dict(), self.precision, self.stored_poolings]
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
@@ -272,7 +278,7 @@ def _write_shard(folder: Path, encoder: Encoder, rows: dict[str, list[np.ndarray
 def logits_of(
     model: Any, processor: Any, split: Any, columns: tuple[str, str | None], precision: str = "auto"
 ) -> Tensor:
-    """Return the logits of a classifier for every image of a split, all of them readable, float32 `[N, num_labels]`."""
+    """Return the logits of a classifier for every image of a split, float32 `[N, num_labels]`; all must be readable."""
     device = torch.device(torch.accelerator.current_accelerator(True) or "cpu")
     optimized = optimize_for_inference(model.to(device), precision)
     rows = as_stored(split, columns)

@@ -3,7 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from ...checkpoints.models import load, load_classifier
 from ...checkpoints.models import logger as models_logger
@@ -22,7 +24,7 @@ from ...system.stopping import StopSignals
 from ..run import METRICS, save_model
 from .calibration import expected_score
 from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
-from .heads import FittedHead, LinearHead, fit_head, problem_of
+from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of
 from .race import CANDIDATES, Candidate, Entrants, Verdict, race
 from .report import Report, shown, summary, write_fit
 from .state import STATE, FitState, stable
@@ -220,7 +222,7 @@ class _Fitting:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for line in summary(metrics, output_dir):
             self.say(line)
-        return Fitted(output_dir, metrics["method"], metrics)
+        return Fitted(output_dir, metrics["method"], stable(metrics))
 
     def read(self) -> None:
         """Open the data and the encoder."""
@@ -300,7 +302,8 @@ class _Fitting:
         start = self.folder / "fold"
         self.entrants = self._entrants()
         if "budget" not in self.state and self.left() > 10:
-            fold_head = self.problem.fit(self.features[~held_out], self.labels[~held_out], head.strength)
+            with calm_solvers():
+                fold_head = self.problem.fit(self.features[~held_out], self.labels[~held_out], head.strength)
             self.write_probe(fold_head, head.pooling, start)
             self.write_probe(head.head, head.pooling, self.folder / "probe")
         verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, self.candidates)
@@ -319,13 +322,10 @@ class _Fitting:
     def write_probe(self, head: LinearHead, pooling: str, folder: Path) -> None:
         """Write the encoder with a head as a classifier."""
         fields = {**self.problem.fields(self.labels), "pooling": pooling, "representation_size": None}
-        models_logger.addFilter(_is_not_about_a_new_head)  # it is filled below
-        try:
+        with _quiet_about_the_new_head():
             model, processor = load_classifier(
                 self.source, self.data.label_names, image_size=self.encoder.image_size, **fields
             )
-        finally:
-            models_logger.removeFilter(_is_not_about_a_new_head)
         scaled = self.problem.in_model(head, self.labels)
         with torch.no_grad():
             model.classifier.weight.copy_(scaled.weight)
@@ -407,6 +407,19 @@ def _is(row: dict[str, Any], candidate: Candidate | None) -> bool:
         candidate.trained,
         candidate.learning_rate,
     )
+
+
+@contextmanager
+def _quiet_about_the_new_head() -> Iterator[None]:
+    """Silence the warnings about a head that is not in the checkpoint: it gets its weights at once."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    models_logger.addFilter(_is_not_about_a_new_head)
+    try:
+        yield
+    finally:
+        models_logger.removeFilter(_is_not_about_a_new_head)
+        transformers_logging.set_verbosity(level)
 
 
 def _is_not_about_a_new_head(record: Any) -> bool:

@@ -5,7 +5,9 @@ ordinary linear layer on the pooled features.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...data.images import derive_seed
+from ...system.machine import cores
 
 FOLDS = 5
 # Most images that take part in the choice of pooling and strength; the chosen setting is then validated on all.
@@ -77,9 +80,7 @@ class SingleLabel:
             bias[:] = ABSENT
             bias[present] = 0.0
             return LinearHead(weight, bias)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about convergence: the accuracy decides
-            probe = LogisticRegression(C=strength, max_iter=STEPS_OF_FIT).fit(scaled.numpy(), targets.numpy())
+        probe = LogisticRegression(C=strength, max_iter=STEPS_OF_FIT).fit(scaled.numpy(), targets.numpy())
         rows, offsets = probe.coef_, probe.intercept_
         if len(present) == 2:  # one row for both classes: softmax of half of it and its negative is its sigmoid
             rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
@@ -135,9 +136,7 @@ class MultiLabel(SingleLabel):
             if present.min() == present.max():
                 offsets[label] = -ABSENT if present.max() else ABSENT
                 continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                probe = LogisticRegression(C=strength, max_iter=STEPS_OF_FIT).fit(scaled.numpy(), present)
+            probe = LogisticRegression(C=strength, max_iter=STEPS_OF_FIT).fit(scaled.numpy(), present)
             rows[label], offsets[label] = probe.coef_[0], probe.intercept_[0]
         return folded(rows, offsets, mean, std)
 
@@ -246,6 +245,19 @@ def problem_of(problem_type: str | None, num_labels: int) -> SingleLabel:
     return PROBLEMS[problem_type](num_labels)
 
 
+@contextmanager
+def calm_solvers() -> Iterator[None]:
+    """Give every fit one thread, since its matrices are small, and silence warnings that it has not converged.
+
+    Threads of BLAS that share such matrices mostly wait for each other. The score decides, not the convergence.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 @dataclass
 class FittedHead:
     """A head, and how it was chosen.
@@ -277,7 +289,6 @@ def fit_head(
     problem: SingleLabel,
     digests: Sequence[str],
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
 ) -> FittedHead:
     """Choose pooling and strength by cross-validation, and fit the head to all images.
 
@@ -290,7 +301,6 @@ def fit_head(
         problem: Kind of labels.
         digests: Identity of the content of every image.
         seed: Seed of the folds.
-        say: Prints a line.
     """
     if len(targets) < 4 or len(set(digests)) < 2:
         raise ValueError(
@@ -311,25 +321,49 @@ def fit_head(
         row = tried[pooling, strength]
         return row["score"], -row["loss"]  # equally good ones are distinguished by the loss
 
+    with calm_solvers():
+        pooling, strength = _choose(features, problem, score)
+        logits = _out_of_fold(problem, features[pooling], targets, folds, strength)
+        head = problem.fit(features[pooling], targets, strength)
+    return FittedHead(
+        head,
+        pooling,
+        strength,
+        folds,
+        logits,
+        targets,
+        problem.score(logits, targets),
+        problem.loss(logits, targets),
+        list(tried.values()),
+    )
+
+
+def _choose(
+    features: Mapping[str, Tensor], problem: SingleLabel, score: Callable[[str, float], tuple[float, float]]
+) -> tuple[str, float]:
+    """Return the best pooling, and its best strength."""
     pooling = max(features, key=lambda name: score(name, problem.first))
     strengths = problem.strengths
-    start = strengths.index(problem.first)
+    start, scored = strengths.index(problem.first), {problem.first}
     for direction in (1, -1):
         position, best = start + direction, score(pooling, problem.first)[0]
-        while 0 <= position < len(strengths) and score(pooling, strengths[position])[0] >= best:
-            best, position = score(pooling, strengths[position])[0], position + direction
-    strength = max((row for row in tried if row[0] == pooling), key=lambda row: score(*row))[1]
-    logits = _out_of_fold(problem, features[pooling], targets, folds, strength)
-    head = problem.fit(features[pooling], targets, strength)
-    return FittedHead(
-        head, pooling, strength, folds, logits, targets, problem.score(logits, targets), problem.loss(logits, targets),
-        list(tried.values()),
-    )  # fmt: skip
+        while 0 <= position < len(strengths):
+            scored.add(strengths[position])
+            value = score(pooling, strengths[position])[0]
+            if value < best:
+                break
+            best, position = value, position + direction
+    tried = [strength for strength in strengths if strength in scored]
+    return pooling, max(tried, key=lambda strength: score(pooling, strength))
 
 
 def _out_of_fold(problem: SingleLabel, features: Tensor, targets: Tensor, folds: Tensor, strength: float) -> Tensor:
     logits = torch.zeros(len(targets), problem.num_labels)
-    for fold in folds.unique():
+
+    def predict(fold: Tensor) -> None:
         held_out = folds == fold
         logits[held_out] = problem.fit(features[~held_out], targets[~held_out], strength)(features[held_out])
+
+    with ThreadPoolExecutor(cores()) as threads:
+        list(threads.map(predict, folds.unique()))
     return logits

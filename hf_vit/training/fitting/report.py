@@ -270,8 +270,8 @@ def _tried_section(report: Report) -> str:
     return (
         "\n".join(lines)
         + f"\n\n{markdown(report.verdict.why)}. Fine-tuning is chosen if it is better on more images than chance "
-        f"would explain (sign test, one-sided error {CHANCE:g}).\n\nPoolings and strengths of the probe in cross-validation "
-        f"({len(head.folds.unique())} folds): {markdown(settings)}."
+        f"would explain (sign test, one-sided error {CHANCE:g}).\n\nPoolings and strengths of the probe in "
+        f"cross-validation ({len(head.folds.unique())} folds): {markdown(settings)}."
     ).replace("..", ".")
 
 

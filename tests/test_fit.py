@@ -1,0 +1,165 @@
+"""`fit` from images to a folder: what it writes, what it states, and that an interrupted one continues."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import DatasetDict
+from tiny_run import assert_same_weights, colored_dataset, stop_at, weights
+from typer.testing import CliRunner
+
+import hf_vit
+from hf_vit.checkpoints.models import load
+from hf_vit.cli.main import app
+from hf_vit.system.stopping import Interrupted
+from hf_vit.training.fitting import fit as fit_module
+from hf_vit.training.fitting import race as race_module
+from hf_vit.training.fitting.fit import fit
+from hf_vit.training.fitting.race import Candidate
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    DatasetDict({"train": colored_dataset(45, 0), "test": colored_dataset(21, 1)}).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = hf_vit.HFViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, patch_size=4, image_size=8,
+        hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    hf_vit.HFViTImageProcessor.from_preset("original", (8, 8)).save_pretrained(folder)
+    hf_vit.HFViTModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def options(encoder: str, tmp_path: Path) -> dict[str, Any]:
+    return {"model": encoder, "cache": tmp_path / "cache", "minutes": 0}
+
+
+def test_a_linear_probe_is_a_complete_model(photos: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    lines: list[str] = []
+    fitted = fit(str(photos), output_dir=tmp_path / "mine", say=lines.append, **options)
+    metrics = json.loads((tmp_path / "mine" / "metrics.json").read_text())
+    assert fitted.method == metrics["method"] == "probe" and fitted.metrics == metrics
+    assert metrics["eval_accuracy"] > 0.9 and metrics["eval_count"] == 21
+    assert metrics["expected"]["low"] <= metrics["eval_accuracy"] <= metrics["expected"]["high"]
+    assert {"read", "embed", "probe", "race", "final", "total"} == set(metrics["seconds"])
+    card = (tmp_path / "mine" / "README.md").read_text()
+    for words in ("What was tried", "linear probe", "95 % interval", "minutes=0", "confusion.png"):
+        assert words in card
+    assert any("Linear probe: accuracy" in line for line in lines)
+    model, processor = load(tmp_path / "mine")
+    images = colored_dataset(21, 1)
+    with torch.no_grad():
+        logits = model(**processor(images["image"][:], return_tensors="pt")).logits
+    assert model.config.temperature == metrics["temperature"] != 1
+    accuracy = (logits.argmax(dim=-1) == torch.tensor(images["label"][:])).float().mean()
+    assert accuracy.item() == pytest.approx(metrics["eval_accuracy"])
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(images["label"][:]))
+    assert loss.item() == pytest.approx(metrics["eval_loss"], abs=1e-4)
+    # The same command says that it is finished.
+    lines.clear()
+    again = fit(str(photos), output_dir=tmp_path / "mine", say=lines.append, **options)
+    assert again == fitted and "holds the finished result" in lines[0]
+    with pytest.raises(ValueError, match="seed 0 -> 1"):
+        fit(str(photos), output_dir=tmp_path / "mine", seed=1, say=lines.append, **options)
+
+
+@pytest.mark.parametrize("pooling", ("cls", "mean", "cls_and_mean"))
+def test_the_model_of_a_probe_has_its_logits(
+    pooling: str, photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_head = fit_module.fit_head
+
+    def with_one_pooling(features: Any, *arguments: Any) -> Any:
+        return fit_head({pooling: features[pooling]}, *arguments)
+
+    monkeypatch.setattr(fit_module, "fit_head", with_one_pooling)
+    monkeypatch.setattr(fit_module, "write_fit", lambda report, folder: {**METRICS, "report": report})
+    report = fit(str(photos), output_dir=tmp_path / "mine", say=lambda line: None, **options).metrics["report"]
+    model, processor = load(tmp_path / "mine")
+    assert model.config.pooling == pooling
+    with torch.no_grad():
+        logits = model(**processor(colored_dataset(21, 1)["image"][:], return_tensors="pt")).logits
+    torch.testing.assert_close(logits, report.evaluated[0], atol=1e-3, rtol=1e-3)
+
+
+METRICS = {
+    "method": "probe",
+    "metric": "accuracy",
+    "expected": {"score": 1, "low": 1, "high": 1, "new_images": 0, "source": "", "images": 1},
+    "seconds": {"total": 0},
+}
+
+
+def test_nothing_is_held_out_without_an_evaluation_split(
+    photos: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    from datasets import load_from_disk
+
+    load_from_disk(str(photos / "train")).save_to_disk(str(tmp_path / "alone"))
+    lines: list[str] = []
+    metrics = fit(str(tmp_path / "alone"), output_dir=tmp_path / "mine", say=lines.append, **options).metrics
+    assert metrics["train_images"] == 45 and "eval_accuracy" not in metrics
+    assert metrics["expected"]["images"] == 45 and metrics["expected"]["new_images"] is None
+    assert "45 training images, no evaluation split" in lines[0]
+    assert "interval of its mean" in lines[-2]
+
+
+class Raced:
+    """Fits in which one candidate has a few steps, and is chosen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(race_module, "_budget", lambda *arguments: {"candidates": 1, "steps": [4], "final": 6})
+        monkeypatch.setattr(race_module, "beats", lambda *arguments: (True, "is better"))
+        self.candidates = (Candidate("all", 1e-3),)
+
+    def fit(self, photos: Path, options: dict[str, Any], folder: Path) -> Any:
+        lines: list[str] = []
+        return fit(
+            str(photos), output_dir=folder, candidates=self.candidates, say=lines.append, **{**options, "minutes": 9}
+        )
+
+
+def test_the_winner_is_fine_tuned_on_everything(
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    raced = Raced(monkeypatch)
+    fitted = raced.fit(photos, options, tmp_path / "mine")
+    assert fitted.method == "all 1e-03"
+    [row] = fitted.metrics["race"]
+    assert row["steps"] == 4 and 0 <= row["score"] <= 1
+    assert fitted.metrics["expected"]["images"] == 9  # the held-out fold
+    assert "all | 0.001 | 4" in (tmp_path / "mine" / "README.md").read_text()
+    recipe = (tmp_path / "mine" / "recipe.yaml").read_text()
+    assert "max_steps: 6" in recipe and "learning_rate: 0.001" in recipe
+    assert (tmp_path / "mine" / "fit" / "probe" / "model.safetensors").is_file()
+    whole = weights(load(tmp_path / "mine")[0])
+
+    for step in (2, 5):  # in the race, and in the final training
+        folder = tmp_path / f"stopped-{step}"
+        with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+            stop_at(step, patch)
+            raced.fit(photos, options, folder)
+        assert stopped.value.exit_code == 130
+        again = raced.fit(photos, options, folder)
+        assert again.metrics["race"][0]["score"] == row["score"]
+        assert_same_weights(weights(load(folder)[0]), whole)
+
+
+def test_the_command(photos: Path, encoder: str, tmp_path: Path) -> None:
+    arguments = ["fit", str(photos), "--model", encoder, "--minutes", "0", "-o", str(tmp_path / "mine")]
+    result = CliRunner().invoke(app, [*arguments, "--cache", str(tmp_path / "cache"), "--image-size", "8"])
+    assert result.exit_code == 0, result.output
+    assert "Accuracy to expect on new images" in result.output
+    result = CliRunner().invoke(app, ["fit", str(photos), "--model", encoder, "-o", encoder])
+    assert result.exit_code == 2 and "choose another --output-dir" in result.output

@@ -82,7 +82,7 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
 def test_card_names_what_was_fine_tuned(tmp_path: Path) -> None:
     named = {None: None, "ViT-Ti/16": None, str(tmp_path): None, "someone/a-vit": "someone/a-vit"}
     for model, expected in named.items():
-        assert report._base_model(TrainConfig(model=model)) == expected
+        assert report.base_model_of(TrainConfig(model=model)) == expected
 
 
 def test_card_of_an_encoder_tells_how_to_go_on(photos: Path, tmp_path: Path) -> None:

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from ..inference.threads import on_every_core
 from .results import ImageResults, LabelResults, Results, TargetResults
 
-# Metrics of which a lower value is better.
-LOWER_IS_BETTER = frozenset({"loss", "calibration_error", "mae", "rmse"})
-
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
 
 # From a model, a loader, and what maps a batch to `pixel_values`, to every batch with its outputs.
@@ -62,16 +59,8 @@ def classify(
 
     def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
         nonlocal num_labels
-        logits = outputs.logits.float()  # [B, num_labels]
-        num_labels = logits.shape[-1]
-        predicted = logits.argmax(dim=-1)
-        confidence = logits.softmax(dim=-1).gather(1, predicted[:, None]).squeeze(1)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        of_label = logits.gather(1, labels[:, None])
-        is_earlier = torch.arange(num_labels, device=logits.device) < labels[:, None]
-        # Not "larger than": NaN must never make the true class look likely.
-        is_ahead = ~(logits <= of_label) | ((logits == of_label) & is_earlier)
-        return labels, predicted, confidence, losses, is_ahead.sum(dim=-1)
+        num_labels = outputs.logits.shape[-1]
+        return _of_classes(outputs.logits, labels)
 
     columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
     index, labels, predicted, confidence, losses, ranks = columns
@@ -95,9 +84,7 @@ def recognize(
     """
 
     def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
-        logits = outputs.logits.float()
-        losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
-        return labels, logits.sigmoid(), losses * (labels != -100)
+        return _of_labels(outputs.logits, labels)
 
     columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
     index, labels, scores, losses = columns
@@ -149,6 +136,20 @@ def evaluate_images(
     return measure(model, loader, accelerator, normalize, forward=forward)
 
 
+def results_of(logits: Tensor, labels: Tensor, config: Any) -> Results:
+    """Return the results for logits `[N, num_labels]` that another loop computed, such as that of Trainer.
+
+    Args:
+        logits, labels: Of every image, on the CPU; labels as in a batch.
+        config: As for `evaluate_images`.
+    """
+    if config.problem_type == "regression":
+        return TargetResults(labels.float(), logits.float(), config.target_std)
+    if config.problem_type == "multi_label_classification":
+        return LabelResults(*_of_labels(logits, labels), config.thresholds)
+    return ImageResults(*_of_classes(logits, labels), logits.shape[-1])
+
+
 def extract_features(
     model: nn.Module,
     loader: Iterable[Any],
@@ -178,6 +179,26 @@ def extract_features(
     finally:
         hook.remove()
     return features, labels, broken
+
+
+def _of_classes(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Return labels, predicted classes, their probabilities, losses, and ranks of the true classes, `[B]` each."""
+    logits = logits.float()  # [B, num_labels]
+    predicted = logits.argmax(dim=-1)
+    confidence = logits.softmax(dim=-1).gather(1, predicted[:, None]).squeeze(1)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    of_label = logits.gather(1, labels[:, None])
+    is_earlier = torch.arange(logits.shape[-1], device=logits.device) < labels[:, None]
+    # Not "larger than": NaN must never make the true class look likely.
+    is_ahead = ~(logits <= of_label) | ((logits == of_label) & is_earlier)
+    return labels, predicted, confidence, losses, is_ahead.sum(dim=-1)
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Return labels, probabilities, and losses, `[B, num_labels]` each."""
+    logits = logits.float()
+    losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
+    return labels, logits.sigmoid(), losses * (labels != -100)
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def write_report(run: Run, command: str) -> None:
         split=run.data.eval_split,
         sections=_sections(run, command),
         images=list(figures),
-        base_model=_base_model(run.config),
+        base_model=base_model_of(run.config),
     )
 
 
@@ -133,7 +133,7 @@ def _description(run: Run) -> str:
     )
 
 
-def _base_model(config: TrainConfig) -> str | None:
+def base_model_of(config: TrainConfig) -> str | None:
     """Return the Hub name of the model that was fine-tuned; a folder has none."""
     if config.model is None or config.model in VARIANTS or Path(config.model).exists():
         return None
@@ -195,8 +195,13 @@ def _recipe(config: TrainConfig) -> str:
 
 def for_others(config: TrainConfig) -> TrainConfig:
     """Return a recipe that may be published: without absolute paths of this machine or its user's repository."""
-    paths = {name: getattr(config, name) for name in ("data", "model", "output_dir")}
-    public: dict[str, Any] = {
-        name: Path(value).name for name, value in paths.items() if value and Path(value).is_absolute()
-    }
+    paths = {name: getattr(config, name) for name in ("model", "output_dir")}
+    public: dict[str, Any] = {name: _without_folder(path) for name, path in paths.items() if path}
+    sources = config.data if isinstance(config.data, list) else [config.data]
+    names = [_without_folder(source) for source in sources]
+    public["data"] = names if isinstance(config.data, list) else names[0]
     return replace(config, push_to_hub=None, **public)
+
+
+def _without_folder(path: str) -> str:
+    return Path(path).name if Path(path).is_absolute() else path

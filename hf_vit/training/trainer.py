@@ -5,6 +5,7 @@ exactly, also in the middle of an epoch and with any number of workers.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from ..data.augmentation import BatchMixer
 from ..data.images import TrainingImages, Visit, collate, derive_seed, normalize
+from ..evaluation.metrics import results_of
+from ..evaluation.results import LabelResults
+from ..model.configuration_hf_vit import HFViTConfig
+from ..model.losses_hf_vit import classification_loss
 from ..model.modeling_hf_vit import HFViTForImageClassification
 from ..system.extras import need
-from .optim import DECAYED
+from .optim import DECAYED, parameter_groups
 
 
 class EpochImages(TrainingImages):
@@ -56,14 +61,40 @@ class ViTTrainer(Trainer):
     """Trainer for `EpochImages` and `Collator`; needs `remove_unused_columns=False` in its arguments.
 
     Weight decay excludes tokens and positions, too; Trainer itself excludes biases and norms only.
+
+    Args:
+        args, kwargs: As for Trainer.
+        layer_decay: Factor on the learning rate per layer, counted from the head (arXiv:2106.08254).
+        class_weights: Weight of every class in the loss, float32 `[num_labels]`, such as from
+            `tasks.weights_of_classes`; equal weights if not given.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, layer_decay: float = 1.0, class_weights: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        self.layer_decay, self.class_weights = layer_decay, class_weights
+        if class_weights is not None:
+            kwargs["compute_loss_func"] = self._weighted_loss
         super().__init__(*args, **kwargs)
         self.add_callback(_SetEpoch())
 
+    def _weighted_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits, weights = outputs.logits, self.class_weights
+        weights = weights if weights is None else weights.to(logits.device)
+        return classification_loss(labels, logits, self.model.config, num_items_in_batch, weights)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, DECAYED)]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.layer_decay != 1:
+            model = next((model for model in (*args, *kwargs.values()) if model is not None), self.model)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(model, self.args.weight_decay, self.layer_decay)
+            groups.sort(key=lambda group: -group["lr_scale"])  # Trainer logs the learning rate of the first group
+            groups = [{**group, "lr": self.args.learning_rate * group["lr_scale"]} for group in groups]
+            self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
+        return super().create_optimizer(*args, **kwargs)
 
 
 class _SetEpoch(TrainerCallback):
@@ -71,10 +102,24 @@ class _SetEpoch(TrainerCallback):
         train_dataloader.dataset.epoch = int(state.epoch)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of correct predictions; for `compute_metrics`."""
-    logits = np.asarray(prediction.predictions)
-    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
+def metrics_of(config: HFViTConfig) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the function for `compute_metrics`: the metrics of `hf-vit evaluate` for what the labels are.
+
+    Args:
+        config: Config of the model. With several labels per image, every evaluation sets its thresholds to those with
+            the highest F1 on the evaluation images.
+    """
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = (
+            torch.from_numpy(np.asarray(each)) for each in (prediction.predictions, prediction.label_ids)
+        )
+        results = results_of(logits, labels, config)
+        if isinstance(results, LabelResults):
+            results.thresholds = config.thresholds = results.best_thresholds()
+        return results.metrics()
+
+    return compute_metrics
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:

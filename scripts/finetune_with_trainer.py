@@ -137,6 +137,7 @@ def main(arguments: list[str]) -> None:
     set_seed(training.seed)
     task = TASKS[config.task](config, data)
     model, processor = build_model(config, task)
+    model.config.image_size = config.image_size  # one number for squares
     adapt_processor(processor, channels, model.config.num_channels)
     augmentation = build_augmentation(
         config.augmentation,

@@ -212,3 +212,10 @@ def test_what_may_be_published_names_no_folder_of_this_machine(photos: Path, tmp
     for name in ("README.md", "recipe.yaml"):
         assert str(tmp_path) not in (tmp_path / "tiny" / name).read_text()
     assert yaml.safe_load((tmp_path / "tiny" / "recipe.yaml").read_text())["data"] == "photos"
+
+
+def test_recipes_for_others_name_no_folders() -> None:
+    config = TrainConfig(data=["/home/me/photos", "USER/more"], model="/home/me/vit", output_dir="run")
+    public = report.for_others(config)
+    assert (public.data, public.model, public.output_dir) == (["photos", "USER/more"], "vit", "run")
+    assert report.for_others(TrainConfig(data="/home/me/photos")).data == "photos"

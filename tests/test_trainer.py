@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ from hf_vit.checkpoints.models import load_classifier
 from hf_vit.data.augmentation import BatchMixer
 from hf_vit.hub.folder import check_folder
 from hf_vit.training.trainer import Collator, ViTTrainer, last_complete_checkpoint
+from hf_vit.training.trainer_arguments import TrainerMachine, arguments_of, recipe_of
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 CLASSES = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
@@ -123,7 +125,176 @@ def test_script_trains_from_scratch(script: ModuleType, photos: Path, tmp_path: 
     assert "model.safetensors" in check_folder(folder)
 
 
-def trainer_of(model: torch.nn.Module, tmp_path: Path, **arguments: object) -> ViTTrainer:
+def table_of(folder: Path, columns: dict[str, list[object]], channels: int = 3) -> Path:
+    """Write noise as images, and a table of their names and labels."""
+    folder.mkdir()
+    rows = len(next(iter(columns.values())))
+    generator = np.random.default_rng(0)
+    names = []
+    for index in range(rows):
+        pixels = generator.integers(256, size=(32, 48, channels), dtype=np.uint8)
+        names.append(f"{index}.png" if channels == 3 else f"{index}.npy")
+        Image.fromarray(pixels).save(folder / names[-1]) if channels == 3 else np.save(folder / names[-1], pixels)
+    lines = [",".join(["file_name", *columns])]
+    lines += [",".join(map(str, row)) for row in zip(names, *columns.values(), strict=True)]
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return folder / "table.csv"
+
+
+def run_of(script: ModuleType, data: Path, model: Path, folder: Path, *arguments: object) -> dict:
+    """Run the script for two steps, or as the arguments say; return the metrics."""
+    given = ["--data", data, "--model", model, "--output_dir", folder, *QUIET, "--max_steps", 2, *arguments]
+    script.main([str(argument) for argument in given])
+    assert "model.safetensors" in check_folder(folder)
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_script_learns_several_labels(script: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--class_weights", "balanced", "--mixup", 0.2]
+    table = table_of(tmp_path / "data", {"tags": ["red|big", "red", "big", "small|red"] * 5})
+    metrics = run_of(script, table, checkpoint, tmp_path / "run", "--label_separator", "|", *options)
+    assert 0 <= metrics["eval_mean_average_precision"] <= 1 and metrics["eval_count"] == 4
+    config = hf_vit.HFViTConfig.from_pretrained(tmp_path / "run")
+    assert config.problem_type == "multi_label_classification" and len(config.thresholds) == 3
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.eval_results[0].metric_type == "mean_average_precision"
+    assert "the best by `mean_average_precision`" in card.text
+
+
+def test_script_learns_targets(script: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    table = table_of(tmp_path / "data", {"height": [100.5 + n for n in range(20)], "age": [n % 7 for n in range(20)]})
+    options = ["--label_column", "height", "age", "--task", "regression"]
+    metrics = run_of(script, table, checkpoint, tmp_path / "run", *options)
+    assert metrics["eval_mae"] < 20 and "eval_r2" in metrics  # in units of the data
+    model = hf_vit.HFViTForImageClassification.from_pretrained(tmp_path / "run")
+    assert list(model.config.id2label.values()) == ["height", "age"] and model.config.target_mean[0] > 100
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.eval_results[0].metric_type == "r2"
+
+
+def test_script_reads_other_channels(script: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    table = table_of(tmp_path / "data", {"label": ["a", "b"] * 5}, channels=5)
+    run_of(script, table, checkpoint, tmp_path / "run", "--class_weights", "effective")
+    processor = hf_vit.HFViTImageProcessor.from_pretrained(tmp_path / "run")
+    assert hf_vit.HFViTConfig.from_pretrained(tmp_path / "run").num_channels == 5 == len(processor.image_mean)
+
+
+def test_best_model_and_early_stopping_resume(
+    script: ModuleType, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max_steps", 12, "--eval_steps", 1, "--early_stopping_patience", 2, "--metric_for_best_model", "loss"]
+    options += ["--learning_rate", 0.5, "--save_total_limit", 9, "--layer_decay", 0.9]  # so that it gets worse
+    metrics = run_of(script, photos, checkpoint, folder, *options)
+    printed = capsys.readouterr().out
+    assert "Training images per class: blue 8, green 8, red 8." in printed
+    assert "batch_size " in printed and "--per_device_train_batch_size" in printed
+    steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    state = json.loads((folder / f"checkpoint-{steps[-1]}" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == steps[-3] and steps[-1] < 12
+    expected = load_file(folder / "model.safetensors")
+    assert all(
+        map(
+            torch.equal,
+            expected.values(),
+            load_file(folder / f"checkpoint-{steps[-3]}" / "model.safetensors").values(),
+        )
+    )
+
+    shutil.rmtree(folder / f"checkpoint-{steps[-1]}")
+    resumed = run_of(script, photos, checkpoint, folder, *options, "--resume")
+    assert "Chosen from" not in capsys.readouterr().out
+    assert {name: resumed[name] for name in ("eval_loss", "eval_accuracy")} == {
+        name: metrics[name] for name in ("eval_loss", "eval_accuracy")
+    }
+    assert sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == steps
+
+
+def test_runs_of_older_versions_resume(
+    script: ModuleType, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "no"]
+    run_of(script, photos, checkpoint, tmp_path / "run", *options, "--layer_decay", 1)
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    capsys.readouterr()
+    run_of(script, photos, checkpoint, tmp_path / "run", *options, "--resume", "--max_steps", 3)
+    printed = capsys.readouterr().out
+    assert "--learning_rate 5e-05" in printed and "--lr_scheduler_type linear" in printed
+    assert "--per_device_train_batch_size 8" in printed and "--load_best_model_at_end False" in printed
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+MACHINE = TrainerMachine(torch.device("cpu"), 2, True, "no")
+EVERY = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 20, "save_steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("given", "eval_every", "expected"),
+    [
+        ({}, 1.0, {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}),
+        ({}, 2.0, {**EVERY, "load_best_model_at_end": True}),
+        ({"eval_steps": 20}, 1.0, {**EVERY, "load_best_model_at_end": True}),
+        ({"save_strategy": "steps", "save_steps": 20}, 1.0, {**EVERY, "load_best_model_at_end": True}),
+        ({"eval_strategy": "no"}, 1.0, {"save_strategy": "epoch", "load_best_model_at_end": False}),
+        ({"save_strategy": "best"}, 1.0, {"eval_strategy": "epoch", "load_best_model_at_end": True}),
+        ({"eval_steps": 20, "save_steps": 30}, 1.0, {"eval_strategy": "steps", "load_best_model_at_end": False}),
+        ({"metric_for_best_model": "loss"}, 1.0, {"greater_is_better": False, "load_best_model_at_end": True}),
+        (
+            {"max_steps": 4, "learning_rate": 1.0},
+            1.0,
+            {"per_device_train_batch_size": 5, "lr_scheduler_type": "cosine"},
+        ),
+    ],
+)
+def test_given_arguments_win(tmp_path: Path, given: dict, eval_every: float, expected: dict) -> None:
+    given = {**given, "output_dir": str(tmp_path)}
+    options = {"data": ["photos"], "model": "ViT-Ti/16", "task": "auto", "augmentation": "augreg_light2"}
+    options |= {"early_stopping_patience": None, "lora_rank": 0, "resume": False}
+    config = recipe_of(options, given, 2, {})
+    assert config.mixup == 0.2 and "batch_size" in config.auto
+    values = {"batch_size": 20, "accumulation_steps": 2, "eval_every": eval_every}
+    if "metric_for_best_model" not in given:
+        values["best_metric"] = "accuracy"
+    arguments = arguments_of(replace(config, auto=[], **values), given, MACHINE, train_images=200)
+    assert not arguments.keys() & given.keys()
+    assert {name: {**arguments, **given}[name] for name in expected} == expected
+    TrainingArguments(**{**arguments, **given})
+
+
+def test_layers_learn_at_decayed_rates(tiny_config, tmp_path: Path) -> None:
+    model = hf_vit.HFViTForImageClassification(tiny_config())
+    trainer = trainer_of(model, tmp_path, learning_rate=1e-3, weight_decay=0.1, layer_decay=0.5)
+    trainer.train()
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    depth = model.config.num_hidden_layers
+    assert rates[id(model.classifier.weight)] == 1e-3 == trainer.optimizer.param_groups[0]["initial_lr"]
+    assert rates[id(model.vit.layers[0].mlp.fc1.weight)] == pytest.approx(1e-3 * 0.5**depth)
+    assert (decays[id(model.classifier.weight)], decays[id(model.classifier.bias)]) == (0.1, 0)
+
+
+def test_classes_have_weights(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config(problem_type="single_label_classification", zero_init_head=True)
+    weights = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
+    trainer = trainer_of(
+        hf_vit.HFViTForImageClassification(config),
+        tmp_path,
+        class_weights=weights,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    trainer.data_collator = Collator(hf_vit.HFViTImageProcessor(), BatchMixer(5))
+    trainer.train()
+    # Two of eight images are of the class with the weight 1.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(2 / 8 * math.log(5), abs=1e-4)
+
+
+def trainer_of(
+    model: torch.nn.Module,
+    tmp_path: Path,
+    layer_decay: float = 1.0,
+    class_weights: torch.Tensor | None = None,
+    **arguments: object,
+) -> ViTTrainer:
     settings = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     settings |= {"remove_unused_columns": False, "dataloader_pin_memory": False, "logging_steps": 1, **arguments}
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +310,14 @@ def trainer_of(model: torch.nn.Module, tmp_path: Path, **arguments: object) -> V
     ]
     collator = Collator(hf_vit.HFViTImageProcessor(), BatchMixer(5, mixup=1.0))
     arguments_of_trainer = TrainingArguments(str(tmp_path / "run"), **settings)
-    return ViTTrainer(model, arguments_of_trainer, train_dataset=Examples(examples), data_collator=collator)
+    return ViTTrainer(
+        model,
+        arguments_of_trainer,
+        train_dataset=Examples(examples),
+        data_collator=collator,
+        layer_decay=layer_decay,
+        class_weights=class_weights,
+    )
 
 
 class Examples(list):

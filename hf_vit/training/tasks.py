@@ -318,8 +318,8 @@ def build_model(config: TrainConfig, task: Any) -> tuple[Any, HFViTImageProcesso
 
 
 def _fields_of(config: TrainConfig) -> dict[str, Any]:
-    size = config.image_size if isinstance(config.image_size, int) else tuple(config.image_size)
-    fields = {"image_size": size, **config.model_config}
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    fields = {"image_size": (height, width), **config.model_config}
     return {**WITHOUT_DROPOUT, **fields} if config.trained == "head" else fields
 
 

@@ -143,6 +143,8 @@ def arguments_of(
         arguments["restore_callback_states_from_checkpoint"] = True  # they count evaluations without improvement
         if str({**arguments, **given}["eval_strategy"]) == "no":
             raise ValueError("--early_stopping_patience needs evaluations: set --eval_strategy to epoch or steps.")
+    if config.max_steps is not None:
+        del arguments["num_train_epochs"]  # which max_steps overrides
     return {name: value for name, value in arguments.items() if name not in given}
 
 

@@ -258,6 +258,7 @@ def test_given_arguments_win(tmp_path: Path, given: dict, eval_every: float, exp
     assert not arguments.keys() & given.keys()
     assert {name: {**arguments, **given}[name] for name in expected} == expected
     TrainingArguments(**{**arguments, **given})
+    assert arguments_of(config, given, replace(MACHINE, mixed_precision="bf16"), train_images=200)["bf16"]
 
 
 def test_layers_learn_at_decayed_rates(tiny_config, tmp_path: Path) -> None:

@@ -146,8 +146,10 @@ def results_of(logits: Tensor, labels: Tensor, config: Any) -> Results:
     if config.problem_type == "regression":
         return TargetResults(labels.float(), logits.float(), config.target_std)
     if config.problem_type == "multi_label_classification":
-        return LabelResults(*_of_labels(logits, labels), config.thresholds)
-    return ImageResults(*_of_classes(logits, labels), logits.shape[-1])
+        labels, scores, losses = _of_labels(logits, labels)
+        return LabelResults(labels, scores, losses, config.thresholds)
+    labels, predicted, confidence, losses, ranks = _of_classes(logits, labels)
+    return ImageResults(labels, predicted, confidence, losses, ranks, logits.shape[-1])
 
 
 def extract_features(

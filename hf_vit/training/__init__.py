@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "report": ["train_and_report", "write_report"],
         "run": ["CHECKPOINTS", "LOG", "METRICS", "TIMING", "Run"],
         "state": ["RunLog"],
-        "trainer": ["ViTTrainer", "add_lora"],
+        "trainer": ["ViTTrainer", "add_lora", "metrics_of"],
     },
 )

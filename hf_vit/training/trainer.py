@@ -79,16 +79,17 @@ class ViTTrainer(Trainer):
         self.add_callback(_SetEpoch())
 
     def _weighted_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        model: Any = self.model
         logits, weights = outputs.logits, self.class_weights
         weights = weights if weights is None else weights.to(logits.device)
-        return classification_loss(labels, logits, self.model.config, num_items_in_batch, weights)
+        return classification_loss(labels, logits, model.config, num_items_in_batch, weights)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, DECAYED)]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None and self.layer_decay != 1:
-            model = next((model for model in (*args, *kwargs.values()) if model is not None), self.model)
+            model: Any = next((model for model in (*args, *kwargs.values()) if model is not None), self.model)
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             groups = parameter_groups(model, self.args.weight_decay, self.layer_decay)
             groups.sort(key=lambda group: -group["lr_scale"])  # Trainer logs the learning rate of the first group

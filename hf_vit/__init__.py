@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
     from .prediction.pipeline import HFViTImageClassificationPipeline
+    from .training.trained import TrainedModel, fit, train
 
     __version__: str
 
@@ -29,7 +30,10 @@ __all__ = [
     "HFViTImageProcessor",
     "HFViTImageProcessorPil",
     "HFViTModel",
+    "TrainedModel",
     "__version__",
+    "fit",
+    "train",
 ]
 
 _load = lazy_exports(
@@ -41,6 +45,7 @@ _load = lazy_exports(
         "model.image_processing_hf_vit": ["HFViTImageProcessor"],
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
         "prediction.pipeline": ["HFViTImageClassificationPipeline"],
+        "training.trained": ["TrainedModel", "fit", "train"],
     },
 )[0]
 

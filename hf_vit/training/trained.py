@@ -187,7 +187,9 @@ class Evaluation(UserDict[str, Any]):
 
 def _name(prediction: Prediction, number: int) -> str:
     source = prediction.source
-    path = source.get("path") if isinstance(source, dict) else source if isinstance(source, str | os.PathLike) else None
+    path = (
+        source.get("path") if isinstance(source, dict) else source if isinstance(source, str | os.PathLike) else None
+    )
     return str(path or number)
 
 

@@ -220,11 +220,11 @@ class Table:
     def rows_by_split(self) -> dict[str, list[int]]:
         """Return the rows of each split: by a column that names splits, or by the name of the table or its folder."""
         for name in usual(self.columns, SPLIT_NAMES):
-            splits = [split_of(str(value)) for value in self.columns[name]]
-            if splits and None not in splits:
-                return {
-                    split: [row for row, own in enumerate(splits) if own == split] for split in dict.fromkeys(splits)
-                }
+            rows: dict[str, list[int]] = {}
+            for row, value in enumerate(self.columns[name]):
+                rows.setdefault(split_of(str(value)) or "", []).append(row)
+            if rows and "" not in rows:
+                return rows
         split = split_of(self.path.stem) or split_of(self.path.parent.name) or "train"
         return {split: list(range(len(self.files)))}
 

@@ -98,7 +98,7 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
         return found, f"{note} Without regard to case, {shortened(others)}." if others else note
     by_number = _by_number(of_model, of_data)
     if by_number is not None:
-        return by_number, (
+        return list(by_number), (
             f"Classes are matched by number: {of_data[0]} is {of_model[by_number[0]]}, ..., {of_data[-1]} is "
             f"{of_model[by_number[-1]]}."
         )
@@ -114,8 +114,8 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
     if len(unknown) < len(of_data) and not is_ambiguous:
         return found, f"{note}."
     return None, (
-        f"{note}; it has {len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose the "
-        "--label-column that the model was trained on."
+        f"{note}; it has {len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose "
+        "the --label-column that the model was trained on."
     )
 
 

@@ -39,7 +39,7 @@ def compare(
     if classes is None:
         raise ValueError(note)
     images = EvaluationImages(data.evaluation, data.columns, processor)
-    images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels)
+    images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels or 0)
     loader = evaluation_loader(images, BATCH_OF_CPU, 0)
     to_model = partial(normalize, processor=processor)
     results = {name: classify(model, loader, accelerator, to_model) for name, model in models.items()}

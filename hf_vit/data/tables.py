@@ -129,10 +129,9 @@ def _boolean(text: str) -> bool:
 
 
 def _list(text: str) -> list[Any]:
-    value = ast.literal_eval(text)
-    if not isinstance(value, list):
+    if not (text.startswith("[") and text.endswith("]")):
         raise ValueError
-    return value
+    return ast.literal_eval(text)
 
 
 # ---------------------------------------------------------------------------------------------------------- paths
@@ -156,9 +155,9 @@ class Finder:
         if value is None or not (text := str(value).strip()):
             return None
         text = text.replace("\\", "/")
-        direct = self.folder / text
-        if direct.is_file() and (direct.suffix or is_image_file(text)):
-            return str(direct.absolute())
+        direct = os.path.join(self.folder, text)
+        if is_image_file(text) and os.path.isfile(direct):  # False for a text that is too long for a path
+            return os.path.abspath(direct)
         parts = [part for part in text.split("/") if part not in ("", ".", "..")]
         if not parts:
             return None

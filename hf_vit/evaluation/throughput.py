@@ -43,7 +43,7 @@ def compare(
     images = EvaluationImages(data.evaluation, data.columns, processor)
     if problem := contradiction(checkpoint.config, data):
         raise ValueError(problem)
-    images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels)
+    images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels or 0)
     loader = evaluation_loader(images, BATCH_OF_CPU, 0)
     to_model = partial(normalize, processor=processor)
     config = checkpoint.config

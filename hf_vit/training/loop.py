@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..data.images import derive_seed
+from ..data.labelled import ImageData
 from ..data.loaders import naming_dead_workers, training_loader
 from ..data.orders import StreamOrder, training_order
 from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -44,6 +45,7 @@ def train(
     publish: Publish | None = None,
     steps: Steps = remaining_steps,
     build: Callable[[TrainConfig, Any], tuple[Any, HFViTImageProcessor]] = build_model,
+    data: ImageData | None = None,
 ) -> Run:
     """Train a model, or resume an interrupted run in `config.output_dir`.
 
@@ -54,6 +56,7 @@ def train(
         steps: Returns the steps to take; what its iterator does between two steps is not part of training.
         build: Builds the model and its image processor from the recipe and the task. A function other than
             `build_model` compares other architectures under the same conditions.
+        data: The images; by default those that the recipe names.
 
     Raises:
         Interrupted: If SIGINT, SIGTERM or SIGHUP came: after a checkpoint was saved, or before the first step.
@@ -66,7 +69,7 @@ def train(
     with StopSignals() as signals:
         accelerator = build_accelerator(config)
         with lock_folder_together(accelerator, Path(config.output_dir)), naming_dead_workers():
-            return _train(config, publish, steps, build, signals, accelerator)
+            return _train(config, publish, steps, build, data, signals, accelerator)
 
 
 def _train(
@@ -74,6 +77,7 @@ def _train(
     publish: Publish | None,
     steps: Steps,
     build: Callable[..., Any],
+    data: ImageData | None,
     signals: StopSignals,
     accelerator: Accelerator,
 ) -> Run:
@@ -81,7 +85,7 @@ def _train(
     if config.resume == "never" and accelerator.is_main_process:
         clear_output(Path(config.output_dir))
     accelerator.wait_for_everyone()
-    run = Run(config, accelerator, signals, build)
+    run = Run(config, accelerator, signals, build, data)
     config, plan, state, say = run.config, run.plan, run.state, run.say
     model, optimizer = state.model, state.optimizer
 

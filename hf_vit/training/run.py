@@ -137,6 +137,7 @@ class Run:
         accelerator: Accelerator,
         signals: StopSignals,
         build: Callable[..., Any] = build_model,
+        data: ImageData | None = None,
     ) -> None:
         """Build data, task, model, optimizer, loaders and an empty state, at step 0."""
         self.accelerator, self.signals = accelerator, signals
@@ -150,7 +151,9 @@ class Run:
         if self.saved is not None:
             config = with_values_of(config, self.saved["identity"])
         with accelerator.main_process_first():  # the other processes read what the first one has cached
-            self.data = data = data_of(config)
+            self.data = data = data or data_of(config)
+        for note in data.notes:
+            self.say(note)
         config = resolved(config, data, accelerator)
         if config.mixup is None:  # the saved recipe states the value that the augmentation implies
             config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
@@ -173,9 +176,30 @@ class Run:
         groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
         optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
 
+        self._build_images(model.config)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        self.model = accelerator.unwrap_model(model)
+        start_tracker(accelerator, config)
+        # A stream does not tell how many evaluation images it has.
+        eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
+        limits = {"training": config.max_broken * data.train_length, "evaluation": config.max_broken * eval_length}
+        self.state = TrainingState(
+            accelerator=accelerator,
+            model=model,
+            optimizer=optimizer,
+            average=AveragedWeights(self.model, config.ema_decay),
+            log=RunLog(self.output_dir / LOG, accelerator),
+            broken=BrokenImages(limits, self.say),
+            identity={**asdict(config), "training images": data.train_length},
+            best=None if config.best_metric is None else BestModel(config.best_metric, config.early_stopping),
+        )
+
+    def _build_images(self, model_config: Any) -> None:
+        """Build the training images and the loader of evaluation images, which are cached if the recipe says so."""
+        config, data, accelerator = self.config, self.data, self.accelerator
         augmentation = build_augmentation(
             config.augmentation,
-            model.config.image_shape,
+            model_config.image_shape,
             config.smallest_crop,
             color_jitter=config.color_jitter,
             erasing=config.erasing,
@@ -199,23 +223,6 @@ class Run:
             config.num_workers,
             *self.division[1:],
             is_counted=counts_in_evaluation(accelerator),
-        )
-
-        model, optimizer = accelerator.prepare(model, optimizer)
-        self.model = accelerator.unwrap_model(model)
-        start_tracker(accelerator, config)
-        # A stream does not tell how many evaluation images it has.
-        eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
-        limits = {"training": config.max_broken * data.train_length, "evaluation": config.max_broken * eval_length}
-        self.state = TrainingState(
-            accelerator=accelerator,
-            model=model,
-            optimizer=optimizer,
-            average=AveragedWeights(self.model, config.ema_decay),
-            log=RunLog(self.output_dir / LOG, accelerator),
-            broken=BrokenImages(limits, self.say),
-            identity={**asdict(config), "training images": data.train_length},
-            best=None if config.best_metric is None else BestModel(config.best_metric, config.early_stopping),
         )
 
     def _newest_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:

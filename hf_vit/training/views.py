@@ -53,7 +53,7 @@ class Unlabelled:
         """Return the first sections of the model card."""
         name = run.output_dir.resolve().name
         tuning = f"--model {shell_word(name)} --output-dir {shell_word(f'{name}-tuned')}"
-        how = fenced(f"hf-vit train --recipe flowers --data FOLDER {tuning}", "bash")
+        how = fenced(f"hf-vit train --data FOLDER {tuning}", "bash")
         words = "The model has no classifier yet. Fine-tune it on a folder of images with one subfolder per class:"
         return {"Fine-tuning": f"{words}\n\n{how}"}
 

@@ -137,6 +137,9 @@ class Classification:
         """Return the results per image; further arguments as for `evaluate`."""
         return classify(model, *evaluation)
 
+    def adopt(self, model: nn.Module, results: Any) -> None:
+        """Set what follows from the results of an evaluation in the config of the evaluated model."""
+
 
 class MultiLabel(Classification):
     """Find which of several labels an image has.
@@ -154,8 +157,13 @@ class MultiLabel(Classification):
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
         """Return the results at the best thresholds for these images, which the model's config gets."""
         results = recognize(model, *evaluation)
-        results.thresholds = _config_of(model).thresholds = results.best_thresholds()
+        results.thresholds = results.best_thresholds()
+        self.adopt(model, results)
         return results
+
+    def adopt(self, model: nn.Module, results: Any) -> None:
+        """Set the thresholds of the results in the config of the evaluated model."""
+        _config_of(model).thresholds = results.thresholds
 
 
 def binary_cross_entropy_of_labels(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:

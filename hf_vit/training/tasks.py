@@ -1,6 +1,7 @@
 """Training objectives: one label, several labels, numbers, and masked patches. The loop is the same for all."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Classification:
 
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
-    ) -> tuple[dict[str, Any], list[str], Results]:
+    ) -> tuple[dict[str, Any], list[str], Any]:
         """Return metrics, the names of images that cannot be read, and the results per image."""
         results = self.results(model, loader, accelerator, normalize)
         return results.metrics(), results.broken, results
@@ -198,7 +199,7 @@ class Regression(Classification):
 
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
         """Return the results per image, with the loss of training."""
-        return regress(model, *evaluation, scale=_config_of(model).target_std)
+        return partial(regress, scale=_config_of(model).target_std)(model, *evaluation)
 
 
 def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:

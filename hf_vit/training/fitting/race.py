@@ -257,12 +257,15 @@ def _budget(
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
         return {"why": f"{max(0.0, seconds()):.0f} s are left, which is too little to measure the speed of training"}
+    # A step takes about four forwards; measuring must not take more than a tenth of the time.
+    guess = entrants.state.values.get("forwards_per_second", 10.0) / 4 / entrants.batch_size(len(trained))
+    steps = max(1, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))
     began = time.perf_counter()
-    run = entrants.train(candidates[0], start, trained, REHEARSED_STEPS, "rehearsal")
+    run = entrants.train(candidates[0], start, trained, steps, "rehearsal")
     wall = time.perf_counter() - began
     # The first step is slow, so the speed is a cautious one.
-    training = run.config.batch_size * REHEARSED_STEPS / run.timing["images_per_second"]
-    steps_per_second = REHEARSED_STEPS / max(1e-6, training)
+    training = run.config.batch_size * steps / run.timing["images_per_second"]
+    steps_per_second = steps / max(1e-6, training)
     shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
     # A forward is about a third of a step.
     overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3

@@ -27,7 +27,7 @@ from ..loop import train
 from ..recipe import TrainConfig
 from ..run import Run
 from .embedding import logits_of
-from .heads import SingleLabel
+from .heads import SingleLabel, shown
 from .state import FitState
 
 GROWTH = 3  # how many times more steps the finalists get
@@ -199,7 +199,7 @@ class Verdict:
 
 def race(
     entrants: Entrants,
-    start: Path,
+    start: Callable[[], Path],
     held_out: Tensor,
     probe_logits: Tensor,
     seconds: Callable[[], float],
@@ -210,7 +210,7 @@ def race(
 
     Args:
         entrants: What they share.
-        start: Folder of the model whose head was fitted without the held-out fold.
+        start: Returns the folder of a model whose head was fitted without the held-out fold.
         held_out: Which images are held out, `[N]`.
         probe_logits: The probe's predictions for these.
         seconds: Returns the seconds that are left, for the race and the final training.
@@ -234,7 +234,7 @@ def race(
     )
     table: list[dict[str, Any]] = []
     for rung, steps in enumerate(budget.steps):
-        results = [_run(entrants, candidate, start, trained, rows, steps, rung, say) for candidate in racing]
+        results = [_run(entrants, candidate, start(), trained, rows, steps, rung, say) for candidate in racing]
         table += results
         ranked = sorted(zip(racing, results, strict=True), key=lambda pair: (-pair[1]["score"], pair[1]["loss"]))
         racing = tuple(candidate for candidate, _ in ranked[:FINALISTS])
@@ -242,13 +242,13 @@ def race(
     tensors = state.tensors(f"rung{len(budget.steps) - 1}-{best.name.replace(' ', '-')}")
     assert tensors is not None
     is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
-    why = f"{best.name} scores {problem.score(tensors['logits'], targets):.1%} on the held-out fold, and {why}"
+    why = f"{best.name} scores {shown(problem.metric, problem.score(tensors['logits'], targets))} on the held-out fold, and {why}"
     return Verdict(best if is_better else None, why, table, tensors["logits"], budget.final, len(results) + 1)
 
 
 def _budget(
     entrants: Entrants,
-    start: Path,
+    start: Callable[[], Path],
     trained: Tensor,
     rows: Tensor,
     seconds: Callable[[], float],
@@ -261,7 +261,7 @@ def _budget(
     guess = entrants.state.values.get("forwards_per_second", 10.0) / 4 / entrants.batch_size(len(trained))
     steps = max(1, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))
     began = time.perf_counter()
-    run = entrants.train(candidates[0], start, trained, steps, "rehearsal")
+    run = entrants.train(candidates[0], start(), trained, steps, "rehearsal")
     wall = time.perf_counter() - began
     # The first step is slow, so the speed is a cautious one.
     training = run.config.batch_size * steps / run.timing["images_per_second"]
@@ -307,7 +307,9 @@ def _run(
     }
     entrants.state.put(**{name: row})
     shutil.rmtree(entrants.folder / name, ignore_errors=True)
-    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {row['score']:.1%}  {row['seconds']:.0f} s")
+    say(
+        f"  {candidate.name:12} {steps:5} steps  {problem.metric} {shown(problem.metric, row['score'])}  {row['seconds']:.0f} s"
+    )
     return row
 
 
@@ -321,7 +323,8 @@ def beats(problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: T
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     probability = _chance_of(wins, wins + losses)
     is_better = probability < CHANCE and problem.score(logits, targets) > problem.score(probe_logits, targets)
-    counts = f"{wins} images better and {losses} worse than the probe ({problem.score(probe_logits, targets):.1%})"
+    of_probe = shown(problem.metric, problem.score(probe_logits, targets))
+    counts = f"{wins} images better and {losses} worse than the probe ({of_probe})"
     verdict = "more than chance would explain" if is_better else "no significant difference, so the probe is kept"
     return is_better, f"is {counts}: {verdict} (p = {probability:.2f}, limit {CHANCE})"
 

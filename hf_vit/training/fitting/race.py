@@ -242,7 +242,8 @@ def race(
     tensors = state.tensors(f"rung{len(budget.steps) - 1}-{best.name.replace(' ', '-')}")
     assert tensors is not None
     is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
-    why = f"{best.name} scores {shown(problem.metric, problem.score(tensors['logits'], targets))} on the held-out fold, and {why}"
+    score = shown(problem.metric, problem.score(tensors["logits"], targets))
+    why = f"{best.name} scores {score} on the held-out fold, and {why}"
     return Verdict(best if is_better else None, why, table, tensors["logits"], budget.final, len(results) + 1)
 
 
@@ -307,9 +308,8 @@ def _run(
     }
     entrants.state.put(**{name: row})
     shutil.rmtree(entrants.folder / name, ignore_errors=True)
-    say(
-        f"  {candidate.name:12} {steps:5} steps  {problem.metric} {shown(problem.metric, row['score'])}  {row['seconds']:.0f} s"
-    )
+    score = shown(problem.metric, row["score"])
+    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {score}  {row['seconds']:.0f} s")
     return row
 
 

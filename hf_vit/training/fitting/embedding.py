@@ -278,7 +278,7 @@ def _write_shard(folder: Path, encoder: Encoder, rows: dict[str, list[np.ndarray
 def logits_of(
     model: Any, processor: Any, split: Any, columns: tuple[str, str | None], precision: str = "auto"
 ) -> Tensor:
-    """Return the logits of a classifier for every image of a split, float32 `[N, num_labels]`; all must be readable."""
+    """Return the logits of a classifier for every image of a split, float32 `[N, num_labels]`."""
     device = torch.device(torch.accelerator.current_accelerator(True) or "cpu")
     optimized = optimize_for_inference(model.to(device), precision)
     rows = as_stored(split, columns)

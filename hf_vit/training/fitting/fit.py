@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from ...system.stopping import StopSignals
 from ..run import METRICS, save_model
 from .calibration import expected_score
 from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
-from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of
+from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
 from .race import CANDIDATES, Candidate, Entrants, Verdict, race
-from .report import Report, shown, summary, write_fit
+from .report import Report, summary, write_fit
 from .state import STATE, FitState, stable
 
 FIT = "fit"  # folder of the state, in output_dir
@@ -244,6 +245,8 @@ class _Fitting:
         if "evaluation_seconds" not in self.state:
             each = seconds / computed if computed else 0.0
             self.state.put(evaluation_seconds=round(each * (len(splits[1]) if evaluation else 0), 1))
+            if computed:
+                self.state.put(forwards_per_second=computed / seconds)
         total = sum(len(part.rows) for part in results)
         self.say(f"Features of {total:,} images in {seconds:.0f} s, {max(0, total - computed):,} of them cached.")
         name = JOINED if JOINED in train.features else next(iter(train.features))
@@ -298,18 +301,23 @@ class _Fitting:
 
     def race(self, head: FittedHead) -> Verdict:
         """Race fine-tuning against the probe."""
-        held_out = head.folds == 0
-        start = self.folder / "fold"
-        self.entrants = self._entrants()
-        if "budget" not in self.state and self.left() > 10:
-            with calm_solvers():
-                fold_head = self.problem.fit(self.features[~held_out], self.labels[~held_out], head.strength)
-            self.write_probe(fold_head, head.pooling, start)
-            self.write_probe(head.head, head.pooling, self.folder / "probe")
+        self.entrants, held_out = self._entrants(), head.folds == 0
+        start = partial(self.starting_points, head, held_out)
         verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, self.candidates)
         self.say(verdict.why if verdict.why.endswith(".") else f"{verdict.why}.")
         self.lap("race")
         return verdict
+
+    def starting_points(self, head: FittedHead, held_out: Tensor) -> Path:
+        """Write the models to fine-tune, and return that for the race, whose head does not know the held-out fold."""
+        fold = self.folder / "fold"
+        if "starting_points" not in self.state:
+            with calm_solvers():
+                without = self.problem.fit(self.features[~held_out], self.labels[~held_out], head.strength)
+            self.write_probe(without, head.pooling, fold)
+            self.write_probe(head.head, head.pooling, self.folder / "probe")
+            self.state.put(starting_points=True)
+        return fold
 
     def _entrants(self) -> Entrants:
         names = ("train_split", "eval_split", "image_column", "label_column", "label_separator")

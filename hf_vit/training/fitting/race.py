@@ -27,7 +27,7 @@ from ..loop import train
 from ..recipe import TrainConfig
 from ..run import Run
 from .embedding import logits_of
-from .heads import SingleLabel
+from .heads import SingleLabel, shown
 from .state import FitState
 
 GROWTH = 3  # how many times more steps the finalists get
@@ -199,7 +199,7 @@ class Verdict:
 
 def race(
     entrants: Entrants,
-    start: Path,
+    start: Callable[[], Path],
     held_out: Tensor,
     probe_logits: Tensor,
     seconds: Callable[[], float],
@@ -210,7 +210,7 @@ def race(
 
     Args:
         entrants: What they share.
-        start: Folder of the model whose head was fitted without the held-out fold.
+        start: Returns the folder of a model whose head was fitted without the held-out fold.
         held_out: Which images are held out, `[N]`.
         probe_logits: The probe's predictions for these.
         seconds: Returns the seconds that are left, for the race and the final training.
@@ -234,7 +234,7 @@ def race(
     )
     table: list[dict[str, Any]] = []
     for rung, steps in enumerate(budget.steps):
-        results = [_run(entrants, candidate, start, trained, rows, steps, rung, say) for candidate in racing]
+        results = [_run(entrants, candidate, start(), trained, rows, steps, rung, say) for candidate in racing]
         table += results
         ranked = sorted(zip(racing, results, strict=True), key=lambda pair: (-pair[1]["score"], pair[1]["loss"]))
         racing = tuple(candidate for candidate, _ in ranked[:FINALISTS])
@@ -242,13 +242,14 @@ def race(
     tensors = state.tensors(f"rung{len(budget.steps) - 1}-{best.name.replace(' ', '-')}")
     assert tensors is not None
     is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
-    why = f"{best.name} scores {problem.score(tensors['logits'], targets):.1%} on the held-out fold, and {why}"
+    score = shown(problem.metric, problem.score(tensors["logits"], targets))
+    why = f"{best.name} scores {score} on the held-out fold, and {why}"
     return Verdict(best if is_better else None, why, table, tensors["logits"], budget.final, len(results) + 1)
 
 
 def _budget(
     entrants: Entrants,
-    start: Path,
+    start: Callable[[], Path],
     trained: Tensor,
     rows: Tensor,
     seconds: Callable[[], float],
@@ -257,12 +258,15 @@ def _budget(
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
         return {"why": f"{max(0.0, seconds()):.0f} s are left, which is too little to measure the speed of training"}
+    # A step takes about four forwards; measuring must not take more than a tenth of the time.
+    guess = entrants.state.values.get("forwards_per_second", 10.0) / 4 / entrants.batch_size(len(trained))
+    steps = max(1, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))
     began = time.perf_counter()
-    run = entrants.train(candidates[0], start, trained, REHEARSED_STEPS, "rehearsal")
+    run = entrants.train(candidates[0], start(), trained, steps, "rehearsal")
     wall = time.perf_counter() - began
     # The first step is slow, so the speed is a cautious one.
-    training = run.config.batch_size * REHEARSED_STEPS / run.timing["images_per_second"]
-    steps_per_second = REHEARSED_STEPS / max(1e-6, training)
+    training = run.config.batch_size * steps / run.timing["images_per_second"]
+    steps_per_second = steps / max(1e-6, training)
     shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
     # A forward is about a third of a step.
     overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3
@@ -304,7 +308,8 @@ def _run(
     }
     entrants.state.put(**{name: row})
     shutil.rmtree(entrants.folder / name, ignore_errors=True)
-    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {row['score']:.1%}  {row['seconds']:.0f} s")
+    score = shown(problem.metric, row["score"])
+    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {score}  {row['seconds']:.0f} s")
     return row
 
 
@@ -318,7 +323,8 @@ def beats(problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: T
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     probability = _chance_of(wins, wins + losses)
     is_better = probability < CHANCE and problem.score(logits, targets) > problem.score(probe_logits, targets)
-    counts = f"{wins} images better and {losses} worse than the probe ({problem.score(probe_logits, targets):.1%})"
+    of_probe = shown(problem.metric, problem.score(probe_logits, targets))
+    counts = f"{wins} images better and {losses} worse than the probe ({of_probe})"
     verdict = "more than chance would explain" if is_better else "no significant difference, so the probe is kept"
     return is_better, f"is {counts}: {verdict} (p = {probability:.2f}, limit {CHANCE})"
 

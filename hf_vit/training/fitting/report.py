@@ -23,7 +23,7 @@ from ...system.texts import code, fenced, markdown
 from ..recipe import TrainConfig
 from ..report import DRAWN_CLASSES, for_others
 from ..run import METRICS
-from .heads import FittedHead, SingleLabel
+from .heads import FittedHead, SingleLabel, shown
 from .race import CHANCE, Verdict
 from .state import FitState
 
@@ -179,11 +179,6 @@ def _draw(report: Report, held_out: Any, measured: Any, output_dir: Path) -> lis
     return list(figures)
 
 
-def shown(metric: str, value: float) -> str:
-    """Return a score as people read it: accuracy in percent, others as numbers."""
-    return f"{value:.1%}" if metric == "accuracy" else f"{value:.3f}"
-
-
 def _expectation(metrics: dict[str, Any]) -> str:
     """Return the expected metric in a sentence."""
     metric, expected = metrics["metric"], metrics["expected"]
@@ -229,7 +224,7 @@ def _sections(report: Report, metrics: dict[str, Any], results: Any) -> dict[str
         "Training": _training_section(report),
         "Limitations": (
             f"- It was fitted to images of {markdown(report.data.name)} at {height}x{width} pixels. Expect other "
-            f"metrics on other images.\n- It predicts one of its labels for any image, also for one that shows none."
+            f"metrics on other images.\n- It gives an answer for any image, also for one of another kind."
         ),
     }
     return sections
@@ -247,7 +242,8 @@ def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
             f"Measured on the evaluation split, which no choice depended on: "
             f"{shown(metrics['metric'], metrics['eval_' + metrics['metric']])}."
         )
-    lines.append(f"Logits are divided by a temperature of {report.temperature:.3f}, fitted to the same images.")
+    if report.problem.metric != "r2":
+        lines.append(f"Logits are divided by a temperature of {report.temperature:.3f}, fitted to the same images.")
     return "\n\n".join(lines)
 
 

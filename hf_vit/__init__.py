@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
     from .prediction.pipeline import HFViTImageClassificationPipeline
-    from .training.trained import TrainedModel, fit, train
+    from .training.fitting.fit import fit
+    from .training.trained import TrainedModel, train
 
     __version__: str
 
@@ -45,7 +46,8 @@ _load = lazy_exports(
         "model.image_processing_hf_vit": ["HFViTImageProcessor"],
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
         "prediction.pipeline": ["HFViTImageClassificationPipeline"],
-        "training.trained": ["TrainedModel", "fit", "train"],
+        "training.fitting.fit": ["fit"],
+        "training.trained": ["TrainedModel", "train"],
     },
 )[0]
 

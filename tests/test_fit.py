@@ -49,7 +49,7 @@ def test_a_linear_probe_is_a_complete_model(photos: Path, options: dict[str, Any
     lines: list[str] = []
     fitted = fit(str(photos), output_dir=tmp_path / "mine", say=lines.append, **options)
     metrics = json.loads((tmp_path / "mine" / "metrics.json").read_text())
-    assert fitted.method == metrics["method"] == "probe" and fitted.metrics == metrics
+    assert fitted.metrics["method"] == metrics["method"] == "probe" and fitted.metrics == metrics
     assert metrics["eval_accuracy"] > 0.9 and metrics["eval_count"] == 21
     assert metrics["expected"]["low"] <= metrics["eval_accuracy"] <= metrics["expected"]["high"]
     assert {"read", "embed", "probe", "race", "final", "total"} == set(metrics["seconds"])
@@ -137,7 +137,7 @@ def test_the_winner_is_fine_tuned_on_everything(
     photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted = fit_with_a_race(photos, options, tmp_path / "mine", monkeypatch, ("all",), steps=[4], final=6)
-    assert fitted.method == "all 1e-03"
+    assert fitted.metrics["method"] == "all 1e-03"
     [row] = fitted.metrics["race"]
     assert row["steps"] == 4 and 0 <= row["score"] <= 1
     assert fitted.metrics["expected"]["images"] == 9  # the held-out fold
@@ -158,7 +158,7 @@ def test_the_best_candidates_get_more_steps(
     assert [row["steps"] for row in rows] == [2, 2, 2, 4, 4]
     best = sorted(rows[:3], key=lambda row: (-row["score"], row["loss"]))[:2]
     assert [row["method"] for row in best] == [row["method"] for row in rows[3:]]
-    assert fitted.method in {f"{row['method']} 1e-03" for row in best}
+    assert fitted.metrics["method"] in {f"{row['method']} 1e-03" for row in best}
     assert fitted.metrics["eval_accuracy"] > 0.9  # it starts from the fitted head
 
 

@@ -37,7 +37,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(encoder: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     folder = tmp_path_factory.mktemp("fitted")
-    return hf_vit.fit(photos, model=encoder, minutes=0, output_dir=folder / "model", cache=folder, say=lambda line: None)
+    return hf_vit.fit(
+        photos, model=encoder, minutes=0, output_dir=folder / "model", cache=folder, say=lambda line: None
+    )
 
 
 def test_fit_returns_a_model(fitted: TrainedModel) -> None:
@@ -74,7 +76,9 @@ def test_an_evaluation_prints_as_the_command_does(fitted: TrainedModel, photos: 
 
 
 def test_train_takes_the_fields_of_a_recipe(encoder: str, photos: Path, tmp_path: Path) -> None:
-    model = hf_vit.train(photos, model=encoder, output_dir=tmp_path / "model", max_steps=2, batch_size=4, image_size=16)
+    model = hf_vit.train(
+        photos, model=encoder, output_dir=tmp_path / "model", max_steps=2, batch_size=4, image_size=16
+    )
     assert model.metrics["steps"] == 2
     card = (tmp_path / "model" / "README.md").read_text()
     assert "hf_vit.train(" in card

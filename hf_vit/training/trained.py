@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ..checkpoints.models import load
 from ..data.sources import Sources

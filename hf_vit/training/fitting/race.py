@@ -9,7 +9,6 @@ arXiv:1502.07943). The numbers of steps follow from the measured throughput, onc
 import contextlib
 import io
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...checkpoints.models import load
@@ -90,16 +88,14 @@ class Entrants:
 
     def recipe(self, candidate: Candidate, start: Path, images: int, steps: int, output_dir: Path) -> TrainConfig:
         """Return the recipe of a candidate, which starts from the model in `start`."""
-        shorter_side = round(1.3 * max(self.image_size))
         return TrainConfig(
             **self.fields,
             task=self.problem.task,
             model=str(start),
             image_size=list(self.image_size),
             trained=candidate.trained,
-            cache=cache_for(images, shorter_side),
-            shorter_side=shorter_side,
-            num_workers=min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0,
+            shorter_side=round(1.3 * max(self.image_size)),
+            auto=["cache", "num_workers", "accumulation_steps"],
             augmentation="crop_flip",
             smallest_crop=0.5,
             label_smoothing=0.1 if self.problem.task == "classification" else 0.0,
@@ -123,14 +119,6 @@ class Entrants:
         config = self.recipe(candidate, start, len(rows), steps, output_dir)
         with contextlib.redirect_stdout(io.StringIO()):  # the recipe, which a run prints
             return train(config, data=data)
-
-
-def cache_for(images: int, shorter_side: int) -> str:
-    """Return `"ram"` if decoded images fit into a quarter of the free memory, else `"none"`."""
-    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return "none"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "ram" if images * 3 * 1.5 * shorter_side**2 < free / 4 else "none"
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def _base_model(config: TrainConfig) -> str | None:
 
 
 def _sections(run: Run, command: str) -> dict[str, str]:
-    training = f"""{fenced(command, "bash")}
+    language = "python" if command.startswith("hf_vit.") else "bash"  # a call or a command
+    training = f"""{fenced(command, language)}
 
 The same command resumes an interrupted run. `recipe.yaml` contains all fields: set its `data` and `output_dir`, then
 run `hf-vit train --recipe recipe.yaml`.
@@ -195,8 +196,11 @@ def _recipe(config: TrainConfig) -> str:
 
 def for_others(config: TrainConfig) -> TrainConfig:
     """Return a recipe that may be published: without absolute paths of this machine or its user's repository."""
-    paths = {name: getattr(config, name) for name in ("data", "model", "output_dir")}
-    public: dict[str, Any] = {
-        name: Path(value).name for name, value in paths.items() if value and Path(value).is_absolute()
-    }
-    return replace(config, push_to_hub=None, **public)
+
+    def public(value: Any) -> Any:
+        if isinstance(value, list):
+            return [public(each) for each in value]
+        return Path(value).name if value and Path(value).is_absolute() else value
+
+    paths = {name: public(getattr(config, name)) for name in ("data", "model", "output_dir")}
+    return replace(config, push_to_hub=None, **paths)

@@ -102,11 +102,9 @@ def fit(
             return TrainedModel(output_dir)
         state.write()
         fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, tuple(candidates), say)
-        fitting.run(
-            output_dir,
-            command
-            or call_of("fit", {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}),
-        )
+        stated = {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}
+        fitting.run(output_dir, command or call_of("fit", stated))
+    return TrainedModel(output_dir)
 
 
 def _check_output_dir(output_dir: Path, model: str) -> None:

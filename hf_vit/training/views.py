@@ -13,7 +13,7 @@ from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import ImageData
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
-from ..system.texts import fenced, markdown, shell_word
+from ..system.texts import fenced, markdown, one_line, shell_word
 
 LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
 DRAWN_CLASSES = 120  # a confusion matrix with more classes cannot be read
@@ -266,4 +266,4 @@ def _counts(data: ImageData, counts: Sequence[int]) -> str:
 
 
 def _listed(pairs: Any) -> str:
-    return ", ".join(f"{name} {count:,}" for count, name in pairs)
+    return ", ".join(f"{one_line(name)} {count:,}" for count, name in pairs)

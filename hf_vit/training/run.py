@@ -24,7 +24,7 @@ from ..data.images import EvaluationImages, TrainingImages, derive_seed, normali
 from ..data.labelled import RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader
 from ..data.orders import BatchDivision, steps_of
-from ..evaluation.metrics import ImageResults
+from ..evaluation.results import Results
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.disk import writing
 from ..system.machine import free_memory
@@ -146,7 +146,7 @@ class Run:
         self.accelerator, self.signals = accelerator, signals
         self.say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
         self.is_main_process, self.output_dir = accelerator.is_main_process, Path(config.output_dir)
-        self.predictions: ImageResults | None = None
+        self.predictions: Results | None = None
         self.shown: dict[str, str] = {}  # by the progress bar
         self.is_tried = False  # whether a part of a batch fits into the memory of every process
         self.checkpoints = CheckpointFolder(self.output_dir / CHECKPOINTS, config.keep_checkpoints)
@@ -297,7 +297,7 @@ class Run:
         if self.is_over:
             self.say(f"Stopping after step {state.step}: {name} has not improved since step {state.best.step}.")
 
-    def _measure(self) -> tuple[dict[str, Any], ImageResults | None]:
+    def _measure(self) -> tuple[dict[str, Any], Results | None]:
         """Return the metrics and predictions of the weights that the model holds."""
         batches = self.signals.heeded(self.eval_loader, self.accelerator)
         metrics, unreadable, predictions = self.task.evaluate(
@@ -352,6 +352,8 @@ class Run:
                 _, self.predictions = self._measure()
             except EvaluationStopped as stopped:
                 self.interrupt(stopped.args[0])
+        if self.predictions is not None:
+            self.task.adopt(self.model, self.predictions)
         self.metrics = self._final_metrics()
         self._write_model(output_dir)
         if self.is_main_process:

@@ -287,7 +287,7 @@ def _classes(results: Any, names: Sequence[str]) -> str:
 
 
 def _training_section(report: Report) -> str:
-    text = f"{fenced(report.command, 'bash')}\n\nThe same command resumes an interrupted fit."
+    text = f"{fenced(report.command, 'python' if report.command.startswith('hf_vit.') else 'bash')}\n\nThe same command resumes an interrupted fit."
     if report.verdict.winner is not None:
         text += (
             " `recipe.yaml` contains the final training, which starts from the linear probe in `fit/probe`: run "

@@ -140,9 +140,13 @@ def _base_model(config: TrainConfig) -> str | None:
     return config.model if config.model.count("/") == 1 else None
 
 
+def fenced_command(command: str) -> str:
+    """Return a command, or a call of this package, as a block of Markdown."""
+    return fenced(command, "python" if command.startswith("hf_vit.") else "bash")
+
+
 def _sections(run: Run, command: str) -> dict[str, str]:
-    language = "python" if command.startswith("hf_vit.") else "bash"  # a call or a command
-    training = f"""{fenced(command, language)}
+    training = f"""{fenced_command(command)}
 
 The same command resumes an interrupted run. `recipe.yaml` contains all fields: set its `data` and `output_dir`, then
 run `hf-vit train --recipe recipe.yaml`.

@@ -19,9 +19,9 @@ from ...hub.card import write_card
 from ...inspection.drawing import save
 from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
-from ...system.texts import code, fenced, markdown
+from ...system.texts import code, markdown
 from ..recipe import TrainConfig
-from ..report import DRAWN_CLASSES, for_others
+from ..report import DRAWN_CLASSES, fenced_command, for_others
 from ..run import METRICS
 from .heads import FittedHead, SingleLabel, shown
 from .race import CHANCE, Verdict
@@ -287,7 +287,7 @@ def _classes(results: Any, names: Sequence[str]) -> str:
 
 
 def _training_section(report: Report) -> str:
-    text = f"{fenced(report.command, 'python' if report.command.startswith('hf_vit.') else 'bash')}\n\nThe same command resumes an interrupted fit."
+    text = f"{fenced_command(report.command)}\n\nThe same command resumes an interrupted fit."
     if report.verdict.winner is not None:
         text += (
             " `recipe.yaml` contains the final training, which starts from the linear probe in `fit/probe`: run "

@@ -21,8 +21,9 @@ from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
 from ...system.texts import code, markdown
 from ..recipe import TrainConfig
-from ..report import DRAWN_CLASSES, fenced_command, for_others
+from ..report import fenced_command, for_others
 from ..run import METRICS
+from ..views import DRAWN_CLASSES
 from .heads import FittedHead, SingleLabel, shown
 from .race import CHANCE, Verdict
 from .state import FitState

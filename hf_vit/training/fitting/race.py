@@ -11,17 +11,18 @@ import io
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import Any
 
 from torch import Tensor
 
 from ...checkpoints.models import load
 from ...data.labelled import ImageData
-from ..loop import train
+from ..loop import remaining_steps, train
 from ..recipe import TrainConfig
 from ..run import Run
 from .embedding import logits_of
@@ -33,7 +34,7 @@ FINALISTS = 2
 SHARE = 0.9  # of the time that is left is planned; the rest is for the report and for other users of the machine
 LEAST_STEPS = 40  # of a candidate: fewer say little about it
 MOST_EPOCHS = 20  # of the final training
-REHEARSED_STEPS = 4
+REHEARSED_STEPS = 5
 CHANCE = 0.1  # fine-tuning must be better with this one-sided error probability
 
 
@@ -110,15 +111,26 @@ class Entrants:
             output_dir=str(output_dir),
         )
 
-    def train(self, candidate: Candidate, start: Path, rows: Tensor, steps: int, name: str) -> Run:
-        """Train a candidate on some images, or resume that; returns the finished run in `folder/name`."""
+    def train(
+        self,
+        candidate: Candidate,
+        start: Path,
+        rows: Tensor,
+        steps: int,
+        name: str,
+        taken: Callable[[Run], Iterable[int]] = remaining_steps,
+    ) -> Run:
+        """Train a candidate on some images, or resume that; returns the finished run in `folder/name`.
+
+        `taken` gives the steps, as for `training.loop.train`.
+        """
         output_dir = self.folder / name
         split = self.data.train.select(rows.tolist())
         # The loop evaluates once; the fold is evaluated afterwards, on every core.
         data = replace(self.data, train=split, evaluation=split.select([0]), train_length=len(rows))
         config = self.recipe(candidate, start, len(rows), steps, output_dir)
         with contextlib.redirect_stdout(io.StringIO()):  # the recipe, which a run prints
-            return train(config, data=data)
+            return train(config, data=data, steps=taken)
 
 
 @dataclass(frozen=True)
@@ -248,13 +260,22 @@ def _budget(
         return {"why": f"{max(0.0, seconds()):.0f} s are left, which is too little to measure the speed of training"}
     # A step takes about four forwards; measuring must not take more than a tenth of the time.
     guess = entrants.state.values.get("forwards_per_second", 10.0) / 4 / entrants.batch_size(len(trained))
-    steps = max(1, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))
+    steps = max(2, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))
+    marks: list[float] = []
+
+    def marked(run: Run) -> Iterator[int]:
+        for step in remaining_steps(run):
+            marks.append(time.perf_counter())
+            yield step
+        marks.append(time.perf_counter())
+
     began = time.perf_counter()
-    run = entrants.train(candidates[0], start(), trained, steps, "rehearsal")
+    run = entrants.train(candidates[0], start(), trained, steps, "rehearsal", marked)
     wall = time.perf_counter() - began
-    # The first step is slow, so the speed is a cautious one.
-    training = run.config.batch_size * steps / run.timing["images_per_second"]
-    steps_per_second = steps / max(1e-6, training)
+    # The first step allocates memory, and the last one evaluates and saves, so neither shows the speed.
+    shown = [after - before for before, after in pairwise(marks)]
+    step_seconds = median(shown[1:-1] or shown[:1])
+    steps_per_second, training = 1 / max(1e-6, step_seconds), steps * step_seconds
     shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
     # A forward is about a third of a step.
     overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3

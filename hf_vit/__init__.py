@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
     from .prediction.pipeline import HFViTImageClassificationPipeline
+    from .training.fitting.fit import fit
+    from .training.trained import TrainedModel, train
 
     __version__: str
 
@@ -29,7 +31,10 @@ __all__ = [
     "HFViTImageProcessor",
     "HFViTImageProcessorPil",
     "HFViTModel",
+    "TrainedModel",
     "__version__",
+    "fit",
+    "train",
 ]
 
 _load = lazy_exports(
@@ -41,6 +46,8 @@ _load = lazy_exports(
         "model.image_processing_hf_vit": ["HFViTImageProcessor"],
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
         "prediction.pipeline": ["HFViTImageClassificationPipeline"],
+        "training.fitting.fit": ["fit"],
+        "training.trained": ["TrainedModel", "train"],
     },
 )[0]
 

@@ -98,7 +98,7 @@ def fit(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         result = fit_classifier(
             str(data), model=model, minutes=minutes, output_dir=f"{folder}/model", seed=seed, image_size=size,
-            cache_dir=f"{folder}/features", say=lambda line: None,
+            cache=f"{folder}/features", say=lambda line: None,
         )  # fmt: skip
         return {"accuracy": result.metrics["eval_accuracy"], "details": result.metrics}
 

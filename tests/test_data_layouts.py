@@ -347,6 +347,8 @@ def test_splits_with_a_table_each(tmp_path: Path) -> None:
 def test_folders_are_the_classes_beside_captions(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "source", CLASSES)
     rows = [(f"{name}/{index:03d}.png", f"a {name}") for name in CLASSES for index in range(5)]
+    long = [("caption", "file"), *((f"{'a very ' * 1000}{text}", name) for name, text in rows)]
+    assert load_data(table(folder / "metadata.csv", long)).label_names  # a text too long for a path is no path
     table(folder / "metadata.csv", [("file_name", "caption"), *rows])
     data = load_data(folder)
     assert counts(data) == (8, 2, ["cat", "dog"])

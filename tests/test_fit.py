@@ -49,7 +49,7 @@ def test_a_linear_probe_is_a_complete_model(photos: Path, options: dict[str, Any
     lines: list[str] = []
     fitted = fit(str(photos), output_dir=tmp_path / "mine", say=lines.append, **options)
     metrics = json.loads((tmp_path / "mine" / "metrics.json").read_text())
-    assert fitted.method == metrics["method"] == "probe" and fitted.metrics == metrics
+    assert fitted.metrics["method"] == metrics["method"] == "probe" and fitted.metrics == metrics
     assert metrics["eval_accuracy"] > 0.9 and metrics["eval_count"] == 21
     assert metrics["expected"]["low"] <= metrics["eval_accuracy"] <= metrics["expected"]["high"]
     assert {"read", "embed", "probe", "race", "final", "total"} == set(metrics["seconds"])
@@ -84,13 +84,14 @@ def test_the_model_of_a_probe_has_its_logits(
         return fit_head({pooling: features[pooling]}, *arguments)
 
     monkeypatch.setattr(fit_module, "fit_head", with_one_pooling)
-    monkeypatch.setattr(fit_module, "write_fit", lambda report, folder: {**METRICS, "report": report})
-    report = fit(str(photos), output_dir=tmp_path / "mine", say=lambda line: None, **options).metrics["report"]
+    reports: list[Any] = []
+    monkeypatch.setattr(fit_module, "write_fit", lambda report, folder: reports.append(report) or METRICS)
+    fit(str(photos), output_dir=tmp_path / "mine", say=lambda line: None, **options)
     model, processor = load(tmp_path / "mine")
     assert model.config.pooling == pooling
     with torch.no_grad():
         logits = model(**processor(colored_dataset(21, 1)["image"][:], return_tensors="pt")).logits
-    torch.testing.assert_close(logits, report.evaluated[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits, reports[0].evaluated[0], atol=1e-3, rtol=1e-3)
 
 
 METRICS = {
@@ -115,27 +116,28 @@ def test_nothing_is_held_out_without_an_evaluation_split(
     assert "interval of its mean" in lines[-2]
 
 
-class Raced:
-    """Fits in which one candidate has a few steps, and is chosen."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(race_module, "_budget", lambda *arguments: {"candidates": 1, "steps": [4], "final": 6})
-        monkeypatch.setattr(race_module, "beats", lambda *arguments: (True, "is better"))
-        self.candidates = (Candidate("all", 1e-3),)
-
-    def fit(self, photos: Path, options: dict[str, Any], folder: Path) -> Any:
-        lines: list[str] = []
-        return fit(
-            str(photos), output_dir=folder, candidates=self.candidates, say=lines.append, **{**options, "minutes": 9}
-        )
+def fit_with_a_race(
+    photos: Path,
+    options: dict[str, Any],
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    methods: tuple[str, ...],
+    **budget: Any,
+) -> Any:
+    """Fit with a race of a few steps, whose best candidate is chosen."""
+    patch.setattr(race_module, "_budget", lambda *arguments: {"candidates": len(methods), **budget})
+    patch.setattr(race_module, "beats", lambda *arguments: (True, "is better"))
+    candidates = [Candidate(method, 1e-3) for method in methods]
+    return fit(
+        str(photos), output_dir=folder, candidates=candidates, say=lambda line: None, **{**options, "minutes": 9}
+    )
 
 
 def test_the_winner_is_fine_tuned_on_everything(
-    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raced = Raced(monkeypatch)
-    fitted = raced.fit(photos, options, tmp_path / "mine")
-    assert fitted.method == "all 1e-03"
+    fitted = fit_with_a_race(photos, options, tmp_path / "mine", monkeypatch, ("all",), steps=[4], final=6)
+    assert fitted.metrics["method"] == "all 1e-03"
     [row] = fitted.metrics["race"]
     assert row["steps"] == 4 and 0 <= row["score"] <= 1
     assert fitted.metrics["expected"]["images"] == 9  # the held-out fold
@@ -143,17 +145,42 @@ def test_the_winner_is_fine_tuned_on_everything(
     recipe = (tmp_path / "mine" / "recipe.yaml").read_text()
     assert "max_steps: 6" in recipe and "learning_rate: 0.001" in recipe
     assert (tmp_path / "mine" / "fit" / "probe" / "model.safetensors").is_file()
-    whole = weights(load(tmp_path / "mine")[0])
+    assert load(tmp_path / "mine")[0].config.temperature == fitted.metrics["temperature"]
 
-    for step in (2, 5):  # in the race, and in the final training
-        folder = tmp_path / f"stopped-{step}"
-        with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
-            stop_at(step, patch)
-            raced.fit(photos, options, folder)
-        assert stopped.value.exit_code == 130
-        again = raced.fit(photos, options, folder)
-        assert again.metrics["race"][0]["score"] == row["score"]
-        assert_same_weights(weights(load(folder)[0]), whole)
+
+@pytest.mark.slow
+def test_the_best_candidates_get_more_steps(
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = ("all", "lora", "head")
+    fitted = fit_with_a_race(photos, options, tmp_path / "mine", monkeypatch, methods, steps=[2, 4], final=5)
+    rows = fitted.metrics["race"]
+    assert [row["steps"] for row in rows] == [2, 2, 2, 4, 4]
+    best = sorted(rows[:3], key=lambda row: (-row["score"], row["loss"]))[:2]
+    assert [row["method"] for row in best] == [row["method"] for row in rows[3:]]
+    assert fitted.metrics["method"] in {f"{row['method']} 1e-03" for row in best}
+    assert fitted.metrics["eval_accuracy"] > 0.9  # it starts from the fitted head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", (2, 5))  # in the race, and in the final training
+def test_an_interrupted_fit_continues_exactly(
+    step: int,
+    photos: Path,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+) -> None:
+    race = {"methods": ("all",), "steps": [4], "final": 6}
+    whole = fit_with_a_race(photos, options, tmp_path / "whole", monkeypatch, **race)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        stop_at(step, patch)
+        fit_with_a_race(photos, options, tmp_path / "stopped", patch, **race)
+    assert stopped.value.exit_code == 130
+    again = fit_with_a_race(photos, options, tmp_path / "stopped", monkeypatch, **race)
+    assert again.metrics["race"][0]["score"] == whole.metrics["race"][0]["score"]
+    assert_same_weights(weights(load(tmp_path / "stopped")[0]), weights(load(tmp_path / "whole")[0]))
 
 
 def test_the_command(photos: Path, encoder: str, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_impossible_scales_have_a_remedy() -> None:
         ({"temperature": 0}, "temperature must be at least"),
         ({"target_mean": [0.0] * 3}, "set both, or neither"),
         ({"target_mean": [0.0] * 3, "target_std": [1.0, 0.0, 1.0]}, "target_std must be positive"),
-        ({"target_mean": [float("nan")] * 3, "target_std": [1.0] * 3}, "finite"),
+        ({"target_mean": [float("nan")] * 3, "target_std": [1.0] * 3}, "must be numbers"),
     ]
     for fields, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -295,7 +295,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str, reci
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match=r"Unknown recipe 'digit': give a YAML file or one of .*digits, flowers"):
+    with pytest.raises(ValueError, match=r"Unknown recipe 'digit': give a YAML file .*digits, finetune, flowers"):
         TrainConfig.from_recipe("digit")
 
 

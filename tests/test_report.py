@@ -93,7 +93,7 @@ def test_card_of_an_encoder_tells_how_to_go_on(photos: Path, tmp_path: Path) -> 
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.text.count("pre-trained without labels on masked patches") == 1
-    assert 'hf-vit train --recipe flowers --data FOLDER --model "encoder"' in card.text
+    assert 'hf-vit train --data FOLDER --model "encoder"' in card.text
     assert 'AutoModel.from_pretrained("encoder"' in card.text and "AutoModelForImageClassification" not in card.text
     assert f"| photos, test | loss | {run.metrics['eval_loss']:.4g} |" in card.text
     assert "## Classes" not in card.text and said[0].startswith("Loss ")

@@ -318,6 +318,19 @@ class Checkpoint:
         return processor
 
 
+def usual_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return the (height, width) that the image processor of a checkpoint gives, if patches of the model divide it.
+
+    Otherwise that of the config. DINOv2 has positions for 518 pixels and a processor for 224.
+    """
+    stated = checkpoint.processor().to_dict()
+    size = stated.get("crop_size" if stated.get("do_center_crop") else "size") or {}
+    height, width = size.get("height") or 0, size.get("width") or 0
+    rows, columns = checkpoint.config.patch_shape
+    is_divided = height and width and height % rows == width % columns == 0
+    return (height, width) if is_divided else checkpoint.config.image_shape
+
+
 def parameters_of(architecture: str, config: HFViTConfig) -> dict[str, torch.Size]:
     """Return names and shapes of a model's parameters, without memory for their values."""
     with torch.device("meta"):

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "augmentation": ["AUGMENTATIONS", "BatchMixer", "build_augmentation"],
+        "folders": ["image_endings", "is_image_file"],
         "images": ["EvaluationImages", "TrainingImages", "stored_rows"],
         "labelled": ["ImageData", "load_data", "split_evenly"],
         "loaders": ["evaluation_loader", "training_loader"],

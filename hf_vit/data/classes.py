@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from datasets import ClassLabel, Features, IterableDataset, List, Value
@@ -120,7 +121,7 @@ def convert_labels(parts: list[Part], problem_type: str | None, separator: str |
     kind = _kind_of(values, columns, problem_type, separator, stated)
     splits = []
     for part, own, names in zip(parts, values, stated, strict=True):
-        convert = (lambda value, names=names: kind.convert(_name_of(value, names))) if names else kind.convert
+        convert = partial(_converted, kind.convert, names) if names else kind.convert
         raw = part.values() if names and not isinstance(part.split, IterableDataset) else own
         splits.append(part.with_labels(column, kind.feature, convert, raw))
     return [_renamed(part, column, split) for part, split in zip(parts, splits, strict=True)], Labels(
@@ -139,6 +140,10 @@ def _name_of(value: Any, names: list[str]) -> Any:
     if isinstance(value, list):
         return [names[index] for index in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _converted(convert: Callable[[Any], Any], names: list[str], value: Any) -> Any:
+    return convert(_name_of(value, names))
 
 
 def _named(values: list[Any], names: list[str] | None) -> list[Any]:
@@ -198,9 +203,9 @@ def _kind_of(
     if asked == REGRESSION or (asked is None and has_fractions):
         return _numbers(everything, column, is_asked=asked == REGRESSION)
     if has_fractions:
-        example = next(value for value in everything if isinstance(value, float) and value != int(value))
+        number = next(value for value in everything if isinstance(value, float) and value != int(value))
         raise ValueError(
-            f"Expected classes in {column!r}, found numbers such as {example}: set the task to regression, or specify "
+            f"Expected classes in {column!r}, found numbers such as {number}: set the task to regression, or specify "
             "another label_column."
         )
     everything = [int(value) if isinstance(value, float) else value for value in everything]

@@ -129,10 +129,9 @@ def _boolean(text: str) -> bool:
 
 
 def _list(text: str) -> list[Any]:
-    value = ast.literal_eval(text)
-    if not isinstance(value, list):
+    if not (text.startswith("[") and text.endswith("]")):
         raise ValueError
-    return value
+    return ast.literal_eval(text)
 
 
 # ---------------------------------------------------------------------------------------------------------- paths
@@ -156,9 +155,9 @@ class Finder:
         if value is None or not (text := str(value).strip()):
             return None
         text = text.replace("\\", "/")
-        direct = self.folder / text
-        if direct.is_file() and (direct.suffix or is_image_file(text)):
-            return str(direct.absolute())
+        direct = os.path.join(self.folder, text)
+        if is_image_file(text) and os.path.isfile(direct):  # False for a text that is too long for a path
+            return os.path.abspath(direct)
         parts = [part for part in text.split("/") if part not in ("", ".", "..")]
         if not parts:
             return None
@@ -220,11 +219,11 @@ class Table:
     def rows_by_split(self) -> dict[str, list[int]]:
         """Return the rows of each split: by a column that names splits, or by the name of the table or its folder."""
         for name in usual(self.columns, SPLIT_NAMES):
-            splits = [split_of(str(value)) for value in self.columns[name]]
-            if splits and None not in splits:
-                return {
-                    split: [row for row, own in enumerate(splits) if own == split] for split in dict.fromkeys(splits)
-                }
+            rows: dict[str, list[int]] = {}
+            for row, value in enumerate(self.columns[name]):
+                rows.setdefault(split_of(str(value)) or "", []).append(row)
+            if rows and "" not in rows:
+                return rows
         split = split_of(self.path.stem) or split_of(self.path.parent.name) or "train"
         return {split: list(range(len(self.files)))}
 

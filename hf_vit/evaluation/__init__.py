@@ -6,7 +6,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "evaluate": ["evaluate_checkpoint"],
-        "metrics": ["ImageResults", "classify", "extract_features"],
+        "metrics": ["classify", "evaluate_images", "extract_features"],
+        "results": ["ImageResults", "LabelResults", "TargetResults"],
+        "calibration": ["fit_temperature"],
         "flops": ["count_flops", "count_parameters"],
         "probing": ["few_shot", "knn", "linear_probe"],
     },

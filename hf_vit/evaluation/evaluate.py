@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..checkpoints.checkpoint import Options
+from ..checkpoints.checkpoint import CLASSIFIER, Options
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
-from ..data.classes import SINGLE
+from ..data.classes import MULTI, REGRESSION, SINGLE
 from ..data.images import EvaluationImages, normalize
 from ..data.labelled import ImageData, load_evaluation_data
 from ..data.loaders import evaluation_loader, naming_dead_workers
@@ -82,6 +82,9 @@ def evaluate_checkpoint(
     batch_size = batch_size or default_batch_size(accelerator.device.type)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
+    kind = checkpoint.config.problem_type if checkpoint.architecture == CLASSIFIER else None
+    if kind in (MULTI, REGRESSION):  # whole numbers could also be classes
+        columns["problem_type"] = kind
     with accelerator.local_main_process_first():  # the others read what it has cached
         data, warning = load_evaluation_data(
             source, data_source, eval_split=split, needs_train=bool(probes), **columns

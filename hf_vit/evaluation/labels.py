@@ -105,7 +105,7 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
         return found, f"{note} Without regard to case, {shortened(others)}." if others else note
     by_number = _by_number(of_model, of_data)
     if by_number is not None:
-        return by_number, (
+        return list(by_number), (
             f"Classes are matched by number: {of_data[0]} is {of_model[by_number[0]]}, ..., {of_data[-1]} is "
             f"{of_model[by_number[-1]]}."
         )

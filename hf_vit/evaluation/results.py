@@ -58,7 +58,7 @@ class ImageResults:
         metrics["calibration_error"] = self.calibration_error()
         return {**metrics, "count": len(self.labels)}
 
-    def agreement(self, other: "ImageResults") -> float:
+    def agreement(self, other: Any) -> float:
         """Return the share of images with the same predicted class."""
         return _share(self.predicted == other.predicted)
 
@@ -158,7 +158,7 @@ class LabelResults:
         has, is_predicted = self.labels == 1, self.predicted & (self.labels != -100)
         return (has & is_predicted).sum(dim=0).double(), (has.sum(dim=0) + is_predicted.sum(dim=0)).double()
 
-    def agreement(self, other: "LabelResults") -> float:
+    def agreement(self, other: Any) -> float:
         """Return the share of labels of images that both predict, or both do not."""
         return (self.predicted == other.predicted).double().mean().item()
 
@@ -239,7 +239,7 @@ class TargetResults:
         residuals = (self.predicted.double() - self.labels) / torch.tensor(self.scale or [1.0] * len(rows))
         return {**means, "loss": residuals.square().mean().item(), "count": len(self.labels)}
 
-    def agreement(self, other: "TargetResults") -> float:
+    def agreement(self, other: Any) -> float:
         """Return the mean over targets of R^2 of these values as predictions of the others'."""
         return TargetResults(other.predicted, self.predicted).metrics()["r2"]
 

@@ -37,16 +37,16 @@ def compare(
     """
     accelerator = Accelerator(cpu=True)
     data, _ = load_evaluation_data(source, data_source, needs_train=False)
+    config: Any = checkpoint.config
     data, classes, note = align(data, labels_of(checkpoint))
     if classes is None:
         raise ValueError(note)
     images = EvaluationImages(data.evaluation, data.columns, processor)
-    if problem := contradiction(checkpoint.config, data):
+    if problem := contradiction(config, data):
         raise ValueError(problem)
-    images.labels = labels_for_model(images.labels, classes, checkpoint.config.num_labels)
+    images.labels = labels_for_model(images.labels, classes, config.num_labels)
     loader = evaluation_loader(images, BATCH_OF_CPU, 0)
     to_model = partial(normalize, processor=processor)
-    config = checkpoint.config
     results = {name: evaluate_images(model, loader, accelerator, to_model, config) for name, model in models.items()}
     pixel_values = torch.zeros(BATCH_OF_CPU, checkpoint.config.num_channels, *checkpoint.config.image_shape)
     prepare: dict[Any, Callable[[], Any]] = {name: partial(models.get, name) for name in models}

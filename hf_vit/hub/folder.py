@@ -32,8 +32,8 @@ UPLOADED = (
     "images/*.jpg",
 )
 
-# Folders that are ignored: the run that a model came from, and files of git and of the Hub's client.
-IGNORED = ("adapter", "checkpoints", "checkpoint-*", "runs", ".git", ".cache")
+# Folders that are ignored: the run that a model came from, its last model, and files of git and of the Hub's client.
+IGNORED = ("adapter", "checkpoints", "checkpoint-*", "fit", "last", "runs", ".git", ".cache")
 
 # Names of files that may hold secrets, which have an error of their own.
 SECRETS = (

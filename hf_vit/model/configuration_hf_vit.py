@@ -180,9 +180,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     representation_size: int | None = None
     zero_init_head: bool = False
     temperature: float | int = 1.0
-    thresholds: list[float] | None = None
-    target_mean: list[float] | None = None
-    target_std: list[float] | None = None
+    thresholds: list[float | int] | None = None
+    target_mean: list[float | int] | None = None
+    target_std: list[float | int] | None = None
     mim_objective: str = "pixels"
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True

@@ -94,7 +94,7 @@ class PlannedRun:
         names = [item.name for item in fields(TrainConfig) if item.name not in NOT_COMPARED]
         others = {name: getattr(ours, name) for name in names if getattr(ours, name) != getattr(default, name)}
         begins_from = self.cell.begins_from and dict(self.cell.begins_from)
-        return json.loads(json.dumps({"data": Path(ours.data).name, **others, "begins_from": begins_from}))
+        return json.loads(json.dumps({"data": Path(str(ours.data)).name, **others, "begins_from": begins_from}))
 
     def execute(self) -> dict[str, Any]:
         """Train, or resume training, and return the measurements."""

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image as PILImage
 
+from ..checkpoints.checkpoint import usual_size
 from ..checkpoints.opening import open_checkpoint
 from ..data.labelled import ImageData
 from ..data.opening import as_stored
@@ -98,13 +99,7 @@ def _facts_of_model(config: TrainConfig) -> dict[str, Any]:
     if is_checkpoint:
         checkpoint = open_checkpoint(str(config.model))
         model_config, parameters = checkpoint.config, checkpoint.num_parameters
-        of_processor = checkpoint.processor().to_dict()
-        size = of_processor.get("crop_size" if of_processor.get("do_center_crop") else "size") or {}
-        image_size = (size.get("height", 0), size.get("width", 0))
-        if not all(image_size) or any(
-            side % of_patch for side, of_patch in zip(image_size, model_config.patch_shape, strict=True)
-        ):
-            image_size = model_config.image_shape
+        image_size = usual_size(checkpoint)
     else:
         fields = {}
         if "image_size" in config.auto:  # any size that is divisible into patches

@@ -45,7 +45,7 @@ def merge_low_rank_updates(model: Any) -> None:
             with torch.no_grad():
                 layer.weight += layer.lora_up @ layer.lora_down
             del layer.lora_down, layer.lora_up
-            layer.__class__ = nn.Linear
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -140,8 +140,13 @@ def base_model_of(config: TrainConfig) -> str | None:
     return config.model if config.model.count("/") == 1 else None
 
 
+def fenced_command(command: str) -> str:
+    """Return a command, or a call of this package, as a block of Markdown."""
+    return fenced(command, "python" if command.startswith("hf_vit.") else "bash")
+
+
 def _sections(run: Run, command: str) -> dict[str, str]:
-    training = f"""{fenced(command, "bash")}
+    training = f"""{fenced_command(command)}
 
 The same command resumes an interrupted run. `recipe.yaml` contains all fields: set its `data` and `output_dir`, then
 run `hf-vit train --recipe recipe.yaml`.
@@ -195,13 +200,11 @@ def _recipe(config: TrainConfig) -> str:
 
 def for_others(config: TrainConfig) -> TrainConfig:
     """Return a recipe that may be published: without absolute paths of this machine or its user's repository."""
-    paths = {name: getattr(config, name) for name in ("model", "output_dir")}
-    public: dict[str, Any] = {name: _without_folder(path) for name, path in paths.items() if path}
-    sources = config.data if isinstance(config.data, list) else [config.data]
-    names = [_without_folder(source) for source in sources]
-    public["data"] = names if isinstance(config.data, list) else names[0]
-    return replace(config, push_to_hub=None, **public)
 
+    def public(value: Any) -> Any:
+        if isinstance(value, list):
+            return [public(each) for each in value]
+        return Path(value).name if value and Path(value).is_absolute() else value
 
-def _without_folder(path: str) -> str:
-    return Path(path).name if Path(path).is_absolute() else path
+    paths = {name: public(getattr(config, name)) for name in ("data", "model", "output_dir")}
+    return replace(config, push_to_hub=None, **paths)

@@ -24,7 +24,7 @@ from ..data.images import EvaluationImages, TrainingImages, derive_seed, normali
 from ..data.labelled import RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader
 from ..data.orders import BatchDivision, steps_of
-from ..evaluation.metrics import ImageResults
+from ..evaluation.results import Results
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.disk import writing
 from ..system.machine import free_memory
@@ -46,6 +46,7 @@ from .parallel import (
 from .recipe import FREE_TO_CHANGE, TrainConfig, default_values
 from .state import AveragedWeights, BrokenImages, RunLog, TrainingState, accepted_broken
 from .tasks import TASKS, build_model
+from .views import describe_data
 
 METRICS, TIMING, LOG, CHECKPOINTS, LAST = "metrics.json", "timing.json", "log.jsonl", "checkpoints", "last"
 # Called with the number of completed steps and a function that writes the model into a folder.
@@ -145,7 +146,7 @@ class Run:
         self.accelerator, self.signals = accelerator, signals
         self.say: Callable[[str], None] = tqdm.write if accelerator.is_main_process else lambda message: None
         self.is_main_process, self.output_dir = accelerator.is_main_process, Path(config.output_dir)
-        self.predictions: ImageResults | None = None
+        self.predictions: Results | None = None
         self.shown: dict[str, str] = {}  # by the progress bar
         self.is_tried = False  # whether a part of a batch fits into the memory of every process
         self.checkpoints = CheckpointFolder(self.output_dir / CHECKPOINTS, config.keep_checkpoints)
@@ -157,13 +158,13 @@ class Run:
         channels = channels_of(data.train, data.columns)
         if channels.num_channels != 3:  # written to the recipe
             config = replace(config, model_config={"num_channels": channels.num_channels, **config.model_config})
+        for line in describe_data(data):
+            self.say(line)
         config = resolved(config, data, accelerator)
         if config.mixup is None:  # the saved recipe states the value that the augmentation implies
             config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
         self.config = config
         self.plan = Plan.of(config, data.train_length)
-        for note in data.notes:
-            self.say(note)
 
         # All processes draw the same initial weights: the seed does not depend on the rank.
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -182,14 +183,36 @@ class Run:
         groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
         optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
 
+        self._build_images(model.config)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        self.model = accelerator.unwrap_model(model)
+        start_tracker(accelerator, config)
+        # A stream does not tell how many evaluation images it has.
+        eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
+        lengths = {"training": data.train_length, "evaluation": eval_length}
+        limits = {split: accepted_broken(config.max_broken, length) for split, length in lengths.items()}
+        self.state = TrainingState(
+            accelerator=accelerator,
+            model=model,
+            optimizer=optimizer,
+            average=AveragedWeights(self.model, config.ema_decay),
+            log=RunLog(self.output_dir / LOG, accelerator),
+            broken=BrokenImages(limits, self.say),
+            identity={**asdict(config), "training images": data.train_length},
+            best=None if config.best_metric is None else BestModel(config.best_metric, config.early_stopping),
+        )
+
+    def _build_images(self, model_config: Any) -> None:
+        """Build the training images and the loader of evaluation images, which are cached if the recipe says so."""
+        config, data, accelerator = self.config, self.data, self.accelerator
         augmentation = build_augmentation(
             config.augmentation,
-            model.config.image_shape,
+            model_config.image_shape,
             config.smallest_crop,
             color_jitter=config.color_jitter,
             erasing=config.erasing,
             fill=self.processor.image_mean,
-            num_channels=model.config.num_channels,
+            num_channels=model_config.num_channels,
         )
         self.to_model = partial(normalize, processor=self.processor)
         cache = accelerator.device if config.cache == "device" else config.cache
@@ -209,24 +232,6 @@ class Run:
             config.num_workers,
             *self.division[1:],
             is_counted=counts_in_evaluation(accelerator),
-        )
-
-        model, optimizer = accelerator.prepare(model, optimizer)
-        self.model = accelerator.unwrap_model(model)
-        start_tracker(accelerator, config)
-        # A stream does not tell how many evaluation images it has.
-        eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
-        lengths = {"training": data.train_length, "evaluation": eval_length}
-        limits = {split: accepted_broken(config.max_broken, length) for split, length in lengths.items()}
-        self.state = TrainingState(
-            accelerator=accelerator,
-            model=model,
-            optimizer=optimizer,
-            average=AveragedWeights(self.model, config.ema_decay),
-            log=RunLog(self.output_dir / LOG, accelerator),
-            broken=BrokenImages(limits, self.say),
-            identity={**asdict(config), "training images": data.train_length},
-            best=None if config.best_metric is None else BestModel(config.best_metric, config.early_stopping),
         )
 
     def _newest_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
@@ -292,7 +297,7 @@ class Run:
         if self.is_over:
             self.say(f"Stopping after step {state.step}: {name} has not improved since step {state.best.step}.")
 
-    def _measure(self) -> tuple[dict[str, Any], ImageResults | None]:
+    def _measure(self) -> tuple[dict[str, Any], Results | None]:
         """Return the metrics and predictions of the weights that the model holds."""
         batches = self.signals.heeded(self.eval_loader, self.accelerator)
         metrics, unreadable, predictions = self.task.evaluate(
@@ -347,6 +352,8 @@ class Run:
                 _, self.predictions = self._measure()
             except EvaluationStopped as stopped:
                 self.interrupt(stopped.args[0])
+        if self.predictions is not None:
+            self.task.adopt(self.model, self.predictions)
         self.metrics = self._final_metrics()
         self._write_model(output_dir)
         if self.is_main_process:

@@ -1,6 +1,7 @@
 """Training objectives: one label, several labels, numbers, and masked patches. The loop is the same for all."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Classification:
 
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
-    ) -> tuple[dict[str, Any], list[str], Results]:
+    ) -> tuple[dict[str, Any], list[str], Any]:
         """Return metrics, the names of images that cannot be read, and the results per image."""
         results = self.results(model, loader, accelerator, normalize)
         return results.metrics(), results.broken, results
@@ -136,6 +137,9 @@ class Classification:
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
         """Return the results per image; further arguments as for `evaluate`."""
         return classify(model, *evaluation)
+
+    def adopt(self, model: nn.Module, results: Any) -> None:
+        """Set what follows from the results of an evaluation in the config of the evaluated model."""
 
 
 class MultiLabel(Classification):
@@ -154,8 +158,13 @@ class MultiLabel(Classification):
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
         """Return the results at the best thresholds for these images, which the model's config gets."""
         results = recognize(model, *evaluation)
-        results.thresholds = _config_of(model).thresholds = results.best_thresholds()
+        results.thresholds = results.best_thresholds()
+        self.adopt(model, results)
         return results
+
+    def adopt(self, model: nn.Module, results: Any) -> None:
+        """Set the thresholds of the results in the config of the evaluated model."""
+        _config_of(model).thresholds = results.thresholds
 
 
 def binary_cross_entropy_of_labels(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -190,7 +199,7 @@ class Regression(Classification):
 
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
         """Return the results per image, with the loss of training."""
-        return regress(model, *evaluation, scale=_config_of(model).target_std)
+        return partial(regress, scale=_config_of(model).target_std)(model, *evaluation)
 
 
 def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:

@@ -1,7 +1,10 @@
-"""What the report of a run shows of its results: a view for each kind of labels, and one for a run without labels."""
+"""What the report of a run shows of its results: a view for each kind of labels, and one for a run without labels.
+
+It does not import runs, which describe their data before they start.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -10,12 +13,7 @@ from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import ImageData
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
-from ..system.texts import fenced, markdown, shell_word
-
-if TYPE_CHECKING:  # a run describes its data
-    from .run import Run
-else:
-    Run = Any
+from ..system.texts import fenced, markdown, one_line, shell_word
 
 LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
 DRAWN_CLASSES = 120  # a confusion matrix with more classes cannot be read
@@ -41,23 +39,23 @@ class Unlabelled:
     best = ("recall", 1)
     columns: dict[str, tuple[str, str]] = {}
 
-    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+    def figures(self, run: Any, title: str) -> dict[str, Figure]:
         """Return figures of the results by file name."""
         return {}
 
-    def limitations(self, run: Run) -> list[str]:
+    def limitations(self, run: Any) -> list[str]:
         """Return sentences on what the metrics do not promise."""
         return []
 
-    def sections(self, run: Run) -> dict[str, str]:
+    def sections(self, run: Any) -> dict[str, str]:
         """Return the first sections of the model card."""
         name = run.output_dir.resolve().name
         tuning = f"--model {shell_word(name)} --output-dir {shell_word(f'{name}-tuned')}"
-        how = fenced(f"hf-vit train --recipe flowers --data FOLDER {tuning}", "bash")
+        how = fenced(f"hf-vit train --data FOLDER {tuning}", "bash")
         words = "The model has no classifier yet. Fine-tune it on a folder of images with one subfolder per class:"
         return {"Fine-tuning": f"{words}\n\n{how}"}
 
-    def _table(self, run: Run) -> str:
+    def _table(self, run: Any) -> str:
         """Return the results per class, label or target as a table in Markdown."""
         rows, (key, sign) = run.predictions.per_class(run.data.label_names), self.best
         names = len(rows)
@@ -94,7 +92,7 @@ class OfClasses(Unlabelled):
         "F1": ("f1", "{:.1%}"),
     }
 
-    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+    def figures(self, run: Any, title: str) -> dict[str, Figure]:
         names, figures = run.data.label_names, {}
         if len(names) <= DRAWN_CLASSES:
             figures["confusion.png"] = inspection.plot_confusion(
@@ -105,10 +103,10 @@ class OfClasses(Unlabelled):
         )
         return figures
 
-    def sections(self, run: Run) -> dict[str, str]:
+    def sections(self, run: Any) -> dict[str, str]:
         return {"Classes": self._table(run)}
 
-    def limitations(self, run: Run) -> list[str]:
+    def limitations(self, run: Any) -> list[str]:
         predictions, names = run.predictions, [markdown(name) for name in run.data.label_names]
         rows = predictions.per_class(names)
         lines = [f"It predicts one of {len(names)} classes for any image, also for one that shows none of them."]
@@ -153,16 +151,16 @@ class OfLabels(Unlabelled):
         "threshold": ("threshold", "{:.3f}"),
     }
 
-    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+    def figures(self, run: Any, title: str) -> dict[str, Figure]:
         rows = run.predictions.per_class(run.data.label_names)
         if not any(row["count"] for row in rows):
             return {}
         return {"average_precision.png": inspection.plot_average_precision(rows, f"{title}: average precision")}
 
-    def sections(self, run: Run) -> dict[str, str]:
+    def sections(self, run: Any) -> dict[str, str]:
         return {"Labels": self._table(run)}
 
-    def limitations(self, run: Run) -> list[str]:
+    def limitations(self, run: Any) -> list[str]:
         rows = run.predictions.per_class([markdown(name) for name in run.data.label_names])
         known = [row for row in rows if row["count"]]
         lines = [
@@ -196,7 +194,7 @@ class OfTargets(Unlabelled):
         "R²": ("r2", "{:.4f}"),
     }
 
-    def figures(self, run: Run, title: str) -> dict[str, Figure]:
+    def figures(self, run: Any, title: str) -> dict[str, Figure]:
         results = run.predictions
         return {
             "targets.png": inspection.plot_targets(
@@ -204,10 +202,10 @@ class OfTargets(Unlabelled):
             )
         }
 
-    def sections(self, run: Run) -> dict[str, str]:
+    def sections(self, run: Any) -> dict[str, str]:
         return {"Targets": self._table(run)}
 
-    def limitations(self, run: Run) -> list[str]:
+    def limitations(self, run: Any) -> list[str]:
         lowest, highest = (run.predictions.labels.aminmax(dim=0)[index].tolist() for index in (0, 1))
         ranges = [
             f"{markdown(name)} from {low:.4g} to {high:.4g}"
@@ -268,4 +266,4 @@ def _counts(data: ImageData, counts: Sequence[int]) -> str:
 
 
 def _listed(pairs: Any) -> str:
-    return ", ".join(f"{name} {count:,}" for count, name in pairs)
+    return ", ".join(f"{one_line(name)} {count:,}" for count, name in pairs)

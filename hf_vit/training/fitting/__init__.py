@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "embedding": ["Embeddings", "Encoder", "embed"],
-        "fit": ["Fitted", "fit"],
+        "fit": ["fit"],
         "heads": ["FittedHead", "LinearHead", "fit_head"],
         "race": ["Candidate", "race"],
     },

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.checkpoint import Options
+from ...checkpoints.checkpoint import Options, usual_size
 from ...checkpoints.models import load
 from ...checkpoints.opening import open_checkpoint
 from ...data.audit import Contents, content_digest, name_of, stored_bytes
+from ...data.channels import Channels, adapt_processor
 from ...data.images import NO_IMAGE, normalize, preprocess
 from ...data.opening import as_stored
 from ...inference.optimize import inference_precision, optimize_for_inference
@@ -33,6 +34,7 @@ from ...system.machine import cores
 SHARD = 512  # images per file of the cache
 VERSION = 1  # of the cache; a change of what features are makes older files unused
 JOINED = "cls_and_mean"
+PHOTOGRAPHS = Channels()
 # Config fields that do not change features, so they do not make cached ones unused.
 NOT_OF_THE_ENCODER = (
     *("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id"),
@@ -45,20 +47,6 @@ def default_cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "hf_vit" / "features"
-
-
-def size_of_checkpoint(source: str) -> tuple[int, int]:
-    """Return the (height, width) that the image processor of a checkpoint gives, if its patches divide it.
-
-    DINOv2 has positions for 518 pixels and a processor for 224.
-    """
-    checkpoint = open_checkpoint(source)
-    crop = checkpoint.processor().to_dict().get("crop_size") or {}
-    size = (crop.get("height"), crop.get("width"))
-    is_divided = all(
-        side and side % patch == 0 for side, patch in zip(size, checkpoint.config.patch_shape, strict=True)
-    )
-    return size if is_divided else checkpoint.config.image_shape
 
 
 class Encoder:
@@ -84,10 +72,25 @@ class Encoder:
         self.model = optimize_for_inference(encoder.to(self.device), self.precision)
 
     @classmethod
-    def from_pretrained(cls, source: str, image_size: tuple[int, int] | None = None, precision: str = "auto") -> Self:
-        """Load a checkpoint in any layout; `image_size` is by default that of its image processor."""
-        size = image_size or size_of_checkpoint(source)
-        return cls(*load(source, size, open_checkpoint(source, Options(image_size=size))), source, precision)
+    def from_pretrained(
+        cls,
+        source: str,
+        image_size: tuple[int, int] | None = None,
+        precision: str = "auto",
+        channels: Channels = PHOTOGRAPHS,
+    ) -> Self:
+        """Load a checkpoint in any layout.
+
+        Args:
+            image_size: (height, width) in pixels; by default that of its image processor.
+            precision: As for `optimize_for_inference`.
+            channels: What the images are; the patch projection is adapted to their number of channels.
+        """
+        number = channels.num_channels if channels.num_channels != 3 else None
+        size = image_size or usual_size(open_checkpoint(source))
+        model, processor = load(source, size, open_checkpoint(source, Options(image_size=size, num_channels=number)))
+        adapt_processor(processor, channels, model.config.num_channels)
+        return cls(model, processor, source, precision)
 
     def _fingerprint(self, encoder: nn.Module) -> str:
         digest = hashlib.blake2b(digest_size=8)
@@ -278,7 +281,7 @@ def _write_shard(folder: Path, encoder: Encoder, rows: dict[str, list[np.ndarray
 def logits_of(
     model: Any, processor: Any, split: Any, columns: tuple[str, str | None], precision: str = "auto"
 ) -> Tensor:
-    """Return the logits of a classifier for every image of a split, float32 `[N, num_labels]`; all must be readable."""
+    """Return the logits of a classifier for every image of a split, float32 `[N, num_labels]`."""
     device = torch.device(torch.accelerator.current_accelerator(True) or "cpu")
     optimized = optimize_for_inference(model.to(device), precision)
     rows = as_stored(split, columns)

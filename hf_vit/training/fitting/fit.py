@@ -5,7 +5,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,23 @@ from transformers.utils import logging as transformers_logging
 from ...checkpoints.models import load, load_classifier
 from ...checkpoints.models import logger as models_logger
 from ...data.audit import Audit, audit
+from ...data.channels import adapt_processor, channels_of
+from ...data.classes import TASK_OF
 from ...data.labelled import HELD_OUT, ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
 from ..run import METRICS, save_model
+from ..trained import TrainedModel, call_of
 from .calibration import expected_score
 from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
-from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of
+from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
 from .race import CANDIDATES, Candidate, Entrants, Verdict, race
-from .report import Report, shown, summary, write_fit
+from .report import Report, summary, write_fit
 from .state import STATE, FitState, stable
 
 FIT = "fit"  # folder of the state, in output_dir
 REPORT_SECONDS = 10  # reserved for figures and files
-PROBLEM_OF = {
-    "classification": "single_label_classification",
-    "multi_label": "multi_label_classification",
-    "regression": "regression",
-}
-
-
-@dataclass
-class Fitted:
-    """A finished fit.
-
-    Attributes:
-        folder: Folder of the model, its card and its figures.
-        method: `"probe"`, or how it was fine-tuned, such as `"all 1e-04"`.
-        metrics: What `metrics.json` holds.
-    """
-
-    folder: Path
-    method: str
-    metrics: dict[str, Any]
 
 
 def fit(
@@ -72,7 +56,7 @@ def fit(
     command: str | None = None,
     candidates: Sequence[Candidate] = CANDIDATES,
     say: Callable[[str], None] = print,
-) -> Fitted:
+) -> TrainedModel:
     """Choose and train the best classifier of images that a number of minutes allows.
 
     Every image passes once through the frozen encoder, and a linear head is fitted to these features. In the time that
@@ -101,7 +85,7 @@ def fit(
     output_dir, size = Path(output_dir), (image_size,) * 2 if isinstance(image_size, int) else image_size
     options = {"train_split": train_split, "eval_split": eval_split, "image_column": image_column}
     options |= {"label_column": label_column, "label_separator": label_separator}
-    options |= {"problem_type": None if task is None else PROBLEM_OF[task]}
+    options |= {"problem_type": None if task is None else {name: kind for kind, name in TASK_OF.items()}[task]}
     sources = str(data) if isinstance(data, str | Path) else [str(source) for source in data]
     _check_output_dir(output_dir, model)
     if resume == "never":
@@ -115,10 +99,12 @@ def fit(
             say(f"{output_dir} holds the finished result of this command. To fit again, add --resume never.")
             for line in summary(metrics, output_dir):
                 say(line)
-            return Fitted(output_dir, metrics["method"], metrics)
+            return TrainedModel(output_dir)
         state.write()
         fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, tuple(candidates), say)
-        return fitting.run(output_dir, command or _call(sources, model, minutes, seed, size))
+        stated = {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}
+        fitting.run(output_dir, command or call_of("fit", stated))
+    return TrainedModel(output_dir)
 
 
 def _check_output_dir(output_dir: Path, model: str) -> None:
@@ -126,12 +112,6 @@ def _check_output_dir(output_dir: Path, model: str) -> None:
         raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
     if (output_dir / "config.json").exists() and not (output_dir / FIT / STATE).exists():
         raise ValueError(f"{output_dir} holds a model that fit did not write: choose another --output-dir.")
-
-
-def _call(data: Any, model: str, minutes: float, seed: int, size: Any) -> str:
-    return (
-        f"hf_vit.training.fitting.fit({data!r}, model={model!r}, minutes={minutes:g}, seed={seed}, image_size={size})"
-    )
 
 
 def open_data(source: str | list[str], **options: Any) -> ImageData:
@@ -190,7 +170,7 @@ class _Fitting:
         measuring = self.state.values.get("evaluation_seconds", 0.0)
         return 60 * self.minutes - self.state.seconds - REPORT_SECONDS - measuring
 
-    def run(self, output_dir: Path, command: str) -> Fitted:
+    def run(self, output_dir: Path, command: str) -> None:
         """Do all steps, and write the result."""
         self.read()
         embedded = self.embed()
@@ -222,7 +202,6 @@ class _Fitting:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for line in summary(metrics, output_dir):
             self.say(line)
-        return Fitted(output_dir, metrics["method"], stable(metrics))
 
     def read(self) -> None:
         """Open the data and the encoder."""
@@ -232,7 +211,8 @@ class _Fitting:
         self.say(f"{data.name}: {len(data.train):,} training images, {evaluation}, {len(data.label_names)} labels.")
         for note in data.notes:
             self.say(note)
-        self.encoder = Encoder.from_pretrained(self.source, self.size)
+        self.channels = channels_of(data.train, data.columns)
+        self.encoder = Encoder.from_pretrained(self.source, self.size, channels=self.channels)
         self.lap("read")
 
     def embed(self) -> tuple[Embeddings, Embeddings | None]:
@@ -244,6 +224,8 @@ class _Fitting:
         if "evaluation_seconds" not in self.state:
             each = seconds / computed if computed else 0.0
             self.state.put(evaluation_seconds=round(each * (len(splits[1]) if evaluation else 0), 1))
+            if computed:
+                self.state.put(forwards_per_second=computed / seconds)
         total = sum(len(part.rows) for part in results)
         self.say(f"Features of {total:,} images in {seconds:.0f} s, {max(0, total - computed):,} of them cached.")
         name = JOINED if JOINED in train.features else next(iter(train.features))
@@ -298,18 +280,23 @@ class _Fitting:
 
     def race(self, head: FittedHead) -> Verdict:
         """Race fine-tuning against the probe."""
-        held_out = head.folds == 0
-        start = self.folder / "fold"
-        self.entrants = self._entrants()
-        if "budget" not in self.state and self.left() > 10:
-            with calm_solvers():
-                fold_head = self.problem.fit(self.features[~held_out], self.labels[~held_out], head.strength)
-            self.write_probe(fold_head, head.pooling, start)
-            self.write_probe(head.head, head.pooling, self.folder / "probe")
+        self.entrants, held_out = self._entrants(), head.folds == 0
+        start = partial(self.starting_points, head, held_out)
         verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, self.candidates)
         self.say(verdict.why if verdict.why.endswith(".") else f"{verdict.why}.")
         self.lap("race")
         return verdict
+
+    def starting_points(self, head: FittedHead, held_out: Tensor) -> Path:
+        """Write the models to fine-tune, and return that for the race, whose head does not know the held-out fold."""
+        fold = self.folder / "fold"
+        if "starting_points" not in self.state:
+            with calm_solvers():
+                without = self.problem.fit(self.features[~held_out], self.labels[~held_out], head.strength)
+            self.write_probe(without, head.pooling, fold)
+            self.write_probe(head.head, head.pooling, self.folder / "probe")
+            self.state.put(starting_points=True)
+        return fold
 
     def _entrants(self) -> Entrants:
         names = ("train_split", "eval_split", "image_column", "label_column", "label_separator")
@@ -322,10 +309,12 @@ class _Fitting:
     def write_probe(self, head: LinearHead, pooling: str, folder: Path) -> None:
         """Write the encoder with a head as a classifier."""
         fields = {**self.problem.fields(self.labels), "pooling": pooling, "representation_size": None}
+        fields |= {"num_channels": self.encoder.config.num_channels}
         with _quiet_about_the_new_head():
             model, processor = load_classifier(
                 self.source, self.data.label_names, image_size=self.encoder.image_size, **fields
             )
+        adapt_processor(processor, self.channels, model.config.num_channels)
         scaled = self.problem.in_model(head, self.labels)
         with torch.no_grad():
             model.classifier.weight.copy_(scaled.weight)

@@ -217,6 +217,11 @@ PROBLEMS: dict[str, type[SingleLabel]] = {
 }
 
 
+def shown(metric: str, value: float) -> str:
+    """Return a score as people read it: accuracy in percent, others as numbers."""
+    return f"{value:.1%}" if metric == "accuracy" else f"{value:.3f}"
+
+
 def folds_of(strata: Tensor, digests: Sequence[str], seed: int, number: int = FOLDS) -> Tensor:
     """Assign images to folds with equal shares of every stratum, `[N]`.
 

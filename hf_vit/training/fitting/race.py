@@ -9,25 +9,24 @@ arXiv:1502.07943). The numbers of steps follow from the measured throughput, onc
 import contextlib
 import io
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...checkpoints.models import load
 from ...data.labelled import ImageData
-from ..loop import train
+from ..loop import remaining_steps, train
 from ..recipe import TrainConfig
 from ..run import Run
 from .embedding import logits_of
-from .heads import SingleLabel
+from .heads import SingleLabel, shown
 from .state import FitState
 
 GROWTH = 3  # how many times more steps the finalists get
@@ -35,7 +34,7 @@ FINALISTS = 2
 SHARE = 0.9  # of the time that is left is planned; the rest is for the report and for other users of the machine
 LEAST_STEPS = 40  # of a candidate: fewer say little about it
 MOST_EPOCHS = 20  # of the final training
-REHEARSED_STEPS = 4
+REHEARSED_STEPS = 5
 CHANCE = 0.1  # fine-tuning must be better with this one-sided error probability
 
 
@@ -90,16 +89,14 @@ class Entrants:
 
     def recipe(self, candidate: Candidate, start: Path, images: int, steps: int, output_dir: Path) -> TrainConfig:
         """Return the recipe of a candidate, which starts from the model in `start`."""
-        shorter_side = round(1.3 * max(self.image_size))
         return TrainConfig(
             **self.fields,
             task=self.problem.task,
             model=str(start),
             image_size=list(self.image_size),
             trained=candidate.trained,
-            cache=cache_for(images, shorter_side),
-            shorter_side=shorter_side,
-            num_workers=min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0,
+            shorter_side=round(1.3 * max(self.image_size)),
+            auto=["cache", "num_workers", "accumulation_steps"],
             augmentation="crop_flip",
             smallest_crop=0.5,
             label_smoothing=0.1 if self.problem.task == "classification" else 0.0,
@@ -114,23 +111,26 @@ class Entrants:
             output_dir=str(output_dir),
         )
 
-    def train(self, candidate: Candidate, start: Path, rows: Tensor, steps: int, name: str) -> Run:
-        """Train a candidate on some images, or resume that; returns the finished run in `folder/name`."""
+    def train(
+        self,
+        candidate: Candidate,
+        start: Path,
+        rows: Tensor,
+        steps: int,
+        name: str,
+        taken: Callable[[Run], Iterable[int]] = remaining_steps,
+    ) -> Run:
+        """Train a candidate on some images, or resume that; returns the finished run in `folder/name`.
+
+        `taken` gives the steps, as for `training.loop.train`.
+        """
         output_dir = self.folder / name
         split = self.data.train.select(rows.tolist())
         # The loop evaluates once; the fold is evaluated afterwards, on every core.
         data = replace(self.data, train=split, evaluation=split.select([0]), train_length=len(rows))
         config = self.recipe(candidate, start, len(rows), steps, output_dir)
         with contextlib.redirect_stdout(io.StringIO()):  # the recipe, which a run prints
-            return train(config, data=data)
-
-
-def cache_for(images: int, shorter_side: int) -> str:
-    """Return `"ram"` if decoded images fit into a quarter of the free memory, else `"none"`."""
-    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return "none"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "ram" if images * 3 * 1.5 * shorter_side**2 < free / 4 else "none"
+            return train(config, data=data, steps=taken)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Verdict:
 
 def race(
     entrants: Entrants,
-    start: Path,
+    start: Callable[[], Path],
     held_out: Tensor,
     probe_logits: Tensor,
     seconds: Callable[[], float],
@@ -210,7 +210,7 @@ def race(
 
     Args:
         entrants: What they share.
-        start: Folder of the model whose head was fitted without the held-out fold.
+        start: Returns the folder of a model whose head was fitted without the held-out fold.
         held_out: Which images are held out, `[N]`.
         probe_logits: The probe's predictions for these.
         seconds: Returns the seconds that are left, for the race and the final training.
@@ -234,7 +234,7 @@ def race(
     )
     table: list[dict[str, Any]] = []
     for rung, steps in enumerate(budget.steps):
-        results = [_run(entrants, candidate, start, trained, rows, steps, rung, say) for candidate in racing]
+        results = [_run(entrants, candidate, start(), trained, rows, steps, rung, say) for candidate in racing]
         table += results
         ranked = sorted(zip(racing, results, strict=True), key=lambda pair: (-pair[1]["score"], pair[1]["loss"]))
         racing = tuple(candidate for candidate, _ in ranked[:FINALISTS])
@@ -242,13 +242,14 @@ def race(
     tensors = state.tensors(f"rung{len(budget.steps) - 1}-{best.name.replace(' ', '-')}")
     assert tensors is not None
     is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
-    why = f"{best.name} scores {problem.score(tensors['logits'], targets):.1%} on the held-out fold, and {why}"
+    score = shown(problem.metric, problem.score(tensors["logits"], targets))
+    why = f"{best.name} scores {score} on the held-out fold, and {why}"
     return Verdict(best if is_better else None, why, table, tensors["logits"], budget.final, len(results) + 1)
 
 
 def _budget(
     entrants: Entrants,
-    start: Path,
+    start: Callable[[], Path],
     trained: Tensor,
     rows: Tensor,
     seconds: Callable[[], float],
@@ -257,12 +258,24 @@ def _budget(
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
         return {"why": f"{max(0.0, seconds()):.0f} s are left, which is too little to measure the speed of training"}
+    # A step takes about four forwards; measuring must not take more than a tenth of the time.
+    guess = entrants.state.values.get("forwards_per_second", 10.0) / 4 / entrants.batch_size(len(trained))
+    steps = max(2, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))
+    marks: list[float] = []
+
+    def marked(run: Run) -> Iterator[int]:
+        for step in remaining_steps(run):
+            marks.append(time.perf_counter())
+            yield step
+        marks.append(time.perf_counter())
+
     began = time.perf_counter()
-    run = entrants.train(candidates[0], start, trained, REHEARSED_STEPS, "rehearsal")
+    run = entrants.train(candidates[0], start(), trained, steps, "rehearsal", marked)
     wall = time.perf_counter() - began
-    # The first step is slow, so the speed is a cautious one.
-    training = run.config.batch_size * REHEARSED_STEPS / run.timing["images_per_second"]
-    steps_per_second = REHEARSED_STEPS / max(1e-6, training)
+    # The first step allocates memory, and the last one evaluates and saves, so neither shows the speed.
+    shown = [after - before for before, after in pairwise(marks)]
+    step_seconds = median(shown[1:-1] or shown[:1])
+    steps_per_second, training = 1 / max(1e-6, step_seconds), steps * step_seconds
     shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
     # A forward is about a third of a step.
     overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3
@@ -304,7 +317,8 @@ def _run(
     }
     entrants.state.put(**{name: row})
     shutil.rmtree(entrants.folder / name, ignore_errors=True)
-    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {row['score']:.1%}  {row['seconds']:.0f} s")
+    score = shown(problem.metric, row["score"])
+    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {score}  {row['seconds']:.0f} s")
     return row
 
 
@@ -318,7 +332,8 @@ def beats(problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: T
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     probability = _chance_of(wins, wins + losses)
     is_better = probability < CHANCE and problem.score(logits, targets) > problem.score(probe_logits, targets)
-    counts = f"{wins} images better and {losses} worse than the probe ({problem.score(probe_logits, targets):.1%})"
+    of_probe = shown(problem.metric, problem.score(probe_logits, targets))
+    counts = f"{wins} images better and {losses} worse than the probe ({of_probe})"
     verdict = "more than chance would explain" if is_better else "no significant difference, so the probe is kept"
     return is_better, f"is {counts}: {verdict} (p = {probability:.2f}, limit {CHANCE})"
 

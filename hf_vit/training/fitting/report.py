@@ -19,11 +19,12 @@ from ...hub.card import write_card
 from ...inspection.drawing import save
 from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
-from ...system.texts import code, fenced, markdown
+from ...system.texts import code, markdown
 from ..recipe import TrainConfig
-from ..report import DRAWN_CLASSES, for_others
+from ..report import fenced_command, for_others
 from ..run import METRICS
-from .heads import FittedHead, SingleLabel
+from ..views import DRAWN_CLASSES
+from .heads import FittedHead, SingleLabel, shown
 from .race import CHANCE, Verdict
 from .state import FitState
 
@@ -179,11 +180,6 @@ def _draw(report: Report, held_out: Any, measured: Any, output_dir: Path) -> lis
     return list(figures)
 
 
-def shown(metric: str, value: float) -> str:
-    """Return a score as people read it: accuracy in percent, others as numbers."""
-    return f"{value:.1%}" if metric == "accuracy" else f"{value:.3f}"
-
-
 def _expectation(metrics: dict[str, Any]) -> str:
     """Return the expected metric in a sentence."""
     metric, expected = metrics["metric"], metrics["expected"]
@@ -229,7 +225,7 @@ def _sections(report: Report, metrics: dict[str, Any], results: Any) -> dict[str
         "Training": _training_section(report),
         "Limitations": (
             f"- It was fitted to images of {markdown(report.data.name)} at {height}x{width} pixels. Expect other "
-            f"metrics on other images.\n- It predicts one of its labels for any image, also for one that shows none."
+            f"metrics on other images.\n- It gives an answer for any image, also for one of another kind."
         ),
     }
     return sections
@@ -247,7 +243,8 @@ def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
             f"Measured on the evaluation split, which no choice depended on: "
             f"{shown(metrics['metric'], metrics['eval_' + metrics['metric']])}."
         )
-    lines.append(f"Logits are divided by a temperature of {report.temperature:.3f}, fitted to the same images.")
+    if report.problem.metric != "r2":
+        lines.append(f"Logits are divided by a temperature of {report.temperature:.3f}, fitted to the same images.")
     return "\n\n".join(lines)
 
 
@@ -291,7 +288,7 @@ def _classes(results: Any, names: Sequence[str]) -> str:
 
 
 def _training_section(report: Report) -> str:
-    text = f"{fenced(report.command, 'bash')}\n\nThe same command resumes an interrupted fit."
+    text = f"{fenced_command(report.command)}\n\nThe same command resumes an interrupted fit."
     if report.verdict.winner is not None:
         text += (
             " `recipe.yaml` contains the final training, which starts from the linear probe in `fit/probe`: run "

@@ -174,8 +174,9 @@ def _splits(data: Path) -> Any:
     return splits.cast_column("image", Image())
 
 
-def transformers(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
+def stock(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
     """Fine-tune with Trainer's defaults and the transforms of transformers' example."""
+    import transformers
     from torchvision.transforms import (
         CenterCrop,
         Compose,
@@ -185,12 +186,11 @@ def transformers(data: Path, model: str, size: int, seed: int, minutes: float) -
         Resize,
         ToTensor,
     )  # fmt: skip
-    from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-    set_seed(seed)
+    transformers.set_seed(seed)
     splits = _splits(data)
     labels = splits["train"].features["label"].names
-    processor = AutoImageProcessor.from_pretrained(model, use_fast=False)
+    processor = transformers.AutoImageProcessor.from_pretrained(model, use_fast=False)
     normalize = Normalize(processor.image_mean, processor.image_std)
     ways = {
         "train": Compose([RandomResizedCrop(size), RandomHorizontalFlip(), ToTensor(), normalize]),
@@ -202,15 +202,15 @@ def transformers(data: Path, model: str, size: int, seed: int, minutes: float) -
 
     for name, way in ways.items():
         splits[name].set_transform(partial(apply, way))
-    classifier = AutoModelForImageClassification.from_pretrained(
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(
         model, num_labels=len(labels), ignore_mismatched_sizes=True, dtype=torch.float32
     )
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = transformers.TrainingArguments(
             folder, seed=seed, remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True,
             dataloader_pin_memory=False,
         )  # fmt: skip
-        trainer = Trainer(
+        trainer = transformers.Trainer(
             classifier,
             arguments,
             train_dataset=splits["train"],
@@ -283,7 +283,7 @@ def timm(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[s
     return {"accuracy": hits / len(labels["test"]), "details": {"epochs": epochs, "learning_rate": rate}}
 
 
-METHODS = {"fit": fit, "sweep": sweep, "transformers": transformers, "timm": timm}
+METHODS = {"fit": fit, "sweep": sweep, "transformers": stock, "timm": timm}
 
 
 def main() -> None:

@@ -16,9 +16,11 @@ from torch import Tensor
 import hf_vit
 from hf_vit.data.audit import audit, content_digest, stored_bytes
 from hf_vit.data.labelled import ImageData
+from hf_vit.model.modeling_hf_vit import HFViTDistilledClassifier
 from hf_vit.training.fitting.calibration import expected_score, wilson
 from hf_vit.training.fitting.embedding import Encoder, embed, logits_of
 from hf_vit.training.fitting.heads import (
+    LinearHead,
     MultiLabel,
     Regression,
     SingleLabel,
@@ -272,3 +274,12 @@ def test_a_stream_is_refused() -> None:
     data = replace(data_of(colored_dataset(3, 0), None), train=colored_dataset(3, 0).to_iterable_dataset())
     with pytest.raises(ValueError, match="stream"):
         audit(data)
+
+
+def test_a_head_is_written_into_every_kind_of_classifier() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(4, 12)
+    head = LinearHead(torch.randn(3, 12), torch.randn(3))
+    for classifier in (torch.nn.Linear(12, 3), HFViTDistilledClassifier(12, 3)):
+        head.write_into(classifier)
+        torch.testing.assert_close(classifier(features), head(features))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ class Checkpoint:
             if self.architecture == ENCODER:
                 self.architecture = CLASSIFIER
         if options.num_channels not in (None, own.num_channels):
-            changed["num_channels"] = self._checked_channels(cast(int, options.num_channels))
+            changed["num_channels"] = self._checked_channels(options.num_channels)
         config = HFViTConfig.from_dict(own.to_dict(), **changed)
         config.architectures = [self.architecture]
         return config

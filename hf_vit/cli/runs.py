@@ -74,7 +74,7 @@ def train(
 
     Estimate of parameters, FLOPs, memory, time and price: hf-vit train ... --dry-run --price-per-hour 2.5
     """
-    named = dict(output_dir=output_dir, seed=seed, max_steps=max_steps, save_every=save_every)
+    named: dict[str, Any] = dict(output_dir=output_dir, seed=seed, max_steps=max_steps, save_every=save_every)
     named |= dict(num_workers=num_workers, push_to_hub=push_to_hub, resume=resume)
     given = {name: value for name, value in named.items() if value is not None}
     if data:

@@ -138,7 +138,7 @@ def decode_tiff(data: bytes) -> Tensor:
 
 def is_deep_png(image: Image.Image) -> bool:
     """Return whether a PNG has colours of 16 bits, of which Pillow keeps 8."""
-    return image.format == "PNG" and any("RGB;16B" in str(tile) for tile in image.tile)
+    return image.format == "PNG" and any("RGB;16B" in str(tile) for tile in getattr(image, "tile", ()))
 
 
 def decode_deep_png(data: bytes, image: Image.Image) -> Tensor:

@@ -173,7 +173,8 @@ def _decode_tiff(data: bytes, image: Image.Image) -> Tensor:
     try:
         pixels = decode_tiff(data)
     except NeedsTifffile:
-        if image.mode != "RGB" or getattr(image, "n_frames", 1) > 1 or len(image.tag_v2.get(BITS, ())) != 3:
+        bits = getattr(image, "tag_v2", {}).get(BITS, ())
+        if image.mode != "RGB" or getattr(image, "n_frames", 1) > 1 or len(bits) != 3:
             raise
         return eight_bits_as_sixteen(image)
     orientation = _orientation_of(image)

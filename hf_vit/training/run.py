@@ -45,7 +45,7 @@ from .parallel import (
 )
 from .recipe import FREE_TO_CHANGE, TrainConfig, default_values
 from .state import AveragedWeights, BrokenImages, RunLog, TrainingState, accepted_broken
-from .tasks import TASKS, build_model
+from .tasks import TASKS, Classification, build_model
 from .views import describe_data
 
 METRICS, TIMING, LOG, CHECKPOINTS, LAST = "metrics.json", "timing.json", "log.jsonl", "checkpoints", "last"
@@ -294,7 +294,7 @@ class Run:
         name = "accuracy" if state.best is None else state.best.metric
         if name in metrics:
             self.shown[name] = f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.4g}"
-        if self.is_over:
+        if state.best is not None and state.best.is_over:
             self.say(f"Stopping after step {state.step}: {name} has not improved since step {state.best.step}.")
 
     def _measure(self) -> tuple[dict[str, Any], Results | None]:
@@ -352,7 +352,7 @@ class Run:
                 _, self.predictions = self._measure()
             except EvaluationStopped as stopped:
                 self.interrupt(stopped.args[0])
-        if self.predictions is not None:
+        if self.predictions is not None and isinstance(self.task, Classification):
             self.task.adopt(self.model, self.predictions)
         self.metrics = self._final_metrics()
         self._write_model(output_dir)

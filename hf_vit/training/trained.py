@@ -243,7 +243,8 @@ def train(
     """
     given: dict[str, Any] = {"data": _texts(data), **fields}
     given |= {name: os.fspath(value) for name, value in (("model", model), ("output_dir", output_dir)) if value}
-    config = TrainConfig.from_recipe(recipe or default_recipe(given.get("model")), **given)
+    name = os.fspath(recipe) if recipe else default_recipe(given.get("model"))
+    config = TrainConfig.from_recipe(name, **given)
     stated = {**given, **({"recipe": os.fspath(recipe)} if recipe else {})}
     train_and_report(config, call_of("train", stated), print)
     return TrainedModel(config.output_dir)

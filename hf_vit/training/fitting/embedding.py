@@ -274,7 +274,7 @@ def _write_shard(folder: Path, encoder: Encoder, rows: dict[str, list[np.ndarray
     }
     unfinished = folder / f".{os.getpid()}.unfinished"
     with unfinished.open("wb") as file:
-        np.savez(file, digests=digests, **columns)
+        np.savez(file, allow_pickle=False, digests=digests, **columns)
     unfinished.replace(folder / f"{content_digest(''.join(rows).encode())}.npz")
 
 

@@ -83,7 +83,7 @@ def fit(
         ValueError: If the data cannot be fitted, or `output_dir` holds something else.
     """
     output_dir, size = Path(output_dir), (image_size,) * 2 if isinstance(image_size, int) else image_size
-    options = {"train_split": train_split, "eval_split": eval_split, "image_column": image_column}
+    options: dict[str, Any] = {"train_split": train_split, "eval_split": eval_split, "image_column": image_column}
     options |= {"label_column": label_column, "label_separator": label_separator}
     options |= {"problem_type": None if task is None else {name: kind for kind, name in TASK_OF.items()}[task]}
     sources = str(data) if isinstance(data, str | Path) else [str(source) for source in data]
@@ -120,13 +120,13 @@ def open_data(source: str | list[str], **options: Any) -> ImageData:
     `load_data` would hold out a part; here the accuracy comes from cross-validation. The evaluation is then `None`.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    data = load_data(source, eval_fraction=0.5, **options)  # type: ignore[arg-type]
+    data = load_data(source, eval_fraction=0.5, **options)
     if data.is_stream:
         raise ValueError("A stream cannot be fitted, since every image is read several times: save it to disk first.")
     if data.eval_split != HELD_OUT:
         return data
     try:  # the whole split in its own order, as a recipe with this eval_split has it
-        whole = load_data(source, **{**options, "eval_split": options.get("train_split", "train")})  # type: ignore[arg-type]
+        whole = load_data(source, **{**options, "eval_split": options.get("train_split", "train")})
         train = whole.train
     except ValueError:
         from datasets import concatenate_datasets
@@ -316,9 +316,7 @@ class _Fitting:
             )
         adapt_processor(processor, self.channels, model.config.num_channels)
         scaled = self.problem.in_model(head, self.labels)
-        with torch.no_grad():
-            model.classifier.weight.copy_(scaled.weight)
-            model.classifier.bias.copy_(scaled.bias)
+        scaled.write_into(model.classifier)
         save_model(model, model.state_dict(), processor, folder)
 
     def held_out(self, head: FittedHead, verdict: Verdict) -> tuple[Tensor, Tensor, bool]:
@@ -403,16 +401,12 @@ def _quiet_about_the_new_head() -> Iterator[None]:
     """Silence the warnings about a head that is not in the checkpoint: it gets its weights at once."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    models_logger.addFilter(_is_not_about_a_new_head)
+    models_logger.disabled = True
     try:
         yield
     finally:
-        models_logger.removeFilter(_is_not_about_a_new_head)
+        models_logger.disabled = False
         transformers_logging.set_verbosity(level)
-
-
-def _is_not_about_a_new_head(record: Any) -> bool:
-    return not record.getMessage().startswith("New head")
 
 
 def _thresholds(logits: Tensor, targets: Tensor) -> list[float]:

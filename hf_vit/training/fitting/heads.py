@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...data.images import derive_seed
+from ...model.modeling_hf_vit import HFViTDistilledClassifier
 from ...system.machine import cores
 
 FOLDS = 5
@@ -36,6 +37,21 @@ class LinearHead:
         """Return logits `[N, num_labels]`."""
         return features @ self.weight.T + self.bias
 
+    @torch.no_grad()
+    def write_into(self, classifier: Any) -> None:
+        """Set the weights of a model's classifier, so that it gives these logits."""
+        if isinstance(
+            classifier, HFViTDistilledClassifier
+        ):  # the mean of two classifiers, each with half the features
+            for part, weight in zip(
+                (classifier.cls, classifier.distillation), self.weight.chunk(2, dim=1), strict=True
+            ):
+                part.weight.copy_(2 * weight)
+                part.bias.copy_(self.bias)
+            return
+        classifier.weight.copy_(self.weight)
+        classifier.bias.copy_(self.bias)
+
 
 def standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return features with mean 0 and standard deviation 1, and the mean and deviation that they had."""
@@ -55,7 +71,7 @@ class SingleLabel:
     """One class per image: multinomial logistic regression, judged by accuracy."""
 
     metric, task = "accuracy", "classification"
-    strengths = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
+    strengths: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
     first = 1e-2  # the strength that poolings are compared with
 
     def __init__(self, num_labels: int) -> None:

@@ -89,12 +89,11 @@ class Entrants:
 
     def recipe(self, candidate: Candidate, start: Path, images: int, steps: int, output_dir: Path) -> TrainConfig:
         """Return the recipe of a candidate, which starts from the model in `start`."""
+        fields = {**self.fields, "task": self.problem.task, "trained": candidate.trained}
         return TrainConfig(
-            **self.fields,
-            task=self.problem.task,
+            **fields,
             model=str(start),
             image_size=list(self.image_size),
-            trained=candidate.trained,
             shorter_side=round(1.3 * max(self.image_size)),
             auto=["cache", "num_workers", "accumulation_steps"],
             augmentation="crop_flip",
@@ -224,7 +223,8 @@ def race(
         state.put(budget=_budget(entrants, start, trained, rows, seconds, candidates))
     if "why" in state["budget"]:
         return Verdict(None, f"No fine-tuning was tried: {state['budget']['why']}.", [])
-    budget = Budget(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["budget"].items()})
+    saved: dict[str, Any] = state["budget"]
+    budget = Budget(saved["candidates"], tuple(saved["steps"]), saved["final"])
     racing = candidates[: budget.candidates]
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
     say(
@@ -317,7 +317,7 @@ def _run(
     }
     entrants.state.put(**{name: row})
     shutil.rmtree(entrants.folder / name, ignore_errors=True)
-    score = shown(problem.metric, row["score"])
+    score = shown(problem.metric, problem.score(logits, targets))
     say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {score}  {row['seconds']:.0f} s")
     return row
 

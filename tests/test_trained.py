@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tiny_run import save_photos
+from tiny_run import colored_images
 
 import hf_vit
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor, TrainedModel
@@ -31,7 +31,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_photos(tmp_path_factory.mktemp("photos"))
+    folder = tmp_path_factory.mktemp("photos")
+    for index, (image, label) in enumerate(zip(*colored_images(24, 0), strict=True)):
+        path = folder / f"color {label}" / f"{index:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from ..model.image_conversion_hf_vit import rgb_bands
+from ..model.image_conversion_hf_vit import pixels_of_file
 from ..model.image_reading_hf_vit import LeastSize, read_image
 from ..system.texts import one_line, without_tokens
 
@@ -109,7 +109,7 @@ def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
             "like those that the model was trained on."
         )
     outputs = processor(
-        rgb_bands(image, processor.do_convert_rgb),
+        pixels_of_file(image, processor.do_convert_rgb, processor.value_range),
         input_data_format="channels_first",
         do_rescale=False,
         do_normalize=False,
@@ -274,7 +274,7 @@ class TrainingImages(EvaluationImages):
 
         processor = self.processor
         image = processor.process_image(
-            rgb_bands(image, processor.do_convert_rgb),
+            pixels_of_file(image, processor.do_convert_rgb, processor.value_range),
             do_convert_rgb=processor.do_convert_rgb,
             do_grayscale=processor.do_grayscale,
             input_data_format="channels_first",

@@ -247,7 +247,8 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
     pixels = readable()
     first = list(islice(pixels, WITH_MAPS))
     if not first:
-        raise ValueError(f"Expected readable images in {', '.join(sources)}, got none ({len(files)} files).")
+        reason = f" {subject.notes[-1]}" if files else ""
+        raise ValueError(f"Expected readable images in {', '.join(sources)}, got none ({len(files)} files).{reason}")
     # The attention weights of one head of a batch take at most as much memory as 8 images of 64x64 patches.
     patches = int(np.prod(model.config.grid_of(*subject.size)))
     batch_size = max(1, min(BATCH_OF_CPU, BATCH_OF_CPU * 4096**2 // patches**2))

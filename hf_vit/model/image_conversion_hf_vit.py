@@ -203,12 +203,17 @@ def map_range(
     return levels.nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
 
 
-def rgb_bands(image: Image.Image | Tensor, do_convert_rgb: bool | None) -> Image.Image | Tensor:
-    """Return a file's pixels with its first three bands, if they become RGB; a fourth band is no transparency.
+def pixels_of_file(
+    image: Image.Image | Tensor, do_convert_rgb: bool | None, value_range: Any = None
+) -> Image.Image | Tensor:
+    """Return what `read_image` read with its first three bands, if they become RGB, and stretched like mode I and F.
 
-    In files transparency is only in PIL images: see `read_image`.
+    A fourth band is no transparency, which is only in PIL images. With a `value_range`, values stay as they are.
     """
-    return image[:3] if do_convert_rgb and isinstance(image, Tensor) and image.shape[0] == 4 else image
+    if not isinstance(image, Tensor):
+        return image
+    image = image[:3] if do_convert_rgb and image.shape[0] == 4 else image
+    return image if value_range is not None or image.dtype == torch.uint8 else stretched(image)
 
 
 def tensor_to_rgb(pixels: Tensor) -> Tensor:

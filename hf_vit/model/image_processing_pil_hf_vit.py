@@ -43,7 +43,7 @@ from .image_conversion_hf_vit import (
     full_scale,
     map_range,
     pil_of_tensor,
-    rgb_bands,
+    pixels_of_file,
     tensor_of_pil,
     tensor_to_gray,
     tensor_to_rgb,
@@ -257,7 +257,7 @@ class HFViTImageProcessing(BaseImageProcessor):
         Returns a PIL image of mode RGB or L, or a tensor `[C, H, W]`, uint8 or unrounded float.
         """
         if isinstance(image, str | bytes | os.PathLike):
-            image = rgb_bands(read_image(image, partial(self.least_size, **kwargs)), do_convert_rgb)
+            image = pixels_of_file(read_image(image, partial(self.least_size, **kwargs)), do_convert_rgb, value_range)
             input_data_format = ChannelDimension.FIRST
         if value_range is not None:
             image = map_range(image, value_range, do_convert_rgb, input_data_format)

@@ -115,6 +115,8 @@ class TrainedModel:
             ValueError: If there are no images, or the sources cannot be opened.
         """
         words = [images] if isinstance(images, str | os.PathLike) else list(images)
+        if not words:
+            raise ValueError("Expected images, got an empty list.")
         if not all(isinstance(word, str | os.PathLike) for word in words):
             options = {"batch_size": batch_size, "workers": workers, "top_k": top_k, "has_features": features}
             predictor = Predictor.from_pretrained(self.source, precision, image_size, **options)

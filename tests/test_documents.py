@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             transformers.DeiTConfig,
             transformers.DeiTForImageClassificationWithTeacher,
         ),
-        "facebook/dinov2-small": (transformers.Dinov2Config, transformers.Dinov2Model),
+        "facebook/dinov2-small": (partial(transformers.Dinov2Config, patch_size=16), transformers.Dinov2Model),
     }
     for name, (config_class, model_class) in stock.items():
         model_class(config_class(**size)).save_pretrained(folder / name)
@@ -118,7 +119,7 @@ def test_commands_of_a_page_work(
     page: Path, place: Path, client: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(place)
-    for command in commands_of(page):
+    for number, command in enumerate(commands_of(page)):
         if not command.startswith("hf-vit "):
             continue
         command, _, file = command.replace("YOUR_NAME", "tester").partition(" > ")
@@ -126,9 +127,9 @@ def test_commands_of_a_page_work(
         if name in READ_ONLY or any(option in command for option in ELSEWHERE):
             continue
         if name == "fit":
-            arguments += ["--minutes", "0", "--output-dir", str(tmp_path / "fitted")]
+            arguments += ["--minutes", "0", "--output-dir", str(tmp_path / f"fitted-{number}")]
         if name == "train":
-            arguments += [*SMALL, "--output-dir", str(tmp_path / "trained")]
+            arguments += [*SMALL, "--output-dir", str(tmp_path / f"trained-{number}")]
         ended = CliRunner().invoke(app, [name, *arguments])
         assert ended.exit_code == 0, f"{command}\n{ended.output}"
         if file:

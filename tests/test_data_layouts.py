@@ -531,3 +531,25 @@ def test_several_labels_are_divided_by_the_rarest(tmp_path: Path) -> None:
     data = load_data(with_column(tmp_path / "source", "y", values), label_separator="|")
     assert data.label_names == ["common", "other", "rare"]
     assert torch.tensor(data.evaluation["y"][:]).sum(dim=0).tolist() == [10, 1, 1]
+
+
+def test_a_blank_cell_among_several_labels_is_none_of_them(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "d", {f"{number}.png": number for number in range(12)})
+    cells = ["cat|dog", "dog", "", "cat"] * 3
+    table(folder / "labels.csv", [("image", "labels"), *[(f"{n}.png", cell) for n, cell in enumerate(cells)]])
+    data = load_data(folder)
+    assert data.problem_type == "multi_label_classification" and data.label_names == ["cat", "dog"]
+    assert sum(sum(row) == 0 for split in (data.train, data.evaluation) for row in split[data.columns[1]]) == 3
+    assert any("3 images have a blank label" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([10, 5000], ["10", "5000"]), ([0, 1, 3], ["0", "1", "2", "3"])],
+    ids=["numbers that are no indices", "indices, one of them missing"],
+)
+def test_whole_numbers_are_indices_if_most_of_them_occur(labels: list[int], names: list[str], tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "d", {f"{number}.png": number for number in range(12)})
+    rows = [(f"{number}.png", labels[number % len(labels)]) for number in range(12)]
+    table(folder / "labels.csv", [("image", "label"), *rows])
+    assert load_data(folder).label_names == names

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import DatasetDict
-from tiny_run import assert_same_weights, colored_dataset, stop_at, weights
+from tiny_run import assert_same_weights, colored_dataset, colored_images, stop_at, weights
 from typer.testing import CliRunner
 
 import hf_vit
@@ -18,6 +18,8 @@ from hf_vit.training.fitting import fit as fit_module
 from hf_vit.training.fitting import race as race_module
 from hf_vit.training.fitting.fit import fit
 from hf_vit.training.fitting.race import Candidate
+from hf_vit.training.recipe import TrainConfig
+from hf_vit.training.run import check_output_dir
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +192,21 @@ def test_the_command(photos: Path, encoder: str, tmp_path: Path) -> None:
     assert "Accuracy to expect on new images" in result.output
     result = CliRunner().invoke(app, ["fit", str(photos), "--model", encoder, "-o", encoder])
     assert result.exit_code == 2 and "choose another --output-dir" in result.output
+
+
+def test_a_fitted_model_is_evaluated_on_all_images_of_a_folder(tmp_path: Path, encoder: str) -> None:
+    for index, (image, label) in enumerate(zip(*colored_images(24, 0), strict=True)):
+        for split in ("train", "other"):
+            path = tmp_path / split / f"color {label}" / f"{index:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    fitted = fit(
+        str(tmp_path / "train"), model=encoder, minutes=0, output_dir=tmp_path / "mine", cache=tmp_path, say=print
+    )
+    other, same = (fitted.evaluate(tmp_path / name) for name in ("other", "train"))
+    assert other["images"] == same["images"] == 24
+    assert "trained on other data (train)" in other["note"] and "trained on all of these images" in same["note"]
+    with pytest.raises(ValueError, match="holds files that fit did not write"):
+        fit(str(tmp_path / "train"), model=encoder, minutes=0, output_dir=tmp_path / "train", say=print)
+    with pytest.raises(ValueError, match="hf-vit fit wrote"):
+        check_output_dir(TrainConfig(output_dir=str(tmp_path / "mine")))

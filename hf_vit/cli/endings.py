@@ -23,7 +23,9 @@ def echo(text: str, err: bool = False, nl: bool = True) -> None:
 
 def typed_command() -> str:
     """Return the command that the user typed, without tokens."""
-    return without_tokens(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    name = Path(sys.argv[0]).name
+    program = ["python", "-m", "hf_vit.cli"] if name == "__main__.py" else [name]
+    return without_tokens(shlex.join([*program, *sys.argv[1:]]))
 
 
 def read_size(option: str, text: str | None) -> tuple[int, int] | None:

@@ -129,8 +129,6 @@ class Audit:
         for split, names in self.unreadable.items():
             if names:
                 found.append(f"Unreadable {split} images, which are left out: {len(names):,} ({shortened(names)}).")
-        if self.empty:
-            found.append(f"Classes without training images, which the model cannot learn: {shortened(self.empty)}.")
         if self.tiny:
             listed = [f"{name} ({count})" for name, count in self.tiny.items()]
             found.append(f"Classes with fewer than {TINY} training images: {shortened(listed, 5)}.")

@@ -115,6 +115,7 @@ def convert_labels(parts: list[Part], problem_type: str | None, separator: str |
         splits = [_renamed(part, column) for part in parts]
         return splits, Labels(SINGLE, stated[0], column)
     values = [_named(part.values(), names) for part, names in zip(parts, stated, strict=True)]
+    note = _fill_blank(values, problem_type, separator, stated)
     for part, own in zip(parts, values, strict=True):
         if len(part.label_columns) == 1:
             _refuse_missing(own, part.label_columns)
@@ -125,8 +126,22 @@ def convert_labels(parts: list[Part], problem_type: str | None, separator: str |
         raw = part.values() if names and not isinstance(part.split, IterableDataset) else own
         splits.append(part.with_labels(column, kind.feature, convert, raw))
     return [_renamed(part, column, split) for part, split in zip(parts, splits, strict=True)], Labels(
-        kind.problem_type, kind.names, column, kind.notes
+        kind.problem_type, kind.names, column, [*kind.notes, *note]
     )
+
+
+def _fill_blank(values: list[list[Any]], asked: str | None, separator: str | None, stated: list[Any]) -> list[str]:
+    """Read a blank cell among cells of several labels as none of the labels; returns a note if there are any."""
+    texts = [value for value in dict.fromkeys(value for own in values for value in own) if isinstance(value, str)]
+    is_several = asked == MULTI or separator is not None or (asked is None and _separator_in(texts, False) is not None)
+    if not texts or any(stated) or not is_several:
+        return []
+    blank = 0
+    for own in values:
+        for row, value in enumerate(own):
+            if value is None:
+                own[row], blank = "", blank + 1
+    return [f"{blank:,} images have a blank label, which is read as none of the labels."] if blank else []
 
 
 def _renamed(part: Part, column: str, split: Any = None) -> Any:
@@ -190,7 +205,7 @@ def _kind_of(
         found = separator or _separator_in(texts, is_expected=asked == MULTI)
         if found is not None:
             kind = _several(
-                [_tokens(text, found) for text in texts], lambda value: _tokens(str(value), found), stated[0]
+                [_tokens(text, found) for text in texts], lambda value: _tokens(str(value or ""), found), stated[0]
             )
             if separator is None:
                 example = next(text for text in texts if found in text)
@@ -234,11 +249,17 @@ def _classes(values: list[list[Any]], stated: list[Any]) -> _Kind:
     same = _same_names([[value for value in dict.fromkeys(own) if isinstance(value, str)] for own in values])
     seen = {value for own in values for value in own if value not in same}
     ordered: list[Any] = sorted(seen, key=lambda value: (str(type(value)), value))
-    if all(isinstance(value, int | float) and value >= 0 for value in ordered):  # already class indices
+    if _are_indices(ordered):
         ordered = list(range(int(max(ordered, default=-1)) + 1))
     index = {value: number for number, value in enumerate(ordered)}
     names = [str(int(value) if isinstance(value, float) else value) for value in ordered]
     return _single(names, lambda value: index[same.get(value, value)], _notes_on(same))
+
+
+def _are_indices(values: list[Any]) -> bool:
+    """Return whether distinct values are indices of classes, of which some may be missing, and not other numbers."""
+    are_whole = all(isinstance(value, int | float) and value >= 0 for value in values)
+    return are_whole and max(values, default=-1) < 2 * len(values)
 
 
 def _united(lists: list[list[str]]) -> list[str]:
@@ -318,7 +339,7 @@ def _several(rows: Iterable[list[Any]], tokens: Callable[[Any], list[Any]], stat
     ordered: list[Any] = sorted(seen, key=lambda item: (str(type(item)), item))
     if stated and seen <= set(stated):
         ordered = stated
-    elif all(isinstance(item, int) and item >= 0 for item in ordered):  # already class indices
+    elif _are_indices(ordered):
         ordered = list(range(max(ordered, default=-1) + 1))
     index = {item: number for number, item in enumerate(ordered)}
 

@@ -1,5 +1,6 @@
 """Labelled images from any source of `datasets`, prepared on disk or streamed: a training and an evaluation split."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from .opening import (
     with_features,
 )
 
-RECIPE = "recipe.yaml"  # in the folder of a run
+RECIPE, METRICS = "recipe.yaml", "metrics.json"  # in the folder of a run
 HELD_OUT = "held out"  # the name of an evaluation split that was taken from the training split
 
 
@@ -265,7 +266,7 @@ def _joined(splits: list[Any]) -> Any:
 def load_evaluation_data(model: str, source: str | Sequence[str], **options: Any) -> tuple[ImageData, str]:
     """Load data to evaluate a model; if a run left the model, hold out what the run held out.
 
-    Without an evaluation split, all images are evaluated if the run was trained on other data.
+    Without an evaluation split, all images are evaluated if the run was trained on other data, or by `fit`.
 
     Args:
         model: If this is the folder of a run, its recipe is read.
@@ -274,16 +275,21 @@ def load_evaluation_data(model: str, source: str | Sequence[str], **options: Any
     Returns:
         The data, and a warning if the model may have been trained on some of the held-out images, or `""`.
     """
-    path = Path(model) / RECIPE
+    path, fitted = Path(model) / RECIPE, Path(model) / METRICS
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    metrics = json.loads(fitted.read_text(encoding="utf-8")) if fitted.is_file() else {}
+    if "fitted_to" in metrics:  # by `fit`, which holds out nothing
+        recipe = {"data": metrics["fitted_to"]}
     held_out = {name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe}
     data = load_data(source, **options, **held_out)
     if data.eval_split != HELD_OUT:
         return data, ""
-    if recipe.get("data") and not _same_sources(recipe["data"], source) and not options.get("needs_train", True):
-        return _whole(
-            data
-        ), f"All images are evaluated, since the model was trained on other data ({_names(recipe['data'])})."
+    is_same = bool(recipe.get("data")) and _same_sources(recipe["data"], source)
+    if recipe.get("data") and not is_same and not options.get("needs_train", True):
+        note = f"All images are evaluated, since the model was trained on other data ({_names(recipe['data'])})."
+        return _whole(data), note
+    if is_same and "fitted_to" in metrics:
+        return _whole(data), "The model was trained on all of these images: metrics on other images will be lower."
     if recipe.get("streaming"):
         return data, "The model was trained on a stream, which holds out other images: it may have seen some of these."
     return data, ""

@@ -199,7 +199,9 @@ def _load(builder: str, streaming: bool, **files: Any) -> Any:
 
     try:
         return load_dataset(builder, streaming=streaming, **files)
-    except DatasetNotFoundError:
+    except (DatasetNotFoundError, ConnectionError) as error:
+        if isinstance(error, ConnectionError) and "/" not in builder:
+            raise
         raise ValueError(
             f"Found no folder {without_tokens(builder)!r}, and no such data set on the Hub that you can access: check "
             "the name; if the data set is private, log in with `hf auth login`."

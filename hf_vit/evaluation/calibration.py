@@ -12,28 +12,33 @@ BOUNDS = (0.05, 20.0)
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature by which to divide logits so that the likelihood of the labels is highest.
 
-    The accuracy does not change. Logits and labels must be of images that the classifier was not trained on.
+    The accuracy does not change. Logits and labels must be of images that the classifier was not trained on. Labels
+    are smoothed as if there were one more image of each class (Platt 1999), so that a few images that are all
+    predicted right do not make every probability 0 or 1.
 
     Args:
         logits: `[N, num_labels]`, at a temperature of 1.
         labels: Class indices `[N]`; or 0 or 1 for each of several labels, `[N, num_labels]`, where -100 is unknown.
 
     Returns:
-        The temperature, within `BOUNDS`: classifiers that are always right would have none.
+        The temperature, within `BOUNDS`.
     """
     from scipy.optimize import minimize_scalar
 
     logits = logits.double()
     if labels.ndim == 2:
         is_known = labels != -100
-        logits, targets = logits[is_known], labels[is_known].double()
+        smoothing = 1 / (len(labels) + 2)
+        logits, targets = logits[is_known], labels[is_known].double() * (1 - 2 * smoothing) + smoothing
 
         def loss(log_temperature: float) -> float:
             return F.binary_cross_entropy_with_logits(logits / math.exp(log_temperature), targets).item()
     else:
+        smoothing = logits.shape[-1] / (len(labels) + logits.shape[-1])
 
         def loss(log_temperature: float) -> float:
-            return F.cross_entropy(logits / math.exp(log_temperature), labels).item()
+            scaled = logits / math.exp(log_temperature)
+            return F.cross_entropy(scaled, labels, label_smoothing=smoothing).item()
 
     with torch.no_grad():
         found = minimize_scalar(loss, bounds=tuple(map(math.log, BOUNDS)), method="bounded")

@@ -28,8 +28,14 @@ LOSSES = {
 MOST_BARS, MOST_TARGETS = 40, 9
 
 
-def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> Figure:
-    """Draw the loss of a run by epoch and, for a model with labels, its main metric."""
+def plot_training(log: Sequence[dict[str, Any]], title: str = "Training", saved_step: int | None = None) -> Figure:
+    """Draw the loss of a run by epoch and, for a model with labels, its main metric.
+
+    Args:
+        log: Rows of the log.
+        title: Heading of the figure.
+        saved_step: Step of the saved model, if it is not the last one.
+    """
     training = [row for row in log if "loss" in row]
     evaluations = [row for row in log if "eval_loss" in row]
     metric = next((name for name in DRAWN if name in evaluations[-1]), None)
@@ -45,9 +51,13 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training") -> Fig
     if metric is not None:
         label, factor, last = DRAWN[metric]
         values = [factor * row[metric] for row in evaluations]
+        shown = next((i for i, row in enumerate(evaluations) if row.get("step") == saved_step), len(values) - 1)
+        word = "final" if saved_step is None else "saved"
+        if saved_step is not None:
+            axes[1].plot(epochs[shown], values[shown], color=BLUE, marker="D", ms=8, fillstyle="none")
         axes[1].plot(epochs, values, color=BLUE, marker=marker, ms=4)
         axes[1].text(
-            0.98, 0.06, f"final: {last.format(values[-1])}", transform=axes[1].transAxes, ha="right", color=BLUE,
+            0.98, 0.06, f"{word}: {last.format(values[shown])}", transform=axes[1].transAxes, ha="right", color=BLUE,
             fontweight="bold",
         )  # fmt: skip
         axes[1].set(xlabel="epoch", ylabel=label, ylim=(None, 1.01 * factor))

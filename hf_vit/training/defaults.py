@@ -18,6 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..data.classes import SINGLE, TASK_OF
+from ..data.folders import counted
+from ..evaluation.labels import KINDS
 from .facts import Facts
 from .recipe import TrainConfig
 from .tasks import TASKS
@@ -89,7 +91,7 @@ def _shown(value: Any) -> str:
 
 def _task(config: TrainConfig, facts: Facts) -> Choice:
     kind = facts.problem_type or SINGLE
-    return TASK_OF[kind], f"the labels are for {kind.replace('_', ' ')}"
+    return TASK_OF[kind], f"the data has {KINDS[kind]}"
 
 
 def _patch_size(config: TrainConfig, facts: Facts) -> Choice:
@@ -117,7 +119,7 @@ def _patch_of(config: TrainConfig, facts: Facts) -> tuple[int, int]:
 
 
 def _best_metric(config: TrainConfig, facts: Facts) -> Choice:
-    return TASKS[config.task].best_metric, f"of {config.task}"
+    return TASKS[config.task].best_metric, f"the default for {config.task}"
 
 
 # ------------------------------------------------------------------------------------------------------- optimization
@@ -132,7 +134,7 @@ def _batch_size(config: TrainConfig, facts: Facts) -> Choice:
     wanted = min(LARGEST_BATCH, max(SMALLEST_BATCH, facts.images // steps), max(1, facts.images))
     size = 2 ** int(math.log2(wanted))
     size = max(1, math.ceil(size / facts.processes)) * facts.processes
-    return size, f"{facts.images:,} training images, {max(1, facts.images // size):,} steps per epoch"
+    return size, f"{facts.images:,} training images, {counted(max(1, facts.images // size), 'step')} per epoch"
 
 
 def _steps_per_epoch(config: TrainConfig, facts: Facts) -> int:

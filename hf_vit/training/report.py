@@ -20,7 +20,7 @@ from ..variants import VARIANTS
 from .loop import train
 from .recipe import TrainConfig
 from .run import Run
-from .views import CAREFUL, VIEWS, Unlabelled, describe_data
+from .views import VIEWS, Unlabelled, describe_data
 
 WEIGHTED = {
     "balanced": "In the loss, classes have weights that are inverse to their numbers of images",
@@ -90,7 +90,9 @@ def write_report(run: Run, command: str) -> None:
     """Write the figures and the model card of a finished run into its folder."""
     title, view = run.output_dir.resolve().name, view_of(run)
     figures = {
-        "training.png": inspection.plot_training(run.log, f"{title}: {run.metrics['steps']:,} steps"),
+        "training.png": inspection.plot_training(
+            run.log, f"{title}: {run.metrics['steps']:,} steps", run.metrics.get("best_step")
+        ),
         **view.figures(run, title),
     }
     if hasattr(run.model.base_model.embeddings.position_embeddings, "on_grid"):
@@ -172,8 +174,8 @@ def _limitations(run: Run) -> str:
         )
     if (metric := metrics.get("best_metric")) is not None:
         lines.append(
-            f"It is the model of step {metrics['best_step']:,}, the best by {code(str(metric))} among all evaluations "
-            f"on the same images. So its metrics are chosen, and {CAREFUL}."
+            f"It is the model of step {metrics['best_step']:,}, the best by {code(str(metric))} of all evaluations. "
+            f"The metrics are of the images that chose it, so expect slightly lower ones on others."
         )
     if broken := metrics["broken_images"]:
         lines.append(f"{_unreadable(len(broken))}; `metrics.json` lists them.")
@@ -198,13 +200,14 @@ def _recipe(config: TrainConfig) -> str:
     return f"<details><summary>All fields</summary>\n\n{fenced(for_others(config).to_yaml(), 'yaml')}\n\n</details>"
 
 
+def public_paths(value: Any) -> Any:
+    """Return a path, or a list of paths, without the folders of this machine."""
+    if isinstance(value, list):
+        return [public_paths(each) for each in value]
+    return Path(value).name if value and Path(value).is_absolute() else value
+
+
 def for_others(config: TrainConfig) -> TrainConfig:
     """Return a recipe that may be published: without absolute paths of this machine or its user's repository."""
-
-    def public(value: Any) -> Any:
-        if isinstance(value, list):
-            return [public(each) for each in value]
-        return Path(value).name if value and Path(value).is_absolute() else value
-
-    paths = {name: public(getattr(config, name)) for name in ("data", "model", "output_dir")}
+    paths = {name: public_paths(getattr(config, name)) for name in ("data", "model", "output_dir")}
     return replace(config, push_to_hub=None, **paths)

@@ -21,7 +21,7 @@ from ..data.augmentation import AUGREG_MIXUP, build_augmentation
 from ..data.channels import adapt_processor, channels_of
 from ..data.classes import TASK_OF
 from ..data.images import EvaluationImages, TrainingImages, derive_seed, normalize
-from ..data.labelled import RECIPE, ImageData, load_data
+from ..data.labelled import METRICS, RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader
 from ..data.orders import BatchDivision, steps_of
 from ..evaluation.results import Results
@@ -48,7 +48,7 @@ from .state import AveragedWeights, BrokenImages, RunLog, TrainingState, accepte
 from .tasks import TASKS, Classification, build_model
 from .views import describe_data
 
-METRICS, TIMING, LOG, CHECKPOINTS, LAST = "metrics.json", "timing.json", "log.jsonl", "checkpoints", "last"
+TIMING, LOG, CHECKPOINTS, LAST = "timing.json", "log.jsonl", "checkpoints", "last"
 # Called with the number of completed steps and a function that writes the model into a folder.
 Publish = Callable[[int, Callable[[Path], None]], None]
 
@@ -169,6 +169,11 @@ class Run:
         # All processes draw the same initial weights: the seed does not depend on the rank.
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.task = TASKS[config.task](config, data)
+        if config.best_metric not in (None, *self.task.metric_names):
+            raise ValueError(
+                f"There is no metric {config.best_metric!r}: set best_metric to one of "
+                f"{', '.join(self.task.metric_names)}."
+            )
         model, self.processor = build(config, self.task)
         adapt_processor(self.processor, channels, model.config.num_channels)
         self.model_class = type(model)  # FSDP2 changes the class of the model itself
@@ -251,7 +256,7 @@ class Run:
         """Load the newest complete checkpoint if there is one; then write the recipe and the log of this run."""
         output_dir, accelerator, checkpoint, saved = self.output_dir, self.accelerator, self.checkpoint, self.saved
         if saved is None:
-            self.say(self.config.to_yaml())
+            self.say(f"All fields of the recipe are in {output_dir / RECIPE}.")
         else:
             _check_same_run(self.state.identity, saved["identity"], output_dir)
             if self.config.trained == "lora":  # the other weights are those of the model already
@@ -344,6 +349,7 @@ class Run:
         state.average.swap()
         if self.config.keep_last:
             self._write_model(output_dir / LAST)
+            self.say(f"The last model, of step {state.step}, is in {output_dir / LAST}.")
         if best is not None and best.step != state.step:
             load_weights_of_main(state.model, best.weights)
             self.say(f"The final model is that of step {best.step}, the best by {best.metric}: {best.value:.4g}.")
@@ -407,6 +413,8 @@ def check_output_dir(config: TrainConfig) -> None:
     """Raise `ValueError` if the run would overwrite the model that it starts from."""
     if config.model is not None and Path(config.model).resolve() == Path(config.output_dir).resolve():
         raise ValueError(f"{config.output_dir} holds the model to start from: choose another --output-dir.")
+    if (Path(config.output_dir) / "fit" / "state.json").exists():
+        raise ValueError(f"{config.output_dir} holds a model that hf-vit fit wrote: choose another --output-dir.")
 
 
 def cache_limit(accelerator: Accelerator, config: TrainConfig) -> float:

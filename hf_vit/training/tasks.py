@@ -102,6 +102,14 @@ class Classification:
 
     needs_labels = True
     best_metric = "accuracy"
+    metric_names: tuple[str, ...] = (
+        "accuracy",
+        "top5_accuracy",
+        "balanced_accuracy",
+        "macro_f1",
+        "loss",
+        "calibration_error",
+    )
     problem_type = "single_label_classification"
     model_class: Any = HFViTForImageClassification
 
@@ -149,6 +157,7 @@ class MultiLabel(Classification):
     """
 
     best_metric = "mean_average_precision"
+    metric_names = ("mean_average_precision", "micro_f1", "macro_f1", "loss")
     problem_type = "multi_label_classification"
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
@@ -176,6 +185,7 @@ class Regression(Classification):
     """Predict one or several numbers for an image; the model standardizes them by the training images."""
 
     best_metric = "r2"
+    metric_names = ("r2", "mae", "rmse", "loss")
     problem_type = "regression"
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
@@ -226,6 +236,7 @@ class MaskedPatches:
 
     needs_labels = False
     best_metric = "loss"
+    metric_names = ("loss",)
     problem_type = None
     model_class: Any = HFViTForMaskedImageModeling
     fields: dict[str, Any] = {}

@@ -196,8 +196,7 @@ def _name(prediction: Prediction, number: int) -> str:
 
 
 def _words(prediction: Prediction) -> str:
-    best = zip(prediction.labels, prediction.scores, strict=True)
-    return prediction.error or ", ".join(f"{label} {score:.1%}" for label, score in best)
+    return prediction.error or ", ".join(prediction.answers)
 
 
 def _thumbnail(prediction: Prediction) -> str:

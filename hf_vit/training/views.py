@@ -127,7 +127,7 @@ class OfClasses(Unlabelled):
                 f"{number:,} of {rows[true]['count']:,} images."
             )
         error = predictions.calibration_error()
-        return [*lines, f"Its confidence is off by {error:.1%} on average (expected calibration error, 15 bins)."]
+        return [*lines, f"Its expected calibration error is {error:.1%} (15 bins)."]
 
 
 class OfLabels(Unlabelled):

@@ -47,6 +47,8 @@ def expected_score(
         scores = torch.tensor([problem.score(logits[draw], targets[draw]) for draw in draws])
         wide = z * scores.std().item() * math.sqrt(1 if new_images is None else 1 + count / new_images)
         low, high = score - wide, min(1.0, score + wide)
+        if problem.metric == "mean_average_precision":  # the bootstrap of a perfect ranking has no spread
+            low = min(low, wilson(score, count, z)[0])
     return {"score": score, "low": low, "high": high, "images": count}
 
 

@@ -24,6 +24,7 @@ from ...data.labelled import HELD_OUT, ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
+from ...system.texts import shortened
 from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from .calibration import expected_score
@@ -100,7 +101,6 @@ def fit(
             for line in summary(metrics, output_dir):
                 say(line)
             return TrainedModel(output_dir)
-        state.write()
         fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, tuple(candidates), say)
         stated = {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}
         fitting.run(output_dir, command or call_of("fit", stated))
@@ -110,8 +110,12 @@ def fit(
 def _check_output_dir(output_dir: Path, model: str) -> None:
     if Path(model).resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
-    if (output_dir / "config.json").exists() and not (output_dir / FIT / STATE).exists():
-        raise ValueError(f"{output_dir} holds a model that fit did not write: choose another --output-dir.")
+    found = [] if not output_dir.is_dir() else [path.name for path in output_dir.iterdir() if path.name[0] != "."]
+    if set(found) - {FIT} and not (output_dir / FIT / STATE).exists():
+        raise ValueError(
+            f"{output_dir} holds files that fit did not write ({shortened(sorted(found))}): choose another "
+            "--output-dir."
+        )
 
 
 def open_data(source: str | list[str], **options: Any) -> ImageData:
@@ -185,15 +189,15 @@ class _Fitting:
             problem=self.problem,
             head=head,
             verdict=verdict,
-            expected=self.expected(logits, targets, verdict),
+            expected=self.expected(logits, targets, head, verdict),
             held_out=(logits / temperature, targets, self.rows_of(head, is_fold)),
             evaluated=None if evaluated is None else (evaluated[0] / temperature, *evaluated[1:]),
             temperature=temperature,
             audit=self.found,
             seconds=dict(self.state["step_seconds"]),
             state=self.state,
-            facts={"model": self.source, "image_size": list(self.encoder.image_size), "seed": self.seed,
-                   "minutes": self.minutes, "precision": self.encoder.precision},
+            facts={"data": self.sources, "model": self.source, "image_size": list(self.encoder.image_size),
+                   "seed": self.seed, "minutes": self.minutes, "precision": self.encoder.precision},
             command=command,
         )  # fmt: skip
         metrics = write_fit(report, output_dir)
@@ -330,14 +334,16 @@ class _Fitting:
         """Return the rows of the training split that held-out predictions are of."""
         return (head.folds == 0).nonzero().flatten() if is_fold else torch.arange(len(head.folds))
 
-    def expected(self, logits: Tensor, targets: Tensor, verdict: Verdict) -> dict[str, Any]:
+    def expected(self, logits: Tensor, targets: Tensor, head: FittedHead, verdict: Verdict) -> dict[str, Any]:
         """Return the metric to expect, for the evaluation split if there is one."""
         new = None if self.data.evaluation is None else len(self.data.evaluation)
         source = "cross-validation" if verdict.winner is None else "the held-out fold"
+        poolings = len({row["pooling"] for row in head.tried})
+        choices = poolings if verdict.winner is None else verdict.finalists
         return {
-            **expected_score(self.problem, logits, targets, verdict.finalists, new, self.seed),
+            **expected_score(self.problem, logits, targets, choices, new, self.seed),
             "source": source,
-            "choices": verdict.finalists,
+            "choices": choices,
             "new_images": new,
         }
 

@@ -21,7 +21,7 @@ from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
 from ...system.texts import code, markdown
 from ..recipe import TrainConfig
-from ..report import fenced_command, for_others
+from ..report import fenced_command, for_others, public_paths
 from ..run import METRICS
 from ..views import DRAWN_CLASSES
 from .heads import FittedHead, SingleLabel, shown
@@ -134,6 +134,7 @@ def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
     model = report.facts["model"]
     return {
         "method": report.method,
+        "fitted_to": public_paths(report.facts["data"]),
         "metric": report.problem.metric,
         "expected": report.expected,
         **({} if measured is None else {f"eval_{name}": value for name, value in measured.metrics().items()}),
@@ -186,7 +187,7 @@ def _expectation(metrics: dict[str, Any]) -> str:
     score, low, high = (shown(metric, expected[name]) for name in ("score", "low", "high"))
     kind = f"for a measurement on {expected['new_images']:,} new images" if expected["new_images"] else "of its mean"
     return (
-        f"{TITLES[metric]} to expect on new images of the same kind: {score} (95 % interval {kind}: {low} to {high}; "
+        f"{TITLES[metric]} to expect on new images of the same kind: {score} (95% interval {kind}: {low} to {high}; "
         f"from {expected['source']}, {expected['images']:,} images)."
     )
 
@@ -205,7 +206,19 @@ def summary(metrics: dict[str, Any], output_dir: Path) -> list[str]:
     seconds = metrics["seconds"]["total"]
     return [
         *lines,
-        f"The model ({metrics['method']}), its card and its figures are in {output_dir} ({seconds:.0f} s).",
+        *_balanced(metrics),
+        f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s.",
+    ]
+
+
+def _balanced(metrics: dict[str, Any]) -> list[str]:
+    """Return a line on the balanced accuracy if it differs from the accuracy."""
+    prefix = next((each for each in ("eval_", "held_out_") if f"{each}balanced_accuracy" in metrics), None)
+    if prefix is None or abs(metrics[f"{prefix}balanced_accuracy"] - metrics[f"{prefix}accuracy"]) < 0.02:
+        return []
+    return [
+        f"The classes have different numbers of images: the balanced accuracy, the mean over classes, is "
+        f"{metrics[f'{prefix}balanced_accuracy']:.1%}."
     ]
 
 
@@ -221,11 +234,11 @@ def _sections(report: Report, metrics: dict[str, Any], results: Any) -> dict[str
         "Expected metrics": _expected_section(report, metrics),
         "What was tried": _tried_section(report),
         "Classes": _classes(results, report.data.label_names),
-        "Data": "\n".join(f"- {markdown(line)}" for line in report.audit.sentences()) or "Nothing odd was found.",
+        "Data": "\n".join(f"- {markdown(line)}" for line in report.audit.sentences()) or "No problems were found.",
         "Training": _training_section(report),
         "Limitations": (
             f"- It was fitted to images of {markdown(report.data.name)} at {height}x{width} pixels. Expect other "
-            f"metrics on other images.\n- It gives an answer for any image, also for one of another kind."
+            f"metrics on other images.\n- It makes a prediction for any image, including images of other kinds."
         ),
     }
     return sections
@@ -234,13 +247,13 @@ def _sections(report: Report, metrics: dict[str, Any], results: Any) -> dict[str
 def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
     choices = report.expected["choices"]
     how = {
-        "accuracy": "Wilson's interval of the images that were predicted without training on them",
-    }.get(metrics["metric"], "A bootstrap over the images that were predicted without training on them")
-    widened = f", widened for the choice among {choices} finalists" if choices > 1 else ""
+        "accuracy": "It is Wilson's interval for images that the model was not trained on",
+    }.get(metrics["metric"], "The interval is from a bootstrap over images that the model was not trained on")
+    widened = f", widened because the best of {choices} settings was chosen on them" if choices > 1 else ""
     lines = [_expectation(metrics), f"{how}{widened}."]
     if f"eval_{metrics['metric']}" in metrics:
         lines.append(
-            f"Measured on the evaluation split, which no choice depended on: "
+            f"Measured on the evaluation split, which was used for nothing else: "
             f"{shown(metrics['metric'], metrics['eval_' + metrics['metric']])}."
         )
     if report.problem.metric != "r2":
@@ -263,12 +276,15 @@ def _tried_section(report: Report) -> str:
             f"| {row['method']} | {row['learning_rate']:g} | {row['steps']} | {row['epochs']} | "
             f"{shown(metric, row['score'])} | {row['seconds']:.0f} |"
         )
-    settings = ", ".join(f"{row['pooling']} {row['strength']:g}: {shown(metric, row['score'])}" for row in head.tried)
+    tried = sorted(head.tried, key=lambda row: (row["pooling"], row["strength"]))
+    settings = ", ".join(f"{row['pooling']} {row['strength']:.2g}: {shown(metric, row['score'])}" for row in tried)
+    folds = len(head.folds.unique())
     return (
         "\n".join(lines)
-        + f"\n\n{markdown(report.verdict.why)}. Fine-tuning is chosen if it is better on more images than chance "
-        f"would explain (sign test, one-sided error {CHANCE:g}).\n\nPoolings and strengths of the probe in "
-        f"cross-validation ({len(head.folds.unique())} folds): {markdown(settings)}."
+        + f"\n\nThe held-out fold is one of {folds} parts of the training images.\n\n{markdown(report.verdict.why)}. "
+        f"Fine-tuning is chosen if it is significantly better than the probe (one-sided sign test, p < {CHANCE:g}).\n"
+        f"\nPoolings and inverse regularization strengths of the probe in cross-validation ({folds} folds): "
+        f"{markdown(settings)}."
     ).replace("..", ".")
 
 

@@ -56,7 +56,7 @@ def test_a_linear_probe_is_a_complete_model(photos: Path, options: dict[str, Any
     assert metrics["expected"]["low"] <= metrics["eval_accuracy"] <= metrics["expected"]["high"]
     assert {"read", "embed", "probe", "race", "final", "total"} == set(metrics["seconds"])
     card = (tmp_path / "mine" / "README.md").read_text()
-    for words in ("What was tried", "linear probe", "95 % interval", "minutes=0", "confusion.png"):
+    for words in ("What was tried", "linear probe", "95% interval", "minutes=0", "confusion.png"):
         assert words in card
     assert any("Linear probe: accuracy" in line for line in lines)
     model, processor = load(tmp_path / "mine")

@@ -70,7 +70,7 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
         assert f"| {row['label']} | 7 | {row['recall']:.1%} | {precision} | {row['f1']:.1%} |" in text
     assert "- Training images per class: blue 18, green 18, red 18." in text and "class_weights: balanced" not in text
     assert "The model was trained on 54 images of photos at 8x8 pixels" in text
-    assert f"Its confidence is off by {metrics['eval_calibration_error']:.1%} on average" in text
+    assert f"Its expected calibration error is {metrics['eval_calibration_error']:.1%}" in text
     for part in ("- hardware: ", "- time: ", "- versions: Python", "@inproceedings{dosovitskiy2021image", "<details>"):
         assert part in text
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
@@ -163,7 +163,7 @@ def test_limits_follow_from_the_figures() -> None:
         "- 1 classes have no evaluation image: their accuracy is unknown.",
         "- Its worst class is cat, with an accuracy of 25.0% on 4 images.",
         "- Its most frequent mistake is to predict dog for cat: 3 of 4 images.",
-        "- Its confidence is off by 12.5% on average (expected calibration error, 15 bins).",
+        "- Its expected calibration error is 12.5% (15 bins).",
         "- It was evaluated on a random 20% of the same data (split_seed 3).",
         "- 1 unreadable image was skipped; `metrics.json` lists them.",
     ]
@@ -187,7 +187,7 @@ def test_of_many_classes_the_best_and_the_worst_are_listed() -> None:
 def test_chosen_metrics_are_said_to_be_chosen() -> None:
     run = a_run(predictions_of([0, 1], [0, 1], 2), ["cat", "dog"], best_metric="macro_f1", best_step=20)
     limits = report._limitations(run)
-    assert "It is the model of step 20, the best by `macro_f1` among all evaluations on the same images." in limits
+    assert "It is the model of step 20, the best by `macro_f1` of all evaluations." in limits
 
 
 def test_numbers_of_training_images() -> None:

@@ -132,7 +132,7 @@ def convert_labels(parts: list[Part], problem_type: str | None, separator: str |
 
 def _fill_blank(values: list[list[Any]], asked: str | None, separator: str | None, stated: list[Any]) -> list[str]:
     """Read a blank cell among cells of several labels as none of the labels; returns a note if there are any."""
-    texts = [value for value in dict.fromkeys(value for own in values for value in own) if isinstance(value, str)]
+    texts = list(dict.fromkeys(value for own in values for value in own if isinstance(value, str)))
     is_several = asked == MULTI or separator is not None or (asked is None and _separator_in(texts, False) is not None)
     if not texts or any(stated) or not is_several:
         return []

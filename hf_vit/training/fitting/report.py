@@ -132,6 +132,7 @@ def _base_model(model: str) -> str | None:
 def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
     verdict, head = report.verdict, report.head
     model = report.facts["model"]
+    public_model = Path(model).name if Path(model).exists() else model
     return {
         "method": report.method,
         "fitted_to": public_paths(report.facts["data"]),
@@ -153,7 +154,7 @@ def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
         "temperature": report.temperature,
         "train_images": len(head.folds),
         "audit": asdict(report.audit),
-        **{**report.facts, "model": Path(model).name if Path(model).exists() else model},
+        **{**report.facts, "data": public_paths(report.facts["data"]), "model": public_model},
         "seconds": {**report.seconds, "total": round(report.state.seconds, 1)},
     }
 
@@ -213,12 +214,13 @@ def summary(metrics: dict[str, Any], output_dir: Path) -> list[str]:
 
 def _balanced(metrics: dict[str, Any]) -> list[str]:
     """Return a line on the balanced accuracy if it differs from the accuracy."""
-    prefix = next((each for each in ("eval_", "held_out_") if f"{each}balanced_accuracy" in metrics), None)
-    if prefix is None or abs(metrics[f"{prefix}balanced_accuracy"] - metrics[f"{prefix}accuracy"]) < 0.02:
+    measured = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    found = measured if "balanced_accuracy" in measured else metrics.get("held_out", {})
+    if "balanced_accuracy" not in found or abs(found["balanced_accuracy"] - found["accuracy"]) < 0.02:
         return []
     return [
-        f"The classes have different numbers of images: the balanced accuracy, the mean over classes, is "
-        f"{metrics[f'{prefix}balanced_accuracy']:.1%}."
+        "The classes have different numbers of images: the balanced accuracy, the mean over classes, is "
+        f"{found['balanced_accuracy']:.1%}."
     ]
 
 

@@ -84,7 +84,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.floats(*RANGES["temperature"]),
     "thresholds": st.none() | st.lists(st.floats(0, 1), min_size=2, max_size=3),
     "target_mean": st.none() | st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=2),
-    "target_std": st.none() | st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=2),
+    "target_scale": st.none() | st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=2),
     "mim_objective": st.sampled_from(MIM_OBJECTIVES),
     "apply_layernorm": flags,
     "reshape_hidden_states": flags,

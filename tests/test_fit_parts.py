@@ -207,7 +207,7 @@ def test_several_labels_and_numbers_have_heads_too() -> None:
     assert found.score > 0.99
     # The model computes head * std + mean.
     scaled, fields = problem.in_model(found.head, numbers), problem.fields(numbers)
-    logits = scaled(features) * torch.tensor(fields["target_std"]) + torch.tensor(fields["target_mean"])
+    logits = scaled(features) * torch.tensor(fields["target_scale"]) + torch.tensor(fields["target_mean"])
     torch.testing.assert_close(logits, found.head(features), atol=1e-2, rtol=1e-4)
 
 

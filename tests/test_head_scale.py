@@ -15,7 +15,7 @@ from hf_vit.inference.optimize import optimize_for_inference
 from hf_vit.model.losses_hf_vit import classification_loss
 
 UNITS: dict[str, Any] = {
-    "problem_type": "regression", "target_mean": [100.0, -3.0, 0.5], "target_std": [20.0, 0.1, 1.0],
+    "problem_type": "regression", "target_mean": [100.0, -3.0, 0.5], "target_scale": [20.0, 0.1, 1.0],
 }  # fmt: skip
 SCALES: dict[str, dict[str, Any]] = {"temperature": {"temperature": 2.5}, "units": UNITS}
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ def model_of(**fields: Any) -> HFViTForImageClassification:
 def test_logits_are_scaled_once() -> None:
     plain = model_of()(PIXELS).logits
     assert torch.equal(model_of(temperature=2.5)(PIXELS).logits, plain / 2.5)
-    scaled = plain * torch.tensor(UNITS["target_std"]) + torch.tensor(UNITS["target_mean"])
+    scaled = plain * torch.tensor(UNITS["target_scale"]) + torch.tensor(UNITS["target_mean"])
     assert torch.equal(model_of(**UNITS)(PIXELS).logits, scaled)
     half = model_of(**UNITS).bfloat16()(PIXELS.bfloat16()).logits
     assert half.dtype == torch.float32 and (half - scaled).abs().max() < 1
@@ -53,7 +53,7 @@ def test_every_form_of_a_model_gives_its_logits(scale: str, to: str, tmp_path: P
     said = export_checkpoint(tmp_path / "own", tmp_path / to, to)
     assert any(sentence.startswith("Folded into the weights of the head") for sentence in said)
     again, _ = load(tmp_path / to)
-    assert again.config.temperature == 1 and again.config.target_std is None
+    assert again.config.temperature == 1 and again.config.target_scale is None
     torch.testing.assert_close(again(PIXELS).logits, expected)
 
 
@@ -66,11 +66,13 @@ def test_a_new_head_has_no_scale(tmp_path: Path) -> None:
     assert same.config.temperature == 3 and same.config.thresholds == [0.1] * 5
     other, _ = load_classifier(folder, ["a", "b"])
     assert other.config.temperature == 1 and other.config.thresholds is None
-    kind = {"problem_type": "regression", "target_mean": [1.0] * 5, "target_std": [2.0] * 5}
+    kind = {"problem_type": "regression", "target_mean": [1.0] * 5, "target_scale": [2.0] * 5}
     changed, _ = load_classifier(folder, names, **kind)
-    assert not changed.classifier.weight.any() and changed.config.target_std == [2.0] * 5
+    assert not changed.classifier.weight.any() and changed.config.target_scale == [2.0] * 5
     assert changed.config.temperature == 1 and changed.config.thresholds is None
-    three, _ = load_classifier(folder, ["x", "y", "z"], **{**kind, "target_mean": [1.0] * 3, "target_std": [2.0] * 3})
+    three, _ = load_classifier(
+        folder, ["x", "y", "z"], **{**kind, "target_mean": [1.0] * 3, "target_scale": [2.0] * 3}
+    )
     assert three.config.num_labels == 3 and three.config.target_mean == [1.0] * 3
     for options in ({"num_labels": 3}, {"id2label": {0: "a", 1: "b"}}):
         config = HFViTForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **options).config
@@ -83,8 +85,8 @@ def test_impossible_scales_have_a_remedy() -> None:
         ({"thresholds": [0.5, 0.5, 1.5]}, r"probabilities in \[0, 1\]"),
         ({"temperature": 0}, "temperature must be at least"),
         ({"target_mean": [0.0] * 3}, "set both, or neither"),
-        ({"target_mean": [0.0] * 3, "target_std": [1.0, 0.0, 1.0]}, "target_std must be positive"),
-        ({"target_mean": [float("nan")] * 3, "target_std": [1.0] * 3}, "must be numbers"),
+        ({"target_mean": [0.0] * 3, "target_scale": [1.0, 0.0, 1.0]}, "target_scale must be positive"),
+        ({"target_mean": [float("nan")] * 3, "target_scale": [1.0] * 3}, "must be numbers"),
     ]
     for fields, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -105,9 +107,9 @@ def test_losses_of_several_labels_and_of_targets() -> None:
     torch.testing.assert_close(classification_loss(labels, logits, several, class_weights=weights), expected)
 
     targets = HFViTConfig(num_labels=3, **UNITS)
-    residuals = (logits - labels) / torch.tensor(UNITS["target_std"])
+    residuals = (logits - labels) / torch.tensor(UNITS["target_scale"])
     torch.testing.assert_close(classification_loss(labels, logits, targets), residuals.square().mean())
-    one = HFViTConfig(num_labels=1, problem_type="regression", target_mean=[5.0], target_std=[2.0])
+    one = HFViTConfig(num_labels=1, problem_type="regression", target_mean=[5.0], target_scale=[2.0])
     torch.testing.assert_close(
         classification_loss(torch.tensor([1.0, 3.0]), torch.tensor([[2.0], [5.0]]), one), torch.tensor(0.625)
     )

@@ -496,7 +496,11 @@ def test_to_the_hub_and_back_without_the_package(folder: Path, standin: Hub, tmp
     assert addresses == [f"{standin.url}/tester/{name}" for name in ("folder", "folder", "folder", "script")]
     api = HfApi(endpoint=standin.url, token=READ)
     cards = {}
-    for name, others in {"model": [], "folder": ["predictions [1].png"], "script": ["metrics.json"]}.items():
+    for name, others in {
+        "model": [],
+        "folder": ["predictions [1].png"],
+        "script": ["metrics.json", "recipe.yaml"],
+    }.items():
         assert sorted(api.list_repo_files(f"tester/{name}")) == sorted([".gitattributes", *others, *FILES])
         cards[name] = ModelCard.load(api.hf_hub_download(f"tester/{name}", "README.md", cache_dir=tmp_path / name))
         assert f'pipeline("image-classification", "tester/{name}", trust_remote_code=True)' in cards[name].text

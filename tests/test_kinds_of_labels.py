@@ -196,7 +196,7 @@ def test_a_regression_learns_in_units_of_its_targets() -> None:
     model, _ = build_model(config, task)
     targets = np.array(data.train["label"][:])
     assert model.config.target_mean == pytest.approx(targets.mean(axis=0).tolist())
-    assert model.config.target_std == pytest.approx(targets.std(axis=0).tolist())
+    assert model.config.target_scale == pytest.approx(targets.std(axis=0).tolist())
     assert model.config.problem_type == TARGETS and model.config.id2label == {0: "redness", 1: "blueness"}
     labels = torch.tensor(targets[:6], dtype=torch.float32)
     loss = task.loss(model.eval(), torch.randn(6, 3, 8, 8), labels, torch.Generator())

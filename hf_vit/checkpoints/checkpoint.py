@@ -235,7 +235,7 @@ class Checkpoint:
             std, mean = (
                 torch.tensor(values or [empty], dtype=torch.float64)
                 for values, empty in (
-                    (config.target_std, 1.0),
+                    (config.target_scale, 1.0),
                     (config.target_mean, 0.0),
                 )
             )

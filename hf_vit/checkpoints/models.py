@@ -81,7 +81,7 @@ def load_classifier(
         source: A file, a folder or a name on the Hub, in any layout.
         label_names: Names of the classes, by class index, or of the targets of a regression.
         fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`. `problem_type` is one
-            label per image by default; `target_mean` and `target_std` are for a new head. The patch projection and
+            label per image by default; `target_mean` and `target_scale` are for a new head. The patch projection and
             the processor are adapted to another `num_channels`.
 
     Raises:

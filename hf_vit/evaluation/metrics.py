@@ -130,7 +130,7 @@ def evaluate_images(
     measures: dict[str, Callable[..., Results]] = {
         "single_label_classification": classify,
         "multi_label_classification": partial(recognize, thresholds=config.thresholds),
-        "regression": partial(regress, scale=config.target_std),
+        "regression": partial(regress, scale=config.target_scale),
     }
     measure = measures[config.problem_type or "single_label_classification"]
     return measure(model, loader, accelerator, normalize, forward=forward)
@@ -144,7 +144,7 @@ def results_of(logits: Tensor, labels: Tensor, config: Any) -> Results:
         config: As for `evaluate_images`.
     """
     if config.problem_type == "regression":
-        return TargetResults(labels.float(), logits.float(), config.target_std)
+        return TargetResults(labels.float(), logits.float(), config.target_scale)
     if config.problem_type == "multi_label_classification":
         labels, scores, losses = _of_labels(logits, labels)
         return LabelResults(labels, scores, losses, config.thresholds)

@@ -214,7 +214,7 @@ class TargetResults:
     Attributes:
         labels: True targets, float32 `[N, num_labels]`, in their own units.
         predicted: Predicted targets, of the same shape.
-        scale: Unit of each target in the loss, such as `target_std` of the model's config; 1 if not given.
+        scale: Unit of each target in the loss, such as `target_scale` of the model's config; 1 if not given.
         broken, index: As for `ImageResults`.
     """
 

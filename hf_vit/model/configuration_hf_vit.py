@@ -110,7 +110,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             probabilities (arXiv:1706.04599).
         thresholds (`list[float]`, *optional*): Least probability at which each label counts as present, for a
             classifier with several labels per image; `None` for 0.5. The logits do not depend on it.
-        target_mean, target_std (`list[float]`, *optional*): Mean and standard deviation of each target of a
+        target_mean, target_scale (`list[float]`, *optional*): Mean and standard deviation of each target of a
             regression. The head predicts standardized targets, and the logits are in the targets' own units; `None`
             if the head predicts these directly.
         mim_objective (`str`, *optional*, defaults to `"pixels"`): Target of `HFViTForMaskedImageModeling`: `"pixels"`
@@ -182,7 +182,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     temperature: float | int = 1.0
     thresholds: list[float | int] | None = None
     target_mean: list[float | int] | None = None
-    target_std: list[float | int] | None = None
+    target_scale: list[float | int] | None = None
     mim_objective: str = "pixels"
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True

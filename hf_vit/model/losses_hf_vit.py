@@ -17,9 +17,9 @@ def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
     """
     if config.temperature != 1:
         outputs = outputs / config.temperature
-    if config.target_std is not None and config.target_mean is not None:
+    if config.target_scale is not None and config.target_mean is not None:
         outputs = outputs.float()
-        outputs = outputs * outputs.new_tensor(config.target_std) + outputs.new_tensor(config.target_mean)
+        outputs = outputs * outputs.new_tensor(config.target_scale) + outputs.new_tensor(config.target_mean)
     return outputs
 
 
@@ -41,7 +41,7 @@ def classification_loss(
             label, `[B, num_labels]`, with `problem_type="multi_label_classification"`; or regression targets in their
             own units. A class index of -100, and a -100 for one of several labels, is ignored.
         logits: `[B, num_labels]`.
-        config: The model's config. With `target_std`, the loss of a regression is that of standardized targets.
+        config: The model's config. With `target_scale`, the loss of a regression is that of standardized targets.
         num_items_in_batch: Number of entries of `labels` in all accumulated batches. If given, the sum of the losses
             is divided by it; otherwise the loss is the mean over this batch.
         class_weights: `[num_labels]`, float32: factors on the loss of each class, or with several labels per image on
@@ -74,8 +74,8 @@ def classification_loss(
     if kind == "regression":
         is_known = torch.ones_like(labels, dtype=torch.bool)
         residuals = logits - labels
-        if config.target_std is not None:
-            residuals = residuals / residuals.new_tensor(config.target_std)
+        if config.target_scale is not None:
+            residuals = residuals / residuals.new_tensor(config.target_scale)
         losses = residuals.square()
     else:
         is_known = labels != -100

@@ -58,7 +58,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
 # Fields that describe a trained head, and how they begin with a new one.
-OF_HEAD: dict[str, Any] = {"temperature": 1.0, "thresholds": None, "target_mean": None, "target_std": None}
+OF_HEAD: dict[str, Any] = {"temperature": 1.0, "thresholds": None, "target_mean": None, "target_scale": None}
 MAX_TARGET = 1e30
 MAX_SIDE = 2**16
 MAX_PATCHES = 2**20
@@ -196,7 +196,7 @@ def _choices(config: Any) -> Iterator[str]:
 
 
 def _head(config: Any) -> Iterator[str]:
-    for name in ("thresholds", "target_mean", "target_std"):
+    for name in ("thresholds", "target_mean", "target_scale"):
         values = getattr(config, name)
         if values is not None and len(values) != config.num_labels:
             yield f"{name} must have a number for each of {config.num_labels} labels, got {len(values)}."
@@ -204,10 +204,10 @@ def _head(config: Any) -> Iterator[str]:
             yield f"{name} must be numbers between -{MAX_TARGET:g} and {MAX_TARGET:g}, got {values}."
     if not all(0 <= threshold <= 1 for threshold in config.thresholds or ()):
         yield f"thresholds must be probabilities in [0, 1], got {config.thresholds}."
-    if not all(std >= 1 / MAX_TARGET for std in config.target_std or ()):
-        yield f"target_std must be positive, at least {1 / MAX_TARGET:g}, got {config.target_std}."
-    if (config.target_mean is None) != (config.target_std is None):
-        yield "target_mean and target_std belong together: set both, or neither."
+    if not all(std >= 1 / MAX_TARGET for std in config.target_scale or ()):
+        yield f"target_scale must be positive, at least {1 / MAX_TARGET:g}, got {config.target_scale}."
+    if (config.target_mean is None) != (config.target_scale is None):
+        yield "target_mean and target_scale belong together: set both, or neither."
 
 
 def _width(config: Any) -> Iterator[str]:

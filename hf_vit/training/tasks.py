@@ -201,7 +201,7 @@ class Regression(Classification):
 
     @property
     def fields(self) -> dict[str, Any]:
-        return {**super().fields, "target_mean": self.mean, "target_std": self.std}
+        return {**super().fields, "target_mean": self.mean, "target_scale": self.std}
 
     def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean squared error of the standardized targets of a batch."""
@@ -209,7 +209,7 @@ class Regression(Classification):
 
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
         """Return the results per image, with the loss of training."""
-        return partial(regress, scale=_config_of(model).target_std)(model, *evaluation)
+        return partial(regress, scale=_config_of(model).target_scale)(model, *evaluation)
 
 
 def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:

@@ -181,7 +181,7 @@ class MultiLabel(SingleLabel):
 class Regression(SingleLabel):
     """Numbers: ridge regression on standardized targets, judged by R² (the mean over targets).
 
-    The logits of the model are `head * target_std + target_mean`; those of a `LinearHead` are in original units.
+    The logits of the model are `head * target_scale + target_mean`; those of a `LinearHead` are in original units.
     """
 
     metric, task = "r2", "regression"
@@ -217,7 +217,7 @@ class Regression(SingleLabel):
         return {
             "problem_type": "regression",
             "target_mean": mean.tolist(),
-            "target_std": std.clamp(min=1e-12).tolist(),
+            "target_scale": std.clamp(min=1e-12).tolist(),
         }
 
     def in_model(self, head: LinearHead, targets: Tensor) -> LinearHead:

@@ -4,19 +4,17 @@ Exact duplicates have the same stored bytes. Near duplicates are found from feat
 """
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..system.texts import one_line, shortened
-from .images import NO_IMAGE
+from ..system.texts import shortened
+from .images import NO_IMAGE, name_of, stored_source
 from .labelled import ImageData
 from .opening import as_stored
 
@@ -25,33 +23,14 @@ TINY = 10  # a class with fewer training images is named
 
 
 def stored_bytes(stored: dict[str, Any]) -> bytes:
-    """Return the file content of an image as `datasets` stores it, `{"bytes", "path"}`.
-
-    Raises:
-        ValueError: If there is no image.
-        OSError: If the file cannot be read.
-    """
-    if stored["bytes"] is not None:
-        return stored["bytes"]
-    if not stored["path"]:
-        raise ValueError("This row has no image.")
-    if "://" not in stored["path"]:
-        return Path(stored["path"]).read_bytes()
-    import fsspec
-
-    with fsspec.open(stored["path"], "rb") as file:
-        return file.read()
+    """Return the file content of an image as `datasets` stores it, `{"bytes", "path"}`; raises as `read_stored`."""
+    source = stored_source(stored)
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 def content_digest(content: bytes) -> str:
     """Return 32 hexadecimal digits that identify the content of a file."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def name_of(stored: dict[str, Any], index: int) -> str:
-    """Return the last two parts of the path of an image, or its number."""
-    path = stored["path"]
-    return one_line("/".join(str(path).replace("\\", "/").split("/")[-2:])) if path else f"image {index}"
 
 
 @dataclass
@@ -80,8 +59,11 @@ def read_contents(split: Any, columns: tuple[str, str | None], decode: bool = Tr
     from ..system.machine import cores
 
     rows = as_stored(split, columns)
-    with ThreadPoolExecutor(cores()) as threads:  # reading, hashing and decoding release the lock of Python
+    threads = ThreadPoolExecutor(cores())  # reading, hashing and decoding release the lock of Python
+    try:
         found = list(threads.map(partial(_content, rows, columns[0], decode), range(len(rows))))
+    finally:
+        threads.shutdown(cancel_futures=True)  # a signal does not wait for the other images
     return Contents([digest for digest, _ in found], [name for _, name in found])
 
 
@@ -89,13 +71,14 @@ def _content(rows: Any, column: str, decode: bool, index: int) -> tuple[str | No
     from ..model.image_reading_hf_vit import read_image
 
     stored = rows[index][column] or NO_IMAGE
+    name = name_of(stored) or f"image {index}"
     try:
         content = stored_bytes(stored)
         if decode:
             read_image(content)
-        return content_digest(content), name_of(stored, index)
+        return content_digest(content), name
     except Exception:  # the image is named and counted
-        return None, name_of(stored, index)
+        return None, name
 
 
 @dataclass
@@ -172,19 +155,20 @@ def audit(
     train, evaluation = contents
     labels = data.train[data.columns[1]][:] if data.columns[1] else [0] * len(data.train)
     readable = [index for index, digest in enumerate(train.digests) if digest is not None]
-    counts = _counts(data, [labels[index] for index in readable])
+    counts = replace(data, train=data.train.select(readable)).class_counts()
+    number_of = {} if counts is None else dict(zip(data.label_names, counts, strict=True))
     members: dict[str, list[int]] = defaultdict(list)
     for index in readable:
         members[str(train.digests[index])].append(index)
     groups = [group for group in members.values() if len(group) > 1]
     found = Audit(
-        counts,
+        number_of,
         (len(train.digests), len(evaluation.digests) if evaluation else 0),
         {"training": train.unreadable, "evaluation": evaluation.unreadable if evaluation else []},
         sum(len(group) - 1 for group in groups),
         [[train.names[index] for index in group] for group in groups if len({str(labels[i]) for i in group}) > 1],
-        empty=[name for name, count in counts.items() if count == 0],
-        tiny={name: count for name, count in counts.items() if 0 < count < TINY},
+        empty=[name for name, count in number_of.items() if count == 0],
+        tiny={name: count for name, count in number_of.items() if 0 < count < TINY},
     )
     if evaluation is not None:
         for digest, name in zip(evaluation.digests, evaluation.names, strict=True):
@@ -193,16 +177,6 @@ def audit(
         if features is not None and features[1] is not None:
             found.near = _near_duplicates(train, evaluation, features[0], features[1])
     return found
-
-
-def _counts(data: ImageData, labels: Sequence[Any]) -> dict[str, int]:
-    if data.problem_type == "single_label_classification":
-        number = Counter(labels)
-        return {name: number[index] for index, name in enumerate(data.label_names)}
-    if data.problem_type == "multi_label_classification":
-        sums = torch.tensor(labels).reshape(-1, len(data.label_names)).sum(dim=0).int().tolist()
-        return dict(zip(data.label_names, sums, strict=True))
-    return {}
 
 
 def _near_duplicates(

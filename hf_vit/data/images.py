@@ -67,6 +67,15 @@ def read_stored(stored: dict[str, Any], least_size: LeastSize | None = None) -> 
         ValueError: If the row has no image, or the image cannot be fetched or decoded.
         OSError: If the file does not exist or cannot be read.
     """
+    return read_image(stored_source(stored), least_size)
+
+
+def stored_source(stored: dict[str, Any]) -> str | bytes:
+    """Return the bytes of a stored image, or the path of a local file.
+
+    Raises:
+        ValueError: If the row has no image, or the image cannot be fetched.
+    """
     source = stored["path"] if stored["bytes"] is None else stored["bytes"]
     if source is None:
         raise ValueError("This row has no image.")
@@ -78,7 +87,7 @@ def read_stored(stored: dict[str, Any], least_size: LeastSize | None = None) -> 
                 source = file.read()
         except Exception as error:  # network clients raise almost anything
             raise ValueError(without_tokens(f"{source} could not be fetched: {error}")) from error
-    return read_image(source, least_size)
+    return source
 
 
 def gray_image(processor: Any) -> Tensor:

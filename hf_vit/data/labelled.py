@@ -82,6 +82,7 @@ def load_data(
     train_images: int | None = None,
     needs_labels: bool = True,
     needs_train: bool = True,
+    holds_out: bool = True,
 ) -> ImageData:
     """Open a data set and divide it into a training and an evaluation split.
 
@@ -109,6 +110,7 @@ def load_data(
             counted in one pass; unnamed classes are found in a pass, too.
         needs_labels: Whether to raise an error if there are no labels.
         needs_train: Whether a training split is required; if not, an evaluation split alone is enough.
+        holds_out: Whether to hold out images if there is no evaluation split; if not, `evaluation` is `None` then.
 
     Raises:
         ValueError: If the source cannot be opened, its splits or columns cannot be inferred, or its labels are missing
@@ -135,8 +137,10 @@ def load_data(
             else "Expected a data set, got an empty list: name at least one."
         )
     name = " + ".join(map(_name_of, sources))
-    data = _divided(_united(parts, problem_type, label_separator), name, eval_fraction, split_seed, train_images)
-    data = replace(data, eval_split=", ".join(dict.fromkeys(eval_names)) or HELD_OUT, notes=[*notes, *data.notes])
+    fraction = eval_fraction if holds_out else None
+    data = _divided(_united(parts, problem_type, label_separator), name, fraction, split_seed, train_images)
+    held_out = HELD_OUT if holds_out else ""
+    data = replace(data, eval_split=", ".join(dict.fromkeys(eval_names)) or held_out, notes=[*notes, *data.notes])
     if needs_train:
         _check_classes(data)
     is_plain = train_share == train_repeats == 1
@@ -310,17 +314,17 @@ def _whole(data: ImageData) -> ImageData:
     return replace(data, evaluation=concatenate_datasets([data.train, data.evaluation]), eval_split="all")
 
 
-def _divided(united: _United, name: str, fraction: float, seed: int, train_images: int | None) -> ImageData:
-    """Return the splits as data; a training split alone is divided."""
+def _divided(united: _United, name: str, fraction: float | None, seed: int, train_images: int | None) -> ImageData:
+    """Return the splits as data; a training split alone is divided unless the fraction is `None`."""
     train, evaluation = united.train, united.evaluation
     labels = united.labels or Labels("", [], "")
     data = ImageData(
         name, train, evaluation, united.columns, labels.names, "", 0, labels.problem_type or None, labels.notes
     )
-    if evaluation is None:
+    if evaluation is None and fraction is not None:
         hold_out = _hold_out_of_stream if data.is_stream else _hold_out
         train, evaluation = hold_out(data, fraction, seed)
-    length = len(train) if not data.is_stream else _stream_length(united, fraction, train_images)
+    length = len(train) if not data.is_stream else _stream_length(united, fraction or 0, train_images)
     if length == 0 or (hasattr(evaluation, "__len__") and len(evaluation) == 0):
         raise ValueError(
             f"{name} has {length} training images and needs some for evaluation too: add images, or change "

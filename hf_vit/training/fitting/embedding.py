@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from ...checkpoints.checkpoint import Options, usual_size
 from ...checkpoints.models import load
 from ...checkpoints.opening import open_checkpoint
-from ...data.audit import Contents, content_digest, name_of, stored_bytes
+from ...data.audit import Contents, content_digest, read_contents
 from ...data.channels import Channels, adapt_processor
-from ...data.images import NO_IMAGE, normalize, preprocess
+from ...data.images import NO_IMAGE, normalize, preprocess, read_stored
 from ...data.opening import as_stored
 from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core
-from ...model.image_reading_hf_vit import read_image
 from ...model.pooling_hf_vit import POOLINGS
 from ...system.machine import cores
 
@@ -164,11 +163,8 @@ def embed(
     folder = (cache or default_cache()) / encoder.fingerprint
     rows = as_stored(split, columns)
     read = partial(_read, encoder, rows, columns[0])
-    digests: list[str | None] = []
-    names: list[str] = []
-    for digest, name in on_every_core(lambda index: _identify(rows, columns[0], index), range(len(rows))):
-        digests.append(digest)
-        names.append(name)
+    contents = read_contents(split, columns, decode=False)
+    digests, names = contents.digests, contents.names
     known = _read_shards(folder, {digest for digest in digests if digest})
     first = {digest: index for index, digest in reversed(list(enumerate(digests))) if digest}
     missing = [index for digest, index in first.items() if digest not in known]
@@ -196,20 +192,11 @@ def embed(
     return Embeddings(readable, features, Contents(digests, names), len(missing), time.perf_counter() - began)
 
 
-def _identify(rows: Any, column: str, index: int) -> tuple[str | None, str]:
-    stored = rows[index][column] or NO_IMAGE
-    try:
-        return content_digest(stored_bytes(stored)), name_of(stored, index)
-    except Exception:  # missing files are named and counted
-        return None, name_of(stored, index)
-
-
 def _read(encoder: Encoder, rows: Any, column: str, index: int) -> Tensor | None:
     """Return an image as the processor makes it, or `None` if it cannot be read."""
     try:
-        return preprocess(
-            read_image(stored_bytes(rows[index][column]), encoder.processor.least_size), encoder.processor
-        )
+        image = read_stored(rows[index][column] or NO_IMAGE, encoder.processor.least_size)
+        return preprocess(image, encoder.processor)
     except Exception:
         return None
 
@@ -291,7 +278,7 @@ def logits_of(
         return optimized(normalize(pixels.to(device), processor)).logits.float().cpu()
 
     def decode(indices: list[int]) -> Tensor:
-        images = (read_image(stored_bytes(rows[index][columns[0]]), processor.least_size) for index in indices)
+        images = (read_stored(rows[index][columns[0]], processor.least_size) for index in indices)
         return torch.stack([preprocess(image, processor) for image in images])
 
     batches = _batches(list(range(len(rows))), default_batch_size(device.type))

@@ -20,7 +20,7 @@ from ...checkpoints.models import logger as models_logger
 from ...data.audit import Audit, audit
 from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
-from ...data.labelled import HELD_OUT, ImageData, load_data
+from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
@@ -121,22 +121,12 @@ def _check_output_dir(output_dir: Path, model: str) -> None:
 def open_data(source: str | list[str], **options: Any) -> ImageData:
     """Load data for a fit: all images of the training split, and an evaluation split only if the data has one.
 
-    `load_data` would hold out a part; here the accuracy comes from cross-validation. The evaluation is then `None`.
+    Nothing is held out, since the accuracy comes from cross-validation: the evaluation may be `None`.
     """
-    options = {name: value for name, value in options.items() if value is not None}
-    data = load_data(source, eval_fraction=0.5, **options)
+    data = load_data(source, holds_out=False, **options)
     if data.is_stream:
         raise ValueError("A stream cannot be fitted, since every image is read several times: save it to disk first.")
-    if data.eval_split != HELD_OUT:
-        return data
-    try:  # the whole split in its own order, as a recipe with this eval_split has it
-        whole = load_data(source, **{**options, "eval_split": options.get("train_split", "train")})
-        train = whole.train
-    except ValueError:
-        from datasets import concatenate_datasets
-
-        train = concatenate_datasets([data.train, data.evaluation])
-    return replace(data, train=train, evaluation=None, eval_split="", train_length=len(train))
+    return data
 
 
 class _Fitting:

@@ -53,7 +53,7 @@ from hf_vit.training.trainer_arguments import (
     values_of_run,
     write_recipe,
 )
-from hf_vit.training.views import CAREFUL, VIEWS, describe_data
+from hf_vit.training.views import VIEWS, describe_data
 
 # Arguments that are neither Trainer's default nor chosen.
 DEFAULTS = {
@@ -193,9 +193,10 @@ def report(
         f"evaluated on {metrics['eval_count']:,} other images."
     )
     if trainer.args.load_best_model_at_end:
+        metric = trainer.args.metric_for_best_model
         description += (
-            f" It is the model of step {state.best_global_step:,}, the best by `{trainer.args.metric_for_best_model}` "
-            f"among all evaluations on the same images. So its metrics are chosen, and {CAREFUL}."
+            f" It is the model of step {state.best_global_step:,}, the best by `{metric}` of all evaluations. The "
+            "metrics are of the images that chose it, so expect slightly lower ones on others."
         )
     source = options.data[0]
     is_on_hub = len(options.data) == 1 and not Path(source).exists() and source != "digits"

@@ -290,7 +290,7 @@ def test_kaggle(tmp_path: Path) -> None:
     data = load_data(folder)
     assert all_labels(data) == EXPECTED and data.eval_split == "held out"
     assert all("/train/" in row["path"] for row in data.train.cast_column("id", Image(decode=False))["id"])
-    assert data.notes == ["10 of 20 images are in no table of labels and are not used."]
+    assert data.notes == ["Skipped 10 of 20 images that no table of labels names."]
 
 
 def test_tables_of_any_format(tmp_path: Path) -> None:

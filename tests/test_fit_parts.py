@@ -283,3 +283,18 @@ def test_a_head_is_written_into_every_kind_of_classifier() -> None:
     for classifier in (torch.nn.Linear(12, 3), HFViTDistilledClassifier(12, 3)):
         head.write_into(classifier)
         torch.testing.assert_close(classifier(features), head(features))
+
+
+def test_unknown_labels_are_ignored_by_the_head_of_several_labels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 4, generator=generator)
+    targets = (features[:, :2] + 0.5 * torch.randn(60, 2, generator=generator) > 0).float()
+    partly = targets.clone()
+    partly[:20, 0] = -100
+    problem = MultiLabel(2)
+    head, known = problem.fit(features, partly, 1.0), problem.fit(features, targets, 1.0)
+    torch.testing.assert_close(head.weight[1], known.weight[1])
+    logits = head(features)
+    assert problem.score(logits[20:], targets[20:]) > 0.9
+    assert problem.loss(logits, partly) < 0.5 and problem.errors(logits, partly).max() < 5
+    assert problem.strata(torch.tensor([[-100.0, -100.0], [1.0, 0.0], [1.0, 1.0]])).tolist() == [2, 0, 1]

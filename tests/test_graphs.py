@@ -148,7 +148,7 @@ def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     source = save(tmp_path / "ours", model)
     done = run(source, out, "--to", "onnx", "--int8", "dynamic", "--data", tmp_path / "data")
     assert done.exit_code == 0, done.output
-    assert "Height and width can be any multiples of 8 and 8" in done.output
+    assert "The height is any multiple of 8, the width of 8" in done.output
     assert (
         "fp32: logits differ from torch's by at most" in done.output and "int8 dynamic: logits differ" in done.output
     )

@@ -96,7 +96,7 @@ def test_card_states_what_was_measured_and_how(folder: Path) -> None:
         "## Training",
         "Three epochs.",
         "![training.png](training.png)",
-        "It has 5 classes: LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4.",
+        "Classes (5): LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4.",
     ):
         assert line in card.text.splitlines()
     assert f"with {number:,}\nparameters: 3 layers, width 32, 4 heads, on images of 32x48 pixels" in card.text

@@ -112,7 +112,7 @@ def _open_folder(
         used = sum(len(split) for split in splits.values())
         number = sum(1 for _ in root.files())
         if used < number and root.has_images:
-            tables.notes.append(f"{number - used:,} of {number:,} images are in no table of labels and are not used.")
+            tables.notes.append(f"Skipped {number - used:,} of {number:,} images that no table of labels names.")
         return splits, [*notes, *tables.notes]
     return datasets_of(layout), [*notes, *tables.notes, *layout.notes]
 

@@ -94,7 +94,7 @@ def _description(model: Model) -> str:
     output = Graph(model).output
     columns = model.config.num_labels if output == "logits" else "features"
     sizes = fixed_size(model.config) or (
-        f"Height and width can be any multiples of {height} and {width}, at least {2 * height}x{2 * width}."
+        f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} on."
     )
     return (
         f"Input: {INPUT} [batch, {model.config.num_channels}, height, width]; output: {output} [batch, {columns}]; "

@@ -183,7 +183,7 @@ def _layer_decay(config: TrainConfig, facts: Facts) -> Choice:
     if not facts.is_checkpoint:
         return 1.0, "training from scratch"
     if config.trained != "all" or config.task == "masked_patches":
-        return 1.0, "full fine-tuning alone decays layers"
+        return 1.0, "layer decay is only used in full fine-tuning"
     return 0.65 if facts.width >= 1024 else 0.75, f"full fine-tuning of {facts.depth} layers of width {facts.width}"
 
 
@@ -225,7 +225,7 @@ def _shorter_side(config: TrainConfig, facts: Facts) -> Choice:
     if config.cache == "none":
         return None, "images are not cached"
     if facts.stored_size is not None and min(facts.stored_size) <= side:
-        return None, "the images are not larger than crops need"
+        return None, "the images are not larger than crops require"
     return side, f"crops of {config.smallest_crop:.0%} of an image are not enlarged"
 
 

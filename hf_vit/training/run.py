@@ -133,6 +133,7 @@ class Run:
     bar: tqdm
     metrics: dict[str, Any]
     timing: dict[str, float]
+    measured_on = thresholds_from = "evaluation images"
 
     def __init__(
         self,

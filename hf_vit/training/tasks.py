@@ -223,8 +223,14 @@ def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:
             "A regression needs mean and deviation of its targets before it starts: set streaming: false."
         )
     targets = torch.tensor(data.train[data.columns[1]][:], dtype=torch.float64).view(-1, len(data.label_names))
-    std = targets.std(dim=0, correction=0)
-    return targets.mean(dim=0).tolist(), std.where(std > 0, 1.0).tolist()
+    mean, std = moments_of(targets)
+    return mean.tolist(), std.tolist()
+
+
+def moments_of(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of targets `[N, num_labels]`; the deviation of a constant target is 1."""
+    std, mean = torch.std_mean(targets, dim=0, correction=0)
+    return mean, std.where(std > 0, 1.0)
 
 
 def _config_of(model: Any) -> HFViTConfig:

@@ -17,7 +17,6 @@ from ..system.texts import fenced, markdown, one_line, shell_word
 
 LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
 DRAWN_CLASSES = 120  # a confusion matrix with more classes cannot be read
-CAREFUL = "they describe these images a little better than others"
 
 
 class Unlabelled:
@@ -96,10 +95,10 @@ class OfClasses(Unlabelled):
         names, figures = run.data.label_names, {}
         if len(names) <= DRAWN_CLASSES:
             figures["confusion.png"] = inspection.plot_confusion(
-                run.predictions.confusion(), names, f"{title}: confusion matrix"
+                run.predictions.confusion(), names, f"{title}: confusion matrix of {run.measured_on}"
             )
         figures["predictions.png"] = inspection.plot_predictions(
-            image_of(run.data, run.processor, run.predictions), run.predictions, names, f"{title}: evaluation images"
+            image_of(run.data, run.processor, run.predictions), run.predictions, names, f"{title}: {run.measured_on}"
         )
         return figures
 
@@ -163,10 +162,14 @@ class OfLabels(Unlabelled):
     def limitations(self, run: Any) -> list[str]:
         rows = run.predictions.per_class([markdown(name) for name in run.data.label_names])
         known = [row for row in rows if row["count"]]
-        lines = [
-            "The threshold of each label is the one with the highest F1 on the evaluation images. So F1 was measured "
-            f"where the thresholds were chosen, and {CAREFUL}."
-        ]
+        chosen = (
+            ""
+            if run.thresholds_from != run.measured_on
+            else (
+                " So F1 was measured on the images that chose the thresholds: expect a slightly lower one on others."
+            )
+        )
+        lines = [f"The threshold of each label is the one with the highest F1 on the {run.thresholds_from}.{chosen}"]
         if len(known) < len(rows):
             lines.append(f"{len(rows) - len(known)} labels have no evaluation image: their precision is unknown.")
         if known:
@@ -198,7 +201,7 @@ class OfTargets(Unlabelled):
         results = run.predictions
         return {
             "targets.png": inspection.plot_targets(
-                results.labels, results.predicted, run.data.label_names, f"{title}: evaluation images"
+                results.labels, results.predicted, run.data.label_names, f"{title}: {run.measured_on}"
             )
         }
 

@@ -27,6 +27,7 @@ from ...system.stopping import StopSignals
 from ...system.texts import shortened
 from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
+from ..views import describe_data
 from .calibration import expected_score
 from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
 from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
@@ -203,8 +204,8 @@ class _Fitting:
         self.problem = problem_of(data.problem_type, len(data.label_names))
         evaluation = "no evaluation split" if data.evaluation is None else f"{len(data.evaluation):,} for evaluation"
         self.say(f"{data.name}: {len(data.train):,} training images, {evaluation}, {len(data.label_names)} labels.")
-        for note in data.notes:
-            self.say(note)
+        for line in describe_data(data):
+            self.say(line)
         self.channels = channels_of(data.train, data.columns)
         self.encoder = Encoder.from_pretrained(self.source, self.size, channels=self.channels)
         self.lap("read")
@@ -226,7 +227,8 @@ class _Fitting:
         features = train.features[name], None if evaluation is None else evaluation.features[name]
         contents = train.contents, None if evaluation is None else evaluation.contents
         self.found: Audit = audit(self.data, contents, features)
-        self._say_counts(self.found)
+        for sentence in self.found.sentences():
+            self.say(sentence)
         if not train.rows:
             raise ValueError("No training image can be read: check the data.")
         labels = self.data.train[self.data.columns[1]][:]
@@ -237,15 +239,6 @@ class _Fitting:
             self.data = replace(self.data, train=readable, train_length=len(readable))
         self.lap("embed")
         return train, evaluation
-
-    def _say_counts(self, found: Audit) -> None:
-        if found.counts:
-            ordered = sorted(found.counts.items(), key=lambda item: -item[1])
-            shown = ordered if len(ordered) <= 12 else [*ordered[:3], *ordered[-3:]]
-            listed = ", ".join(f"{name} {count:,}" for name, count in shown)
-            self.say(f"Images per class: {listed}{'' if shown == ordered else ' (the most and least frequent)'}.")
-        for sentence in found.sentences():
-            self.say(sentence)
 
     def fit_head(self, embedded: tuple[Embeddings, Embeddings | None]) -> FittedHead:
         """Fit the linear head, or load it."""

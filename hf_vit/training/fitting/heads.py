@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...data.classes import UNKNOWN
 from ...data.images import derive_seed
+from ...evaluation.results import LabelResults, TargetResults
 from ...model.modeling_hf_vit import HFViTDistilledClassifier
 from ...system.machine import cores
+from ..tasks import binary_cross_entropy_of_labels, moments_of
 
 FOLDS = 5
 # Most images that take part in the choice of pooling and strength; the chosen setting is then validated on all.
@@ -117,7 +121,7 @@ class SingleLabel:
 
     def loss(self, logits: Tensor, targets: Tensor) -> float:
         """Return the mean cross-entropy."""
-        return torch.nn.functional.cross_entropy(logits.float(), targets).item()
+        return F.cross_entropy(logits.float(), targets).item()
 
     def fields(self, targets: Tensor) -> dict[str, Any]:
         """Return further fields of the model's config."""
@@ -129,7 +133,10 @@ class SingleLabel:
 
 
 class MultiLabel(SingleLabel):
-    """Several classes per image: one logistic regression per class, judged by the mean average precision."""
+    """Several classes per image: one logistic regression per class, judged by the mean average precision.
+
+    A target of -100 is unknown, and ignored.
+    """
 
     metric, task = "mean_average_precision", "multi_label"
 
@@ -138,9 +145,9 @@ class MultiLabel(SingleLabel):
 
     def strata(self, targets: Tensor) -> Tensor:
         # The rarest class of an image: it is what folds would miss first.
-        counts = targets.sum(dim=0)
-        rarity = torch.where(targets > 0, counts, torch.inf)
-        return torch.where(targets.any(dim=1), rarity.argmin(dim=1), self.num_labels)
+        present = targets == 1
+        rarity = torch.where(present, present.sum(dim=0), torch.inf)
+        return torch.where(present.any(dim=1), rarity.argmin(dim=1), self.num_labels)
 
     def fit(self, features: Tensor, targets: Tensor, strength: float) -> LinearHead:
         from sklearn.linear_model import LogisticRegression
@@ -148,31 +155,26 @@ class MultiLabel(SingleLabel):
         scaled, mean, std = standardized(features)
         rows, offsets = np.zeros((self.num_labels, features.shape[1])), np.zeros(self.num_labels)
         for label in range(self.num_labels):
-            present = targets[:, label].int().numpy()
-            if present.min() == present.max():
-                offsets[label] = -ABSENT if present.max() else ABSENT
+            is_known = targets[:, label] != UNKNOWN
+            present = targets[is_known, label].int().numpy()
+            if len(set(present)) < 2:
+                offsets[label] = -ABSENT if present.any() else ABSENT
                 continue
-            probe = LogisticRegression(C=strength, max_iter=STEPS_OF_FIT).fit(scaled.numpy(), present)
+            probe = LogisticRegression(C=strength, max_iter=STEPS_OF_FIT).fit(scaled[is_known].numpy(), present)
             rows[label], offsets[label] = probe.coef_[0], probe.intercept_[0]
         return folded(rows, offsets, mean, std)
 
     def score(self, logits: Tensor, targets: Tensor) -> float:
         """Return the mean average precision over the classes that occur."""
-        from sklearn.metrics import average_precision_score
-
-        occurring = [label for label in range(self.num_labels) if targets[:, label].any()]
-        if not occurring:
-            return 0.0
-        return float(
-            np.mean([average_precision_score(targets[:, i].int().numpy(), logits[:, i].numpy()) for i in occurring])
-        )
+        return LabelResults(targets, logits, torch.zeros_like(logits)).metrics()["mean_average_precision"]
 
     def errors(self, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-        return losses.mean(dim=-1)
+        is_known = targets != UNKNOWN
+        losses = F.binary_cross_entropy_with_logits(logits.float(), targets.where(is_known, 0), reduction="none")
+        return (losses * is_known).sum(dim=-1) / is_known.sum(dim=-1).clamp(min=1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> float:
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), targets).item()
+        return binary_cross_entropy_of_labels(logits, targets).item()
 
     def fields(self, targets: Tensor) -> dict[str, Any]:
         return {"problem_type": "multi_label_classification"}
@@ -202,27 +204,20 @@ class Regression(SingleLabel):
         return folded(ridge.coef_.reshape(self.num_labels, -1), np.atleast_1d(ridge.intercept_), mean, std)
 
     def score(self, logits: Tensor, targets: Tensor) -> float:
-        from sklearn.metrics import r2_score
-
-        return float(r2_score(targets.numpy(), logits.numpy())) if len(targets) > 1 else 0.0
+        return TargetResults(targets, logits).metrics()["r2"]
 
     def errors(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return (((logits - targets) / targets.std(dim=0).clamp(min=1e-12)) ** 2).mean(dim=-1)
+        return ((logits - targets) / moments_of(targets)[1]).square().mean(dim=-1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> float:
-        return torch.nn.functional.mse_loss(logits.float(), targets).item()
+        return F.mse_loss(logits.float(), targets).item()
 
     def fields(self, targets: Tensor) -> dict[str, Any]:
-        std, mean = torch.std_mean(targets, dim=0, correction=0)
-        return {
-            "problem_type": "regression",
-            "target_mean": mean.tolist(),
-            "target_scale": std.clamp(min=1e-12).tolist(),
-        }
+        mean, std = moments_of(targets)
+        return {"problem_type": "regression", "target_mean": mean.tolist(), "target_scale": std.tolist()}
 
     def in_model(self, head: LinearHead, targets: Tensor) -> LinearHead:
-        std, mean = torch.std_mean(targets, dim=0, correction=0)
-        std = std.clamp(min=1e-12)
+        mean, std = moments_of(targets)
         return LinearHead(head.weight / std[:, None], (head.bias - mean) / std)
 
 

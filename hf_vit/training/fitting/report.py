@@ -1,29 +1,26 @@
 """What a fit leaves: metrics, figures, recipe and model card."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ... import inspection
 from ...data.audit import Audit
-from ...data.images import EvaluationImages
 from ...data.labelled import RECIPE, ImageData
-from ...evaluation.metrics import ImageResults
+from ...evaluation.metrics import results_of
+from ...evaluation.results import Results
 from ...hub.card import write_card
 from ...inspection.drawing import save
+from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
 from ...system.texts import code, markdown
 from ..recipe import TrainConfig
-from ..report import fenced_command, for_others, public_paths
+from ..report import base_model_of, fenced_command, for_others, public_paths
 from ..run import METRICS
-from ..views import DRAWN_CLASSES
+from ..views import VIEWS
 from .heads import FittedHead, SingleLabel, shown
 from .race import CHANCE, Verdict
 from .state import FitState
@@ -68,32 +65,19 @@ class Report:
         return "probe" if self.verdict.winner is None else self.verdict.winner.name
 
 
-def results_of(problem: SingleLabel, logits: Tensor, targets: Tensor, rows: Tensor, broken: list[str]) -> Any:
-    """Return the results per image of predictions."""
-    if problem.metric == "accuracy":
-        scores = logits.softmax(dim=-1)
-        of_label = logits.gather(1, targets[:, None])
-        is_earlier = torch.arange(logits.shape[1]) < targets[:, None]
-        is_ahead = ~(logits <= of_label) | ((logits == of_label) & is_earlier)
-        confidence, predicted = scores.max(dim=-1)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        ranks = is_ahead.sum(dim=-1)
-        return ImageResults(targets, predicted, confidence, losses, ranks, logits.shape[1], broken, rows)
-    from ...evaluation.results import LabelResults, TargetResults
-
-    if problem.metric == "r2":
-        return TargetResults(targets, logits, targets.std(dim=0).clamp(min=1e-12).tolist(), broken, rows)
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return LabelResults(targets, logits.sigmoid(), losses, None, broken, rows)
+def results_for(config: HFViTConfig, logits: Tensor, targets: Tensor, rows: Tensor, broken: list[str]) -> Results:
+    """Return the results per image of predictions for the rows of a split."""
+    return replace(results_of(logits, targets, config), broken=broken, index=rows)
 
 
 def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
     """Write metrics, figures, recipe and card next to the model; returns the metrics."""
     unreadable = report.audit.unreadable
-    held_out = results_of(report.problem, *report.held_out, unreadable["training"])
+    config = HFViTConfig.from_pretrained(output_dir)
+    held_out = results_for(config, *report.held_out, unreadable["training"])
     measured = None
     if report.evaluated is not None:
-        measured = results_of(report.problem, *report.evaluated, unreadable["evaluation"])
+        measured = results_for(config, *report.evaluated, unreadable["evaluation"])
     metrics = _metrics(report, held_out, measured)
     (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if report.verdict.winner is not None:
@@ -102,7 +86,11 @@ def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
         (output_dir / RECIPE).write_text(for_others(recipe).to_yaml(), encoding="utf-8")
     else:
         (output_dir / RECIPE).unlink(missing_ok=True)
-    figures = _draw(report, held_out, measured, output_dir)
+    finished = _finished(report, held_out if measured is None else measured, measured is None, output_dir)
+    view = VIEWS[report.data.problem_type]
+    figures = view.figures(finished, output_dir.resolve().name)
+    for name, figure in figures.items():
+        save(figure, output_dir / name)
     title, split = output_dir.resolve().name, report.data.eval_split
     results = {report.problem.metric: metrics["eval_" + report.problem.metric]} if measured is not None else {}
     write_card(
@@ -118,15 +106,11 @@ def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
         },
         dataset=report.data.name,
         split=split or "held-out training images",
-        sections=_sections(report, metrics, held_out if measured is None else measured),
-        images=figures,
-        base_model=_base_model(report.facts["model"]),
+        sections=_sections(report, metrics, finished),
+        images=list(figures),
+        base_model=base_model_of(TrainConfig(model=report.facts["model"])),
     )
     return metrics
-
-
-def _base_model(model: str) -> str | None:
-    return model if not Path(model).exists() and model.count("/") == 1 else None
 
 
 def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
@@ -157,29 +141,6 @@ def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
         **{**report.facts, "data": public_paths(report.facts["data"]), "model": public_model},
         "seconds": {**report.seconds, "total": round(report.state.seconds, 1)},
     }
-
-
-def _draw(report: Report, held_out: Any, measured: Any, output_dir: Path) -> list[str]:
-    """Draw the confusion matrix and predictions, of evaluation images or else of held-out training images."""
-    results, names = (held_out if measured is None else measured), report.data.label_names
-    if not isinstance(results, ImageResults):
-        return []
-    what = "held-out training images" if measured is None else "evaluation images"
-    split = report.data.train if measured is None else report.data.evaluation
-    processor = HFViTImageProcessor.from_pretrained(output_dir)
-    images = EvaluationImages(split, report.data.columns, processor)
-    title = output_dir.resolve().name
-    figures = {}
-    if len(names) <= DRAWN_CLASSES:
-        figures["confusion.png"] = inspection.plot_confusion(
-            results.confusion(), names, f"{title}: confusion matrix of {what}"
-        )
-    figures["predictions.png"] = inspection.plot_predictions(
-        lambda position: images[int(results.index[position])]["pixel_values"], results, names, f"{title}: {what}"
-    )
-    for name, figure in figures.items():
-        save(figure, output_dir / name)
-    return list(figures)
 
 
 def _expectation(metrics: dict[str, Any]) -> str:
@@ -230,18 +191,41 @@ def _description(report: Report, metrics: dict[str, Any]) -> str:
     return f"Fitted to {metrics['train_images']:,} images of {markdown(report.data.name)} by {how} of {encoder}."
 
 
-def _sections(report: Report, metrics: dict[str, Any], results: Any) -> dict[str, str]:
+@dataclass
+class Finished:
+    """What a view shows: results, and the images that they are of; a `Run` has the same attributes."""
+
+    data: ImageData
+    processor: Any
+    predictions: Results
+    output_dir: Path
+    measured_on: str
+    thresholds_from: str = "held-out training images"
+
+
+def _finished(report: Report, results: Results, is_held_out: bool, output_dir: Path) -> Finished:
+    data = replace(report.data, evaluation=report.data.train) if is_held_out else report.data
+    processor = HFViTImageProcessor.from_pretrained(output_dir)
+    what = "held-out training images" if is_held_out else "evaluation images"
+    return Finished(data, processor, results, output_dir, what)
+
+
+def _sections(report: Report, metrics: dict[str, Any], finished: Finished) -> dict[str, str]:
     height, width = report.facts["image_size"]
+    view = VIEWS[report.data.problem_type]
+    limitations = [
+        f"It was fitted to images of {markdown(report.data.name)} at {height}x{width} pixels. Expect other metrics on "
+        "other images.",
+        *view.limitations(finished),
+    ]
+    odd = [*report.data.notes, *report.audit.sentences()]
     sections = {
         "Expected metrics": _expected_section(report, metrics),
         "What was tried": _tried_section(report),
-        "Classes": _classes(results, report.data.label_names),
-        "Data": "\n".join(f"- {markdown(line)}" for line in report.audit.sentences()) or "No problems were found.",
+        **view.sections(finished),
+        "Data": "\n".join(f"- {markdown(line)}" for line in odd) or "No problems were found.",
         "Training": _training_section(report),
-        "Limitations": (
-            f"- It was fitted to images of {markdown(report.data.name)} at {height}x{width} pixels. Expect other "
-            f"metrics on other images.\n- It makes a prediction for any image, including images of other kinds."
-        ),
+        "Limitations": "\n".join(f"- {line}" for line in limitations),
     }
     return sections
 
@@ -288,21 +272,6 @@ def _tried_section(report: Report) -> str:
         f"\nPoolings and inverse regularization strengths of the probe in cross-validation ({folds} folds): "
         f"{markdown(settings)}."
     ).replace("..", ".")
-
-
-def _classes(results: Any, names: Sequence[str]) -> str:
-    rows = results.per_class(names)[:50]
-    columns = [name for name in rows[0] if name != "label"]
-    lines = [
-        f"| label | {' | '.join(name.replace('_', ' ') for name in columns)} |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for row in rows:
-        cells = [
-            "-" if row[n] is None else f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in columns
-        ]
-        lines.append(f"| {markdown(row['label'])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _training_section(report: Report) -> str:

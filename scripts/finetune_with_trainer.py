@@ -24,7 +24,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ from hf_vit.system.machine import machine as hardware
 from hf_vit.system.texts import markdown
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.report import base_model_of
-from hf_vit.training.run import cache_limit, data_of, resolved
+from hf_vit.training.run import cache_limit, data_of, resolved, with_channels
 from hf_vit.training.tasks import TASKS, build_model
 from hf_vit.training.trainer import Collator, EpochImages, ViTTrainer, add_lora, last_complete_checkpoint, metrics_of
 from hf_vit.training.trainer_arguments import (
@@ -122,12 +122,10 @@ def main(arguments: list[str]) -> None:
     with PartialState().main_process_first():  # the other processes read what the first one has cached
         data = data_of(config)
     channels = channels_of(data.train, data.columns)
-    if channels.num_channels != 3:
-        config = replace(config, model_config={**config.model_config, "num_channels": channels.num_channels})
     say = print if devices.is_main_process else lambda *text: None
     for line in describe_data(data):
         say(line)
-    config = resolved(config, data, devices)
+    config = resolved(with_channels(config, channels), data, devices)
     chosen = arguments_of(config, given, devices, data.train_length)
     say(f"Arguments of Trainer: {shown(chosen)}")
     training = TrainingArguments(**{**DEFAULTS, **chosen, **given})

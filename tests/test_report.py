@@ -159,8 +159,8 @@ def test_limits_follow_from_the_figures() -> None:
     limits = report._limitations(a_run(predictions, ["cat", "dog", "eel"], broken_images=["cat/1.jpg"]))
     assert limits.splitlines() == [
         "- The model was trained on 1,234 images of pets at 32x48 pixels. Expect other metrics on other images.",
-        "- It predicts one of 3 classes for any image, also for one that shows none of them.",
-        "- 1 classes have no evaluation image: their accuracy is unknown.",
+        "- It predicts one of 3 classes for any image, including images that show none of them.",
+        "- The accuracy on 1 class is unknown: there are no evaluation images of them.",
         "- Its worst class is cat, with an accuracy of 25.0% on 4 images.",
         "- Its most frequent mistake is to predict dog for cat: 3 of 4 images.",
         "- Its expected calibration error is 12.5% (15 bins).",

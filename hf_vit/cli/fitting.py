@@ -1,7 +1,7 @@
 """The command that chooses: fit."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,10 +27,12 @@ def fit(
     ] = None,
     label_separator: Annotated[str | None, typer.Option(help="Text between several labels of one image.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="classification, multi_label or regression. Default: from the labels.")
+        Literal["classification", "multi_label", "regression"] | None,
+        typer.Option(help="Training objective. Default: from the labels."),
     ] = None,
     resume: Annotated[
-        str, typer.Option(help="'auto' resumes the fit in the output folder; 'never' discards it.")
+        Literal["auto", "never"],
+        typer.Option(help="'auto' resumes the fit in the output folder; 'never' discards it."),
     ] = "auto",
     cache: Annotated[Path | None, typer.Option(help="Folder for cached features. Default: below HF_HOME.")] = None,
 ) -> None:
@@ -41,11 +43,6 @@ def fit(
 
     Example: hf-vit fit photos/ --model facebook/dinov2-small --minutes 10 -o my-classifier
     """
-    tasks = ("classification", "multi_label", "regression")
-    if task is not None and task not in tasks:
-        raise ValueError(f"--task must be one of {', '.join(tasks)}, got {task!r}.")
-    if resume not in ("auto", "never"):
-        raise ValueError(f"--resume must be auto or never, got {resume!r}.")
     from ..training.fitting.fit import fit
 
     fit(
@@ -58,7 +55,7 @@ def fit(
         train_split=train_split,
         eval_split=eval_split,
         image_column=image_column,
-        label_column=label_column[0] if label_column and len(label_column) == 1 else label_column,
+        label_column=label_column,
         label_separator=label_separator,
         task=task,
         resume=resume,

@@ -67,10 +67,10 @@ def evaluate(
         raise ValueError(f"The folder {json_file.parent} for --json does not exist: create it first.")
     measured = evaluate_checkpoint(
         model,
-        data if len(data) > 1 else data[0],
+        data,
         split=split,
         image_column=image_column,
-        label_column=label_column if label_column is None or len(label_column) > 1 else label_column[0],
+        label_column=label_column,
         label_separator=label_separator,
         batch_size=batch_size,
         num_workers=num_workers,

@@ -1,7 +1,7 @@
 """Labelled images from any source of `datasets`, prepared on disk or streamed: a training and an evaluation split."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,7 @@ def _divided(united: _United, name: str, fraction: float | None, seed: int, trai
         hold_out = _hold_out_of_stream if data.is_stream else _hold_out
         train, evaluation = hold_out(data, fraction, seed)
     length = len(train) if not data.is_stream else _stream_length(united, fraction or 0, train_images)
-    if length == 0 or (hasattr(evaluation, "__len__") and len(evaluation) == 0):
+    if length == 0 or (isinstance(evaluation, Sized) and len(evaluation) == 0):
         raise ValueError(
             f"{name} has {length} training images and needs some for evaluation too: add images, or change "
             f"eval_fraction={fraction}."

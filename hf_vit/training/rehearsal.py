@@ -315,6 +315,7 @@ def rehearse(config: TrainConfig) -> Cost | None:
     """
     check_output_dir(config)
     accelerator = build_accelerator(config)  # checks the tracker, which the dry run does not start
+    data = None
     if config.auto:
         if (newest := _newest(config)) is not None:
             config = with_values_of(config, load_state(newest)["identity"])
@@ -327,7 +328,7 @@ def rehearse(config: TrainConfig) -> Cost | None:
     with tempfile.TemporaryDirectory(prefix="hf-vit-") as folder, redirect_stdout(StringIO()):
         try:
             with suppress(Measured):
-                train(rehearsal.changed(folder), steps=rehearsal)
+                train(rehearsal.changed(folder), steps=rehearsal, data=data)
         except Interrupted as stop:
             raise Interrupted(stop.exit_code - 128, "Stopped; a dry run leaves no files.", can_resume=False) from None
     accelerator.end_training()

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
-from ..data.channels import adapt_processor, channels_of
+from ..data.channels import Channels, adapt_processor, channels_of
 from ..data.classes import TASK_OF
 from ..data.images import EvaluationImages, TrainingImages, derive_seed, normalize
 from ..data.labelled import METRICS, RECIPE, ImageData, load_data
@@ -33,6 +33,7 @@ from .best import BestModel
 from .checkpointing import CheckpointFolder, load_state
 from .defaults import MEMORY_SHARE, describe_choices, resolve
 from .facts import facts_of, processes_here
+from .fitting.state import FIT, STATE
 from .lora import add_low_rank_updates, merge_low_rank_updates, merged
 from .optim import Schedule, build_optimizer, parameter_groups
 from .parallel import (
@@ -102,6 +103,13 @@ def resolved(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> 
     return config
 
 
+def with_channels(config: TrainConfig, channels: Channels) -> TrainConfig:
+    """Return a recipe whose model takes the images, unless it states a number of channels."""
+    if channels.num_channels == 3:
+        return config
+    return replace(config, model_config={"num_channels": channels.num_channels, **config.model_config})
+
+
 def with_values_of(config: TrainConfig, identity: dict[str, Any]) -> TrainConfig:
     """Return a recipe whose `auto` fields have the values of an interrupted run, on whatever machine it resumes."""
     values = {name: identity.get(name, default_values()[name]) for name in config.auto}
@@ -157,8 +165,7 @@ class Run:
         with accelerator.main_process_first():  # the other processes read what the first one has cached
             self.data = data = data or data_of(config)
         channels = channels_of(data.train, data.columns)
-        if channels.num_channels != 3:  # written to the recipe
-            config = replace(config, model_config={"num_channels": channels.num_channels, **config.model_config})
+        config = with_channels(config, channels)  # written to the recipe
         for line in describe_data(data):
             self.say(line)
         config = resolved(config, data, accelerator)
@@ -414,7 +421,7 @@ def check_output_dir(config: TrainConfig) -> None:
     """Raise `ValueError` if the run would overwrite the model that it starts from."""
     if config.model is not None and Path(config.model).resolve() == Path(config.output_dir).resolve():
         raise ValueError(f"{config.output_dir} holds the model to start from: choose another --output-dir.")
-    if (Path(config.output_dir) / "fit" / "state.json").exists():
+    if (Path(config.output_dir) / FIT / STATE).exists():
         raise ValueError(f"{config.output_dir} holds a model that hf-vit fit wrote: choose another --output-dir.")
 
 

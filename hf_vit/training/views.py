@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import inspection
+from ..data.folders import counted
 from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import ImageData
 from ..evaluation.results import ImageResults
@@ -108,10 +109,11 @@ class OfClasses(Unlabelled):
     def limitations(self, run: Any) -> list[str]:
         predictions, names = run.predictions, [markdown(name) for name in run.data.label_names]
         rows = predictions.per_class(names)
-        lines = [f"It predicts one of {len(names)} classes for any image, also for one that shows none of them."]
+        lines = [f"It predicts one of {len(names)} classes for any image, including images that show none of them."]
         known = [row for row in rows if row["count"]]
         if len(known) < len(names):
-            lines.append(f"{len(names) - len(known)} classes have no evaluation image: their accuracy is unknown.")
+            without = counted(len(names) - len(known), "class", "classes")
+            lines.append(f"The accuracy on {without} is unknown: there are no evaluation images of them.")
         worst = min(known, key=lambda row: row["recall"])
         if worst["recall"] < 1:
             lines.append(
@@ -172,8 +174,8 @@ class OfLabels(Unlabelled):
         lines = [f"The threshold of each label is the one with the highest F1 on the {run.thresholds_from}.{chosen}"]
         if len(known) < len(rows):
             lines.append(f"{len(rows) - len(known)} labels have no evaluation image: their precision is unknown.")
-        if known:
-            worst = min(known, key=lambda row: row["average_precision"])
+        worst = min(known, key=lambda row: row["average_precision"], default=None)
+        if worst is not None and worst["average_precision"] < 1:
             lines.append(
                 f"Its worst label is {worst['label']}, with an average precision of "
                 f"{worst['average_precision']:.1%} on {worst['count']:,} images that have it."

@@ -20,6 +20,7 @@ from ...checkpoints.models import logger as models_logger
 from ...data.audit import Audit, audit
 from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
+from ...data.folders import counted
 from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.locking import alone_in
@@ -33,9 +34,8 @@ from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
 from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
 from .race import CANDIDATES, Candidate, Entrants, Verdict, race
 from .report import Report, summary, write_fit
-from .state import STATE, FitState, stable
+from .state import FIT, STATE, FitState, stable
 
-FIT = "fit"  # folder of the state, in output_dir
 REPORT_SECONDS = 10  # reserved for figures and files
 
 
@@ -203,7 +203,8 @@ class _Fitting:
         data = self.data = open_data(self.sources, **self.options)
         self.problem = problem_of(data.problem_type, len(data.label_names))
         evaluation = "no evaluation split" if data.evaluation is None else f"{len(data.evaluation):,} for evaluation"
-        self.say(f"{data.name}: {len(data.train):,} training images, {evaluation}, {len(data.label_names)} labels.")
+        labels = counted(len(data.label_names), "label")
+        self.say(f"{data.name}: {len(data.train):,} training images, {evaluation}, {labels}.")
         for line in describe_data(data):
             self.say(line)
         self.channels = channels_of(data.train, data.columns)

@@ -257,7 +257,7 @@ def _budget(
 ) -> dict[str, Any]:
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
-        return {"why": f"{max(0.0, seconds()):.0f} s are left"}
+        return {"why": f"only {max(0.0, seconds()):.0f} s are left"}
     # A step takes about four forwards; measuring must not take more than a tenth of the time.
     guess = entrants.state.values.get("forwards_per_second", 10.0) / 4 / entrants.batch_size(len(trained))
     steps = max(2, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-STATE = "state.json"
+FIT, STATE = "fit", "state.json"  # folder in output_dir, and a file in it
 
 
 class FitState:

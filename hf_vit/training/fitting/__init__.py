@@ -1,13 +1,4 @@
-"""Choose the best classifier that a data set and a number of minutes allow: the steps of `hf-vit fit`."""
+"""Choose the best classifier that a data set and a number of minutes allow: the steps of `hf-vit fit`.
 
-from ...system.lazy import lazy_exports
-
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "embedding": ["Embeddings", "Encoder", "embed"],
-        "fit": ["fit"],
-        "heads": ["FittedHead", "LinearHead", "fit_head"],
-        "race": ["Candidate", "race"],
-    },
-)
+The steps are functions of the modules: `embedding.embed`, `heads.fit_head`, `race.race` and `fit.fit`.
+"""

@@ -150,6 +150,16 @@ def test_the_winner_is_fine_tuned_on_everything(
     assert load(tmp_path / "mine")[0].config.temperature == fitted.metrics["temperature"]
 
 
+def test_without_time_for_more_the_model_of_the_race_is_kept(
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = fit_with_a_race(photos, options, tmp_path / "mine", monkeypatch, ("all",), steps=[4], final=0)
+    assert fitted.metrics["method"] == "all 1e-03" and fitted.metrics["train_images"] == 36
+    assert fitted.metrics["eval_accuracy"] > 0.9
+    assert not (tmp_path / "mine" / "recipe.yaml").exists()
+    assert not [path for path in (tmp_path / "mine" / "fit").iterdir() if path.is_dir()]
+
+
 @pytest.mark.slow
 def test_the_best_candidates_get_more_steps(
     photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ from ..views import describe_data
 from .calibration import expected_score
 from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
 from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
-from .race import CANDIDATES, Candidate, Entrants, Verdict, race
+from .race import Candidate, Entrants, Verdict, candidates_for, race
 from .report import Report, summary, write_fit
 from .state import FIT, STATE, FitState, stable
 
@@ -56,7 +56,7 @@ def fit(
     resume: str = "auto",
     cache: str | Path | None = None,
     command: str | None = None,
-    candidates: Sequence[Candidate] = CANDIDATES,
+    candidates: Sequence[Candidate] | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainedModel:
     """Choose and train the best classifier of images that a number of minutes allows.
@@ -77,7 +77,7 @@ def fit(
         resume: `"auto"`, or `"never"` to discard an earlier fit in `output_dir`.
         cache: Folder of cached features; below that of Hugging Face by default.
         command: The command that repeats this, for the model card.
-        candidates: Ways of fine-tuning to try, the most promising first.
+        candidates: Ways of fine-tuning to try, the most promising first; by default those of `candidates_for`.
         say: Prints a line.
 
     Raises:
@@ -102,7 +102,7 @@ def fit(
             for line in summary(metrics, output_dir):
                 say(line)
             return TrainedModel(output_dir)
-        fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, tuple(candidates), say)
+        fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, candidates, say)
         stated = {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}
         fitting.run(output_dir, command or call_of("fit", stated))
     return TrainedModel(output_dir)
@@ -143,7 +143,7 @@ class _Fitting:
         seed: int,
         state: FitState,
         cache: str | Path | None,
-        candidates: tuple[Candidate, ...],
+        candidates: Sequence[Candidate] | None,
         say: Callable[[str], None],
     ) -> None:
         self.sources, self.options, self.source, self.size = sources, options, model, size
@@ -193,8 +193,10 @@ class _Fitting:
         )  # fmt: skip
         metrics = write_fit(report, output_dir)
         self.state.put(finished=True)
-        for name in ("fold", "final", *(["probe"] if verdict.winner is None else [])):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        keeps = {"probe"} if "recipe" in self.state else set()  # what recipe.yaml starts from
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name not in keeps:
+                shutil.rmtree(path, ignore_errors=True)
         for line in summary(metrics, output_dir):
             self.say(line)
 
@@ -270,7 +272,8 @@ class _Fitting:
         """Race fine-tuning against the probe."""
         self.entrants, held_out = self._entrants(), head.folds == 0
         start = partial(self.starting_points, head, held_out)
-        verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, self.candidates)
+        candidates = tuple(self.candidates or candidates_for(self.encoder.config.hidden_size))
+        verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, candidates)
         self.say(verdict.why if verdict.why.endswith(".") else f"{verdict.why}.")
         self.lap("race")
         return verdict
@@ -346,15 +349,22 @@ class _Fitting:
         Returns:
             Logits at temperature 1, targets and rows of the evaluation split, if there is one.
         """
+        folder = self.folder / "final"
         if verdict.winner is None:
-            self.write_probe(head.head, head.pooling, self.folder / "final")
+            self.write_probe(head.head, head.pooling, folder)
+        elif not verdict.final:
+            folder = self.folder / verdict.kept
+            self.say(
+                f"No time is left to train {verdict.winner.name} on all images: the model of the race is kept, which "
+                f"was trained on {int((head.folds != 0).sum()):,} of {len(self.labels):,}."
+            )
         else:
             steps = self._final_steps(verdict)
             self.say(f"Training {verdict.winner.name} on all {len(self.labels):,} images for {steps} steps.")
             rows = torch.arange(len(self.labels))
             run = self.entrants.train(verdict.winner, self.folder / "probe", rows, steps, "final")
             self.state.put(recipe=stable(vars(run.config)))
-        model, processor = load(self.folder / "final")
+        model, processor = load(folder)
         evaluated = None
         if (of_split := embedded[1]) is not None and of_split.rows:
             split = self.data.evaluation.select(of_split.rows)

@@ -3,7 +3,8 @@
 Each candidate starts from a model whose head is fitted already, so that the first steps do not distort the features
 (LP-FT: Kumar et al. 2022, arXiv:2202.10054). It trains on four of the five folds and is judged on the fifth. All
 candidates get a few steps, the better ones three times as many (successive halving: Jamieson and Talwalkar 2016,
-arXiv:1502.07943). The numbers of steps follow from the measured throughput, once, and are saved.
+arXiv:1502.07943). The numbers of steps follow from the measured throughput, once, and are saved. If there is no time
+to train the winner again on all images, the model of the race is the result.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ from typing import Any
 from torch import Tensor
 
 from ...checkpoints.models import load
+from ...data.folders import counted
 from ...data.labelled import ImageData
+from ..defaults import WIDTH_OF_RATE
 from ..loop import remaining_steps, train
 from ..recipe import TrainConfig
 from ..run import Run
@@ -34,8 +37,7 @@ FINALISTS = 2
 SHARE = 0.9  # of the time that is left is planned; the rest is for the report and for other users of the machine
 LEAST_STEPS = 40  # of a candidate: fewer say little about it
 MOST_EPOCHS = 20  # of the final training
-REHEARSED_STEPS = 5
-CHANCE = 0.1  # fine-tuning must be better with this one-sided error probability
+REHEARSED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,16 @@ class Candidate:
         return f"{self.trained} {self.learning_rate:.0e}"
 
 
-# The most promising first: with little time, only the first ones race.
-CANDIDATES = (
-    Candidate("all", 1e-4),
-    Candidate("lora", 1e-3),
-    Candidate("all", 3e-4),
-    Candidate("lora", 3e-4),
-    Candidate("all", 3e-5),
-)
+def candidates_for(width: int) -> tuple[Candidate, ...]:
+    """Return the ways to fine-tune a model of a width, the most promising first: with little time, only these race.
+
+    The learning rates are those of width 384 (ViT-S) and fall with the width, as those of the recipe `finetune` do.
+    """
+    scale = WIDTH_OF_RATE / width
+    return tuple(
+        Candidate(trained, float(f"{rate * scale:.1g}"))
+        for trained, rate in (("all", 3e-4), ("all", 1e-4), ("lora", 3e-3), ("lora", 1e-3), ("all", 3e-5))
+    )
 
 
 @dataclass
@@ -134,7 +138,13 @@ class Entrants:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many candidates race with how many steps: `steps` of each rung, and `final` for all images."""
+    """How many candidates race with how many steps.
+
+    Attributes:
+        candidates: Number of candidates.
+        steps: Number of steps of each rung.
+        final: Number of steps on all images; with 0, the model of the race is kept.
+    """
 
     candidates: int
     steps: tuple[int, ...]
@@ -156,23 +166,20 @@ def plan(
     """
     most = max(LEAST_STEPS, MOST_EPOCHS * epoch)
     left = SHARE * seconds
-    for number, rungs in ((candidates, 2), (min(2, candidates), 1), (1, 1)):
-        runs = number + (FINALISTS if rungs == 2 else 0) + 1
+    for number, rungs, finals in ((candidates, 2, 1), (min(2, candidates), 1, 1), (1, 1, 1), (1, 1, 0)):
+        runs = number + (FINALISTS if rungs == 2 else 0) + finals
         growth = GROWTH if rungs == 2 else 1
         # In units of the steps of the first rung.
-        units = number + (FINALISTS * growth if rungs == 2 else 0) + growth * share
+        units = number + (FINALISTS * growth if rungs == 2 else 0) + growth * share * finals
         steps = int((left - runs * overhead) * steps_per_second / units)
         if number <= FINALISTS and rungs == 2:
             continue
         if steps >= LEAST_STEPS:
             first = min(steps, max(LEAST_STEPS, most // growth))
             race = tuple(first * growth**rung for rung in range(rungs))
-            return Budget(number, race, max(1, round(race[-1] * share)))
-    needed = (LEAST_STEPS * (1 + share) / steps_per_second + 2 * overhead) / SHARE
-    return (
-        f"one candidate and the final training of {LEAST_STEPS} steps would take about {needed:.0f} s, and "
-        f"{max(0.0, seconds):.0f} s are left"
-    )
+            return Budget(number, race, finals * max(1, round(race[-1] * share)))
+    needed = (LEAST_STEPS / steps_per_second + overhead) / SHARE
+    return f"{LEAST_STEPS} steps would take about {needed:.0f} s, and {max(0.0, seconds):.0f} s are left"
 
 
 @dataclass
@@ -184,7 +191,7 @@ class Verdict:
         why: The reason in a sentence.
         rows: One row per run: `method`, `learning_rate`, `steps`, `epochs`, `score`, `loss`, `seconds`.
         logits: Predictions of the best fine-tuned candidate for the held-out fold, if there is one.
-        final: Number of steps for the final training.
+        final: Number of steps for the final training; with 0, the model of the race is kept, in the folder `kept`.
         finalists: Number of methods from which the winner was chosen.
     """
 
@@ -194,6 +201,7 @@ class Verdict:
     logits: Tensor | None = None
     final: int = 0
     finalists: int = 1
+    kept: str = ""
 
 
 def race(
@@ -203,7 +211,7 @@ def race(
     probe_logits: Tensor,
     seconds: Callable[[], float],
     say: Callable[[str], None],
-    candidates: tuple[Candidate, ...] = CANDIDATES,
+    candidates: tuple[Candidate, ...],
 ) -> Verdict:
     """Race candidates for the seconds that are left, and compare the best with the probe.
 
@@ -234,17 +242,22 @@ def race(
     )
     table: list[dict[str, Any]] = []
     for rung, steps in enumerate(budget.steps):
-        results = [_run(entrants, candidate, start(), trained, rows, steps, rung, say) for candidate in racing]
+        results = [
+            _run(entrants, candidate, start(), trained, rows, steps, _name(candidate, rung), budget.final == 0, say)
+            for candidate in racing
+        ]
         table += results
         ranked = sorted(zip(racing, results, strict=True), key=lambda pair: (-pair[1]["score"], pair[1]["loss"]))
         racing = tuple(candidate for candidate, _ in ranked[:FINALISTS])
     best = ranked[0][0]
-    tensors = state.tensors(f"rung{len(budget.steps) - 1}-{best.name.replace(' ', '-')}")
+    name = _name(best, len(budget.steps) - 1)
+    tensors = state.tensors(name)
     assert tensors is not None
     is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
     score = shown(problem.metric, problem.score(tensors["logits"], targets))
-    why = f"{best.name} scores {score} on the held-out fold, and {why}"
-    return Verdict(best if is_better else None, why, table, tensors["logits"], budget.final, len(results) + 1)
+    why = f"On the held-out fold, {best.name} scores {score}; {why}"
+    winner = best if is_better else None
+    return Verdict(winner, why, table, tensors["logits"], budget.final, len(results) + 1, name)
 
 
 def _budget(
@@ -286,6 +299,10 @@ def _budget(
     return {"why": found} if isinstance(found, str) else asdict(found)
 
 
+def _name(candidate: Candidate, rung: int) -> str:
+    return f"rung{rung}-{candidate.name.replace(' ', '-')}"
+
+
 def _run(
     entrants: Entrants,
     candidate: Candidate,
@@ -293,11 +310,11 @@ def _run(
     trained: Tensor,
     rows: Tensor,
     steps: int,
-    rung: int,
+    name: str,
+    keeps: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train a candidate, or return its saved result."""
-    name = f"rung{rung}-{candidate.name.replace(' ', '-')}"
     if name in entrants.state:
         return entrants.state[name]
     began = time.perf_counter()
@@ -316,26 +333,31 @@ def _run(
         "seconds": round(time.perf_counter() - began, 1),
     }
     entrants.state.put(**{name: row})
-    shutil.rmtree(entrants.folder / name, ignore_errors=True)
+    if not keeps:
+        shutil.rmtree(entrants.folder / name, ignore_errors=True)
     score = shown(problem.metric, problem.score(logits, targets))
     say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {score}  {row['seconds']:.0f} s")
     return row
 
 
 def beats(problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: Tensor) -> tuple[bool, str]:
-    """Return whether predictions are better than the probe's by more than chance, and the reason.
+    """Return whether predictions score better than the probe's, and a comparison.
 
-    Counts the images on which only one of both is right (for several labels or numbers: the one with the smaller
-    error). If both were equally good, each would win half of them: a sign test, here McNemar's, with the mid-p value.
+    The better score decides, since both models cost the same to use. How likely the difference is by chance is stated:
+    among the images on which only one of both is right (for several labels or numbers: the one with the smaller
+    error), each would win half if both were equally good. That is a sign test, here McNemar's, with the mid-p value.
     """
     gains = problem.errors(probe_logits, targets) - problem.errors(logits, targets)
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     probability = _chance_of(wins, wins + losses)
-    is_better = probability < CHANCE and problem.score(logits, targets) > problem.score(probe_logits, targets)
-    of_probe = shown(problem.metric, problem.score(probe_logits, targets))
-    counts = f"{wins} images better and {losses} worse than the probe ({of_probe})"
-    verdict = "more than chance would explain" if is_better else "no significant difference, so the probe is kept"
-    return is_better, f"is {counts}: {verdict} (p = {probability:.2f}, limit {CHANCE})"
+    score, of_probe = problem.score(logits, targets), problem.score(probe_logits, targets)
+    is_better = score > of_probe
+    counts = f"{counted(wins, 'image')} better and {losses} worse after fine-tuning"
+    verdict = "fine-tuning is chosen" if is_better else "the probe is kept"
+    return is_better, (
+        f"the probe scores {shown(problem.metric, of_probe)}, {counts} (one-sided sign test: "
+        f"p = {probability:.2f}), so {verdict}"
+    )
 
 
 def _chance_of(wins: int, total: int) -> float:

@@ -22,7 +22,7 @@ from ..report import base_model_of, fenced_command, for_others, public_paths
 from ..run import METRICS
 from ..views import VIEWS
 from .heads import FittedHead, SingleLabel, shown
-from .race import CHANCE, Verdict
+from .race import Verdict
 from .state import FitState
 
 TITLES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision", "r2": "R²"}
@@ -64,6 +64,13 @@ class Report:
         """The name of the winner."""
         return "probe" if self.verdict.winner is None else self.verdict.winner.name
 
+    @property
+    def trained_images(self) -> int:
+        """The number of images that the model was trained on."""
+        folds = self.head.folds
+        is_kept = self.verdict.winner is not None and not self.verdict.final
+        return int((folds != 0).sum()) if is_kept else len(folds)
+
 
 def results_for(config: HFViTConfig, logits: Tensor, targets: Tensor, rows: Tensor, broken: list[str]) -> Results:
     """Return the results per image of predictions for the rows of a split."""
@@ -80,7 +87,7 @@ def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
         measured = results_for(config, *report.evaluated, unreadable["evaluation"])
     metrics = _metrics(report, held_out, measured)
     (output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    if report.verdict.winner is not None:
+    if "recipe" in report.state:
         recipe = TrainConfig(**{**report.state["recipe"], "output_dir": f"{output_dir.resolve().name}-again"})
         recipe = replace(recipe, model=str(Path(output_dir.name) / "fit" / "probe"), auto=[])
         (output_dir / RECIPE).write_text(for_others(recipe).to_yaml(), encoding="utf-8")
@@ -136,7 +143,7 @@ def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
         "race": verdict.rows,
         "why": verdict.why,
         "temperature": report.temperature,
-        "train_images": len(head.folds),
+        "train_images": report.trained_images,
         "audit": asdict(report.audit),
         **{**report.facts, "data": public_paths(report.facts["data"]), "model": public_model},
         "seconds": {**report.seconds, "total": round(report.state.seconds, 1)},
@@ -267,16 +274,15 @@ def _tried_section(report: Report) -> str:
     folds = len(head.folds.unique())
     return (
         "\n".join(lines)
-        + f"\n\nThe held-out fold is one of {folds} parts of the training images.\n\n{markdown(report.verdict.why)}. "
-        f"Fine-tuning is chosen if it is significantly better than the probe (one-sided sign test, p < {CHANCE:g}).\n"
-        f"\nPoolings and inverse regularization strengths of the probe in cross-validation ({folds} folds): "
+        + f"\n\nThe held-out fold is one of {folds} parts of the training images. {markdown(report.verdict.why)}.\n\n"
+        f"Poolings and inverse regularization strengths of the probe in cross-validation ({folds} folds): "
         f"{markdown(settings)}."
     ).replace("..", ".")
 
 
 def _training_section(report: Report) -> str:
     text = f"{fenced_command(report.command)}\n\nThe same command resumes an interrupted fit."
-    if report.verdict.winner is not None:
+    if "recipe" in report.state:
         text += (
             " `recipe.yaml` contains the final training, which starts from the linear probe in `fit/probe`: run "
             "`hf-vit train --recipe recipe.yaml` with its `data` and `model` set to your paths."

@@ -222,8 +222,6 @@ class _Fitting:
         if "evaluation_seconds" not in self.state:
             each = seconds / computed if computed else 0.0
             self.state.put(evaluation_seconds=round(each * (len(splits[1]) if evaluation else 0), 1))
-            if computed:
-                self.state.put(forwards_per_second=computed / seconds)
         total = sum(len(part.rows) for part in results)
         self.say(f"Features of {total:,} images in {seconds:.0f} s, {max(0, total - computed):,} of them cached.")
         name = JOINED if JOINED in train.features else next(iter(train.features))

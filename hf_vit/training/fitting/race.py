@@ -14,9 +14,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import NormalDist, median
+from statistics import NormalDist
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +34,8 @@ from .state import FitState
 GROWTH = 3  # how many times more steps the finalists get
 FINALISTS = 2
 SHARE = 0.9  # of the time that is left is planned; the rest is for the report and for other users of the machine
-LEAST_STEPS = 40  # of a candidate: fewer say little about it
+# A candidate trains at least for 2 epochs, if these are 10 to 40 steps: fewer say little about it.
+LEAST_EPOCHS, FEWEST_STEPS, LEAST_STEPS = 2, 10, 40
 MOST_EPOCHS = 20  # of the final training
 REHEARSED_STEPS = 3
 
@@ -164,7 +164,8 @@ def plan(
         share: Number of all training images divided by that of the four folds.
         candidates: Number of candidates that are worth racing.
     """
-    most = max(LEAST_STEPS, MOST_EPOCHS * epoch)
+    least = _fewest_steps(epoch)
+    most = max(least, MOST_EPOCHS * epoch)
     left = SHARE * seconds
     for number, rungs, finals in ((candidates, 2, 1), (min(2, candidates), 1, 1), (1, 1, 1), (1, 1, 0)):
         runs = number + (FINALISTS if rungs == 2 else 0) + finals
@@ -174,12 +175,16 @@ def plan(
         steps = int((left - runs * overhead) * steps_per_second / units)
         if number <= FINALISTS and rungs == 2:
             continue
-        if steps >= LEAST_STEPS:
-            first = min(steps, max(LEAST_STEPS, most // growth))
+        if steps >= least:
+            first = min(steps, max(least, most // growth))
             race = tuple(first * growth**rung for rung in range(rungs))
             return Budget(number, race, finals * max(1, round(race[-1] * share)))
-    needed = (LEAST_STEPS / steps_per_second + overhead) / SHARE
-    return f"{LEAST_STEPS} steps would take about {needed:.0f} s, and {max(0.0, seconds):.0f} s are left"
+    needed = (least / steps_per_second + overhead) / SHARE
+    return f"{least} steps would take about {needed:.0f} s, and {max(0.0, seconds):.0f} s are left"
+
+
+def _fewest_steps(epoch: int) -> int:
+    return min(LEAST_STEPS, max(FEWEST_STEPS, LEAST_EPOCHS * epoch))
 
 
 @dataclass
@@ -271,28 +276,27 @@ def _budget(
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
         return {"why": f"only {max(0.0, seconds()):.0f} s are left"}
-    # A step takes about four forwards; measuring must not take more than a tenth of the time.
-    guess = entrants.state.values.get("forwards_per_second", 10.0) / 4 / entrants.batch_size(len(trained))
-    steps = max(2, min(REHEARSED_STEPS, int(0.1 * seconds() * guess)))
+    epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
+    longest = seconds() / _fewest_steps(epoch)
     marks: list[float] = []
 
     def marked(run: Run) -> Iterator[int]:
         for step in remaining_steps(run):
             marks.append(time.perf_counter())
+            if len(marks) == 2 and marks[1] - marks[0] > 2 * longest:
+                break
             yield step
         marks.append(time.perf_counter())
 
     began = time.perf_counter()
-    run = entrants.train(candidates[0], start(), trained, steps, "rehearsal", marked)
+    run = entrants.train(candidates[0], start(), trained, REHEARSED_STEPS, "rehearsal", marked)
     wall = time.perf_counter() - began
     # The first step allocates memory, and the last one evaluates and saves, so neither shows the speed.
-    shown = [after - before for before, after in pairwise(marks)]
-    step_seconds = median(shown[1:-1] or shown[:1])
-    steps_per_second, training = 1 / max(1e-6, step_seconds), steps * step_seconds
+    step_seconds = max(1e-6, marks[2] - marks[1] if len(marks) > REHEARSED_STEPS else marks[1] - marks[0])
+    steps_per_second, training = 1 / step_seconds, (len(marks) - 1) * step_seconds
     shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
     # A forward is about a third of a step.
     overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3
-    epoch = max(1, len(trained) // run.config.batch_size)
     share = len(entrants.labels) / len(trained)
     found = plan(seconds(), steps_per_second, overhead, epoch, share, len(candidates))
     entrants.state.put(steps_per_second=steps_per_second, overhead=overhead)

@@ -38,6 +38,7 @@ SHARE = 0.9  # of the time that is left is planned; the rest is for the report a
 LEAST_EPOCHS, FEWEST_STEPS, LEAST_STEPS = 2, 10, 40
 MOST_EPOCHS = 20  # of the final training
 REHEARSED_STEPS = 3
+SECONDS_BETWEEN_SAVES = 60  # what a kill loses; other signals save first
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Entrants:
             layer_decay=0.75 if candidate.trained == "all" else 1.0,
             warmup_steps=steps // 10,
             eval_every=1e6,
-            save_every=max(1, steps // 4),
+            save_every=max(1, round(SECONDS_BETWEEN_SAVES * self.state.values.get("steps_per_second", steps))),
             keep_checkpoints=1,
             output_dir=str(output_dir),
         )

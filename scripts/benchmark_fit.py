@@ -2,6 +2,7 @@
 
     python scripts/benchmark_fit.py prepare DATA --flowers FOLDER --pets FOLDER --cifar10 FOLDER
     python scripts/benchmark_fit.py METHOD DATA/flowers --model ENCODER --seed 0 --output results.jsonl
+    python scripts/benchmark_fit.py table results.jsonl
 
 Every method gets the same training images, encoder and image size, and is measured once on the same test images, which
 it never sees before. A row of the output states accuracy, CPU seconds and versions. Needs timm and, for the sweep,
@@ -9,6 +10,8 @@ Optuna.
 
 Methods:
     fit           `hf-vit fit` with its defaults and `--minutes`.
+    train         `hf-vit train` with its defaults (recipe `finetune`), which holds out a fifth of the training images
+                  to choose the best model.
     sweep         Optuna (TPE, median pruning), 20 trials, on a held-out fifth of the training images: trained
                   parameters, pooling, learning rate, layer decay, weight decay, epochs, crops, label smoothing. The
                   best setting is trained once more on all training images.
@@ -28,6 +31,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -101,6 +105,17 @@ def fit(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[st
             cache=f"{folder}/features", say=lambda line: None,
         )  # fmt: skip
         return {"accuracy": result.metrics["eval_accuracy"], "details": result.metrics}
+
+
+def recipe(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
+    """Run `hf-vit train` on the training images alone, and measure the model on the test images."""
+    import hf_vit
+
+    with tempfile.TemporaryDirectory() as folder:
+        trained = hf_vit.train(
+            str(data / "train.parquet"), model=model, image_size=size, seed=seed, output_dir=f"{folder}/model"
+        )
+        return {"accuracy": trained.evaluate(data / "test.parquet")["accuracy"], "details": trained.metrics}
 
 
 def sweep(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
@@ -287,13 +302,32 @@ def timm(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[s
     return {"accuracy": hits / len(labels["test"]), "details": {"epochs": epochs, "learning_rate": rate}}
 
 
-METHODS = {"fit": fit, "sweep": sweep, "transformers": stock, "timm": timm}
+def table(results: Path) -> str:
+    """Return a Markdown table: test accuracy as mean (standard deviation) over seeds, and mean CPU seconds."""
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    lines = [f"| data | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+    for name in SIZES:
+        cells = []
+        for method in methods:
+            found = [row for row in rows if (row["data"], row["method"]) == (name, method)]
+            scores = [100 * row["accuracy"] for row in found]
+            spread = f" (sd {stdev(scores):.1f}, n = {len(scores)})" if len(scores) > 1 else ""
+            seconds = [row["cpu_seconds"] for row in found]
+            cells.append(f"{mean(scores):.1f} %{spread}, {mean(seconds):,.0f} s" if found else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+METHODS = {"fit": fit, "train": recipe, "sweep": sweep, "transformers": stock, "timm": timm}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=["prepare", *METHODS])
-    parser.add_argument("data", type=Path, help="Folder of the prepared data, or of one data set.")
+    parser.add_argument("method", choices=["prepare", "table", *METHODS])
+    parser.add_argument(
+        "data", type=Path, help="Folder of the prepared data, or of one data set; for table: the results."
+    )
     for name in ("flowers", "pets", "cifar10"):
         parser.add_argument(f"--{name}", help="For prepare: folder with train.parquet and test.parquet.")
     parser.add_argument("--model", help="Folder or Hub name of the encoder.")
@@ -304,6 +338,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.method == "prepare":
         prepare(options.data, options.flowers, options.pets, options.cifar10)
+        return
+    if options.method == "table":
+        print(table(options.data))
         return
     torch.set_num_threads(options.threads)
     name, began, cpu = options.data.name, time.perf_counter(), time.process_time()

@@ -25,7 +25,7 @@ from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "hf_vit").rglob("README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "hf_vit").rglob("README.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(hf_vit.__path__, "hf_vit.")]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

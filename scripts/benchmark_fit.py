@@ -162,7 +162,9 @@ def sweep(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         accuracy = run(dict(setting), folder, data, remaining_steps).metrics["eval_accuracy"]
     pruned = sum(trial.state.name == "PRUNED" for trial in study.trials)
-    trials = [{**trial.user_attrs["setting"], "state": trial.state.name, "accuracy": trial.value} for trial in study.trials]
+    trials = [
+        {**trial.user_attrs["setting"], "state": trial.state.name, "accuracy": trial.value} for trial in study.trials
+    ]
     details = {"setting": setting, "validation": study.best_value, "pruned": pruned, "search_cpu_seconds": searched}
     details["trials"] = trials
     return {"accuracy": accuracy, "details": details}

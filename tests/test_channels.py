@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from isolated import python
 from PIL import Image
+from transformers.utils import logging
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor, HFViTImageProcessorPil
 from hf_vit.checkpoints.checkpoint import Options
@@ -23,6 +25,7 @@ from hf_vit.data.channels import Channels, adapt_processor, channels_of
 from hf_vit.data.images import normalize, preprocess
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.hub.folder import check_folder
+from hf_vit.model.image_conversion_hf_vit import logger
 from hf_vit.model.image_reading_hf_vit import read_image
 from hf_vit.prediction.predictor import Predictor
 from hf_vit.training.loop import train
@@ -217,6 +220,56 @@ def test_both_backends_agree_on_any_number_of_channels(channels: int, size: tupl
     one, other = (output.pixel_values for output in outputs)
     assert one.shape == (1, channels, *size)
     assert (one - other).abs().max() <= 1.01 * 2 / 255
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["png", "npy", "array", "int32"])
+def test_dark_16_bit_images_keep_more_levels_than_8_bits(
+    kind: str, backend: type, tmp_path: Path, caplog: Any
+) -> None:
+    array = np.arange(1000, 1256, dtype=np.uint16).reshape(16, 16)
+    source: Any = str(tmp_path / f"a.{kind}")
+    if kind == "png":
+        Image.fromarray(array).save(source)
+    elif kind == "npy":
+        np.save(source, array)
+    else:
+        source = array if kind == "array" else Image.fromarray(array.astype(np.int32))
+    logging.enable_propagation()
+    logger.warning_once.cache_clear()
+    processor = backend.from_preset("original", 16)
+    pixels = torch.as_tensor(processor(source, do_normalize=False, return_tensors="pt")["pixel_values"])
+    logging.disable_propagation()
+    torch.testing.assert_close(pixels[0, 1], torch.from_numpy(array.astype(np.float32)) / 65535)
+    assert "value_range" in caplog.text
+    prepared = preprocess(read_image(source) if isinstance(source, str) else source, processor)
+    torch.testing.assert_close(prepared / 255, pixels[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "value", "more"), [("float32", 0.5, 1.2), ("int32", 200, 300), ("float32", 200, 300)]
+)
+def test_one_value_more_does_not_turn_an_image_black(dtype: str, value: float, more: float, backend: type) -> None:
+    image = np.full((8, 8, 3), value, dtype)
+    processor = backend.from_preset("original", 8)
+    expected = processor(image, do_normalize=False, return_tensors="pt").pixel_values
+    image[0, 0, 0] = more
+    got = processor(image, do_normalize=False, return_tensors="pt").pixel_values
+    torch.testing.assert_close(got[0, :, 1:], expected[0, :, 1:])
+    assert got.max() == 1
+    image[0, 0, 0] = 5 * more  # could be a range of its own
+    if dtype == "float32":
+        with pytest.raises(ValueError, match="state their value_range"):
+            processor(image)
+
+
+def test_a_file_of_floats_is_predicted_as_it_is_processed(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", noise(3, 8, 8).astype(np.float32))
+    processor = HFViTImageProcessor.from_preset("original", 8)
+    pixels = preprocess(read_image(tmp_path / "a.npy"), processor)
+    expected = processor(tmp_path / "a.npy", return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalize(pixels[None], processor), expected)
 
 
 @pytest.mark.parametrize("value_range", [(1, 1), (2, 1), (0, float("nan")), "wide", [[0, 1, 2]], 5])

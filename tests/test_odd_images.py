@@ -20,12 +20,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from odd_images import BROKEN, PLAIN, READABLE, TOO_LARGE, damaged, files
 from PIL import Image
-from transformers import ImageClassificationPipeline, pipeline
+from transformers import (
+    ImageClassificationPipeline,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
 from hf_vit import (
     HFViTConfig,
     HFViTForImageClassification,
-    HFViTImageClassificationPipeline,
     HFViTImageProcessor,
     HFViTImageProcessorPil,
 )
@@ -239,12 +244,7 @@ def test_what_the_web_does_not_give_is_an_error(site):
 
 
 def test_pipeline(folder, model_folder, site):
-    classify = pipeline(
-        "image-classification",
-        str(model_folder),
-        pipeline_class=HFViTImageClassificationPipeline,
-        device="cpu",
-    )
+    classify = pipeline("image-classification", str(model_folder), device="cpu")
     expected = Predictor.from_pretrained(model_folder, precision="fp32", device="cpu")
     names = [*READABLE, *PLAIN]
     answers = classify([str(folder / name) for name in names], batch_size=8)
@@ -252,13 +252,38 @@ def test_pipeline(folder, model_folder, site):
         assert answer[0]["label"] == prediction.labels[0]
         assert answer[0]["score"] == pytest.approx(prediction.scores[0], abs=1e-4)
     assert classify(f"{site}/rgb.png", timeout=5) == classify(str(folder / "rgb.png"))
+    with pytest.raises(ValueError, match=f"{site}/text.jpg is not an image"):
+        classify(f"{site}/text.jpg")
+    extract = pipeline("image-feature-extraction", str(model_folder), device="cpu")
+    assert np.isfinite(extract(str(folder / "gray-16-bit.png"))).all()
     for name in NO_IMAGES:
-        with pytest.raises(ValueError, match=name):
-            classify(str(folder / name))
+        for read in (classify, extract):
+            with pytest.raises(ValueError, match=name):
+                read(str(folder / name))
 
 
-def test_a_plain_pipeline_is_transformers_own(model_folder):
-    assert type(pipeline("image-classification", str(model_folder), device="cpu")) is ImageClassificationPipeline
+def test_a_pipeline_takes_what_transformers_own_takes(folder, model_folder):
+    classify = pipeline("image-classification", str(model_folder), device="cpu")
+    path = str(folder / "rgb.png")
+    [one, other] = expected = classify(path)
+    with Image.open(path) as image:
+        assert classify(image) == classify(np.array(image)) == classify(torch.from_numpy(np.array(image))) == expected
+    assert classify(path, top_k=1) == [one]
+    values = classify(path, function_to_apply="none")
+    assert values[0]["score"] - values[1]["score"] == pytest.approx(np.log(one["score"] / other["score"]), abs=1e-4)
+    assert list(classify(path for _ in range(3))) == classify([path] * 3) == [expected] * 3
+    classify.model.config.problem_type = "multi_label_classification"
+    assert sum(guess["score"] for guess in classify(path)) != pytest.approx(1, abs=1e-3)
+
+
+def test_pipelines_of_other_models_are_transformers_own(model_folder):
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    options = {"image_processor": ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}), "device": "cpu"}
+    stock = ViTForImageClassification(ViTConfig(**small, image_size=SIDE, patch_size=8))
+    assert type(pipeline("image-classification", stock, **options)) is ImageClassificationPipeline
+    # A processor of another library gets what it gets from transformers.
+    ours = HFViTForImageClassification.from_pretrained(model_folder)
+    assert len(pipeline("image-classification", ours, **options)(Image.new("RGB", (9, 9)))) == 2
 
 
 def test_predict_goes_on_behind_a_broken_image(folder, model_folder):

@@ -289,7 +289,7 @@ class TrainingImages(EvaluationImages):
             input_data_format="channels_first",
             value_range=processor.value_range,
         )
-        pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image
+        pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image.round().to(torch.uint8)
         if self.shorter_side is not None and min(pixels.shape[-2:]) > self.shorter_side:
             pixels = tvF.resize(pixels, [self.shorter_side], antialias=True)
         return pixels

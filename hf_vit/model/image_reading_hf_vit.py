@@ -58,6 +58,13 @@ UPRIGHT: dict[int, tuple[Callable[[np.ndarray], np.ndarray], Image.Transpose]] =
 }
 TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
 
+
+class NamedBytes(bytes):
+    """Bytes of a file that errors call by its name."""
+
+    name: str
+
+
 # Maps the (height, width) of an image to the smallest (height, width) that it may be decoded at.
 LeastSize = Callable[[tuple[int, int]], tuple[int, int]]
 
@@ -81,7 +88,8 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
         OSError: If the file does not exist or cannot be read.
     """
     data = source if isinstance(source, bytes) else _bytes_of(source)
-    with _errors_named("An image given as bytes" if isinstance(source, bytes) else _short(source), data):
+    name = getattr(source, "name", "An image given as bytes") if isinstance(source, bytes) else _short(source)
+    with _errors_named(name, data):
         return _decode(data, least_size)
 
 
@@ -119,14 +127,16 @@ def is_url(source: object) -> bool:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
-def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> bytes:
+def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> NamedBytes:
     """Download a file; raise `ValueError` on failure or after `timeout` seconds without a response."""
+    name = re.sub("//[^/@]*@", "//", _short(url))  # without a password
     try:
         response = get_session().get(url, timeout=timeout, follow_redirects=True)
-        return response.raise_for_status().content
+        data = NamedBytes(response.raise_for_status().content)
     except Exception as error:  # the HTTP client of huggingface_hub can be replaced
-        without_password = re.sub("//[^/@]*@", "//", _short(url))
-        raise ValueError(f"{without_password} could not be downloaded: {error}") from error
+        raise ValueError(f"{name} could not be downloaded: {error}") from error
+    data.name = name
+    return data
 
 
 def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:

@@ -22,7 +22,7 @@ from hf_vit.checkpoints.models import load, load_classifier
 from hf_vit.checkpoints.opening import open_checkpoint
 from hf_vit.data.augmentation import AUGMENTATIONS, WITHOUT_COLORS, build_augmentation
 from hf_vit.data.channels import Channels, adapt_processor, channels_of
-from hf_vit.data.images import normalize, preprocess
+from hf_vit.data.images import has_channels, normalize, preprocess
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.hub.folder import check_folder
 from hf_vit.model.image_conversion_hf_vit import logger
@@ -242,8 +242,8 @@ def test_dark_16_bit_images_keep_more_levels_than_8_bits(
     logging.disable_propagation()
     torch.testing.assert_close(pixels[0, 1], torch.from_numpy(array.astype(np.float32)) / 65535)
     assert "value_range" in caplog.text
-    prepared = preprocess(read_image(source) if isinstance(source, str) else source, processor)
-    torch.testing.assert_close(prepared / 255, pixels[0])
+    if isinstance(source, str):
+        torch.testing.assert_close(preprocess(read_image(source), processor) / 255, pixels[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -527,3 +527,46 @@ def test_transparent_photographs_for_1_and_4_channels(number: int, tmp_path: Pat
     run = train(recipe(tmp_path / "data", tmp_path / "o", model=str(tmp_path / "m"), model_config=fields))
     assert run.model.config.num_channels == number
     assert run.metrics["broken_images"] == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_photographs_without_transparency_are_opaque(backend: type, tmp_path: Path) -> None:
+    colors = (255 * noise(9, 8, 4)).astype(np.uint8)
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(colors[..., :3]).save(tmp_path / name)
+    Image.fromarray(colors[..., :3]).quantize(8).save(tmp_path / "p.png")
+    Image.fromarray(colors).save(tmp_path / "t.png")
+    processor = backend.from_preset("original", 8, num_channels=4)
+    for name in ("a.png", "a.jpg", "p.png", "t.png"):
+        image = read_image(tmp_path / name)
+        assert has_channels(image, processor)
+        for source in (image, tmp_path / name):
+            pixels = torch.as_tensor(processor(source, return_tensors="pt")["pixel_values"])
+            assert pixels.shape == (1, 4, 8, 8)
+            assert bool((pixels[0, 3] > 0.999).all()) == (name != "t.png")
+    processor.image_mean = [0.1, 0.2, 0.3, 0.4]  # as measured of four bands
+    assert not has_channels(read_image(tmp_path / "a.png"), processor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_by_other_names(backend: type, tmp_path: Path, caplog: Any) -> None:
+    assert backend(resample="bicubic").resample == Image.Resampling.BICUBIC
+    with pytest.raises(ValueError, match=r"Expected resample as one of nearest, .*'cubic'"):
+        backend(resample="cubic")
+    for name, meant in {"image_means": "image_mean", "mean": "image_mean", "img_size": "size"}.items():
+        with pytest.raises(ValueError, match=f"Unknown option '{name}'.*did you mean '{meant}'"):
+            backend(**{name: 0.5})
+    backend().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    stored |= {"image_means": [0.1] * 3, "rescale_offset": True, "something": 1}  # of other libraries
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
+    assert backend.from_pretrained(tmp_path).image_mean == backend().image_mean
+    with pytest.raises(ValueError, match="did you mean 'image_std'"):
+        backend.from_pretrained(tmp_path, image_stds=[0.1] * 3)
+
+
+def test_a_model_says_that_channels_come_first() -> None:
+    with pytest.raises(
+        ValueError, match=r"\[batch, 3, height, width\], got \[1, 32, 32, 3\]: the channels come first"
+    ):
+        tiny_model()(torch.zeros(1, 32, 32, 3))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from hf_vit import (
     HFViTImageProcessor,
     HFViTImageProcessorPil,
 )
+from hf_vit.data import folders
+from hf_vit.data.folders import image_endings, skipped_in
 from hf_vit.data.images import EvaluationImages, TrainingImages, Visit
 from hf_vit.model.image_reading_hf_vit import LIMIT, read_image
 from hf_vit.prediction.predictor import Predictor
@@ -229,6 +232,29 @@ def test_text_that_is_nothing_is_an_error_without_the_text():
         assert len(str(caught.value)) < 200
     with pytest.raises(FileNotFoundError):
         read_image("abcd")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def test_heic_names_the_package_that_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(folders, "image_endings", image_endings.__wrapped__)
+    monkeypatch.setattr(Image, "EXTENSION", {end: kind for end, kind in Image.EXTENSION.items() if kind != "HEIF"})
+    (tmp_path / "phone.heic").write_bytes(HEIC)
+    with pytest.raises(ValueError, match=r"phone\.heic is a HEIC image: install pillow-heif"):
+        read_image(tmp_path / "phone.heic")
+    assert skipped_in([tmp_path]) == "Skipped 1 file not read as images: 1 .heic (install pillow-heif to read them)."
+
+
+@pytest.mark.skipif(find_spec("pillow_heif") is None, reason="needs pillow-heif")
+def test_heic_is_read(tmp_path):
+    import pillow_heif
+
+    pillow_heif.from_pillow(odd_images.picture()).save(tmp_path / "phone.heic")
+    pixels = HFViTImageProcessor(size=SIDE)(tmp_path / "phone.heic", return_tensors="pt")["pixel_values"][0]
+    assert contrast(pixels) > 0.8
+    assert skipped_in([tmp_path]) is None
 
 
 def test_what_the_web_does_not_give_is_an_error(site):

@@ -96,7 +96,11 @@ def gray_image(processor: Any) -> Tensor:
 
 
 def has_channels(image: PILImage.Image | Tensor, processor: Any) -> bool:
-    """Return whether an image has the channels that a processor expects; colours are converted to RGB or gray."""
+    """Return whether an image has the channels that a processor expects, or can be converted to them."""
+    if processor.mode_with_alpha is not None and (
+        isinstance(image, PILImage.Image) or (image.dtype == torch.uint8 and len(image) in (1, 3))
+    ):
+        return True
     return processor.do_convert_rgb or len(processor.image_mean) in (3, channels_in(image))
 
 

@@ -224,7 +224,9 @@ class HFViTImageProcessing(BaseImageProcessor):
         self.crop_size = output
 
     def set_num_channels(self, number: int) -> None:
-        """Set the channels of the output: 1 for the luma, 3 for RGB; other numbers need images with that many.
+        """Set the channels of the output: 1 for the luma, 3 for RGB; other numbers need arrays with that many.
+
+        Photographs become LA for 2 channels and RGBA for 4, opaque where they have no transparency.
 
         If the number changes, all channels get the average of mean and std, and the widest value range.
         """
@@ -235,6 +237,16 @@ class HFViTImageProcessing(BaseImageProcessor):
             pairs = checked_range(self.value_range)
             if len(pairs) not in (1, number):
                 self.value_range = [min(low for low, _ in pairs), max(high for _, high in pairs)]
+
+    @property
+    def mode_with_alpha(self) -> str | None:
+        """Mode that 8-bit gray and colour images are converted to if the output has transparency, LA or RGBA.
+
+        It has if all of 2 or 4 channels share one mean, as `set_num_channels` sets it; those of measurements differ.
+        """
+        if self.do_convert_rgb or self.value_range is not None or len(set(self.image_mean)) > 1:
+            return None
+        return {2: "LA", 4: "RGBA"}.get(len(self.image_mean))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options, with an `auto_map` that names the code of both backends."""
@@ -332,7 +344,8 @@ class HFViTImageProcessing(BaseImageProcessor):
             if device is not None:
                 pixels = pixels.to(device)
             # 8-bit RGBA on the CPU goes through Pillow, so that tensors and PIL images are rounded alike.
-            if pixels.dtype != torch.uint8 or pixels.device.type != "cpu" or pixels.shape[0] != 4:
+            for_pillow = (4,) if do_convert_rgb or self.mode_with_alpha is None else (1, 3, 4)
+            if pixels.dtype != torch.uint8 or pixels.device.type != "cpu" or pixels.shape[0] not in for_pillow:
                 if do_convert_rgb:
                     pixels = tensor_to_rgb(pixels, 255 if are_levels else None)
                 if do_grayscale:
@@ -344,6 +357,12 @@ class HFViTImageProcessing(BaseImageProcessor):
             image = convert_to_rgb(image)
         else:
             image = upright_8_bit(image)
+            if self.mode_with_alpha is not None:
+                image = (
+                    image
+                    if image.mode == self.mode_with_alpha
+                    else image.convert("RGBA").convert(self.mode_with_alpha)
+                )
             if image.mode in ("P", "PA"):
                 raise ValueError("A palette image stores indices instead of colours: pass do_convert_rgb=True.")
         if do_grayscale and image.mode != "L":

@@ -1,6 +1,7 @@
 """Reading of images from files, bytes and URLs.
 
-Pillow reads all formats but NumPy's and the TIFF that it has no mode for: see `image_arrays_hf_vit`. For JPEG,
+Pillow reads all formats but NumPy's and the TIFF that it has no mode for: see `image_arrays_hf_vit`. It reads HEIC
+where pillow-heif is installed. For JPEG,
 simplejpeg is used where it is installed: it calls the same libjpeg-turbo and returns the same values as an array,
 without Pillow's copies; Pillow reads the files that simplejpeg rejects. Every fault of a file raises a `ValueError`
 with its name.
@@ -43,6 +44,7 @@ except ImportError:
 LIMIT = "HF_VIT_MAX_IMAGE_PIXELS"
 if LIMIT in os.environ:
     Image.MAX_IMAGE_PIXELS = int(os.environ[LIMIT])
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 DOWNLOAD_TIMEOUT = 30  # seconds without a response of the server
 MIN_BASE64_LENGTH, MAX_PATH_LENGTH = 40, 4096  # characters
 
@@ -139,6 +141,21 @@ def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> NamedBytes:
     return data
 
 
+def is_heic(data: bytes) -> bool:
+    """Return whether a file begins as HEIC and HEIF do, the format of phones; AVIF, which is similar, is not."""
+    return data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
+
+
+def can_read_heic() -> bool:
+    """Let Pillow open HEIC files; return whether pillow-heif is installed for that."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
 def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
     if is_numpy(data):
         return decode_numpy(data)
@@ -147,7 +164,9 @@ def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
     except UnidentifiedImageError:
         if is_tiff(data):
             return decode_tiff(data)
-        raise
+        if not (is_heic(data) and can_read_heic()):
+            raise
+        opened = Image.open(io.BytesIO(data))
     with opened as image:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
@@ -243,6 +262,8 @@ def _fault(error: Exception, data: bytes | None) -> str:
             'install tifffile with pip install "hf-vit[tiff]".'
         )
     if data is not None and isinstance(error, UnidentifiedImageError):
+        if is_heic(data) and not can_read_heic():
+            return "is a HEIC image: install pillow-heif to read it, or convert it to JPEG."
         if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
             return "is a web page or SVG, not a bitmap image: use the image that the page shows."
         return f"is not an image, or its header is corrupt: no format matches its {len(data):,} bytes."

@@ -22,7 +22,7 @@ from hf_vit.checkpoints.models import load, load_classifier
 from hf_vit.checkpoints.opening import open_checkpoint
 from hf_vit.data.augmentation import AUGMENTATIONS, WITHOUT_COLORS, build_augmentation
 from hf_vit.data.channels import Channels, adapt_processor, channels_of
-from hf_vit.data.images import has_channels, normalize, preprocess
+from hf_vit.data.images import EvaluationImages, TrainingImages, collate, has_channels, normalize, preprocess
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.hub.folder import check_folder
 from hf_vit.model.image_conversion_hf_vit import logger
@@ -570,3 +570,23 @@ def test_a_model_says_that_channels_come_first() -> None:
         ValueError, match=r"\[batch, 3, height, width\], got \[1, 32, 32, 3\]: the channels come first"
     ):
         tiny_model()(torch.zeros(1, 32, 32, 3))
+
+
+def test_normalizing_leaves_its_input() -> None:
+    levels = torch.full((1, 3, 2, 2), 7.5)
+    normalize(levels, HFViTImageProcessor())
+    assert levels.unique().tolist() == [7.5]
+
+
+def test_dark_16_bit_files_among_photographs(tmp_path: Path) -> None:
+    """Their batch is of floats, and the augmentation of training gets 8 bits."""
+    Image.fromarray((255 * noise(9, 8, 3)).astype(np.uint8)).save(tmp_path / "photo.png")
+    Image.fromarray((4000 * noise(9, 8)).astype(np.uint16)).save(tmp_path / "dark.png")
+    files = [tmp_path / "photo.png", tmp_path / "dark.png"]
+    images = EvaluationImages(dataset_of(files, [0, 1]), COLUMNS, HFViTImageProcessor(size=8))
+    batch = collate([images[0], images[1]])["pixel_values"]
+    assert batch.dtype == torch.float32
+    alone = HFViTImageProcessor(size=8)(files, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalize(batch, images.processor), alone)
+    training = TrainingImages(images.split, COLUMNS, images.processor, lambda pixels: pixels, seed=0)
+    assert [training[index]["pixel_values"].dtype for index in (0, 1)] == [torch.uint8, torch.uint8]

@@ -115,7 +115,7 @@ def name_of(stored: dict[str, Any]) -> str:
 
 
 def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
-    """Apply an image processor up to normalization: uint8 `[C, H, W]`."""
+    """Apply an image processor up to normalization: levels `[C, H, W]`, uint8 or, for dark 16-bit images, float32."""
     if not has_channels(image, processor):
         raise ValueError(
             f"Expected an image of {len(processor.image_mean)} channels, got {channels_in(image)}: use files "
@@ -132,14 +132,15 @@ def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
 
 
 def normalize(pixels: Tensor, processor: Any) -> Tensor:
-    """Normalize uint8 pixels `[B, C, H, W]` as an image processor does, on their device."""
+    """Normalize levels `[B, C, H, W]`, the results of `preprocess`, as an image processor does, on their device."""
     mean, std = (
         # Equal values for three channels also fit the single channel of a grayscale model.
         torch.tensor(values[:1] if len(set(values)) == 1 else values, device=pixels.device).view(-1, 1, 1)
         / processor.rescale_factor
         for values in (processor.image_mean, processor.image_std)
     )
-    return pixels.float().sub_(mean).div_(std)  # in place: allocation costs more than the arithmetic
+    # In place on a copy: allocation costs more than the arithmetic.
+    return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 class EvaluationImages(torch.utils.data.Dataset):
@@ -293,7 +294,9 @@ class TrainingImages(EvaluationImages):
             input_data_format="channels_first",
             value_range=processor.value_range,
         )
-        pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image.round().to(torch.uint8)
+        pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image
+        if pixels.is_floating_point():  # a dark 16-bit image; augmentation needs 8 bits
+            pixels = pixels.round().to(torch.uint8)
         if self.shorter_side is not None and min(pixels.shape[-2:]) > self.shorter_side:
             pixels = tvF.resize(pixels, [self.shorter_side], antialias=True)
         return pixels

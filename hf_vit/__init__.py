@@ -1,8 +1,8 @@
 """The Vision Transformer (Dosovitskiy et al., 2021) as a plugin of the Hugging Face ecosystem.
 
 Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassification`,
-`AutoModelForMaskedImageModeling`, `AutoBackbone` and `AutoImageProcessor` recognize `model_type="hf_vit"`. Neither
-torch nor transformers is imported before it is needed.
+`AutoModelForMaskedImageModeling`, `AutoBackbone`, `AutoImageProcessor` and `pipeline` recognize
+`model_type="hf_vit"`. Neither torch nor transformers is imported before it is needed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .model.image_processing_hf_vit import HFViTImageProcessor
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
-    from .prediction.pipeline import HFViTImageClassificationPipeline
+    from .model.pipeline_hf_vit import HFViTImageClassificationPipeline, HFViTImageFeatureExtractionPipeline
     from .training.fitting.fit import fit
     from .training.trained import TrainedModel, train
 
@@ -28,6 +28,7 @@ __all__ = [
     "HFViTForImageClassification",
     "HFViTForMaskedImageModeling",
     "HFViTImageClassificationPipeline",
+    "HFViTImageFeatureExtractionPipeline",
     "HFViTImageProcessor",
     "HFViTImageProcessorPil",
     "HFViTModel",
@@ -45,7 +46,7 @@ _load = lazy_exports(
         "model.dense_hf_vit": ["HFViTBackbone", "HFViTForMaskedImageModeling"],
         "model.image_processing_hf_vit": ["HFViTImageProcessor"],
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
-        "prediction.pipeline": ["HFViTImageClassificationPipeline"],
+        "model.pipeline_hf_vit": ["HFViTImageClassificationPipeline", "HFViTImageFeatureExtractionPipeline"],
         "training.fitting.fit": ["fit"],
         "training.trained": ["TrainedModel", "train"],
     },

@@ -1,4 +1,4 @@
-"""Register this package with transformers' Auto classes without importing transformers or torch.
+"""Register this package with transformers' Auto classes and pipelines without importing transformers or torch.
 
 The Auto classes take classes, not names, and importing a model class imports torch and most of transformers (several
 seconds). So an import hook waits for transformers' registries: importing one of them imports our classes, too, and
@@ -18,11 +18,12 @@ MODELS = f"{__package__}.model.modeling_hf_vit"
 DENSE = f"{__package__}.model.dense_hf_vit"  # imports MODELS
 PROCESSOR = f"{__package__}.model.image_processing_hf_vit"  # imports PIL_PROCESSOR
 PIL_PROCESSOR = f"{__package__}.model.image_processing_pil_hf_vit"
+PIPELINE = f"{__package__}.model.pipeline_hf_vit"
 AUTO = "transformers.models.auto"
 
 
 def register() -> None:
-    """Register config, models, backbone and image processors as soon as transformers' Auto classes are imported."""
+    """Register config, models, backbone, image processors and pipelines once transformers' registries are imported."""
     processor = PROCESSOR if find_spec("torchvision") else PIL_PROCESSOR
     ImportHook(
         [
@@ -30,6 +31,7 @@ def register() -> None:
             # transformers may import this registry while it imports modeling_layers, which our models need.
             Registration(f"{AUTO}.modeling_auto", DENSE, _register_models, ("transformers.modeling_layers", MODELS)),
             Registration(f"{AUTO}.image_processing_auto", processor, _register_processors, (PIL_PROCESSOR,)),
+            Registration("transformers.pipelines", PIPELINE, _register_pipelines),
             Registration(MODELS, MODELS, _read_other_checkpoints),
         ]
     ).install()
@@ -41,6 +43,7 @@ def _register_config() -> None:
     from .model.configuration_hf_vit import HFViTConfig
 
     AutoConfig.register(HFViTConfig.model_type, HFViTConfig, exist_ok=True)
+    HFViTConfig.custom_pipelines = {}  # `pipeline` requires trust for those, and none for registered ones
 
 
 def _register_models() -> None:
@@ -64,6 +67,33 @@ def _register_processors() -> None:
     if PROCESSOR in sys.modules:
         classes["torchvision"] = sys.modules[PROCESSOR].HFViTImageProcessor
     AutoImageProcessor.register(HFViTConfig, image_processor_classes=classes, exist_ok=True)
+
+
+def _register_pipelines() -> None:
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .model.pipeline_hf_vit import HFViTImageClassificationPipeline, HFViTImageFeatureExtractionPipeline
+
+    for task, ours in (
+        ("image-classification", HFViTImageClassificationPipeline),
+        ("image-feature-extraction", HFViTImageFeatureExtractionPipeline),
+    ):
+        entry = PIPELINE_REGISTRY.supported_tasks[task]
+        entry["impl"] = _choice_of_pipeline(ours, entry["impl"])
+
+
+def _choice_of_pipeline(ours: Any, registered: Any) -> type:
+    """Return a class that constructs `ours` for our models, and for all others the pipeline that was registered."""
+    if isinstance(registered, str):  # transformers 5.24 registers names of classes
+        module, _, name = registered.rpartition(".")
+        registered = getattr(import_module(module), name)
+
+    def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        is_ours = model.config.model_type == "hf_vit"
+        return (ours if is_ours else registered)(*args, **kwargs)  # no instance of `cls`: not initialized again
+
+    return type(registered.__name__, (registered,), {"__new__": construct, "__doc__": registered.__doc__})
 
 
 def _read_other_checkpoints() -> None:

@@ -223,6 +223,7 @@ READABLE: dict[str, Callable[[], bytes]] = {
     "lossy.webp": lambda: saved(picture(), "WEBP"),
     "lossless-transparent.webp": lambda: saved(half_transparent(), "WEBP", lossless=True),
     "animated.webp": lambda: saved(picture(), "WEBP", **frames()),
+    "rgb.avif": lambda: saved(picture(), "AVIF"),
     "rgb.jp2": lambda: saved(picture(), "JPEG2000"),
     "gray-16-bit.jp2": lambda: saved(Image.fromarray(levels(4000, 60000, np.uint16)), "JPEG2000"),
     "rgba.ico": lambda: saved(picture("RGBA", (64, 64)), "ICO"),

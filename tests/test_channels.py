@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from isolated import python
 from PIL import Image
+from transformers.utils import logging
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor, HFViTImageProcessorPil
 from hf_vit.checkpoints.checkpoint import Options
@@ -20,9 +22,10 @@ from hf_vit.checkpoints.models import load, load_classifier
 from hf_vit.checkpoints.opening import open_checkpoint
 from hf_vit.data.augmentation import AUGMENTATIONS, WITHOUT_COLORS, build_augmentation
 from hf_vit.data.channels import Channels, adapt_processor, channels_of
-from hf_vit.data.images import normalize, preprocess
+from hf_vit.data.images import EvaluationImages, TrainingImages, collate, has_channels, normalize, preprocess
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.hub.folder import check_folder
+from hf_vit.model.image_conversion_hf_vit import logger
 from hf_vit.model.image_reading_hf_vit import read_image
 from hf_vit.prediction.predictor import Predictor
 from hf_vit.training.loop import train
@@ -217,6 +220,56 @@ def test_both_backends_agree_on_any_number_of_channels(channels: int, size: tupl
     one, other = (output.pixel_values for output in outputs)
     assert one.shape == (1, channels, *size)
     assert (one - other).abs().max() <= 1.01 * 2 / 255
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["png", "npy", "array", "int32"])
+def test_dark_16_bit_images_keep_more_levels_than_8_bits(
+    kind: str, backend: type, tmp_path: Path, caplog: Any
+) -> None:
+    array = np.arange(1000, 1256, dtype=np.uint16).reshape(16, 16)
+    source: Any = str(tmp_path / f"a.{kind}")
+    if kind == "png":
+        Image.fromarray(array).save(source)
+    elif kind == "npy":
+        np.save(source, array)
+    else:
+        source = array if kind == "array" else Image.fromarray(array.astype(np.int32))
+    logging.enable_propagation()
+    logger.warning_once.cache_clear()
+    processor = backend.from_preset("original", 16)
+    pixels = torch.as_tensor(processor(source, do_normalize=False, return_tensors="pt")["pixel_values"])
+    logging.disable_propagation()
+    torch.testing.assert_close(pixels[0, 1], torch.from_numpy(array.astype(np.float32)) / 65535)
+    assert "value_range" in caplog.text
+    if isinstance(source, str):
+        torch.testing.assert_close(preprocess(read_image(source), processor) / 255, pixels[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "value", "more"), [("float32", 0.5, 1.2), ("int32", 200, 300), ("float32", 200, 300)]
+)
+def test_one_value_more_does_not_turn_an_image_black(dtype: str, value: float, more: float, backend: type) -> None:
+    image = np.full((8, 8, 3), value, dtype)
+    processor = backend.from_preset("original", 8)
+    expected = processor(image, do_normalize=False, return_tensors="pt").pixel_values
+    image[0, 0, 0] = more
+    got = processor(image, do_normalize=False, return_tensors="pt").pixel_values
+    torch.testing.assert_close(got[0, :, 1:], expected[0, :, 1:])
+    assert got.max() == 1
+    image[0, 0, 0] = 5 * more  # could be a range of its own
+    if dtype == "float32":
+        with pytest.raises(ValueError, match="state their value_range"):
+            processor(image)
+
+
+def test_a_file_of_floats_is_predicted_as_it_is_processed(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", noise(3, 8, 8).astype(np.float32))
+    processor = HFViTImageProcessor.from_preset("original", 8)
+    pixels = preprocess(read_image(tmp_path / "a.npy"), processor)
+    expected = processor(tmp_path / "a.npy", return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalize(pixels[None], processor), expected)
 
 
 @pytest.mark.parametrize("value_range", [(1, 1), (2, 1), (0, float("nan")), "wide", [[0, 1, 2]], 5])
@@ -474,3 +527,66 @@ def test_transparent_photographs_for_1_and_4_channels(number: int, tmp_path: Pat
     run = train(recipe(tmp_path / "data", tmp_path / "o", model=str(tmp_path / "m"), model_config=fields))
     assert run.model.config.num_channels == number
     assert run.metrics["broken_images"] == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_photographs_without_transparency_are_opaque(backend: type, tmp_path: Path) -> None:
+    colors = (255 * noise(9, 8, 4)).astype(np.uint8)
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(colors[..., :3]).save(tmp_path / name)
+    Image.fromarray(colors[..., :3]).quantize(8).save(tmp_path / "p.png")
+    Image.fromarray(colors).save(tmp_path / "t.png")
+    processor = backend.from_preset("original", 8, num_channels=4)
+    for name in ("a.png", "a.jpg", "p.png", "t.png"):
+        image = read_image(tmp_path / name)
+        assert has_channels(image, processor)
+        for source in (image, tmp_path / name):
+            pixels = torch.as_tensor(processor(source, return_tensors="pt")["pixel_values"])
+            assert pixels.shape == (1, 4, 8, 8)
+            assert bool((pixels[0, 3] > 0.999).all()) == (name != "t.png")
+    processor.image_mean = [0.1, 0.2, 0.3, 0.4]  # as measured of four bands
+    assert not has_channels(read_image(tmp_path / "a.png"), processor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_by_other_names(backend: type, tmp_path: Path, caplog: Any) -> None:
+    assert backend(resample="bicubic").resample == Image.Resampling.BICUBIC
+    with pytest.raises(ValueError, match=r"Expected resample as one of nearest, .*'cubic'"):
+        backend(resample="cubic")
+    for name, meant in {"image_means": "image_mean", "mean": "image_mean", "img_size": "size"}.items():
+        with pytest.raises(ValueError, match=f"Unknown option '{name}'.*did you mean '{meant}'"):
+            backend(**{name: 0.5})
+    backend().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    stored |= {"image_means": [0.1] * 3, "rescale_offset": True, "something": 1}  # of other libraries
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
+    assert backend.from_pretrained(tmp_path).image_mean == backend().image_mean
+    with pytest.raises(ValueError, match="did you mean 'image_std'"):
+        backend.from_pretrained(tmp_path, image_stds=[0.1] * 3)
+
+
+def test_a_model_says_that_channels_come_first() -> None:
+    with pytest.raises(
+        ValueError, match=r"\[batch, 3, height, width\], got \[1, 32, 32, 3\]: the channels come first"
+    ):
+        tiny_model()(torch.zeros(1, 32, 32, 3))
+
+
+def test_normalizing_leaves_its_input() -> None:
+    levels = torch.full((1, 3, 2, 2), 7.5)
+    normalize(levels, HFViTImageProcessor())
+    assert levels.unique().tolist() == [7.5]
+
+
+def test_dark_16_bit_files_among_photographs(tmp_path: Path) -> None:
+    """Their batch is of floats, and the augmentation of training gets 8 bits."""
+    Image.fromarray((255 * noise(9, 8, 3)).astype(np.uint8)).save(tmp_path / "photo.png")
+    Image.fromarray((4000 * noise(9, 8)).astype(np.uint16)).save(tmp_path / "dark.png")
+    files = [tmp_path / "photo.png", tmp_path / "dark.png"]
+    images = EvaluationImages(dataset_of(files, [0, 1]), COLUMNS, HFViTImageProcessor(size=8))
+    batch = collate([images[0], images[1]])["pixel_values"]
+    assert batch.dtype == torch.float32
+    alone = HFViTImageProcessor(size=8)(files, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalize(batch, images.processor), alone)
+    training = TrainingImages(images.split, COLUMNS, images.processor, lambda pixels: pixels, seed=0)
+    assert [training[index]["pixel_values"].dtype for index in (0, 1)] == [torch.uint8, torch.uint8]

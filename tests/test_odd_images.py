@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from odd_images import BROKEN, PLAIN, READABLE, TOO_LARGE, damaged, files
 from PIL import Image
-from transformers import ImageClassificationPipeline, pipeline
+from transformers import (
+    ImageClassificationPipeline,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
 from hf_vit import (
     HFViTConfig,
     HFViTForImageClassification,
-    HFViTImageClassificationPipeline,
     HFViTImageProcessor,
     HFViTImageProcessorPil,
 )
+from hf_vit.data import folders
+from hf_vit.data.folders import image_endings, skipped_in
 from hf_vit.data.images import EvaluationImages, TrainingImages, Visit
 from hf_vit.model.image_reading_hf_vit import LIMIT, read_image
 from hf_vit.prediction.predictor import Predictor
@@ -226,6 +234,29 @@ def test_text_that_is_nothing_is_an_error_without_the_text():
         read_image("abcd")
 
 
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def test_heic_names_the_package_that_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(folders, "image_endings", image_endings.__wrapped__)
+    monkeypatch.setattr(Image, "EXTENSION", {end: kind for end, kind in Image.EXTENSION.items() if kind != "HEIF"})
+    (tmp_path / "phone.heic").write_bytes(HEIC)
+    with pytest.raises(ValueError, match=r"phone\.heic is a HEIC image: install pillow-heif"):
+        read_image(tmp_path / "phone.heic")
+    assert skipped_in([tmp_path]) == "Skipped 1 file not read as images: 1 .heic (install pillow-heif to read them)."
+
+
+@pytest.mark.skipif(find_spec("pillow_heif") is None, reason="needs pillow-heif")
+def test_heic_is_read(tmp_path):
+    import pillow_heif
+
+    pillow_heif.from_pillow(odd_images.picture()).save(tmp_path / "phone.heic")
+    pixels = HFViTImageProcessor(size=SIDE)(tmp_path / "phone.heic", return_tensors="pt")["pixel_values"][0]
+    assert contrast(pixels) > 0.8
+    assert skipped_in([tmp_path]) is None
+
+
 def test_what_the_web_does_not_give_is_an_error(site):
     with pytest.raises(ValueError, match=f"{site}/no.jpg could not be downloaded: .*404"):
         read_image(f"{site}/no.jpg")
@@ -239,12 +270,7 @@ def test_what_the_web_does_not_give_is_an_error(site):
 
 
 def test_pipeline(folder, model_folder, site):
-    classify = pipeline(
-        "image-classification",
-        str(model_folder),
-        pipeline_class=HFViTImageClassificationPipeline,
-        device="cpu",
-    )
+    classify = pipeline("image-classification", str(model_folder), device="cpu")
     expected = Predictor.from_pretrained(model_folder, precision="fp32", device="cpu")
     names = [*READABLE, *PLAIN]
     answers = classify([str(folder / name) for name in names], batch_size=8)
@@ -252,13 +278,38 @@ def test_pipeline(folder, model_folder, site):
         assert answer[0]["label"] == prediction.labels[0]
         assert answer[0]["score"] == pytest.approx(prediction.scores[0], abs=1e-4)
     assert classify(f"{site}/rgb.png", timeout=5) == classify(str(folder / "rgb.png"))
+    with pytest.raises(ValueError, match=f"{site}/text.jpg is not an image"):
+        classify(f"{site}/text.jpg")
+    extract = pipeline("image-feature-extraction", str(model_folder), device="cpu")
+    assert np.isfinite(extract(str(folder / "gray-16-bit.png"))).all()
     for name in NO_IMAGES:
-        with pytest.raises(ValueError, match=name):
-            classify(str(folder / name))
+        for read in (classify, extract):
+            with pytest.raises(ValueError, match=name):
+                read(str(folder / name))
 
 
-def test_a_plain_pipeline_is_transformers_own(model_folder):
-    assert type(pipeline("image-classification", str(model_folder), device="cpu")) is ImageClassificationPipeline
+def test_a_pipeline_takes_what_transformers_own_takes(folder, model_folder):
+    classify = pipeline("image-classification", str(model_folder), device="cpu")
+    path = str(folder / "rgb.png")
+    [one, other] = expected = classify(path)
+    with Image.open(path) as image:
+        assert classify(image) == classify(np.array(image)) == classify(torch.from_numpy(np.array(image))) == expected
+    assert classify(path, top_k=1) == [one]
+    values = classify(path, function_to_apply="none")
+    assert values[0]["score"] - values[1]["score"] == pytest.approx(np.log(one["score"] / other["score"]), abs=1e-4)
+    assert list(classify(path for _ in range(3))) == classify([path] * 3) == [expected] * 3
+    classify.model.config.problem_type = "multi_label_classification"
+    assert sum(guess["score"] for guess in classify(path)) != pytest.approx(1, abs=1e-3)
+
+
+def test_pipelines_of_other_models_are_transformers_own(model_folder):
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    options = {"image_processor": ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}), "device": "cpu"}
+    stock = ViTForImageClassification(ViTConfig(**small, image_size=SIDE, patch_size=8))
+    assert type(pipeline("image-classification", stock, **options)) is ImageClassificationPipeline
+    # A processor of another library gets what it gets from transformers.
+    ours = HFViTForImageClassification.from_pretrained(model_folder)
+    assert len(pipeline("image-classification", ours, **options)(Image.new("RGB", (9, 9)))) == 2
 
 
 def test_predict_goes_on_behind_a_broken_image(folder, model_folder):

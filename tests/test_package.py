@@ -33,7 +33,7 @@ def imported_names(path: Path) -> set[str]:
 def test_remote_code_stands_alone(path):
     allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL", *sys.stdlib_module_names}
     # Where they are installed; see test_image_reading.py and test_channels.py for where they are not.
-    allowed |= {"simplejpeg", "tifffile", "imagecodecs"}
+    allowed |= {"simplejpeg", "tifffile", "imagecodecs", "pillow_heif"}
     for name in imported_names(path):
         if name.startswith("."):
             # transformers copies what `from .name import` names, flat: other forms are not found by it.

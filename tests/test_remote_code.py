@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from isolated import TESTS, python, save_tiny_classifier
+from transformers import AutoConfig
 from user_of_a_repository import outputs
 
-from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, model
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, model
 from hf_vit.hub.folder import check_folder
 from hf_vit.model import model_class
 from hf_vit.model.configuration_hf_vit import CLASSES
@@ -87,3 +88,16 @@ def test_a_repository_with_one_modeling_file_loads_and_is_repaired(folder: Path,
     HFViTForMaskedImageModeling.from_pretrained(old).save_pretrained(tmp_path / "new")
     assert {path.name for path in (tmp_path / "new").iterdir()} >= CODE
     assert json.loads((tmp_path / "new" / "config.json").read_text())["auto_map"] == CLASSES
+
+
+def test_the_code_of_a_repository_has_the_pipeline_of_its_task(folder: Path) -> None:
+    """Trusted code names it, and the package does not: `pipeline` would require trust for it."""
+    code = (
+        "import sys; from transformers import AutoConfig; "
+        "print(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).custom_pipelines)"
+    )
+    trusted = python(code, folder, home=folder.parent).stdout
+    assert "{'image-classification': {'impl': 'pipeline_hf_vit.HFViTImageClassificationPipeline'" in trusted
+    assert AutoConfig.from_pretrained(folder).custom_pipelines == {}
+    stored = {"image-classification": {"impl": "own.Pipeline", "pt": []}}  # as a user's own pipeline stores it
+    assert HFViTConfig(custom_pipelines=stored).custom_pipelines == stored

@@ -66,7 +66,7 @@ def outputs(source: str) -> dict[str, np.ndarray]:
         "reconstruction": masked(pixel_values).reconstruction.numpy(),
         "scores": np.array([[guess["score"] for guess in guesses] for guesses in scores]),
         "features": np.array(extract(images(), batch_size=2)),
-        "modules": np.array([type(model).__module__.partition(".")[0] for model in (classifier, masked)]),
+        "modules": np.array([type(each).__module__.partition(".")[0] for each in (classifier, masked, classify)]),
     }
 
 

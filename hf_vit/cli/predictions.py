@@ -140,6 +140,8 @@ def predict(
     if as_json:
         echo(json.dumps(asdict(summary)))
     else:
+        if skipped := sources.skipped():
+            echo(skipped, err=True)
         number, speed, broken = summary.images, summary.images_per_second, len(summary.broken)
         echo(f"{number:,} images, {speed:,.1f} images/s, {broken:,} unreadable", err=True)
 

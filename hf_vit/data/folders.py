@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image as PILImage
 
+from ..model.image_reading_hf_vit import can_read_heic
 from ..system.texts import shortened
 
 SPLITS = {
@@ -29,17 +29,14 @@ MASK_WORDS = {"mask", "masks", "annotation", "annotations", "segmentation", "seg
 FILLERS = {*IMAGE_WORDS, "set", "data", "dataset", "split", "folder", "files"}  # as in train_images
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 NOT_DECODED = {"PDF", "MPEG", "HDF5", "BUFR", "GRIB"}  # Pillow recognizes these formats and cannot decode them
-REMEDIES = {".heic": "pillow-heif", ".heif": "pillow-heif"}
+REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")
 MASK_FILE = re.compile(r"(.+)_mask(?:_\d+)?$", re.IGNORECASE)
 
 
 @cache
 def image_endings() -> frozenset[str]:
     """Return the endings, in lower case, of files that can be read as images."""
-    if find_spec("pillow_heif"):
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
+    can_read_heic()
     known = PILImage.registered_extensions().items()  # Pillow 12.0 may register the empty ending
     readable = {ending for ending, name in known if ending and name in PILImage.OPEN and name not in NOT_DECODED}
     return frozenset({*readable, ".npy"})
@@ -96,6 +93,16 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 def _remedy(kind: str) -> str:
     return f" (install {REMEDIES[kind]} to read them)" if kind in REMEDIES else ""
+
+
+def skipped_in(folders: Iterable[str | Path]) -> str | None:
+    """Return a sentence that counts the files below some folders that are no images, or `None` without any."""
+    skipped = Skipped()
+    for folder in folders:
+        for _, _, names in os.walk(folder):
+            kinds = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+            skipped.files.update(kind or "without an ending" for kind in kinds if kind not in image_endings())
+    return skipped.note()
 
 
 @dataclass

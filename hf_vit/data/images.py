@@ -96,7 +96,11 @@ def gray_image(processor: Any) -> Tensor:
 
 
 def has_channels(image: PILImage.Image | Tensor, processor: Any) -> bool:
-    """Return whether an image has the channels that a processor expects; colours are converted to RGB or gray."""
+    """Return whether an image has the channels that a processor expects, or can be converted to them."""
+    if processor.mode_with_alpha is not None and (
+        isinstance(image, PILImage.Image) or (image.dtype == torch.uint8 and len(image) in (1, 3))
+    ):
+        return True
     return processor.do_convert_rgb or len(processor.image_mean) in (3, channels_in(image))
 
 
@@ -111,7 +115,7 @@ def name_of(stored: dict[str, Any]) -> str:
 
 
 def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
-    """Apply an image processor up to normalization: uint8 `[C, H, W]`."""
+    """Apply an image processor up to normalization: levels `[C, H, W]`, uint8 or, for dark 16-bit images, float32."""
     if not has_channels(image, processor):
         raise ValueError(
             f"Expected an image of {len(processor.image_mean)} channels, got {channels_in(image)}: use files "
@@ -128,14 +132,15 @@ def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
 
 
 def normalize(pixels: Tensor, processor: Any) -> Tensor:
-    """Normalize uint8 pixels `[B, C, H, W]` as an image processor does, on their device."""
+    """Normalize levels `[B, C, H, W]`, the results of `preprocess`, as an image processor does, on their device."""
     mean, std = (
         # Equal values for three channels also fit the single channel of a grayscale model.
         torch.tensor(values[:1] if len(set(values)) == 1 else values, device=pixels.device).view(-1, 1, 1)
         / processor.rescale_factor
         for values in (processor.image_mean, processor.image_std)
     )
-    return pixels.float().sub_(mean).div_(std)  # in place: allocation costs more than the arithmetic
+    # In place on a copy: allocation costs more than the arithmetic.
+    return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 class EvaluationImages(torch.utils.data.Dataset):
@@ -290,6 +295,8 @@ class TrainingImages(EvaluationImages):
             value_range=processor.value_range,
         )
         pixels = tvF.pil_to_tensor(image) if isinstance(image, PILImage.Image) else image
+        if pixels.is_floating_point():  # a dark 16-bit image; augmentation needs 8 bits
+            pixels = pixels.round().to(torch.uint8)
         if self.shorter_side is not None and min(pixels.shape[-2:]) > self.shorter_side:
             pixels = tvF.resize(pixels, [self.shorter_side], antialias=True)
         return pixels

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.texts import without_tokens
-from .folders import is_image_file
+from .folders import is_image_file, skipped_in
 from .images import NO_IMAGE, stored_rows
 from .opening import (
     BUILDERS,
@@ -227,6 +227,10 @@ class Sources:
     def rows(self) -> Iterator[Stored]:
         """Yield all images in order."""
         return chain.from_iterable(part.rows() for part in self.parts(FILES_PER_PART))
+
+    def skipped(self) -> str | None:
+        """Return a sentence that counts the files in folders of images that are not read, or `None`."""
+        return skipped_in(word for word in self.words if Path(word).is_dir() and storage_of(Path(word)) is None)
 
     def _add(self, word: str) -> None:
         path, storage = Path(word), storage_of(Path(word))

@@ -156,7 +156,7 @@ class Exhibit:
         (values,) = VIEWS[view](self.model, normalize(pixels, self.processor), layer, head)
         times = -(-SHARP // max(self.own_size))
         shown = self._pixels(file, (times * self.own_size[0], times * self.own_size[1]))
-        picture, (low, high) = lit(shown.cpu().numpy(), values)
+        picture, (low, high) = lit(shown.byte().cpu().numpy(), values)
         return Attention(picture, low, high, 1 / values.size)
 
     def positions(self) -> tuple[Picture | None, str]:

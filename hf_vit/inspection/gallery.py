@@ -257,7 +257,7 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
     paths = [Path(source).resolve() for source in sources]
     folders = list(dict.fromkeys(_text(path.name if path.is_dir() else path.parent.name) for path in paths))
     data = ", ".join(folders[:2]) + (", ..." if len(folders) > 2 else "")
-    return Photos(torch.stack(first).cpu().numpy(), values(first), names, number, distance, data)
+    return Photos(torch.stack(first).byte().cpu().numpy(), values(first), names, number, distance, data)
 
 
 def _text(name: str) -> str:

@@ -7,7 +7,7 @@ the LayerNorm epsilon of the paper's code (1e-6).
 Sizes are `(height, width)`. This file alone divides image sizes by patch sizes.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
@@ -36,6 +36,30 @@ CLASSES = {
     "AutoModelForMaskedImageModeling": "dense_hf_vit.HFViTForMaskedImageModeling",
     "AutoBackbone": "dense_hf_vit.HFViTBackbone",
 }
+# By task: the pipeline in a repository's code, and the Auto class of its model.
+PIPELINES = {
+    "image-classification": ("HFViTImageClassificationPipeline", "AutoModelForImageClassification"),
+    "image-feature-extraction": ("HFViTImageFeatureExtractionPipeline", "AutoModel"),
+}
+
+
+def task_of(config: PreTrainedConfig) -> str:
+    """Return the pipeline's name for the task of the model that a config was saved with."""
+    is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    return "image-classification" if is_classifier else "image-feature-extraction"
+
+
+class PipelineOfRepository:
+    """The pipeline of a model's task, in the form that transformers' `pipeline` reads from a config of trusted code.
+
+    An attribute of an instance replaces it. The installed package replaces it for all, since it registers pipelines.
+    """
+
+    def __get__(self, config: "HFViTConfig | None", owner: type) -> dict[str, dict[str, Any]]:
+        if config is None:
+            return {}
+        name, auto_class = PIPELINES[task_of(config)]
+        return {task_of(config): {"impl": f"pipeline_hf_vit.{name}", "pt": [auto_class]}}
 
 
 @strict
@@ -132,6 +156,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "hf_vit"
     _auto_class = "AutoConfig"
+    custom_pipelines: ClassVar[Any] = PipelineOfRepository()
     base_model_tp_plan = {
         "layers.*.attention.qkv": "colwise",  # rows are ordered (head, q/k/v, head_dim): a shard is whole heads
         "layers.*.attention.o_proj": "rowwise",

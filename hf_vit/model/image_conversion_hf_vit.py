@@ -9,8 +9,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+from transformers.utils import logging
 
 from .image_reading_hf_vit import upright
+
+logger = logging.get_logger(__name__)
+
+# Of dtypes that do not state it: white, and the least and the most that the largest value of an image may be. An image
+# between these ranges is unknown: floats up to 9 may lie in [0, 1] with outliers, or in [0, 255] and be almost black.
+RANGES = {
+    "floats": ((1, -0.125, 1.25), (255, 16, 318)),
+    "integers": ((255, 0, 318), (65535, 4096, 65535)),
+}
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
@@ -52,7 +62,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 def upright_8_bit(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation, and convert modes 1, I, I;16 and F to mode L.
 
-    Values outside of the usual ranges, such as measurements, are stretched: the minimum is black, the maximum white.
+    Values outside of the usual ranges are converted as by `values_of_file`.
     """
     if 0 in image.size:
         raise ValueError(
@@ -61,7 +71,7 @@ def upright_8_bit(image: Image.Image) -> Image.Image:
         )
     image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        return pil_of_tensor(to_8_bit(stretched(tensor_of_array(np.array(image))))[None])
+        return pil_of_tensor(to_8_bit(values_of_file(tensor_of_array(np.array(image))))[None])
     if image.mode == "1" and not image.has_transparency_data:
         return image.convert("L")
     return image
@@ -85,12 +95,6 @@ def tensor_of_array(image: np.ndarray) -> Tensor:
     if not (image.dtype.isnative and image.flags.writeable) or min(image.strides, default=0) < 0:
         image = image.astype(image.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(image)
-
-
-def channels_first(image: np.ndarray | Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
-    """Return an array or tensor (H, W), (H, W, C) or (C, H, W) as `[C, H, W]`, uint8 or float32."""
-    pixels = arranged(image, input_data_format)
-    return pixels.float() if pixels.is_floating_point() else to_8_bit(pixels)
 
 
 def arranged(image: np.ndarray | Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
@@ -122,8 +126,11 @@ def arranged(image: np.ndarray | Tensor, input_data_format: str | ChannelDimensi
 def full_scale(pixels: Tensor) -> int:
     """Return the value of white.
 
-    The type of bool, uint8 and uint16 determines it. Other integers are 8-bit levels unless one exceeds 255, then
-    16-bit levels; floats lie in [0, 1] unless one exceeds 1, then in [0, 255].
+    bool, uint8 and uint16 have their full range. For other dtypes, the largest value decides between two ranges, see
+    `RANGES`; what exceeds white is clipped, so that interpolation may overshoot.
+
+    Raises:
+        ValueError: If the values fit no range.
     """
     known = {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}
     if pixels.dtype in known:
@@ -131,33 +138,62 @@ def full_scale(pixels: Tensor) -> int:
     if pixels.dtype in (torch.uint32, torch.uint64):  # torch has no min and max for these
         pixels = pixels.long()
     low, high = pixels.min().item(), pixels.max().item()
-    scales = (1, 255) if pixels.is_floating_point() else (255, 65535)
-    for scale in scales:
-        if low >= 0 and high <= scale:  # false for NaN
-            return scale
+    ranges = RANGES["floats" if pixels.is_floating_point() else "integers"]
+    for white, least, most in ranges:
+        overshoot = white / 8 if pixels.is_floating_point() else 0
+        if low >= -overshoot and least <= high <= most:  # false for NaN
+            return white
     raise ValueError(
-        f"Expected {pixels.dtype} pixels from 0 to {scales[0]} or to {scales[1]}, got {low} to {high}: pass pixels "
-        "that are not normalised yet, state their value_range, or pass do_rescale=False to use them as they are."
+        f"Expected {pixels.dtype} pixels from 0 to {ranges[0][0]} or to {ranges[1][0]}, got {low:.6g} to "
+        f"{high:.6g}: pass pixels that are not normalised yet, state their value_range, or pass do_rescale=False to "
+        "use them as they are."
     )
 
 
-def stretched(values: Tensor) -> Tensor:
-    """Return values with a known `full_scale` unchanged, others stretched to [0, 1] with NaN as 0."""
+def values_of_file(values: Tensor) -> Tensor:
+    """Return the values of a file with a known `full_scale`.
+
+    Integers of up to 16 bits become uint16; other values in no usual range, such as measurements, are stretched to
+    [0, 1] with NaN as 0.
+    """
     try:
         full_scale(values)
         return values
     except ValueError:
+        if not values.is_floating_point() and values.long().min() >= 0 and values.long().max() <= 65535:
+            return values.to(torch.uint16)
+        logger.warning_once(
+            "An image has values in no usual range and is stretched: its smallest value is black, its largest white. "
+            "Set value_range in the image processor to read all images alike."
+        )
         finite = values[values.isfinite()].double()
         low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
         return ((values.double() - low) / max(high - low, 1e-300)).clamp(0, 1).nan_to_num(0.0)
 
 
+def levels(pixels: Tensor) -> Tensor:
+    """Convert pixels of any dtype to levels with white at 255: uint8, but unrounded for floats and dark 16-bit images.
+
+    A 16-bit image without a value above 4095 would keep at most 16 of its levels in 8 bits.
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels
+    white = full_scale(pixels)
+    scaled = (pixels.float() * (255 / white)).clamp_(0, 255)
+    if pixels.is_floating_point():
+        return scaled
+    if white == 65535 and scaled.max() < 16 and scaled.min() < scaled.max():
+        logger.warning_once(
+            "An image of 16 bits has no value above 4095 and is almost black, since white is 65535. If its pixels "
+            "have fewer bits, set value_range in the image processor, such as (0, 4095) for 12 bits."
+        )
+        return scaled
+    return scaled.round_().to(torch.uint8)
+
+
 def to_8_bit(pixels: Tensor) -> Tensor:
     """Convert pixels of any dtype to uint8, with white at 255."""
-    scale = full_scale(pixels)
-    if scale == 255 and not pixels.is_floating_point():
-        return pixels.to(torch.uint8)
-    return (pixels.float() * (255 / scale)).round().to(torch.uint8)
+    return levels(pixels).round().to(torch.uint8)
 
 
 def checked_range(value_range: Any) -> list[list[float]]:
@@ -206,23 +242,26 @@ def map_range(
 def pixels_of_file(
     image: Image.Image | Tensor, do_convert_rgb: bool | None, value_range: Any = None
 ) -> Image.Image | Tensor:
-    """Return what `read_image` read with its first three bands, if they become RGB, and stretched like mode I and F.
+    """Return what `read_image` read as a PIL image or as `levels`, with its first three bands if they become RGB.
 
     A fourth band is no transparency, which is only in PIL images. With a `value_range`, values stay as they are.
     """
-    if not isinstance(image, Tensor):
+    if isinstance(image, Image.Image):
         return image
     image = image[:3] if do_convert_rgb and image.shape[0] == 4 else image
-    return image if value_range is not None or image.dtype == torch.uint8 else stretched(image)
+    return image if value_range is not None else levels(values_of_file(image))
 
 
-def tensor_to_rgb(pixels: Tensor) -> Tensor:
-    """Convert `[C, H, W]` with 1, 3 or 4 channels to `[3, H, W]`, with transparent pixels on white."""
+def tensor_to_rgb(pixels: Tensor, white: int | None = None) -> Tensor:
+    """Convert `[C, H, W]` with 1, 3 or 4 channels to `[3, H, W]`, with transparent pixels on white.
+
+    `white` is its value, by default the `full_scale` of the pixels.
+    """
     if pixels.shape[0] == 1:
         return pixels.expand(3, -1, -1)
     if pixels.shape[0] == 4:
-        white = full_scale(pixels)
-        alpha = pixels[3:].float() / white
+        white = full_scale(pixels) if white is None else white
+        alpha = (pixels[3:].float() / white).clamp(0, 1)
         colors = pixels[:3] * alpha + white * (1 - alpha)
         return colors if pixels.is_floating_point() else colors.round().to(pixels.dtype)
     if pixels.shape[0] == 3:

@@ -9,6 +9,7 @@ patches of all images are concatenated without padding (Dehghani et al., "Patch 
 8-bit pixels are resized as Pillow does: in 8 bits, width before height. Floating-point pixels are not rounded.
 """
 
+import difflib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -33,21 +34,23 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import TensorType
+from transformers.utils import TensorType, logging
 
 from .image_conversion_hf_vit import (
-    channels_first,
+    arranged,
     checked_range,
     convert_to_rgb,
     flatten_images,
-    full_scale,
+    levels,
     map_range,
     pil_of_tensor,
     pixels_of_file,
+    tensor_of_array,
     tensor_of_pil,
     tensor_to_gray,
     tensor_to_rgb,
     upright_8_bit,
+    values_of_file,
 )
 from .image_geometry_hf_vit import (
     center_crop,
@@ -58,10 +61,12 @@ from .image_geometry_hf_vit import (
     size_of,
     trim_long_side,
 )
-from .image_reading_hf_vit import read_image
+from .image_reading_hf_vit import read_image, upright
 
 if TYPE_CHECKING:  # never executed: makes transformers save the torchvision backend together with this file
     from .image_processing_hf_vit import HFViTImageProcessor  # noqa: F401
+
+logger = logging.get_logger(__name__)
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
@@ -102,8 +107,10 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
         value_range: Values of the pixels of black and white, a pair (low, high) or one pair per channel. Pixels are
             mapped linearly from it to 0..255, clipped, and rounded to 8 bits: 256 levels over this range. Required
             where the dtype does not state it, such as (0, 4095) for 12-bit pixels in 16-bit files. `None`: bool, uint8
-            and uint16 have their full range; other integers have 255 or 65535, and floats 1 or 255, whichever the
-            image's largest value fits.
+            and uint16 have their full range. Floats with values up to 1.25 have (0, 1), from 16 on (0, 255); other
+            integers up to 318 have (0, 255), from 4096 on (0, 65535); what exceeds it is clipped. Other arrays are an
+            error; files of other integers have 16 bits, and other files are stretched from their smallest value to
+            their largest.
     """
 
     crop_pct: float | None
@@ -112,6 +119,28 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
     patch_size: int | list[int] | tuple[int, int] | None
     reducing_gap: float | int | None
     value_range: list[float] | list[list[float]] | tuple[float, float] | None
+
+
+# Names that other libraries have for options, and which `difflib` does not find.
+OTHER_NAMES = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"} | dict.fromkeys(
+    ("image_size", "img_size"), "size"
+)
+
+
+def option_meant_by(name: str) -> str | None:
+    """Return the option that an unknown keyword probably stands for, or `None`."""
+    options = HFViTImageProcessorKwargs.__annotations__
+    if name in options:
+        return None
+    near = difflib.get_close_matches(name, options, 1, cutoff=0.8)
+    return OTHER_NAMES.get(name, near[0] if near else None)
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a keyword that nearly matches an option."""
+    for name in given:
+        if meant := option_meant_by(name):
+            raise ValueError(f"Unknown option {name!r} of the image processor: did you mean {meant!r}?")
 
 
 class HFViTImageProcessing(BaseImageProcessor):
@@ -141,6 +170,25 @@ class HFViTImageProcessing(BaseImageProcessor):
     # From 6 on photographs stay within one level of 255. For 224 pixels, 12 megapixels are decoded at half size.
     reducing_gap: float | int | None = 6.0
     value_range: Any = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        check_options(kwargs)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a processor from a stored dictionary and further options.
+
+        Stored keys that nearly match an option, such as those of another library, have no effect, with a warning.
+        """
+        check_options(kwargs)
+        unknown = {name: meant for name in image_processor_dict if (meant := option_meant_by(name))}
+        for name, meant in unknown.items():
+            logger.warning_once(
+                f"The stored image processor has {name!r}, which is no option and has no effect: is it {meant!r}?"
+            )
+        stored = {name: value for name, value in image_processor_dict.items() if name not in unknown}
+        return super().from_dict(stored, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, size: int | tuple[int, int] = 224, num_channels: int = 3, **kwargs: Any) -> Self:
@@ -176,7 +224,9 @@ class HFViTImageProcessing(BaseImageProcessor):
         self.crop_size = output
 
     def set_num_channels(self, number: int) -> None:
-        """Set the channels of the output: 1 for the luma, 3 for RGB; other numbers need images with that many.
+        """Set the channels of the output: 1 for the luma, 3 for RGB; other numbers need arrays with that many.
+
+        Photographs become LA for 2 channels and RGBA for 4, opaque where they have no transparency.
 
         If the number changes, all channels get the average of mean and std, and the widest value range.
         """
@@ -187,6 +237,16 @@ class HFViTImageProcessing(BaseImageProcessor):
             pairs = checked_range(self.value_range)
             if len(pairs) not in (1, number):
                 self.value_range = [min(low for low, _ in pairs), max(high for _, high in pairs)]
+
+    @property
+    def mode_with_alpha(self) -> str | None:
+        """Mode that 8-bit gray and colour images are converted to if the output has transparency, LA or RGBA.
+
+        It has if all of 2 or 4 channels share one mean, as `set_num_channels` sets it; those of measurements differ.
+        """
+        if self.do_convert_rgb or self.value_range is not None or len(set(self.image_mean)) > 1:
+            return None
+        return {2: "LA", 4: "RGBA"}.get(len(self.image_mean))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options, with an `auto_map` that names the code of both backends."""
@@ -220,8 +280,14 @@ class HFViTImageProcessing(BaseImageProcessor):
 
     def _standardize_kwargs(self, resample: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         kwargs = super()._standardize_kwargs(**kwargs)
-        if not isinstance(resample, int | None):  # torchvision's InterpolationMode
-            resample = Image.Resampling[resample.name.removesuffix("_EXACT")]
+        if not isinstance(resample, int | None):  # a name, or torchvision's InterpolationMode
+            name = getattr(resample, "name", str(resample)).upper().removesuffix("_EXACT")
+            if name not in Image.Resampling.__members__:
+                names = ", ".join(Image.Resampling.__members__).lower()
+                raise ValueError(
+                    f"Expected resample as one of {names}, or as a number of PIL.Image.Resampling, got {resample!r}."
+                )
+            resample = Image.Resampling[name]
         crop_pct, size = kwargs.get("crop_pct"), kwargs["size"]
         if crop_pct is not None:
             if not 0 < crop_pct <= 1:
@@ -256,24 +322,34 @@ class HFViTImageProcessing(BaseImageProcessor):
 
         Returns a PIL image of mode RGB or L, or a tensor `[C, H, W]`, uint8 or unrounded float.
         """
+        are_levels = False  # from 0 to 255
         if isinstance(image, str | bytes | os.PathLike):
-            image = pixels_of_file(read_image(image, partial(self.least_size, **kwargs)), do_convert_rgb, value_range)
+            image, are_levels = (
+                pixels_of_file(read_image(image, partial(self.least_size, **kwargs)), do_convert_rgb, value_range),
+                True,
+            )
             input_data_format = ChannelDimension.FIRST
         if value_range is not None:
             image = map_range(image, value_range, do_convert_rgb, input_data_format)
             input_data_format = ChannelDimension.FIRST
+        if isinstance(image, Image.Image) and image.mode.startswith("I"):
+            image, are_levels = levels(values_of_file(tensor_of_array(np.array(upright(image)))))[None], True
+            input_data_format = ChannelDimension.FIRST
         if not isinstance(image, Image.Image):
-            pixels = channels_first(image, input_data_format)
+            pixels = arranged(image, input_data_format)
+            if pixels.is_floating_point() and (are_levels or not do_rescale):
+                pixels = pixels.float()
+            else:
+                pixels, are_levels = levels(pixels), True
             if device is not None:
                 pixels = pixels.to(device)
             # 8-bit RGBA on the CPU goes through Pillow, so that tensors and PIL images are rounded alike.
-            if pixels.dtype != torch.uint8 or pixels.device.type != "cpu" or pixels.shape[0] != 4:
+            for_pillow = (4,) if do_convert_rgb or self.mode_with_alpha is None else (1, 3, 4)
+            if pixels.dtype != torch.uint8 or pixels.device.type != "cpu" or pixels.shape[0] not in for_pillow:
                 if do_convert_rgb:
-                    pixels = tensor_to_rgb(pixels)
+                    pixels = tensor_to_rgb(pixels, 255 if are_levels else None)
                 if do_grayscale:
                     pixels = tensor_to_gray(pixels)
-                if do_rescale and pixels.is_floating_point():
-                    pixels = pixels * (255 / full_scale(pixels))  # rescale_factor assumes 8-bit levels
                 return pixels
             image = pil_of_tensor(pixels)
 
@@ -281,6 +357,12 @@ class HFViTImageProcessing(BaseImageProcessor):
             image = convert_to_rgb(image)
         else:
             image = upright_8_bit(image)
+            if self.mode_with_alpha is not None:
+                image = (
+                    image
+                    if image.mode == self.mode_with_alpha
+                    else image.convert("RGBA").convert(self.mode_with_alpha)
+                )
             if image.mode in ("P", "PA"):
                 raise ValueError("A palette image stores indices instead of colours: pass do_convert_rgb=True.")
         if do_grayscale and image.mode != "L":

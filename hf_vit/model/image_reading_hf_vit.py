@@ -1,6 +1,7 @@
 """Reading of images from files, bytes and URLs.
 
-Pillow reads all formats but NumPy's and the TIFF that it has no mode for: see `image_arrays_hf_vit`. For JPEG,
+Pillow reads all formats but NumPy's and the TIFF that it has no mode for: see `image_arrays_hf_vit`. It reads HEIC
+where pillow-heif is installed. For JPEG,
 simplejpeg is used where it is installed: it calls the same libjpeg-turbo and returns the same values as an array,
 without Pillow's copies; Pillow reads the files that simplejpeg rejects. Every fault of a file raises a `ValueError`
 with its name.
@@ -43,6 +44,7 @@ except ImportError:
 LIMIT = "HF_VIT_MAX_IMAGE_PIXELS"
 if LIMIT in os.environ:
     Image.MAX_IMAGE_PIXELS = int(os.environ[LIMIT])
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 DOWNLOAD_TIMEOUT = 30  # seconds without a response of the server
 MIN_BASE64_LENGTH, MAX_PATH_LENGTH = 40, 4096  # characters
 
@@ -57,6 +59,13 @@ UPRIGHT: dict[int, tuple[Callable[[np.ndarray], np.ndarray], Image.Transpose]] =
     8: (lambda pixels: pixels.swapaxes(0, 1)[::-1], Image.Transpose.ROTATE_90),
 }
 TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
+
+
+class NamedBytes(bytes):
+    """Bytes of a file that errors call by its name."""
+
+    name: str
+
 
 # Maps the (height, width) of an image to the smallest (height, width) that it may be decoded at.
 LeastSize = Callable[[tuple[int, int]], tuple[int, int]]
@@ -81,7 +90,8 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
         OSError: If the file does not exist or cannot be read.
     """
     data = source if isinstance(source, bytes) else _bytes_of(source)
-    with _errors_named("An image given as bytes" if isinstance(source, bytes) else _short(source), data):
+    name = getattr(source, "name", "An image given as bytes") if isinstance(source, bytes) else _short(source)
+    with _errors_named(name, data):
         return _decode(data, least_size)
 
 
@@ -119,14 +129,31 @@ def is_url(source: object) -> bool:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
-def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> bytes:
+def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> NamedBytes:
     """Download a file; raise `ValueError` on failure or after `timeout` seconds without a response."""
+    name = re.sub("//[^/@]*@", "//", _short(url))  # without a password
     try:
         response = get_session().get(url, timeout=timeout, follow_redirects=True)
-        return response.raise_for_status().content
+        data = NamedBytes(response.raise_for_status().content)
     except Exception as error:  # the HTTP client of huggingface_hub can be replaced
-        without_password = re.sub("//[^/@]*@", "//", _short(url))
-        raise ValueError(f"{without_password} could not be downloaded: {error}") from error
+        raise ValueError(f"{name} could not be downloaded: {error}") from error
+    data.name = name
+    return data
+
+
+def is_heic(data: bytes) -> bool:
+    """Return whether a file begins as HEIC and HEIF do, the format of phones; AVIF, which is similar, is not."""
+    return data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
+
+
+def can_read_heic() -> bool:
+    """Let Pillow open HEIC files; return whether pillow-heif is installed for that."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
@@ -137,7 +164,9 @@ def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
     except UnidentifiedImageError:
         if is_tiff(data):
             return decode_tiff(data)
-        raise
+        if not (is_heic(data) and can_read_heic()):
+            raise
+        opened = Image.open(io.BytesIO(data))
     with opened as image:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
@@ -233,6 +262,8 @@ def _fault(error: Exception, data: bytes | None) -> str:
             'install tifffile with pip install "hf-vit[tiff]".'
         )
     if data is not None and isinstance(error, UnidentifiedImageError):
+        if is_heic(data) and not can_read_heic():
+            return "is a HEIC image: install pillow-heif to read it, or convert it to JPEG."
         if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
             return "is a web page or SVG, not a bitmap image: use the image that the page shows."
         return f"is not an image, or its header is corrupt: no format matches its {len(data):,} bytes."

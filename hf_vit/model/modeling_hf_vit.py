@@ -87,14 +87,20 @@ class HFViTPatchEmbeddings(nn.Module):
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         if pixel_values.ndim == 2:  # a pack, which the image processor has cut into patches
             patches = pixel_values.unsqueeze(0)
-        elif pixel_values.ndim == 4 and pixel_values.shape[1] == self.num_channels:
-            patches = patchify(self.stem(pixel_values), self.patch_shape)  # [B, N, C*ph*pw]
         else:
-            raise ValueError(
-                f"pixel_values must be [batch, {self.num_channels}, height, width], got {list(pixel_values.shape)}: "
-                "prepare the images with the image processor, or set num_channels in the config."
-            )
+            patches = patchify(self.stem(pixel_values), self.patch_shape)  # [B, N, C*ph*pw]
         return self.layernorm_after(self.projection(self.layernorm_before(patches)))  # [B, N, D]
+
+    def check_shape(self, pixel_values: Tensor) -> None:
+        """Raise `ValueError` unless the shape is `[B, C, H, W]`."""
+        shape = list(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != self.num_channels:
+            is_last = shape[-1] == self.num_channels and len(shape) == 4
+            raise ValueError(
+                f"pixel_values must be [batch, {self.num_channels}, height, width], got {shape}: "
+                + ("the channels come first: use permute(0, 3, 1, 2) or " if is_last else "")
+                + "prepare the images with the image processor, or set num_channels in the config."
+            )
 
 
 class HFViTEmbeddings(nn.Module):
@@ -120,6 +126,7 @@ class HFViTEmbeddings(nn.Module):
     ) -> tuple[Tensor, HFViTPositions]:
         """Return tokens `[B, T, D]`, and the positions that act inside the encoder."""
         if packing is None:
+            self.patch_embeddings.check_shape(pixel_values)
             grid = self.config.grid_of(*pixel_values.shape[-2:])
             patches = self.patch_embeddings(pixel_values)
             if is_masked is not None:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Self
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .configuration_hf_vit import CLASSES, HFViTConfig
+from .configuration_hf_vit import CLASSES, HFViTConfig, task_of
 from .image_processing_pil_hf_vit import HFViTImageProcessorPil
 
-if TYPE_CHECKING:  # never executed: transformers copies the files that relative imports name, and needs this one too
+if TYPE_CHECKING:  # never executed: transformers copies the files that relative imports name, and needs these too
     from .dense_hf_vit import HFViTBackbone  # noqa: F401
+    from .pipeline_hf_vit import HFViTImageClassificationPipeline  # noqa: F401
 
 PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
 CARD = """---
@@ -145,11 +146,10 @@ def processor_of(config: HFViTConfig) -> HFViTImageProcessorPil | None:
 
 def card_of(config: HFViTConfig, name: str) -> str:
     """Return a model card with the facts of the config; metrics are added by the code that measured them."""
-    is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
     height, width = config.image_shape
     patch_height, patch_width = config.patch_shape
     return CARD.format(
-        task="image-classification" if is_classifier else "image-feature-extraction",
+        task=task_of(config),
         name=json.dumps(name, ensure_ascii=False)[1:-1],  # escaped, since it is also part of a Python string
         layers=config.num_hidden_layers,
         width=config.hidden_size,

@@ -90,7 +90,9 @@ OTHER_NAMES = {
 }
 
 # Keys that transformers stores in a config although they are no fields of it.
-STORED_BY_TRANSFORMERS = {"auto_map", "stage_names", "attn_implementation", "quantization_config", "use_cache"}
+STORED_BY_TRANSFORMERS = {
+    *("auto_map", "custom_pipelines", "stage_names", "attn_implementation", "quantization_config", "use_cache")
+}
 
 
 class Inherited(TypedDict, total=False):
@@ -130,7 +132,9 @@ def is_known(config_class: Any, name: str) -> bool:
 def is_taken(config_class: Any, name: str) -> bool:
     """Return whether an attribute called `name` would hide a method or property of the class."""
     known = inspect.getattr_static(config_class, name, None)
-    return known is not None and name != "model_type" and getattr(known, "fset", None) is None
+    return (
+        known is not None and name not in ("model_type", "custom_pipelines") and getattr(known, "fset", None) is None
+    )
 
 
 def check_fields(given: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from ..system.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "pipeline": ["HFViTImageClassificationPipeline"],
         "predict": ["predict_each", "predict_to_file"],
         "predictor": ["Prediction", "Predictor"],
         "shards": ["Settings"],

@@ -148,7 +148,7 @@ class Survey:
 
 
 def _no_images(sources: Sources) -> ValueError:
-    return ValueError(f"Found no images in {', '.join(sources.words)}.")
+    return ValueError(" ".join(filter(None, [f"Found no images in {', '.join(sources.words)}.", sources.skipped()])))
 
 
 def _progress(accelerator: "Accelerator", total: int | None, done: int) -> Any:

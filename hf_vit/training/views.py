@@ -233,7 +233,7 @@ def image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Call
     """Return a function from the position of a prediction to its image, uint8 `[C, H, W]`."""
     images = EvaluationImages(data.evaluation, data.columns, processor)
     if not data.is_stream:
-        return lambda position: images[int(predictions.index[position])]["pixel_values"]
+        return lambda position: images[int(predictions.index[position])]["pixel_values"].byte()
     # A stream is read once more, for the few images that are shown.
     positions = {int(predictions.index[position]): position for position in inspection.shown_predictions(predictions)}
     visits = (
@@ -241,7 +241,7 @@ def image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Call
         for number, row in enumerate(stored_rows(images.split, images.columns))
         if number in positions
     )
-    return {positions[visit.index]: images[visit]["pixel_values"] for visit in visits}.__getitem__
+    return {positions[visit.index]: images[visit]["pixel_values"].byte() for visit in visits}.__getitem__
 
 
 # ---------------------------------------------------------------------------------------------- the training images

@@ -1,0 +1,35 @@
+"""Pipelines that pass files to the image processor instead of opening them first.
+
+transformers' pipelines convert every file to 8-bit RGB before the processor: 16-bit grayscale turns white, transparent
+pixels get an arbitrary color, and an error does not name the file. With the package installed,
+`pipeline("image-classification", model)` constructs these classes for our models; without it, with
+`trust_remote_code=True`, the class that `HFViTConfig.custom_pipelines` names.
+"""
+
+from typing import Any
+
+from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline
+
+from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
+
+
+class FilePreprocessing:
+    """Preprocess whatever the image processor accepts; raise a `ValueError` that names a file that is unreadable."""
+
+    def preprocess(self, image: Any, timeout: float | None = None, **options: Any) -> BatchFeature:
+        """Return the model's inputs for an image; `timeout` is the longest silence of a server, in seconds."""
+        pipeline: Any = self
+        if not hasattr(pipeline.image_processor, "least_size"):  # of another library, which may not read files
+            parent: Any = super()
+            return parent.preprocess(image, timeout=timeout, **options)
+        if is_url(image):
+            image = download(image, timeout or DOWNLOAD_TIMEOUT)
+        return pipeline.image_processor(images=image, return_tensors="pt", **options).to(pipeline.dtype)
+
+
+class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPipeline):
+    """Image classification on images as `hf_vit` reads them."""
+
+
+class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtractionPipeline):
+    """Feature extraction from images as `hf_vit` reads them."""

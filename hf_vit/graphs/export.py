@@ -32,6 +32,13 @@ from .open_sizes import Model, fixed_size
 
 # Largest difference from torch's outputs, as a share of the largest output where that is above 1.
 BOUNDS = {None: 1e-4, "weights": 0.1, "dynamic": 0.2}
+# What turns logits into scores, by transformers' name of what the labels are. The temperature is in the graph.
+ACTIVATIONS = {
+    None: "softmax",
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}
 
 
 def export_graph(
@@ -96,9 +103,16 @@ def _description(model: Model) -> str:
     sizes = fixed_size(model.config) or (
         f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} on."
     )
+    scores = {
+        "softmax": " The probabilities of the classes are the softmax of the logits.",
+        "sigmoid": " The probability of each label is the sigmoid of its logit.",
+        "none": " The logits are the values of the targets.",
+    }[ACTIVATIONS[model.config.problem_type]]
+    if output != "logits":
+        scores = ""
     return (
         f"Input: {INPUT} [batch, {model.config.num_channels}, height, width]; output: {output} [batch, {columns}]; "
-        f"both float32. {sizes}"
+        f"both float32. {sizes}{scores}"
     )
 
 
@@ -110,6 +124,7 @@ def _write(
         "config": model.config.to_json_string(),
         "preprocessor_config": processor.to_json_string(),
         "id2label": json.dumps(model.config.id2label),
+        "activation": ACTIVATIONS[model.config.problem_type],
     }
     original = path if int8 is None else path.with_name(f"fp32-{path.name}")
     kind.write(model, original, metadata)

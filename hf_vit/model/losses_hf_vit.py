@@ -33,8 +33,8 @@ def classification_loss(
 ) -> Tensor:
     """Compute the loss of a classifier in float32.
 
-    `config.problem_type` selects the loss. If it is `None`, the shape and dtype of the labels do; unlike other models
-    of transformers, this one does not write the result into the config.
+    `config.problem_type` selects the loss. If it is `None`, the shape and dtype of the labels do. A regression of a
+    single target is then written into the config, as transformers does, so that pipelines return its value.
 
     Args:
         labels: Class indices `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0 or 1 per
@@ -57,6 +57,8 @@ def classification_loss(
         loss = F.cross_entropy(logits, labels, class_weights, reduction="sum")  # a label of -100 is ignored
         entries = (labels != -100).sum().clamp(min=1)
         return loss / (entries if num_items_in_batch is None else num_items_in_batch)
+    if kind == "regression" and config.problem_type is None and not torch.compiler.is_compiling():
+        config.problem_type = kind
     if kind == "regression" and config.num_labels == 1:
         logits = logits.squeeze(-1)
         labels = labels.reshape(logits.shape)

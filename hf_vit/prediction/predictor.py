@@ -125,6 +125,17 @@ ANSWERS: dict[str | None, Callable[[Any, int | None], Any]] = {
 }
 
 
+def answers_of(config: Any, top_k: int | None) -> Any:
+    """Return the function that turns logits into answers: softmax, sigmoid, or the values of a regression.
+
+    A model with one output and no `problem_type` gets the sigmoid and always answers, as in transformers' pipeline.
+    """
+    kind = getattr(config, "problem_type", None)
+    if kind is None and getattr(config, "num_labels", None) == 1:
+        return LabelAnswers(config, top_k or 1)
+    return ANSWERS[kind](config, top_k)
+
+
 class Predictor:
     """Classify images, or extract their features, in order, while they are read.
 
@@ -158,7 +169,7 @@ class Predictor:
         self.model, self.processor, self.labels, self.device = model, processor, labels, device
         self.batch_size = batch_size or default_batch_size(device.type)
         self.workers = workers
-        self.answers = ANSWERS[getattr(config, "problem_type", None)](config, top_k)
+        self.answers = answers_of(config, top_k)
         self.has_features, self.is_compiled = has_features, is_compiled
 
     @classmethod

@@ -242,6 +242,7 @@ def test_label_names_that_contradict_each_other(tmp_path, tiny_config):
         HFViTConfig(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0})
     stored = {**tiny_config().to_dict(), "id2label": {"0": "a", "1": "b"}, "label2id": {"x": 0, "y": 1}}
     assert HFViTConfig.from_dict(stored).label2id == {"a": 0, "b": 1}
+    assert HFViTConfig.from_dict({**stored, "label2id": {"0": "a", "1": "b"}}).label2id == {"a": 0, "b": 1}
     # Two classes of ImageNet share a name.
     cranes = HFViTConfig(id2label={0: "crane", 1: "crane", 2: "ship"}, label2id={"crane": 0, "ship": 2})
     assert cranes.label2id == {"crane": 0, "ship": 2}

@@ -165,6 +165,7 @@ def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     assert (answer.name, answer.type, answer.shape) == ("logits", "tensor(float)", ["batch", 3])
     metadata = session.get_modelmeta().custom_metadata_map
     said = {name: json.loads(metadata[name]) for name in ("id2label", "config", "preprocessor_config")}
+    assert metadata["activation"] == "softmax"
     assert said["id2label"] == {"0": "red", "1": "green", "2": "blue"}
     assert said["config"]["model_type"] == "hf_vit"
     assert said["preprocessor_config"]["size"] == {"height": 32, "width": 48}

@@ -265,7 +265,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         misspelt = {name: config_dict[name] for name, meant in unknown.items() if meant}
         config_dict = {name: value for name, value in config_dict.items() if name not in misspelt}
-        labels = {name: kwargs.pop(name) for name in (*LABELS, "num_labels") if name in kwargs}
+        labels = {name: kwargs.pop(name, None) for name in (*LABELS, "num_labels")}
+        labels = {name: value for name, value in labels.items() if value is not None}
         config_dict = {**merge_labels(config_dict, labels), **labels, **overrides}
         if "num_hidden_layers" in overrides:  # stored stages belong to the stored depth
             config_dict.pop("out_features", None)

@@ -83,18 +83,25 @@ def merge_labels(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     What describes the trained head is left out, too, if the number of labels changes. A stored `label2id` that
     contradicts the stored `id2label`, as other software writes it, is left out.
     """
-    names, numbers = names_by_number(stored.get("id2label")), numbers_by_name(stored.get("label2id"))
-    changed = next((given[name] for name in LABELS if given.get(name) is not None), None)
+    names = names_by_number(stored.get("id2label"))
+    changed = given.get("id2label", given.get("label2id"))
     number = given.get("num_labels") if changed is None else len(changed)
-    old = len(names or numbers or ())
+    old = len(names or stored.get("label2id") or ())
     left_out: set[str] = set()
     if changed is not None or number not in (None, old):
         left_out.update(LABELS, ["num_labels"])
-    elif names is not None and any(names.get(value) != name for name, value in (numbers or {}).items()):
+    elif names is not None and not _agree(names, stored.get("label2id") or {}):
         left_out.add("label2id")
     if number not in (None, old):
         left_out.update(OF_HEAD)
     return {name: value for name, value in stored.items() if name not in left_out}
+
+
+def _agree(id2label: dict[int, str], label2id: Any) -> bool:
+    try:
+        return all(id2label.get(number) == name for name, number in numbers_by_name(label2id).items())
+    except ValueError:
+        return False
 
 
 def normalizes_values(config_class: C) -> C:
@@ -113,9 +120,8 @@ def normalizes_values(config_class: C) -> C:
             return assign(self, name, value)
         if name == "id2label":
             pair = label_pair(value, None)
-        else:  # transformers and users assign id2label first; then it stays
-            is_same = isinstance(value, dict) and all(self.id2label.get(value[label]) == label for label in value)
-            pair = label_pair(self.id2label if is_same else None, value)
+        else:  # id2label is usually assigned first, and may have a name twice
+            pair = label_pair(self.id2label if _agree(self.id2label, value) else None, value)
         for field, complete in zip(LABELS, pair, strict=True):
             assign(self, field, complete)
         return None

@@ -8,6 +8,12 @@ from torch import Tensor
 
 from .configuration_hf_vit import HFViTConfig
 
+ACTIVATIONS = {
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}
+
 
 def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
     """Return the logits for the outputs of a head `[B, num_labels]`.
@@ -21,6 +27,16 @@ def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
         outputs = outputs.float()
         outputs = outputs * outputs.new_tensor(config.target_scale) + outputs.new_tensor(config.target_mean)
     return outputs
+
+
+def activation_of(config: HFViTConfig) -> str:
+    """Return what turns logits into scores: `"softmax"`, `"sigmoid"`, or `"none"` for the values of a regression.
+
+    It follows from `config.problem_type`. Without one, a single output gets the sigmoid, as in transformers' pipeline.
+    """
+    if config.problem_type is None:
+        return "sigmoid" if config.num_labels == 1 else "softmax"
+    return ACTIVATIONS[config.problem_type]
 
 
 def classification_loss(

@@ -116,12 +116,12 @@ def normalizes_values(config_class: C) -> C:
         if name not in LABELS:
             return assign(self, name, value)
         value = names_by_number(value) if name == "id2label" else numbers_by_name(value)
-        if value is None or not vars(self).get("_post_init_done"):
+        if not isinstance(value, dict) or not vars(self).get("_post_init_done"):
             return assign(self, name, value)
         if name == "id2label":
             pair = label_pair(value, None)
         else:  # id2label is usually assigned first, and may have a name twice
-            pair = label_pair(self.id2label if _agree(self.id2label, value) else None, value)
+            pair = label_pair(self.id2label if _agree(self.id2label or {}, value) else None, value)
         for field, complete in zip(LABELS, pair, strict=True):
             assign(self, field, complete)
         return None

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hf_vit import HFViTConfig
@@ -182,3 +183,81 @@ def test_output_attentions_needs_no_particular_attention(tiny_config):
     config.output_attentions = True
     assert config.output_attentions
     assert tiny_config(attn_implementation="sdpa", output_attentions=True).output_attentions
+
+
+PAIRS = [
+    ({"id2label": {"0": "a", "1": "b", "10": "k", "2": "c", **{str(i): f"n{i}" for i in range(3, 10)}}}, "abc"),
+    ({"label2id": {"b": "1", "a": "0", "c": 2}}, "abc"),
+    ({"id2label": {1: "b", 0: "a"}, "label2id": {"b": 1, "a": 0}}, "ab"),
+    ({"id2label": {0: 0, 1: 1}, "label2id": {0: 0, 1: 1}}, "01"),
+    ({"id2label": {np.int64(1): "b", np.int64(0): "a"}, "num_labels": np.int64(2)}, "ab"),
+]
+
+
+@pytest.mark.parametrize(("fields", "first"), PAIRS)
+@pytest.mark.parametrize("given_to", ["config", "from_pretrained", "assigned"])
+def test_label_names_are_complete_and_in_order(tmp_path, tiny_config, fields, first, given_to):
+    """Either half, with text or numbers as keys: both halves are ordered by number, and load again."""
+    if given_to == "config":
+        config = HFViTConfig(**fields)
+    elif given_to == "from_pretrained":
+        tiny_config(num_labels=4).save_pretrained(tmp_path)
+        config = HFViTConfig.from_pretrained(tmp_path, **fields)
+    else:
+        config = HFViTConfig(num_labels=4)
+        for name in fields.keys() - {"num_labels"}:
+            setattr(config, name, fields[name])
+    config.save_pretrained(tmp_path / "saved")
+    for each in (config, HFViTConfig.from_pretrained(tmp_path / "saved")):
+        assert list(each.id2label) == list(range(each.num_labels))
+        assert "".join(each.id2label.values()).startswith(first)
+        assert each.label2id == {name: index for index, name in each.id2label.items()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id2label": {1: "a", 2: "b"}}, "must name the classes 0 to 1, got 1, 2: number them from 0"),
+        ({"id2label": ["a", "b"]}, r"pass dict\(enumerate\(names\)\)"),
+        ({"id2label": {"a": 0, "b": 1}}, "is it the other field"),
+        ({"id2label": {0: "a", "0": "b"}}, "name every class once"),
+        ({"label2id": {"a": 0, "b": 0}}, "every name another number"),
+    ],
+)
+def test_label_names_that_would_not_load_are_refused_at_once(tmp_path, tiny_config, fields, message):
+    tiny_config(num_labels=2).save_pretrained(tmp_path)
+    config = HFViTConfig(id2label={0: "x", 1: "y"})
+    with pytest.raises(ValueError, match=message):
+        HFViTConfig(**fields)
+    with pytest.raises(ValueError, match=message):
+        HFViTConfig.from_pretrained(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        setattr(config, *next(iter(fields.items())))
+    assert config.id2label == {0: "x", 1: "y"} and config.label2id == {"x": 0, "y": 1}
+
+
+def test_label_names_that_contradict_each_other(tmp_path, tiny_config):
+    """Refused if given; of stored ones, which other software may have left, `id2label` counts."""
+    with pytest.raises(ValueError, match="'b' is 0 in label2id, but class 0 is 'a' in id2label"):
+        HFViTConfig(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0})
+    stored = {**tiny_config().to_dict(), "id2label": {"0": "a", "1": "b"}, "label2id": {"x": 0, "y": 1}}
+    assert HFViTConfig.from_dict(stored).label2id == {"a": 0, "b": 1}
+    assert HFViTConfig.from_dict({**stored, "label2id": {"0": "a", "1": "b"}}).label2id == {"a": 0, "b": 1}
+    # Two classes of ImageNet share a name.
+    cranes = HFViTConfig(id2label={0: "crane", 1: "crane", 2: "ship"}, label2id={"crane": 0, "ship": 2})
+    assert cranes.label2id == {"crane": 0, "ship": 2}
+    cranes.num_labels = 2
+    assert cranes.label2id == {"LABEL_0": 0, "LABEL_1": 1}
+    cranes.id2label[1] = 7
+    cranes.save_pretrained(tmp_path)
+    assert HFViTConfig.from_pretrained(tmp_path).label2id == {"LABEL_0": 0, "7": 1}
+
+
+def test_numbers_of_numpy(tmp_path):
+    size = (np.int64(32), np.int32(48))
+    config = HFViTConfig(
+        num_labels=np.int64(5), image_size=size, patch_size=np.array([8, 8]), layer_norm_eps=np.float32(1e-6)
+    )
+    config.save_pretrained(tmp_path)
+    again = HFViTConfig.from_pretrained(tmp_path)
+    assert (again.num_labels, again.grid_size, type(again.layer_norm_eps)) == (5, (4, 6), float)

@@ -165,6 +165,7 @@ def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     assert (answer.name, answer.type, answer.shape) == ("logits", "tensor(float)", ["batch", 3])
     metadata = session.get_modelmeta().custom_metadata_map
     said = {name: json.loads(metadata[name]) for name in ("id2label", "config", "preprocessor_config")}
+    assert metadata["activation"] == "softmax"
     assert said["id2label"] == {"0": "red", "1": "green", "2": "blue"}
     assert said["config"]["model_type"] == "hf_vit"
     assert said["preprocessor_config"]["size"] == {"height": 32, "width": 48}
@@ -261,3 +262,20 @@ def test_a_model_is_tried_on_photographs_if_it_can_see_them(channels: int, packi
         (1, channels, 32, 48), (3, channels, 32, 48), (2, channels, 40, 64), (1, channels, 16, 96),
     ]  # fmt: skip
     assert len(shapes) == (4 if channels == 5 else 8)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_register_tokens": 2, "pooling": "attention"}, {"position_embedding_type": "rotary"}, {}],
+    ids=["registers and attention pooling", "rotary", "learned"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+def test_the_older_exporter_of_torch_keeps_the_batch_dynamic(fields: dict[str, Any], tmp_path: Path) -> None:
+    path, graph, images = tmp_path / "model.onnx", Graph(make(**fields)), torch.randn(5, 3, 32, 48)
+    axes = {"x": {0: "batch"}, "y": {0: "batch"}}
+    with torch.no_grad():
+        example = (images[:2],)
+        torch.onnx.export(graph, example, path, dynamo=False, input_names=["x"], output_names=["y"], dynamic_axes=axes)
+        expected = graph(images)
+    (outputs,) = onnxruntime.InferenceSession(path).run(None, {"x": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), expected, atol=1e-5, rtol=1e-5)

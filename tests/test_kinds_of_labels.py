@@ -129,6 +129,7 @@ def test_many_classes_need_no_matrix() -> None:
     results = ImageResults(labels, labels.roll(1), torch.rand(60_000), torch.rand(60_000), labels, 50_000)
     assert results.metrics()["macro_f1"] == 0 and len(results.per_class([""] * 50_000)) == 50_000
     assert len(results.pairs()) == 50_001
+    assert results.confusion().is_sparse and int(results.confusion().sum()) == 60_000
 
 
 def test_metrics_of_several_labels_by_scikit_learn() -> None:

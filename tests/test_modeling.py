@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hf_vit
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
-from hf_vit.model import layers_hf_vit
+from hf_vit.model import layers_hf_vit, repository_hf_vit
 from hf_vit.model import modeling_hf_vit as modeling
 from hf_vit.model.layers_hf_vit import HFViTPaperCorruption, HFViTProductAttention, patchify, unpatchify
 from hf_vit.model.positions_hf_vit import (
@@ -767,3 +767,79 @@ def test_training_on_matrix_units_learns_the_same(tiny_config, monkeypatch, comp
         applied.clear()
         model(pixel_values)
         assert not applied  # nothing is learned here, and the fused kernel is faster
+
+
+def test_weights_that_were_quantized_are_not_asked_for_their_dtype(tiny_config, pixel_values):
+    """torch's dynamic quantization makes a function of `weight`; that of bitsandbytes makes integers of it."""
+    model = HFViTForImageClassification(tiny_config(num_labels=3)).eval()
+    assert model.num_labels == 3
+    expected = model(pixel_values).logits
+    model.vit.embeddings.patch_embeddings.projection = _Integers(model.vit.embeddings.patch_embeddings.projection)
+    assert torch.equal(model(pixel_values).logits, expected)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half(pixel_values).logits.dtype == torch.bfloat16
+
+
+class _Integers(nn.Module):
+    """A linear layer that stores its weight as integers, as far as their dtype tells."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().view(torch.int32), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, states):
+        return F.linear(states.float(), self.weight.view(torch.float32), self.bias.float()).to(states.dtype)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_dynamic_quantization_of_torch(tiny_config, pixel_values):
+    model = HFViTForImageClassification(tiny_config(num_labels=3)).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    torch.testing.assert_close(quantized(pixel_values).logits, model(pixel_values).logits, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_bitsandbytes(tmp_path, tiny_config, bits):
+    pytest.importorskip("bitsandbytes", reason="not installed")
+    from transformers import BitsAndBytesConfig
+
+    config = tiny_config(hidden_size=64, intermediate_size=128, num_labels=3)
+    HFViTForImageClassification(config).save_pretrained(tmp_path)
+    images = torch.randn(4, 3, *config.image_shape)
+    expected = HFViTForImageClassification.from_pretrained(tmp_path).vit(images).last_hidden_state
+    options = {"quantization_config": BitsAndBytesConfig(**{bits: True}), "device_map": "cpu"}
+    model = HFViTForImageClassification.from_pretrained(tmp_path, **options)
+    assert (model.vit(images).last_hidden_state.float() - expected).norm() < 0.3 * expected.norm()
+
+
+def test_saved_over_an_earlier_save(tmp_path, tiny_config):
+    """Shards over one file and one file over shards: the weights of the last save are loaded."""
+    for number, shards in enumerate(("50MB", "20KB", "50MB")):
+        model = HFViTModel(tiny_config())
+        nn.init.constant_(model.layernorm.bias, number)
+        model.save_pretrained(tmp_path, max_shard_size=shards)
+        assert HFViTModel.from_pretrained(tmp_path).layernorm.bias[0] == number
+        assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_a_model_whose_labels_do_not_fit_its_head_is_not_saved(tmp_path, tiny_config):
+    model = HFViTForImageClassification(tiny_config(num_labels=3))
+    model.config.id2label = {0: "a", 1: "b"}
+    with pytest.raises(ValueError, match="names 2 labels, but the classifier has 3 outputs"):
+        model.save_pretrained(tmp_path)
+
+
+def test_edited_code_beside_a_checkpoint_is_named(tmp_path, tiny_config, monkeypatch):
+    said = []
+    monkeypatch.setattr(repository_hf_vit.logger, "warning", said.append)
+    monkeypatch.setattr(repository_hf_vit.logger, "warning_once", said.append)
+    model = HFViTModel(tiny_config())
+    model.save_pretrained(tmp_path)
+    HFViTModel.from_pretrained(tmp_path)
+    assert not said
+    (tmp_path / "losses_hf_vit.py").write_text("# edited")
+    HFViTModel.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert len(said) == 2 and "has its own losses_hf_vit.py" in said[0] and "Replaced losses_hf_vit.py" in said[1]

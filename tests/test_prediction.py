@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor, HFViTModel
 from hf_vit.cli.main import app
 from hf_vit.data.sources import files_of
-from hf_vit.prediction.predictor import Predictor
+from hf_vit.prediction.predictor import Predictor, answers_of
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +189,18 @@ def test_a_compiled_model_gets_batches_of_one_size(folder, classifier):
     for prediction, scores in zip(predictor(files), expected, strict=True):
         assert prediction.scores == pytest.approx(scores, abs=1e-6)
     assert sizes == [4, 4, 4, 4]
+
+
+def test_scores_are_those_of_the_problem_type():
+    """Softmax, sigmoid or none, as in transformers' pipeline, which takes the sigmoid of a single output."""
+    logits = torch.tensor([[4.0, 3.0, -4.0]])
+    config = SimpleNamespace(num_labels=3, thresholds=None, problem_type=None)
+    assert answers_of(config, 1)(logits)[0][1] == logits.softmax(dim=1)[0, :1].tolist()
+    config.problem_type = "multi_label_classification"
+    assert answers_of(config, None)(logits) == [([0, 1], logits.sigmoid()[0, :2].tolist())]
+    config.thresholds = [0.99, 0.5, 0.01]
+    assert answers_of(config, None)(logits)[0][0] == [1, 2]
+    config.problem_type = "regression"
+    assert answers_of(config, 1)(logits) == [([0, 1, 2], [4.0, 3.0, -4.0])]
+    config = SimpleNamespace(num_labels=1, thresholds=None, problem_type=None)
+    assert answers_of(config, None)(torch.tensor([[-1.0]])) == [([0], torch.tensor([-1.0]).sigmoid().tolist())]

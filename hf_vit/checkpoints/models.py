@@ -128,7 +128,6 @@ def fields_of_labels(label_names: Sequence[str], problem_type: str = SINGLE_LABE
     """Return the config fields of a classifier; `problem_type` is transformers' name for what its labels are."""
     return {
         "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
         # Stated, since transformers would guess several labels per image from soft labels in the first batch.
         "problem_type": problem_type,
     }

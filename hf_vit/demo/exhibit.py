@@ -111,7 +111,7 @@ class Exhibit:
         rows, columns = self.config.grid_of(*size)
         return rows * columns
 
-    def predictor(self, size: Size, top_k: int = 5) -> Predictor:
+    def predictor(self, size: Size, top_k: int | None = 5) -> Predictor:
         """Return a predictor that resizes images to a size."""
         return Predictor(
             model=self.model,
@@ -136,8 +136,12 @@ class Exhibit:
         return Answer(_named(prediction, file), size, time.perf_counter() - began)
 
     def label(self, files: Sequence[File]) -> Iterator[Prediction]:
-        """Yield the most likely label of each file in order; the prediction of a broken file has an `error`."""
-        predictions = self.predictor(self.own_size, top_k=1)([file.path for file in files])
+        """Yield the prediction for each file in order: the most likely label, or those above their thresholds.
+
+        The prediction of a broken file has an `error`.
+        """
+        top_k = None if self.config.problem_type == "multi_label_classification" else 1
+        predictions = self.predictor(self.own_size, top_k)([file.path for file in files])
         for prediction, file in zip(predictions, files, strict=True):
             yield _named(prediction, file)
 

@@ -133,8 +133,8 @@ def show_many(
 def _row(prediction: Prediction) -> list[Any]:
     if prediction.are_values:
         return [prediction.source, one_line(", ".join(prediction.answers)), None, None]
-    label = one_line(prediction.labels[0]) if prediction.labels else None
-    score = round(prediction.scores[0], 4) if prediction.scores else None
+    label = one_line(", ".join(prediction.labels)) if prediction.labels else None
+    score = round(min(prediction.scores), 4) if prediction.scores else None
     return [prediction.source, label, score, prediction.error]
 
 

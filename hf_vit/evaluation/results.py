@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DENSE_CLASSES = 1000
+
 
 @dataclass
 class ImageResults:
@@ -97,10 +99,12 @@ class ImageResults:
     def confusion(self) -> Tensor:
         """Return the confusion matrix `[num_labels, num_labels]`: rows are true classes, columns predicted ones.
 
-        Its size is the square of the number of classes; `pairs` has only the entries that are not zero.
+        With more than `DENSE_CLASSES` classes it is a sparse tensor, since a dense one of 50,000 classes has 20 GB.
         """
-        pairs = self.labels * self.num_labels + self.predicted
-        return torch.bincount(pairs, minlength=self.num_labels**2).view(self.num_labels, self.num_labels)
+        images, size = torch.stack([self.labels, self.predicted]), (self.num_labels, self.num_labels)
+        ones = torch.ones_like(self.labels)
+        confusion = torch.sparse_coo_tensor(images, ones, size, check_invariants=True).coalesce()  # adds up the ones
+        return confusion if self.num_labels > DENSE_CLASSES else confusion.to_dense()
 
     def pairs(self) -> list[tuple[int, int, int]]:
         """Return (true class, predicted class, number of images) for every pair that occurs, in order."""

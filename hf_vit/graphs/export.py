@@ -25,6 +25,7 @@ from ..checkpoints.opening import open_checkpoint
 from ..inference.optimize import optimize_for_inference
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_hf_vit import HFViTImageProcessor
+from ..model.losses_hf_vit import activation_of
 from ..system.disk import new_file, new_folder
 from ..system.extras import need
 from .kinds import INPUT, KINDS, QUANTIZERS, Graph, Kind, Run, quiet
@@ -32,6 +33,12 @@ from .open_sizes import Model, fixed_size
 
 # Largest difference from torch's outputs, as a share of the largest output where that is above 1.
 BOUNDS = {None: 1e-4, "weights": 0.1, "dynamic": 0.2}
+# What the logits become, by `activation_of`. The temperature is in the graph.
+SCORES = {
+    "softmax": "The probabilities of the classes are the softmax of the logits.",
+    "sigmoid": "The probability of each label is the sigmoid of its logit.",
+    "none": "The logits are the values of the targets.",
+}
 
 
 def export_graph(
@@ -96,9 +103,10 @@ def _description(model: Model) -> str:
     sizes = fixed_size(model.config) or (
         f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} on."
     )
+    scores = f" {SCORES[activation_of(model.config)]}" if output == "logits" else ""
     return (
         f"Input: {INPUT} [batch, {model.config.num_channels}, height, width]; output: {output} [batch, {columns}]; "
-        f"both float32. {sizes}"
+        f"both float32. {sizes}{scores}"
     )
 
 
@@ -110,6 +118,7 @@ def _write(
         "config": model.config.to_json_string(),
         "preprocessor_config": processor.to_json_string(),
         "id2label": json.dumps(model.config.id2label),
+        "activation": activation_of(model.config) if Graph(model).output == "logits" else "none",
     }
     original = path if int8 is None else path.with_name(f"fp32-{path.name}")
     kind.write(model, original, metadata)

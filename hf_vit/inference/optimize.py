@@ -121,6 +121,7 @@ class InferenceModel(nn.Module):
         super().__init__()
         vit: Any = model.base_model
         weight = vit.embeddings.patch_embeddings.projection.weight
+        self.dtype = weight.dtype  # packed layers do not show it
         kind = linear_kind(weight.device, weight.dtype)
         self.config = model.config
         self.embeddings, self.pre_layernorm = vit.embeddings, vit.pre_layernorm
@@ -141,7 +142,7 @@ class InferenceModel(nn.Module):
         Args:
             pixel_values: `[B, C, H, W]`.
         """
-        hidden_states, positions = self.embeddings(pixel_values)
+        hidden_states, positions = self.embeddings(pixel_values.to(self.dtype))
         hidden_states = self.pre_layernorm(hidden_states)
         for number, layer in enumerate(self.layers):
             hidden_states = positions.add_to(hidden_states, number)

@@ -14,8 +14,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .labels_hf_vit import LABELS, label_pair, merge_labels, normalizes_values, plain
 from .validation_hf_vit import (
-    OF_HEAD,
     POOLINGS_OF_CLS,
     POSITION_INTERPOLATIONS,
     check_config,
@@ -62,6 +62,7 @@ class PipelineOfRepository:
         return {task_of(config): {"impl": f"pipeline_hf_vit.{name}", "pt": [auto_class]}}
 
 
+@normalizes_values
 @strict
 class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """Describe the architecture of a Vision Transformer.
@@ -215,12 +216,15 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = {name: plain(value) for name, value in kwargs.items()}
         for name in kwargs:
             if meant := field_meant_by(type(self), name):
                 raise ValueError(f"Unknown field {name!r} of {type(self).__name__}: did you mean {meant!r}?")
             if is_taken(type(self), name):
                 raise ValueError(f"{name!r} is a part of {type(self).__name__}, not a field: remove it.")
         check_fields({**vars(self), **kwargs})
+        if self.id2label is not None or self.label2id is not None:
+            self.id2label, self.label2id = label_pair(self.id2label, self.label2id)
         if self.patch_dropout_prob:
             logger.warning_once("patch_dropout_prob is deprecated: no checkpoint or recipe uses it. Set it to 0.")
         if self.use_cls_token is None:
@@ -237,6 +241,11 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(CLASSES)
         self.check()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the config as `PreTrainedConfig` does, after a check of label names that were changed in place."""
+        self.id2label = self.id2label
+        super().save_pretrained(*args, **kwargs)
 
     def check(self) -> None:
         """Raise `ValueError` for values that do not work together, with a remedy."""
@@ -280,17 +289,13 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 "newer version of hf-vit wrote the config, install that version."
             )
         misspelt = {name: config_dict[name] for name, meant in unknown.items() if meant}
-        config_dict = {name: value for name, value in {**config_dict, **overrides}.items() if name not in misspelt}
+        config_dict = {name: value for name, value in config_dict.items() if name not in misspelt}
+        labels = {name: kwargs.pop(name, None) for name in (*LABELS, "num_labels")}
+        labels = {name: value for name, value in labels.items() if value is not None}
+        config_dict = {**merge_labels(config_dict, labels), **labels, **overrides}
         if "num_hidden_layers" in overrides:  # stored stages belong to the stored depth
             config_dict.pop("out_features", None)
             config_dict.pop("out_indices", None)
-        number = len(kwargs["id2label"]) if kwargs.get("id2label") else kwargs.get("num_labels")
-        if number not in (None, len(config_dict.get("id2label") or ())):
-            for name in ("id2label", "label2id", *OF_HEAD):  # they belong to the stored number of labels
-                if name not in overrides:
-                    config_dict.pop(name, None)
-            given = [name for name in ("id2label", "label2id", "num_labels") if name in kwargs]
-            config_dict = {**config_dict, **{name: kwargs.pop(name) for name in given}}
         built = super().from_dict(config_dict, **kwargs)
         for name, value in misspelt.items():
             setattr(built[0] if isinstance(built, tuple) else built, name, value)

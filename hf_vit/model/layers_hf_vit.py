@@ -14,8 +14,11 @@ from .packing_hf_vit import HFViTPacking
 def patchify(pixels: Tensor, patch_shape: tuple[int, int]) -> Tensor:
     """Cut images `[B, C, H, W]` into flattened patches `[B, N, C*ph*pw]`, row by row."""
     patch_height, patch_width = patch_shape
-    cut = pixels.unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))  # [B, C, h, ph, w, pw]
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    batch, channels, height, width = pixels.shape
+    rows, columns = height // patch_height, width // patch_width
+    # Explicit sizes, not `unflatten`: torch.onnx.export(dynamo=False) would take the batch of its example for fixed.
+    cut = pixels.reshape(batch, channels, rows, patch_height, columns, patch_width)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_height * patch_width)
 
 
 def unpatchify(patches: Tensor, patch_shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:

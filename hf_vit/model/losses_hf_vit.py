@@ -8,6 +8,12 @@ from torch import Tensor
 
 from .configuration_hf_vit import HFViTConfig
 
+ACTIVATIONS = {
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}
+
 
 def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
     """Return the logits for the outputs of a head `[B, num_labels]`.
@@ -23,6 +29,16 @@ def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
     return outputs
 
 
+def activation_of(config: HFViTConfig) -> str:
+    """Return what turns logits into scores: `"softmax"`, `"sigmoid"`, or `"none"` for the values of a regression.
+
+    It follows from `config.problem_type`. Without one, a single output gets the sigmoid, as in transformers' pipeline.
+    """
+    if config.problem_type is None:
+        return "sigmoid" if config.num_labels == 1 else "softmax"
+    return ACTIVATIONS[config.problem_type]
+
+
 def classification_loss(
     labels: Tensor,
     logits: Tensor,
@@ -33,8 +49,8 @@ def classification_loss(
 ) -> Tensor:
     """Compute the loss of a classifier in float32.
 
-    `config.problem_type` selects the loss. If it is `None`, the shape and dtype of the labels do; unlike other models
-    of transformers, this one does not write the result into the config.
+    `config.problem_type` selects the loss. If it is `None`, the shape and dtype of the labels do. A regression of a
+    single target is then written into the config, as transformers does, so that pipelines return its value.
 
     Args:
         labels: Class indices `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0 or 1 per
@@ -57,6 +73,8 @@ def classification_loss(
         loss = F.cross_entropy(logits, labels, class_weights, reduction="sum")  # a label of -100 is ignored
         entries = (labels != -100).sum().clamp(min=1)
         return loss / (entries if num_items_in_batch is None else num_items_in_batch)
+    if kind == "regression" and config.problem_type is None and not torch.compiler.is_compiling():
+        config.problem_type = kind
     if kind == "regression" and config.num_labels == 1:
         logits = logits.squeeze(-1)
         labels = labels.reshape(logits.shape)

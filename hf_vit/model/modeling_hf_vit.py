@@ -57,11 +57,22 @@ from .positions_hf_vit import (
 )
 from .repository_hf_vit import HFViTRepositoryMixin
 from .stem_hf_vit import HFViTStem
+from .validation_hf_vit import DTYPES
 
 logger = logging.get_logger(__name__)
 
+FLOATS = tuple(getattr(torch, name) for name in DTYPES)  # without those of 8 bits, which quantized weights have
+
 
 # ------------------------------------------------------------------------------------- from an image to a sequence
+
+
+def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype that a module computes in: that of its first parameter which is not quantized."""
+    for parameter in module.parameters():
+        if parameter.dtype in FLOATS:
+            return parameter.dtype
+    return default
 
 
 class HFViTPatchEmbeddings(nn.Module):
@@ -84,7 +95,6 @@ class HFViTPatchEmbeddings(nn.Module):
         self.layernorm_after = norm(config.hidden_size, eps=eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        pixel_values = pixel_values.to(self.projection.weight.dtype)
         if pixel_values.ndim == 2:  # a pack, which the image processor has cut into patches
             patches = pixel_values.unsqueeze(0)
         else:
@@ -125,6 +135,7 @@ class HFViTEmbeddings(nn.Module):
         self, pixel_values: Tensor, is_masked: Tensor | None = None, packing: HFViTPacking | None = None
     ) -> tuple[Tensor, HFViTPositions]:
         """Return tokens `[B, T, D]`, and the positions that act inside the encoder."""
+        pixel_values = pixel_values.to(compute_dtype(self, default=pixel_values.dtype))
         if packing is None:
             self.patch_embeddings.check_shape(pixel_values)
             grid = self.config.grid_of(*pixel_values.shape[-2:])
@@ -402,6 +413,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
+        self.num_labels = config.num_labels  # custom losses of Trainer read it
         self.vit = HFViTModel(config)
         width = config.representation_size or config.pooled_width
         classifier = HFViTDistilledClassifier if config.pooling == "cls_and_distillation" else nn.Linear
@@ -449,12 +461,10 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
 
 register_checkpoint_conversion_mapping(
     HFViTModel.__name__,
+    # One converter per name: quantizers of transformers search for targets, which a group `\1` is not.
     [
-        WeightConverter(
-            r"position_embeddings\.(table|rows|columns|offsets)\.weight",
-            r"position_embeddings.\1.weight",
-            [ResamplePositions()],
-        )
+        WeightConverter(name, name, [ResamplePositions()])
+        for name in (f"position_embeddings.{table}.weight" for table in ("table", "rows", "columns", "offsets"))
     ],
     overwrite=True,
 )

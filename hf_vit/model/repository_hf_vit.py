@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
 
 from .configuration_hf_vit import CLASSES, HFViTConfig, task_of
 from .image_processing_pil_hf_vit import HFViTImageProcessorPil
@@ -20,6 +21,8 @@ from .image_processing_pil_hf_vit import HFViTImageProcessorPil
 if TYPE_CHECKING:  # never executed: transformers copies the files that relative imports name, and needs these too
     from .dense_hf_vit import HFViTBackbone  # noqa: F401
     from .pipeline_hf_vit import HFViTImageClassificationPipeline  # noqa: F401
+
+logger = logging.get_logger(__name__)
 
 PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
 CARD = """---
@@ -61,6 +64,8 @@ class HFViTRepositoryMixin:
         """
         parent: Any = super()
         name, read = pretrained_model_name_or_path, cls.checkpoint_reader
+        if read is not None and name is not None:
+            warn_of_other_code(Path(name))
         if read is not None and name is not None and kwargs.get("state_dict") is None:
             converted = read(str(name), cls.__name__, kwargs)
             if converted is not None:
@@ -88,8 +93,15 @@ class HFViTRepositoryMixin:
         model: Any = self
         parent: Any = super()
         kwargs.setdefault("save_original_format", False)
+        outputs = getattr(getattr(model, "classifier", None), "out_features", None)
+        if outputs not in (None, model.config.num_labels):
+            raise ValueError(
+                f"The config names {model.config.num_labels} labels, but the classifier has {outputs} outputs: set "
+                "config.id2label to the names of all outputs. A model saved like this could not be loaded."
+            )
         parent.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if model.should_save_on_this_rank(is_main_process):
+            remove_replaced_weights(Path(save_directory))
             complete_repository(save_directory, model.config, self._image_processor)
             if push_to_hub:
                 options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
@@ -117,7 +129,10 @@ def complete_repository(
     """
     folder = Path(folder)
     entries = {str(Path(__file__).with_name(f"{reference.split('.')[0]}.py")) for reference in CLASSES.values()}
-    for file in entries.union(*map(get_relative_import_files, entries)):
+    code = entries.union(*map(get_relative_import_files, entries))
+    if replaced := other_code(folder):
+        logger.warning(f"Replaced {', '.join(replaced)} in {folder}, which differed from the code of this model.")
+    for file in code:
         shutil.copyfile(file, folder / Path(file).name)
     if not (folder / "preprocessor_config.json").exists():
         processor = processor or processor_of(config)
@@ -126,6 +141,34 @@ def complete_repository(
     card = folder / "README.md"
     if not card.exists():
         card.write_text(card_of(config, folder.resolve().name), encoding="utf-8")
+
+
+def other_code(folder: Path) -> list[str]:
+    """Return the names of code files in a folder that differ from the files of the same names beside this one."""
+    ours = (file for file in Path(__file__).parent.glob("*_hf_vit.py") if (folder / file.name).is_file())
+    return sorted(file.name for file in ours if file.read_bytes() != (folder / file.name).read_bytes())
+
+
+def warn_of_other_code(folder: Path) -> None:
+    """Warn, once per folder, that the code in a folder is not used: transformers prefers registered classes."""
+    if names := other_code(folder):
+        logger.warning_once(
+            f"{folder} has its own {', '.join(names)}, which differ from the installed hf-vit. The installed code is "
+            "used, whatever trust_remote_code says. To use the folder's, load it in a process without `import hf_vit`."
+        )
+
+
+def remove_replaced_weights(folder: Path) -> None:
+    """Remove weights of an earlier save: one file beside new shards, or the index of shards beside one new file.
+
+    transformers removes old shards, but reads one file before an index, so that the old weights would be loaded.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (single.is_file() and index.is_file()):
+        return
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    old = single if all((folder / shard).is_file() for shard in shards) else index
+    old.unlink()
 
 
 def processor_of(config: HFViTConfig) -> HFViTImageProcessorPil | None:

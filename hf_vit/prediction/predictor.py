@@ -21,6 +21,7 @@ from ..data.images import normalize, preprocess, read_stored
 from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
 from ..model.image_reading_hf_vit import read_image
+from ..model.losses_hf_vit import activation_of
 
 if TYPE_CHECKING:
     from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -83,13 +84,14 @@ class LabelAnswers:
     """Answers of a classifier with several labels per image.
 
     These are the labels above their thresholds, 0.5 if the config has none; or the `top_k` most likely ones, whatever
-    their thresholds, if their number is given.
+    their thresholds, if their number is given. A model with one output and no `problem_type` always answers.
     """
 
     are_values = False
 
     def __init__(self, config: Any, top_k: int | None) -> None:
-        self.top_k, self.thresholds = top_k, torch.tensor(config.thresholds or [0.5] * config.num_labels)
+        self.top_k = 1 if top_k is None and config.problem_type is None else top_k
+        self.thresholds = torch.tensor(config.thresholds or [0.5] * config.num_labels)
 
     def __call__(self, logits: Tensor) -> Answers:
         probabilities = logits.sigmoid()
@@ -116,13 +118,16 @@ class TargetAnswers:
         return [(list(range(len(values))), values) for values in logits.tolist()]
 
 
-# By transformers' name of what the labels are.
-ANSWERS: dict[str | None, Callable[[Any, int | None], Any]] = {
-    None: ClassAnswers,
-    "single_label_classification": ClassAnswers,
-    "multi_label_classification": LabelAnswers,
-    "regression": TargetAnswers,
+ANSWERS: dict[str, Callable[[Any, int | None], Any]] = {
+    "softmax": ClassAnswers,
+    "sigmoid": LabelAnswers,
+    "none": TargetAnswers,
 }
+
+
+def answers_of(config: Any, top_k: int | None) -> Any:
+    """Return the function that turns logits into answers, for a model with this config."""
+    return ANSWERS["softmax" if config is None else activation_of(config)](config, top_k)
 
 
 class Predictor:
@@ -158,7 +163,7 @@ class Predictor:
         self.model, self.processor, self.labels, self.device = model, processor, labels, device
         self.batch_size = batch_size or default_batch_size(device.type)
         self.workers = workers
-        self.answers = ANSWERS[getattr(config, "problem_type", None)](config, top_k)
+        self.answers = answers_of(config, top_k)
         self.has_features, self.is_compiled = has_features, is_compiled
 
     @classmethod

@@ -89,7 +89,7 @@ class TrainedModel:
         images: Source | Sequence[Any],
         output: Source | None = None,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         features: bool = False,
         split: str | None = None,
         image_column: str | None = None,

@@ -1,6 +1,7 @@
 """This package's own folders. Names are the same; sizes and head can be changed as for every family."""
 
 from ...model.configuration_hf_vit import CLASSES, HFViTConfig
+from ...model.repository_hf_vit import warn_of_other_code
 from ..checkpoint import ENCODER, Family, Options, Reading, check_depth, parameters_of, processor_beside
 from ..files import Source
 from ..layouts import Row
@@ -21,6 +22,8 @@ def _read(source: Source, options: Options) -> Reading:
             f"{', '.join(ARCHITECTURES)}."
         )
     check_depth(source, config)
+    if source.folder is not None:
+        warn_of_other_code(source.folder)
     names = parameters_of(architecture, config)
     table = [Row(name.removeprefix("vit."), name) for name in names]
     return Reading(source.config, architecture, table, processor=processor_beside(source))

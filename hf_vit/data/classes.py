@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice, pairwise
 from typing import Any
 
 from datasets import ClassLabel, Features, IterableDataset, List, Value
@@ -21,6 +22,7 @@ from .tables import LABEL_NAMES, SPLIT_NAMES, is_multi_hot, normalized, usual
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 TASK_OF = {SINGLE: "classification", MULTI: "multi_label", REGRESSION: "regression"}
 SEPARATORS = ("|", ";", ",")  # that are inferred
+PEEKED = 512  # labels of a stream that are read to tell whether it is sorted
 UNKNOWN = -100.0  # one of several labels of an image that nobody knows
 LABELS = "labels"  # the column that replaces several ones
 
@@ -133,6 +135,22 @@ def convert_labels(parts: list[Part], problem_type: str | None, separator: str |
     return [_renamed(part, column, split) for part, split in zip(parts, splits, strict=True)], Labels(
         kind.problem_type, kind.names, column, [*kind.notes, *note]
     )
+
+
+def note_on_order(stream: Any, labels: Labels) -> list[str]:
+    """Return a note if the first labels of a stream are sorted, since only a buffer of its images is shuffled."""
+    if labels.problem_type != SINGLE:
+        return []
+    first = [row[labels.column] for row in islice(stream.select_columns(labels.column), PEEKED)]
+    seen = len(set(first))
+    changes = sum(label != other for label, other in pairwise(first))
+    if len(first) < PEEKED or changes >= 2 * seen or seen == len(labels.names):
+        return []
+    return [
+        f"The stream is sorted by class: its first {PEEKED} images are of {seen} of {len(labels.names)} classes, and "
+        "only shuffle_buffer images are mixed at a time. Expect a low accuracy: shuffle the images before you write "
+        "the shards, or set streaming: false."
+    ]
 
 
 def _fill_blank(values: list[list[Any]], asked: str | None, separator: str | None, stated: list[Any]) -> list[str]:

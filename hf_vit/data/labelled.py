@@ -12,7 +12,7 @@ from datasets import Dataset, Image, IterableDataset, concatenate_datasets
 
 from ..system.texts import shortened
 from .archives import is_archive, stem_of
-from .classes import REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels
+from .classes import REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels, note_on_order
 from .folders import counted, is_split
 from .images import NO_IMAGE, derive_seed, image_digest, name_of
 from .opening import (
@@ -280,6 +280,8 @@ def _united(parts: list[Part], problem_type: str | None, separator: str | None, 
             splits[index] = splits[index].rename_column(part.image_column, image)
         if is_stream and isinstance(splits[index], Dataset):  # after the labels: their rows are known until here
             splits[index] = as_stream(splits[index])
+        elif is_stream and part.is_train and labels is not None:
+            labels.notes += note_on_order(splits[index], labels)
     trains, evals = (
         [split for split, part in zip(splits, parts, strict=True) if part.is_train == is_train]
         for is_train in (True, False)

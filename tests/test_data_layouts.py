@@ -1,6 +1,7 @@
 """Folders, tables and archives as people have them: which images are found, with which split and label."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import tarfile
 import unicodedata
 import zipfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Image, load_dataset
+from datasets import Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as PILImage
 
 from hf_vit.data.folders import layout_of, scan, split_of
 from hf_vit.data.labelled import ImageData, load_data, split_evenly
+from hf_vit.data.opening import identity_of
 
 Tree = dict[str, Any]  # names to trees, to a number of images, or to the text of a file
 CLASSES: Tree = {"cat": 5, "dog": 5}
@@ -110,6 +113,8 @@ def test_plain_class_folders_are_read_in_the_order_of_imagefolder(names: Sequenc
         ("seg_train", "seg_test", "test"),
         ("TrainImages", "TestImages", "test"),
         ("training_set", "dev_set", "validation"),
+        ("trainset", "hold-out", "test"),
+        ("train-clean", "evaluation", "test"),
     ],
 )
 def test_split_folders_of_any_spelling(train: str, test: str, name: str, tmp_path: Path) -> None:
@@ -195,8 +200,21 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         (folder / name).symlink_to(real / name)
     (real / "cat" / "again").symlink_to(folder)
     (folder / "fox" / "up").symlink_to("..")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "fox" / "gone.png").symlink_to("nowhere.png")
     data = load_data(folder)
     assert data.label_names == ["cat", "dog", "fox"] and len(data.train) + len(data.evaluation) == 15
+    assert data.notes[0] == "Skipped 2 files not read as images: 2 broken links."
+
+
+def test_folders_below_the_classes_are_named(tmp_path: Path) -> None:
+    data = load_data(drawn(tmp_path / "source", {"2019": CLASSES, "2020": CLASSES, "2021": {}}))
+    assert data.label_names == ["2019", "2020"] and data.notes == [
+        "1 folder without images in source: 2021.",
+        "The classes are 2019, 2020; the folders below them, such as cat, dog, are not classes.",
+    ]
+    data = load_data(drawn(tmp_path / "other", {"train": CLASSES, "val": {}}))
+    assert counts(data) == (8, 2, ["cat", "dog"]) and data.notes == ["1 folder without images in other: val."]
 
 
 @pytest.mark.parametrize("test", [5, {"images": 5}, {"unknown": 5}])
@@ -218,6 +236,9 @@ def test_classes_that_differ_in_case_or_unicode_form_are_united(tmp_path: Path) 
     assert "are united: 'Dog' as 'dog'" in data.notes[0]
     data = load_data(drawn(tmp_path / "b", {"Cat": 3, "cat": 3}))
     assert data.label_names == ["Cat", "cat"]  # which are two classes in one split
+    assert data.notes[0].startswith("Classes that differ only in case or spaces: 'Cat' and 'cat'.")
+    data = load_data(drawn(tmp_path / "c", {names[0]: 3, names[1]: 3, "dog": 3}))
+    assert len(data.label_names) == 2 and len(data.train) + len(data.evaluation) == 9
 
 
 @pytest.mark.parametrize(
@@ -226,6 +247,17 @@ def test_classes_that_differ_in_case_or_unicode_form_are_united(tmp_path: Path) 
         ({"cat": 5}, "Found one class only, cat, in source: expected at least two classes"),
         ({"cat.0.png": 0, "dog.1.png": 1}, "Found images without labels in source: expected one subfolder per class"),
         ({"a.txt": "", "b.zip": ""}, "holds no images, .* It holds the archives b.zip: give one of them"),
+        ({"cat": 5, "dog": {}}, "one class only, cat, .* 1 folder without images in source: dog"),
+        ({"cat.0.png": 0, "x.xml": ""}, "Found 1 image, such as source/cat.0.png. Skipped 1 file .* 1 .xml"),
+        (
+            {"cat": {"a.heic": ""}, "dog": {"b.heic": ""}},
+            "It holds cat, dog. Skipped 2 files .*: 2 .heic",
+        ),
+        ({"train": CLASSES, "extra": {"cat": 1}}, "Cannot tell whether train in .* but extra beside it is not named"),
+        ({"train": CLASSES, "unlabelled": 3}, "Cannot tell whether train in .* but unlabelled beside it is not"),
+        ({"train": {}, "test": CLASSES}, "The folder train in .* holds no images"),
+        ({"cat": {"train": 3, "val": 1}, "dog": 3}, "cat in .* is divided into train and validation, but dog is not"),
+        ({"cat": 1, "dog": 1}, "2 training images and needs some for evaluation too: every class has one image only"),
     ],
 )
 def test_folders_that_do_not_suffice_are_refused(tree: Tree, message: str, tmp_path: Path) -> None:
@@ -331,6 +363,14 @@ def test_a_column_of_splits_divides(tmp_path: Path) -> None:
     rows = [(f"{number}.png", label, split) for (number, label), split in zip(ROWS, splits, strict=True)]
     data = load_data(table(folder / "labels.csv", [("file", "label", "split"), *rows]))
     assert (len(data.train), len(data.evaluation), data.eval_split) == (7, 3, "validation")
+    for values, expected, note in (
+        (["train"] * 6 + ["holdout"] * 4, (6, 4), ""),
+        (["train"] * 6 + ["val"] * 2 + ["unlabeled"] * 2, (6, 2), "1 split not used: unlabeled."),
+        (["0"] * 6 + ["1"] * 4, (8, 2), "The column 'split' of labels.csv does not divide the images"),
+    ):
+        rows = [(f"{number}.png", label, split) for (number, label), split in zip(ROWS, values, strict=True)]
+        data = load_data(table(folder / "labels.csv", [("file", "label", "split"), *rows]))
+        assert (len(data.train), len(data.evaluation)) == expected and "".join(data.notes).startswith(note)
 
 
 def test_splits_with_a_table_each(tmp_path: Path) -> None:
@@ -387,8 +427,11 @@ def with_column(path: Path, name: str, values: Sequence[Any], more: dict[str, Se
         (["b", "a"] * 5, "single", ["a", "b"]),
         ([0, 1, 2, 1, 0] * 2, "single", ["0", "1", "2"]),
         (["007", "010"] * 5, "single", ["007", "010"]),
-        (["True", "False"] * 5, "single", ["0", "1"]),
-        ([1.0, 2.0] * 5, "single", ["0", "1", "2"]),
+        (["True", "False"] * 5, "single", ["False", "True"]),
+        ([1.0, 2.0] * 5, "single", ["1", "2"]),
+        (["1_0", "20"] * 5, "single", ["1_0", "20"]),
+        (["NA", "null", "nan", "None", "x"] * 2, "single", ["NA", "None", "nan", "null", "x"]),
+        (["12345678901234567890", "1"] * 5, "single", ["1", "12345678901234567890"]),
         ([0.5, 1.25, 3] * 4, "regression", ["y"]),
         (["cat|dog", "cat", "dog"] * 4, "multi", ["cat", "dog"]),
         (["a;b", "b;c", "c", "a"] * 3, "multi", ["a", "b", "c"]),
@@ -524,6 +567,8 @@ def test_no_class_loses_its_last_image(fraction: float, seed: int) -> None:
 def test_two_images_per_class_suffice(tmp_path: Path) -> None:
     data = load_data(drawn(tmp_path / "source", {"cat": 2, "dog": 2}))
     assert (len(data.train), len(data.evaluation)) == (3, 1)
+    assert data.notes[0].startswith("1 class has a single training image: ")
+    assert data.notes[1].startswith("1 class has no evaluation images at eval_fraction=0.2: ")
 
 
 def test_several_labels_are_divided_by_the_rarest(tmp_path: Path) -> None:
@@ -553,3 +598,62 @@ def test_whole_numbers_are_indices_if_most_of_them_occur(labels: list[int], name
     rows = [(f"{number}.png", labels[number % len(labels)]) for number in range(12)]
     table(folder / "labels.csv", [("image", "label"), *rows])
     assert load_data(folder).label_names == names
+
+
+# --------------------------------------------------------------------------------------- shards and data sets
+
+
+def rows_of(labels: Sequence[Any]) -> dict[str, list[Any]]:
+    content = io.BytesIO()
+    PILImage.new("RGB", (4, 4)).save(content, "png")
+    return {"image": [{"bytes": content.getvalue(), "path": None} for _ in labels], "label": list(labels)}
+
+
+@pytest.mark.parametrize(
+    ("train", "other"),
+    [
+        ("train.parquet", "dev.parquet"),
+        ("Train.parquet", "Evaluation.parquet"),
+        ("train/0.PARQUET", "TESTING/0.PARQUET"),
+        ("pets_training.parquet", "pets_holdout.parquet"),
+    ],
+)
+def test_shards_of_splits_of_any_spelling(train: str, other: str, tmp_path: Path) -> None:
+    for name, number in ((train, 6), (other, 4)):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(rows_of("ab" * (number // 2))), tmp_path / "source" / name)
+    data = load_data(tmp_path / "source")
+    assert counts(data) == (6, 4, ["a", "b"]) and not data.notes
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_data_sets_are_read_without_their_format(kind: str, tmp_path: Path) -> None:
+    plain = Dataset.from_dict(rows_of("ab" * 6)).cast_column("image", Image())
+    formatted = plain.with_format(kind)
+    formatted.save_to_disk(str(tmp_path / "saved"))
+    for source in (tmp_path / "saved", formatted, DatasetDict({"train": formatted, "Dev": formatted})):
+        data = load_data(source)
+        assert data.train[0]["label"] in (0, 1) and isinstance(data.train[0]["image"], PILImage.Image)
+        assert data.eval_split == ("Dev" if isinstance(source, dict) else "held out")
+    stream = load_data(formatted.to_iterable_dataset(3))
+    assert stream.is_stream and all(type(row["label"]) is int for row in stream.train)
+
+
+def test_a_stream_of_a_folder_is_shuffled_and_of_sorted_shards_is_named(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "source", {"cat": 20, "dog": 20})
+    first, again = (load_data(folder, streaming=True) for _ in range(2))
+    labels = [row["label"] for row in first.train]
+    assert labels == [row["label"] for row in again.train]
+    assert sum(label != other for label, other in pairwise(labels)) > 5 and not first.notes
+    for name, values in (("sorted", ["a"] * 520 + ["b"] * 520), ("mixed", ["a", "b"] * 520)):
+        pq.write_table(pa.table(rows_of(values)), tmp_path / f"{name}.parquet")
+        notes = load_data(tmp_path / f"{name}.parquet", streaming=True).notes
+        assert any("first 512 images are of 1 of 2 classes" in note for note in notes) == (name == "sorted")
+
+
+def test_a_path_has_one_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn(tmp_path / "d", CLASSES)
+    monkeypatch.chdir(tmp_path)
+    for written in ("d", "d/", "./d", str(tmp_path / "d"), ["d"], Path("d")):
+        assert identity_of(written) == [str((tmp_path / "d").resolve())]
+    assert identity_of(["digits", "user/pets"]) == ["digits", "user/pets"]

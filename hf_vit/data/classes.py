@@ -9,18 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice, pairwise
 from typing import Any
 
 from datasets import ClassLabel, Features, IterableDataset, List, Value
 
 from ..system.texts import shortened
-from .folders import key_of
+from .folders import counted, same_names
 from .opening import choose
 from .tables import LABEL_NAMES, SPLIT_NAMES, is_multi_hot, normalized, usual
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 TASK_OF = {SINGLE: "classification", MULTI: "multi_label", REGRESSION: "regression"}
 SEPARATORS = ("|", ";", ",")  # that are inferred
+PEEKED = 512  # labels of a stream that are read to tell whether it is sorted
 UNKNOWN = -100.0  # one of several labels of an image that nobody knows
 LABELS = "labels"  # the column that replaces several ones
 
@@ -38,9 +40,9 @@ class Part:
         """Return the labels of all images as stored; tuples for several columns."""
         names = self.label_columns
         if isinstance(self.split, IterableDataset):  # labels are faster to read than images
-            rows = [tuple(row[name] for name in names) for row in self.split.select_columns(names)]
+            rows = [tuple(_text(row[name]) for name in names) for row in self.split.select_columns(names)]
         else:
-            rows = list(zip(*(self.split[name][:] for name in names), strict=True))
+            rows = list(zip(*(map(_text, self.split[name][:]) for name in names), strict=True))
         return [row[0] for row in rows] if len(names) == 1 else rows
 
     def names(self) -> list[str] | None:
@@ -56,7 +58,8 @@ class Part:
             features = Features({self.image_column: self.split.features[self.image_column], column: feature})
 
             def label_of(row: dict[str, Any]) -> dict[str, Any]:
-                return {column: convert(row[names[0]] if len(names) == 1 else tuple(row[name] for name in names))}
+                values = tuple(_text(row[name]) for name in names)
+                return {column: convert(values[0] if len(names) == 1 else values)}
 
             return self.split.map(
                 label_of, remove_columns=[name for name in names if name != column], features=features
@@ -64,6 +67,10 @@ class Part:
         return self.split.remove_columns(names).add_column(
             column, [convert(value) for value in values], feature=feature
         )
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 @dataclass
@@ -130,18 +137,35 @@ def convert_labels(parts: list[Part], problem_type: str | None, separator: str |
     )
 
 
-def _fill_blank(values: list[list[Any]], asked: str | None, separator: str | None, stated: list[Any]) -> list[str]:
-    """Read a blank cell among cells of several labels as none of the labels; returns a note if there are any."""
-    texts = list(dict.fromkeys(value for own in values for value in own if isinstance(value, str)))
-    is_several = asked == MULTI or separator is not None or (asked is None and _separator_in(texts, False) is not None)
-    if not texts or any(stated) or not is_several:
+def note_on_order(stream: Any, labels: Labels) -> list[str]:
+    """Return a note if the first labels of a stream are sorted, since only a buffer of its images is shuffled."""
+    if labels.problem_type != SINGLE:
         return []
+    first = [row[labels.column] for row in islice(stream.select_columns(labels.column), PEEKED)]
+    seen = len(set(first))
+    changes = sum(label != other for label, other in pairwise(first))
+    if len(first) < PEEKED or changes >= 2 * seen or seen == len(labels.names):
+        return []
+    return [
+        f"The stream is sorted by class: its first {PEEKED} images are of {seen} of {len(labels.names)} classes, and "
+        "only shuffle_buffer images are mixed at a time. Expect a low accuracy: shuffle the images before you write "
+        "the shards, or set streaming: false."
+    ]
+
+
+def _fill_blank(values: list[list[Any]], asked: str | None, separator: str | None, stated: list[Any]) -> list[str]:
+    """Read a blank cell among cells of several labels as none of the labels, with a note, and another as no label."""
+    texts = list(dict.fromkeys(value for own in values for value in own if isinstance(value, str)))
+    if not texts or any(stated):
+        return []
+    is_several = asked == MULTI or separator is not None or (asked is None and _separator_in(texts, False) is not None)
     blank = 0
     for own in values:
         for row, value in enumerate(own):
-            if value is None:
-                own[row], blank = "", blank + 1
-    return [f"{blank:,} images have a blank label, which is read as none of the labels."] if blank else []
+            if value is None or (isinstance(value, str) and not value.strip()):
+                own[row], blank = "" if is_several else None, blank + 1
+    note = f"{counted(blank, 'image has', 'images have')} a blank label, which is read as none of the labels."
+    return [note] if blank and is_several else []
 
 
 def _renamed(part: Part, column: str, split: Any = None) -> Any:
@@ -241,45 +265,31 @@ def _classes(values: list[list[Any]], stated: list[Any]) -> _Kind:
     """Return one class per image; classes of several sources and splits are united by name."""
     if any(stated):
         lists = [own or sorted({str(value) for value in seen}) for own, seen in zip(stated, values, strict=True)]
-        same = _same_names(lists)
+        same, notes = same_names(lists)
         names = [name for name in _united(lists) if name not in same]
         index: dict[Any, int] = {name: number for number, name in enumerate(names)}
         # A hidden label, -1, stays one.
-        return _single(names, lambda value: index.get(same.get(str(value), str(value)), -1), _notes_on(same))
-    same = _same_names([[value for value in dict.fromkeys(own) if isinstance(value, str)] for own in values])
+        return _single(names, lambda value: index.get(same.get(str(value), str(value)), -1), notes)
+    same, notes = same_names([[value for value in dict.fromkeys(own) if isinstance(value, str)] for own in values])
     seen = {value for own in values for value in own if value not in same}
     ordered: list[Any] = sorted(seen, key=lambda value: (str(type(value)), value))
     if _are_indices(ordered):
         ordered = list(range(int(max(ordered, default=-1)) + 1))
     index = {value: number for number, value in enumerate(ordered)}
     names = [str(int(value) if isinstance(value, float) else value) for value in ordered]
-    return _single(names, lambda value: index[same.get(value, value)], _notes_on(same))
+    return _single(names, lambda value: index[same.get(value, value)], notes)
 
 
 def _are_indices(values: list[Any]) -> bool:
-    """Return whether distinct values are indices of classes, of which some may be missing, and not other numbers."""
-    are_whole = all(isinstance(value, int | float) and value >= 0 for value in values)
-    return are_whole and max(values, default=-1) < 2 * len(values)
+    """Return whether distinct values are indices of classes from 0, of which some may be missing."""
+    are_whole = all(isinstance(value, int | float) and type(value) is not bool and value >= 0 for value in values)
+    return are_whole and min(values, default=-1) == 0 and max(values) < 2 * len(values)
 
 
 def _united(lists: list[list[str]]) -> list[str]:
     """Return all names: sorted if each list is, else those of the first list first."""
     names = list(dict.fromkeys(name for own in lists for name in own))
     return sorted(names) if all(own == sorted(own) for own in lists) else names
-
-
-def _same_names(lists: list[list[str]]) -> dict[str, str]:
-    """Map names of later splits to the name of the first one that differs in case or Unicode form alone."""
-    keys: dict[str, list[str]] = {}
-    for name in lists[0]:
-        keys.setdefault(key_of(name), []).append(name)
-    later = dict.fromkeys(name for own in lists[1:] for name in own if name not in lists[0])
-    return {name: keys[key_of(name)][0] for name in later if len(keys.get(key_of(name), [])) == 1}
-
-
-def _notes_on(same: dict[str, str]) -> list[str]:
-    pairs = [f"{name!r} as {first!r}" for name, first in same.items()]
-    return [f"Classes that differ only in case or Unicode form are united: {shortened(pairs)}."] if pairs else []
 
 
 def _of_columns(rows: list[tuple[Any, ...]], columns: list[str], asked: str | None) -> _Kind:

@@ -21,16 +21,23 @@ from ..system.texts import shortened
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "validate", "valid", "val", "dev", "devel", "development"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout", "heldout"), "test"),
 }
 IMAGE_WORDS = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "jpegimages"}
 MASK_WORDS = {"mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "groundtruth", "trimaps"}
-FILLERS = {*IMAGE_WORDS, "set", "data", "dataset", "split", "folder", "files"}  # as in train_images
+FILLERS = {*IMAGE_WORDS, "set", "data", "dataset", "split", "folder", "files"}  # as in train_images and trainset
+TWO_WORDS = re.compile(r"\b(hold|held)[-_ ]?(?=out)", re.IGNORECASE)
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 NOT_DECODED = {"PDF", "MPEG", "HDF5", "BUFR", "GRIB"}  # Pillow recognizes these formats and cannot decode them
+<<<<<<< HEAD
 REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")
 MASK_FILE = re.compile(r"(.+)_mask(?:_\d+)?$", re.IGNORECASE)
+=======
+REMEDIES = {".heic": "pillow-heif", ".heif": "pillow-heif"}
+HIDDEN = (".", "__MACOSX", "__pycache__", "@eaDir", "$RECYCLE", "System Volume Information")
+MASK_FILE = re.compile(r"(.+)_mask(?:_\d+)?\.\w+$", re.IGNORECASE)
+>>>>>>> wt19-data
 
 
 @cache
@@ -52,9 +59,16 @@ def split_of(name: str) -> str | None:
     return _split_and_rest(name)[0]
 
 
+def is_split(name: str) -> bool:
+    """Return whether a name says a split and nothing else: `TRAIN` or `test_images`, but not `train_extra`."""
+    split, rest = _split_and_rest(name)
+    return split is not None and not rest
+
+
 def _words(name: str) -> list[str]:
-    letters = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)  # as in TrainImages
-    return [word.lower() for word in re.findall(r"[^\W\d_]+", letters)]
+    letters = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", TWO_WORDS.sub(r"\1", name))  # as in TrainImages
+    words = [word.lower() for word in re.findall(r"[^\W\d_]+", letters)]
+    return [next((start for end in FILLERS if (start := word.removesuffix(end)) in SPLITS), word) for word in words]
 
 
 def _split_and_rest(name: str) -> tuple[str | None, tuple[str, ...]]:
@@ -122,11 +136,16 @@ class Folder:
         """Return the folders that hold images, at any depth."""
         return {name: folder for name, folder in self.folders.items() if folder.has_images}
 
-    def files(self) -> Iterator[Path]:
-        """Yield the images of the folder and of all folders below."""
-        yield from (self.path / name for name in self.images)
+    def files(self) -> Iterator[str]:
+        """Yield the paths of the images of the folder and of all folders below."""
+        start = os.path.join(self.path, "")
+        yield from (start + name for name in self.images)
         for folder in self.folders.values():
             yield from folder.files()
+
+    def only_folders(self) -> list[str]:
+        """Return the names of the folders with images if no image lies beside them."""
+        return [] if self.images else list(self.with_images())
 
 
 def scan(path: Path) -> tuple[Folder, Skipped]:
@@ -140,8 +159,10 @@ def _scan(path: Path, skipped: Skipped, above: tuple[str, ...]) -> Folder:
     above = (*above, os.path.realpath(path))
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         ending = os.path.splitext(entry.name)[1].lower()
-        is_hidden = entry.name.startswith((".", "__MACOSX", "__pycache__", "@eaDir", "$RECYCLE"))
-        if entry.is_dir():
+        is_hidden = entry.name.startswith(HIDDEN)
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            skipped.files["broken links"] += 1
+        elif entry.is_dir():
             if is_hidden:
                 skipped.folders[entry.name] += 1
             elif os.path.realpath(entry.path) not in above:
@@ -162,11 +183,10 @@ def _drop_masks(folder: Folder, skipped: Skipped) -> None:
     Without such a neighbour, the name may be that of a class.
     """
     stems = {os.path.splitext(name)[0] for name in folder.images}
-    for name in list(folder.images):
-        match = MASK_FILE.match(os.path.splitext(name)[0])
-        if match and match[1] in stems:
-            folder.images.remove(name)
-            skipped.files["masks"] += 1
+    masks = {name for name in folder.images if (found := MASK_FILE.match(name)) and found[1] in stems}
+    if masks:
+        folder.images = [name for name in folder.images if name not in masks]
+        skipped.files["masks"] += len(masks)
     kinds = {name: set(_words(name)) for name in folder.folders}
     neighbours = [words - IMAGE_WORDS for words in kinds.values() if words & {*IMAGE_WORDS, *SPLITS}]
     for name, words in kinds.items():
@@ -181,7 +201,7 @@ def _drop_masks(folder: Folder, skipped: Skipped) -> None:
 class Placed(NamedTuple):
     """An image and the class that its folder gives it, if any."""
 
-    path: Path
+    path: str
     label: str | None
 
 
@@ -200,8 +220,9 @@ class Layout:
 def split_folders(folder: Folder) -> dict[str, list[Folder]]:
     """Return the folders of each split, if the folder is divided into splits.
 
-    The names of its folders then share all words but those for the split, as in `seg_train` and `seg_test`. So a class
-    `test tube` is not a split. A folder such as `seg_pred` may lie beside a training and an evaluation split.
+    The names of its folders then share all words but those for the split, as in `seg_train` and `seg_test`, or the
+    folders share a class. So a class `test tube` is not a split. A folder such as `seg_pred` may lie beside a training
+    and an evaluation split.
     """
     named = {name: _split_and_rest(name) for name in folder.with_images()}
     splits: dict[str, list[Folder]] = {}
@@ -211,6 +232,8 @@ def split_folders(folder: Folder) -> dict[str, list[Folder]]:
     rests = {rest for split, rest in named.values() if split is not None}
     others = [name for name, (split, _) in named.items() if split is None]
     is_divided = len(rests) == 1 and (len(splits) > 1 or rests == {()})
+    if len(rests) > 1 and len(splits) > 1:  # train-clean and test are splits if both hold the same classes
+        is_divided = bool(set.intersection(*(set(inner.only_folders()) for each in splits.values() for inner in each)))
     return splits if is_divided and (not others or {"train"} < splits.keys()) else {}
 
 
@@ -239,23 +262,52 @@ def layout_of(root: Folder) -> Layout:
     """
     root = unwrapped(root, may_have_tables=True)
     notes: list[str] = []
-    by_split = split_folders(root)
+    by_split, of_classes = split_folders(root), {}
     if by_split:
-        used = [folder for folders in by_split.values() for folder in folders]
-        if others := [name for name, folder in root.with_images().items() if folder not in used]:
+        used = {folder.path for folders in by_split.values() for folder in folders}
+        if others := [name for name, folder in root.with_images().items() if folder.path not in used]:
             notes.append(f"Skipped the images in {shortened(others)}: expected the name of a split.")
-        if root.images:
-            notes.append(_beside(root.images, "splits"))
-    elif divided := _splits_of_classes(root):
-        splits = {split: sorted(images, key=lambda image: image.path.as_posix()) for split, images in divided.items()}
-        return Layout(splits, notes)
+        if empty := [name for name, folder in root.folders.items() if split_of(name) and not folder.has_images]:
+            _refuse_empty_training(root, empty, by_split)
+            notes.append(_without_images(root, empty))
     else:
+        of_classes = _splits_of_classes(root)
+    if root.images and (by_split or of_classes):
+        notes.append(_beside(root.images, "splits" if by_split else "classes"))
+    if not by_split and not of_classes:
+        _refuse_unclear_splits(root)
         by_split = {"train": [root]}
-    splits = {}
-    for split, folders in by_split.items():
-        images = [image for folder in folders for image in _placed(_without_wrapper(folder), notes)]
-        splits[split] = sorted(images, key=lambda image: image.path.as_posix())
-    return Layout(splits, notes)
+    splits = of_classes or {
+        split: [image for folder in folders for image in _placed(_without_wrapper(folder), notes)]
+        for split, folders in by_split.items()
+    }
+    for images in splits.values():
+        images.sort(key=lambda image: image.path.replace(os.sep, "/"))
+    return Layout(splits, list(dict.fromkeys(notes)))
+
+
+def _refuse_empty_training(root: Folder, empty: list[str], by_split: dict[str, list[Folder]]) -> None:
+    if "train" not in by_split and (names := [name for name in empty if split_of(name) == "train"]):
+        raise ValueError(
+            f"The folder {names[0]} in {root.path} holds no images: put the training images there, or remove it to "
+            f"divide the images of {', '.join(by_split)}."
+        )
+
+
+def _refuse_unclear_splits(root: Folder) -> None:
+    """Raise an error where a folder may be a split or a class: it is named `train`, and holds folders as others do."""
+    inner = {name: folder.only_folders() for name, folder in root.with_images().items()}
+    for name, classes in inner.items():
+        others = [other for other in inner if other != name]
+        shares = any(set(classes) & set(inner[other]) for other in others)
+        if is_split(name) and others and (shares or len(classes) > 1):
+            raise ValueError(
+                f"Cannot tell whether {name} in {root.path} is a split or a class: it holds the folders "
+                f"{shortened(classes)}, but {shortened(others)} beside it "
+                f"{'is' if len(others) == 1 else 'are'} not named as a split. If it is a split, name the others "
+                f"train, validation or test, or move them away. If it is a class, move all classes into one folder, "
+                "train."
+            )
 
 
 def _without_wrapper(folder: Folder) -> Folder:
@@ -269,10 +321,20 @@ def _without_wrapper(folder: Folder) -> Folder:
 
 
 def _splits_of_classes(root: Folder) -> dict[str, list[Placed]]:
-    """Return the images by split if every folder is a class that is divided into splits."""
-    classes = {name: split_folders(folder) for name, folder in root.with_images().items()}
-    if root.images or len(classes) < 2 or not all(len(splits) > 1 for splits in classes.values()):
+    """Return the images by split if every folder is a class that is divided into splits.
+
+    Raises:
+        ValueError: If some classes are divided and others are not.
+    """
+    classes = {name: {} if folder.images else split_folders(folder) for name, folder in root.with_images().items()}
+    if len(classes) < 2 or all(len(splits) < 2 for splits in classes.values()):
         return {}
+    if whole := [name for name, splits in classes.items() if not splits]:
+        divided = next(name for name, splits in classes.items() if len(splits) > 1)
+        raise ValueError(
+            f"{divided} in {root.path} is divided into {' and '.join(classes[divided])}, but {shortened(whole)} "
+            f"{'is' if len(whole) == 1 else 'are'} not: divide all classes, or none."
+        )
     found: dict[str, list[Placed]] = {}
     for name, splits in classes.items():
         for split, folders in splits.items():
@@ -285,10 +347,21 @@ def _placed(folder: Folder, notes: list[str]) -> list[Placed]:
     if not classes:
         return [Placed(path, None) for path in folder.files()]
     if empty := [name for name in folder.folders if name not in classes]:
-        notes.append(f"{counted(len(empty), 'folder')} without images in {folder.path.name}: {shortened(empty)}.")
+        notes.append(_without_images(folder, empty))
     if folder.images:
         notes.append(_beside(folder.images, "classes"))
+    below = Counter(name for inner in classes.values() for name in inner.only_folders())
+    inner = [name for name in below if set(_words(name)) - IMAGE_WORDS or not _words(name)]
+    if inner and (below.total() > len(below) or all(each.only_folders() for each in classes.values())):
+        notes.append(
+            f"The classes are {shortened(list(classes))}; the folders below them, such as {shortened(inner)}, are "
+            "not classes."
+        )
     return [Placed(path, name) for name, inner in classes.items() for path in inner.files()]
+
+
+def _without_images(folder: Folder, names: list[str]) -> str:
+    return f"{counted(len(names), 'folder')} without images in {folder.path.name}: {shortened(names)}."
 
 
 def _beside(names: list[str], places: str) -> str:
@@ -314,10 +387,14 @@ def dataset_of(images: Iterable[Placed], label_names: list[str] | None) -> Any:
 def datasets_of(layout: Layout) -> dict[str, Any]:
     """Return the splits of a layout as data sets; a split without class folders has no column of classes.
 
-    Class folders are united over splits if they differ in case or Unicode form alone. A split whose folders are all
-    unknown to the training split has no classes, such as `test/unknown`.
+    A split whose folders are all unknown to the training split has no classes, such as `test/unknown`.
     """
-    _unite_classes(layout)
+    order = sorted(layout.splits, key=lambda split: split != "train")
+    same, notes = same_names([sorted({image.label or "" for image in layout.splits[split]}) for split in order])
+    layout.notes += notes
+    if same:
+        for split, images in layout.splits.items():
+            layout.splits[split] = [Placed(path, same.get(label or "", label)) for path, label in images]
     classes = {split: {image.label for image in images} - {None} for split, images in layout.splits.items()}
     for split, names in classes.items():
         if split != "train" and names and classes.get("train") and not names & classes["train"]:
@@ -332,21 +409,33 @@ def datasets_of(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _unite_classes(layout: Layout) -> None:
-    first, same = layout.splits.get("train", []), {}
-    known: dict[str, set[str]] = {}
-    for image in first:
-        if image.label is not None:
-            known.setdefault(key_of(image.label), set()).add(image.label)
-    names = {label for names in known.values() for label in names}
-    for split, images in layout.splits.items():
-        for number, (path, label) in enumerate(images):
-            if label is not None and label not in names and len(found := known.get(key_of(label), set())) == 1:
-                [same[label]] = found
-                layout.splits[split][number] = Placed(path, same[label])
+def same_names(lists: list[list[str]]) -> tuple[dict[str, str], list[str]]:
+    """Return names that are written in two ways, each with its first spelling, and notes for the user.
+
+    In the first list, which is that of the training split, names that differ in case stay two classes, since they may
+    be meant; names that differ in Unicode form look alike, and are one class.
+    """
+    same: dict[str, str] = {}
+    keys: dict[str, list[str]] = {}
+    for name in dict.fromkeys(lists[0]):
+        known = keys.setdefault(key_of(name), [])
+        composed = unicodedata.normalize("NFC", name)
+        if alike := [other for other in known if unicodedata.normalize("NFC", other) == composed]:
+            same[name] = alike[0]
+        else:
+            known.append(name)
+    for name in dict.fromkeys(name for own in lists[1:] for name in own if name not in lists[0]):
+        if len(found := keys.setdefault(key_of(name), [name])) == 1 and found[0] != name:
+            [same[name]] = found
+    notes = []
     if same:
         pairs = [f"{name!r} as {first!r}" for name, first in same.items()]
-        layout.notes.append(f"Classes that differ only in case or Unicode form are united: {shortened(pairs)}.")
+        notes.append(f"Classes that differ only in case or Unicode form are united: {shortened(pairs)}.")
+    if apart := [" and ".join(map(repr, known)) for known in keys.values() if len(known) > 1]:
+        notes.append(
+            f"Classes that differ only in case or spaces: {shortened(apart)}. Rename them if they are the same."
+        )
+    return same, notes
 
 
 def key_of(name: str) -> str:

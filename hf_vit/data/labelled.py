@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Image, IterableDataset, concatenate_datasets
+from datasets import Dataset, Image, IterableDataset, concatenate_datasets
 
 from ..system.texts import shortened
 from .archives import is_archive, stem_of
-from .classes import REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels
-from .folders import counted
-from .images import NO_IMAGE, derive_seed, image_digest
+from .classes import REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels, note_on_order
+from .folders import counted, is_split
+from .images import NO_IMAGE, derive_seed, image_digest, name_of
 from .opening import (
-    EVAL_SPLITS,
     IMAGE_COLUMNS,
+    as_stream,
     choose,
     choose_splits,
+    eval_splits,
     image_columns,
     label_columns,
     open_source,
@@ -28,6 +29,7 @@ from .opening import (
 )
 
 RECIPE, METRICS = "recipe.yaml", "metrics.json"  # in the folder of a run
+Source = str | Path | Dataset | IterableDataset | dict  # of splits
 HELD_OUT = "held out"  # the name of an evaluation split that was taken from the training split
 
 
@@ -66,7 +68,7 @@ class ImageData:
 
 
 def load_data(
-    source: str | Path | Sequence[str | Path],
+    source: Source | Sequence[Source],
     *,
     train_split: str | None = None,
     eval_split: str | None = None,
@@ -90,8 +92,9 @@ def load_data(
         source: `"digits"` (scikit-learn's); a folder of images, one subfolder per class, with or without folders for
             the splits; a table of image paths and labels (.csv, .tsv, .jsonl, .parquet), or a folder with a table and
             images; a zip or tar of these; a parquet file or webdataset shard; a folder of these, named by split or in
-            one subfolder per split; a folder that `save_to_disk` wrote; the name of a data set on the Hub; or a list
-            of sources, whose images are joined and whose classes are united by name.
+            one subfolder per split; a folder that `save_to_disk` wrote; the name of a data set on the Hub; a data set
+            or a dictionary of splits of `datasets`, in any format; or a list of sources, whose images are joined and
+            whose classes are united by name.
         train_split: Training split; found by its usual name if not given.
         eval_split: Evaluation split; found by its usual name if not given. Without one, a part of the training split
             is held out: the same share of every class, or of a stream by a digest of each image.
@@ -116,18 +119,18 @@ def load_data(
         ValueError: If the source cannot be opened, its splits or columns cannot be inferred, or its labels are missing
             or do not fit `problem_type`.
     """
-    sources = [source] if isinstance(source, str | Path) else list(source)
+    sources = [source] if isinstance(source, Source) else list(source)
     if problem_type not in (None, *TASK_OF):
         raise ValueError(f"Unknown problem_type {problem_type!r}: choose one of {', '.join(TASK_OF)}.")
     columns = [label_column] if isinstance(label_column, str) else list(label_column or ())
     choice = _Choice(train_split, eval_split, image_column, columns, needs_labels, needs_train, len(sources) == 1)
-    notes: list[str] = []
+    notes = choice.notes
     parts: list[Part] = []
     eval_names: list[str] = []
     for each in sources:
         opened = open_source(each, streaming, image_column, columns)
         notes += opened.notes
-        own, eval_name = choice.parts_of(_name_of(each), opened.splits, notes)
+        own, eval_name = choice.parts_of(_name_of(each), opened.splits)
         parts += own
         eval_names += [eval_name] if eval_name is not None else []
     if not any(part.is_train for part in parts):
@@ -138,21 +141,25 @@ def load_data(
         )
     name = " + ".join(map(_name_of, sources))
     fraction = eval_fraction if holds_out else None
-    data = _divided(_united(parts, problem_type, label_separator), name, fraction, split_seed, train_images)
+    data = _divided(_united(parts, problem_type, label_separator, streaming), name, fraction, split_seed, train_images)
     held_out = HELD_OUT if holds_out else ""
     data = replace(data, eval_split=", ".join(dict.fromkeys(eval_names)) or held_out, notes=[*notes, *data.notes])
     if needs_train:
-        _check_classes(data)
+        _check_classes(data, eval_fraction)
     is_plain = train_share == train_repeats == 1
     return data if is_plain else _resampled(data, train_share, train_repeats, split_seed)
 
 
-def _name_of(source: str | Path) -> str:
+def _name_of(source: Source) -> str:
     """Return the name of a source for cards, which must not reveal local paths."""
+    if not isinstance(source, str | Path):
+        split = next(iter(source.values())) if isinstance(source, dict) else source
+        return split.info.dataset_name or "data"
     path = Path(source).expanduser()
     if is_archive(path):
         return stem_of(path)
-    return path.resolve().stem if path.exists() else str(source)
+    path = path.resolve() if path.exists() else Path(source)
+    return path.stem if path.is_file() else path.name if path.is_dir() else str(source)
 
 
 @dataclass
@@ -166,26 +173,33 @@ class _Choice:
     needs_labels: bool
     needs_train: bool
     is_alone: bool
+    notes: list[str] = field(default_factory=list)
 
-    def parts_of(self, name: str, splits: dict[str, Any], notes: list[str]) -> tuple[list[Part], str | None]:
+    def parts_of(self, name: str, splits: dict[str, Any]) -> tuple[list[Part], str | None]:
         """Return the training and evaluation parts of a source, and the name of the evaluation split if it has one."""
         eval_split = self.eval_split
         if not self.is_alone:
             if eval_split is not None and eval_split not in splits:
                 eval_split = None
-            if set(splits) <= set(EVAL_SPLITS):
-                eval_split = eval_split or next(each for each in EVAL_SPLITS if each in splits)
+            if set(splits) == set(found := eval_splits(splits)):
+                eval_split = eval_split or found[0]
                 return [self._part(name, splits[eval_split], False, None)], eval_split
         train_name, eval_name = choose_splits(splits, self.train_split, eval_split, self.needs_train)
+        train = self._part(name, splits[train_name], True, None)
         is_asked = self.eval_split is not None or set(splits) == {eval_name}
         if not is_asked and eval_name is not None and not self._is_labelled(splits[eval_name]):
-            notes.append(
+            self.notes.append(
                 f"The {eval_name} split has no labels, so it is not used: images of the training split are held "
                 "out for evaluation."
             )
             rest = {each: split for each, split in splits.items() if each != eval_name}
-            return self.parts_of(name, rest, notes)
-        train = self._part(name, splits[train_name], True, None)
+            return self.parts_of(name, rest)
+        unknown = [each for each in splits if each not in (train_name, eval_name) and not is_split(each)]
+        if unknown and train_name != eval_name and None in (self.train_split, self.eval_split):
+            self.notes.append(
+                f"{counted(len(unknown), 'split')} not used: {shortened(unknown)}. To evaluate on one, specify it as "
+                "eval_split."
+            )
         if eval_name is None:
             return [train], None
         return [train, self._part(name, splits[eval_name], False, train)], eval_name
@@ -217,10 +231,19 @@ class _Choice:
                 raise ValueError(
                     f"Found images without labels in {name}: expected one subfolder per class, or a table of labels "
                     "beside the images, such as metadata.csv with the columns file_name and label. If a column holds "
-                    "the labels, specify it as label_column."
+                    f"the labels, specify it as label_column. {' '.join([_seen(split, image), *self.notes])}".rstrip()
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)
         return Part(split, image, labels, is_train)
+
+
+def _seen(split: Any, image_column: str) -> str:
+    """Return the number of images of a split and a few of their names, for an error."""
+    if isinstance(split, IterableDataset):
+        return ""
+    stored = split.cast_column(image_column, Image(decode=False))[:3][image_column]
+    names = [name for each in stored if (name := name_of(each or NO_IMAGE))]
+    return f"Found {counted(len(split), 'image')}{', such as ' * bool(names)}{', '.join(names)}."
 
 
 @dataclass
@@ -234,10 +257,15 @@ class _United:
     stated_length: int | None
 
 
-def _united(parts: list[Part], problem_type: str | None, separator: str | None) -> _United:
+def _united(parts: list[Part], problem_type: str | None, separator: str | None, streaming: bool) -> _United:
     """Return the parts with labels of one kind in one column, and the same columns."""
-    is_stream, image = isinstance(parts[0].split, IterableDataset), parts[0].image_column
-    lengths = [stated_length(part.split) if is_stream else None for part in parts if part.is_train]
+    image = parts[0].image_column
+    is_stream = streaming or any(isinstance(part.split, IterableDataset) for part in parts)
+    lengths = [
+        len(split) if isinstance(split := part.split, Dataset) else stated_length(split)
+        for part in parts
+        if part.is_train
+    ]
     labels = None
     for index, part in enumerate(parts):
         split = part.split.select_columns([part.image_column, *part.label_columns])
@@ -250,6 +278,10 @@ def _united(parts: list[Part], problem_type: str | None, separator: str | None) 
     for index, part in enumerate(parts):
         if part.image_column != image:
             splits[index] = splits[index].rename_column(part.image_column, image)
+        if is_stream and isinstance(splits[index], Dataset):  # after the labels: their rows are known until here
+            splits[index] = as_stream(splits[index])
+        elif is_stream and part.is_train and labels is not None:
+            labels.notes += note_on_order(splits[index], labels)
     trains, evals = (
         [split for split, part in zip(splits, parts, strict=True) if part.is_train == is_train]
         for is_train in (True, False)
@@ -326,9 +358,11 @@ def _divided(united: _United, name: str, fraction: float | None, seed: int, trai
         train, evaluation = hold_out(data, fraction, seed)
     length = len(train) if not data.is_stream else _stream_length(united, fraction or 0, train_images)
     if length == 0 or (isinstance(evaluation, Sized) and len(evaluation) == 0):
+        is_least = fraction is not None and not data.is_stream and length == len(set(_strata(data)))
+        remedy = "every class has one image only, so add images, or an evaluation split"
+        remedy = remedy if is_least else f"add images, or change eval_fraction={fraction}"
         raise ValueError(
-            f"{name} has {length} training images and needs some for evaluation too: add images, or change "
-            f"eval_fraction={fraction}."
+            f"{name} has {counted(length, 'training image')} and needs some for evaluation too: {remedy}."
         )
     return replace(data, train=train, evaluation=evaluation, train_length=length)
 
@@ -358,21 +392,30 @@ def _stream_length(united: _United, fraction: float, train_images: int | None) -
     return round(share * (united.stated_length or sum(1 for _ in smallest)))
 
 
-def _check_classes(data: ImageData) -> None:
+def _check_classes(data: ImageData, fraction: float) -> None:
     """Add notes on classes with too few images, and raise a `ValueError` if there is one class only."""
     if data.problem_type == SINGLE and len(data.label_names) < 2:
         found = f"one class only, {data.label_names[0]}" if data.label_names else "no class"
         raise ValueError(
             f"Found {found}, in {data.name}: expected at least two classes, as one subfolder each or as values of a "
-            "label column."
+            "label column." + "".join(f" {note}" for note in data.notes)
         )
     counts = data.class_counts()
     if counts is None:
         return
-    for number, text in ((0, "no training images, so the model cannot learn"), (1, "a single training image")):
-        if names := [name for name, count in zip(data.label_names, counts, strict=True) if count == number]:
+    few: dict[str, list[str]] = {"no training images, so the model cannot learn": [], "a single training image": []}
+    for name, count in zip(data.label_names, counts, strict=True):
+        if count < len(few):
+            list(few.values())[count].append(name)
+    if data.eval_split == HELD_OUT and data.problem_type == SINGLE:
+        held_out = set(data.evaluation[data.columns[1]][:])
+        few[f"no evaluation images at eval_fraction={fraction}"] = [
+            name for index, name in enumerate(data.label_names) if index not in held_out and counts[index]
+        ]
+    for text, names in few.items():
+        if names:
             has = "has" if len(names) == 1 else "have"
-            which = (" it" if len(names) == 1 else " them") if number == 0 else ""
+            which = (" it" if len(names) == 1 else " them") if text.endswith("learn") else ""
             data.notes.append(f"{counted(len(names), 'class', 'classes')} {has} {text}{which}: {shortened(names)}.")
 
 

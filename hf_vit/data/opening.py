@@ -3,6 +3,7 @@
 `datasets` is imported where it is used, since predictions for image files do without it.
 """
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,14 @@ from typing import Any
 
 from ..system.texts import shortened, without_tokens
 from .archives import ENDINGS, is_archive, unpacked
-from .folders import TABLE_ENDINGS, datasets_of, layout_of, scan, split_of, unwrapped
+from .folders import TABLE_ENDINGS, datasets_of, is_split, layout_of, scan, split_of, unwrapped
 from .tables import Tables, is_table, open_table, tables_of
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "valid", "val", "test", "testing", "eval")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 SHARDS = 64  # of a stream from memory
+ORDER_OF_STREAM = 0  # seed: neighbours on disk are of one class, and a stream is only shuffled in parts
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of `datasets`, by the suffix of their shards
 
 
@@ -48,38 +50,62 @@ class Opened:
     notes: list[str] = field(default_factory=list)
 
 
+def identity_of(source: Any) -> list[str]:
+    """Return the names of the sources, the same however the path of a file or folder is written: `d`, `./d`, `d/`."""
+    sources = [source] if isinstance(source, str | Path) else source
+    paths = [Path(each).expanduser() for each in sources]
+    return [os.path.realpath(path) if path.exists() else str(each) for path, each in zip(paths, sources, strict=True)]
+
+
 def open_splits(source: str | Path, streaming: bool) -> dict[str, Any]:
     """Return the splits of a source by name; see `load_data` for what a source may be."""
     return open_source(source, streaming).splits
 
 
 def open_source(
-    source: str | Path, streaming: bool, image_column: str | None = None, label_columns: Sequence[str] = ()
+    source: Any, streaming: bool, image_column: str | None = None, label_columns: Sequence[str] = ()
 ) -> Opened:
-    """Open a source; the columns say which tables of images and labels are meant."""
+    """Open a source; the columns say which tables of images and labels are meant.
+
+    With `streaming`, shards and data sets on the Hub are streams; what is in memory anyway is not.
+    """
+    loaded, notes = source, []
+    if isinstance(source, str | Path):
+        loaded, notes = _open_name(source, streaming, image_column, label_columns)
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return Opened({name: split.with_format(None) for name, split in splits.items()}, notes)
+
+
+def _open_name(
+    source: str | Path, streaming: bool, image_column: str | None, label_columns: Sequence[str]
+) -> tuple[Any, list[str]]:
+    """Return what `datasets` loads, and sentences about it."""
     path, name = Path(source).expanduser(), str(source)
     if name not in ("", "digits") and is_archive(path):
-        return open_source(unpacked(path), streaming, image_column, label_columns)
+        return _open_name(unpacked(path), streaming, image_column, label_columns)
     storage = storage_of(path) if name not in ("", "digits") else None
     notes: list[str] = []
     if name == "digits":
-        loaded: Any = _in_memory({"train": _digits()}, streaming)
+        loaded: Any = _digits()
     elif storage == "saved":
-        loaded = _load_saved(path, streaming)
+        from datasets import load_from_disk
+
+        loaded = load_from_disk(str(path))
     elif storage == "imagefolder" or _is_folder_of_tables(path, storage):
-        splits, notes = _open_folder(path, image_column, label_columns)
-        loaded = _in_memory(splits, streaming)
+        loaded, notes = _open_folder(path, image_column, label_columns)
     elif path.is_file() and is_table(path) and (table := open_table(path, image_column)) is not None:
         tables = Tables([table])
-        loaded, notes = _in_memory(tables.splits(), streaming), tables.notes
-    elif path.is_file() and path.suffix.lower() in TABLE_ENDINGS and path.suffix not in BUILDERS:
+        loaded, notes = tables.splits(), tables.notes
+    elif path.is_file() and path.suffix.lower() in TABLE_ENDINGS and path.suffix.lower() not in BUILDERS:
         raise ValueError(
             f"No column of {path} names images: expected paths relative to {path.parent}, with or without an ending. "
             "Put the table beside the images, or name the column with --image-column."
         )
     elif storage is not None:
         loaded = _load(storage, streaming, data_files=shards_of(path))
-    elif not name or path.exists() or path.is_absolute() or name.count("/") > 1:
+    elif not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"Expected a data set, got {without_tokens(name)!r}: there is no such file or folder.")
+    elif not name or path.exists():
         raise ValueError(
             f"Expected a data set, got {without_tokens(name)!r}: specify a folder of images with one subfolder per "
             "class, a table of paths and labels (.csv, .tsv, .jsonl, .parquet), a zip or tar of these, a parquet file "
@@ -87,7 +113,7 @@ def open_source(
         )
     else:
         loaded = _load(name, streaming)
-    return Opened(dict(loaded) if isinstance(loaded, dict) else {"train": loaded}, notes)
+    return loaded, notes
 
 
 def _is_folder_of_tables(path: Path, storage: str | None) -> bool:
@@ -106,7 +132,8 @@ def _open_folder(
     layout = layout_of(root)
     tables = tables_of(root, image_column, label_columns, layout.has_classes)
     if not root.has_images and not tables.tables:
-        raise ValueError(f"{path} holds no images, tables, parquet files or webdataset shards.{_what_lies(path)}")
+        found = " ".join([_what_lies(path), *notes])
+        raise ValueError(f"{path} holds no images, tables, parquet files or webdataset shards. {found}")
     if tables.tables:
         splits = tables.splits()
         used = sum(len(split) for split in splits.values())
@@ -121,15 +148,22 @@ def _what_lies(path: Path) -> str:
     found = [entry.name for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
     archives = [name for name in found if name.lower().endswith(ENDINGS)]
     if archives:
-        return f" It holds the archives {shortened(archives)}: give one of them, or unpack them."
-    return f" It holds {shortened(found)}." if found else " It is empty."
+        return f"It holds the archives {shortened(archives)}: give one of them, or unpack them."
+    return f"It holds {shortened(found)}." if found else "It is empty."
 
 
-def _in_memory(splits: dict[str, Any], streaming: bool) -> dict[str, Any]:
-    """Return data sets in memory, as streams of several shards if `streaming`, which workers then share."""
-    if not streaming:
-        return splits
-    return {name: split.to_iterable_dataset(min(SHARDS, max(1, len(split)))) for name, split in splits.items()}
+def as_stream(split: Any) -> Any:
+    """Return a data set as a stream of several shards, which workers then share, in a random order."""
+    mixed = split.shuffle(seed=ORDER_OF_STREAM, keep_in_memory=True)
+    return mixed.to_iterable_dataset(min(SHARDS, max(1, len(split))))
+
+
+def eval_splits(names: Iterable[str]) -> list[str]:
+    """Return the names of evaluation splits, in the order of preference: validation before test."""
+    usual, others = [name for name in EVAL_SPLITS if name in names], []
+    for kind in ("validation", "test"):
+        others += [name for name in names if name not in usual and is_split(name) and split_of(name) == kind]
+    return [*usual, *others]
 
 
 def choose_splits(
@@ -140,39 +174,46 @@ def choose_splits(
     Without `needs_train`, an evaluation split stands for both.
     """
     names = list(splits)
-    train_split, eval_split = (_spelled(name, names) for name in (train_split, eval_split))
-    found = [name for name in EVAL_SPLITS if name in names]
+    train_split, eval_split = (spelled(name, names) for name in (train_split, eval_split))
+    found = eval_splits(names)
     if eval_split is not None:
         choose("split", names, eval_split, EVAL_SPLITS)
     if not needs_train and (eval_split or found):
         eval_split = eval_split or found[0]
         return eval_split, eval_split
-    train_split = choose("train_split", names, train_split, TRAIN_SPLITS)
+    plain = [name for name in names if is_split(name) and split_of(name) == "train"]
+    train_split = choose("train_split", names, train_split, (*TRAIN_SPLITS, *(plain if len(plain) == 1 else ())))
     return train_split, eval_split or next((name for name in found if name != train_split), None)
 
 
-def _spelled(name: str | None, names: list[str]) -> str | None:
+def spelled(name: str | None, names: list[str]) -> str | None:
     """Return the name of a split as the source has it: `val` may be given for `validation`."""
-    same = split_of(name) if name is not None and name not in names else None
-    return same if same in names else name
+    if name is None or name in names or split_of(name) is None:
+        return name
+    same = [other for other in names if is_split(other) and split_of(other) == split_of(name)]
+    return same[0] if len(same) == 1 else name
 
 
 def storage_of(path: Path) -> str | None:
     """Return how a path stores a data set: a builder of `datasets` or `"saved"`; `None` for other files and names."""
     if not path.is_dir():
-        return BUILDERS.get(path.suffix) if path.is_file() else None
+        return BUILDERS.get(path.suffix.lower()) if path.is_file() else None
     if any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
         return "saved"  # by `save_to_disk`
     shards = shards_of(path)
-    return BUILDERS[Path(next(iter(shards.values()))[0]).suffix] if shards else "imagefolder"
+    return BUILDERS[Path(next(iter(shards.values()))[0]).suffix.lower()] if shards else "imagefolder"
 
 
 def shards_of(path: Path) -> dict[str, list[str]]:
     """Return the parquet files, or else the webdataset shards, of a folder by split; a file is its only shard."""
     if path.is_file():
         return {"train": [str(path)]}
+    below = [path, *(entry.path for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))]
+    names = [
+        Path(folder, name) for folder in below for name in os.listdir(folder) if name.lower().endswith((*BUILDERS,))
+    ]
     for suffix in BUILDERS:
-        found = sorted([*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")])
+        found = sorted(file for file in names if file.suffix.lower() == suffix and file.name[0] != ".")
         if files := [file for file in found if file.stem != "metadata"]:  # that of a folder of images
             return _by_split(path, files)
     return {}
@@ -182,14 +223,14 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
     """Group files by the split in the name of their folder, or among the words of their own name."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        is_named_by_folder = file.parent != root and file.parent.name in (*TRAIN_SPLITS, *EVAL_SPLITS)
+        is_named_by_folder = file.parent != root and split_of(file.parent.name)
         words = [file.parent.name] if is_named_by_folder else re.split(r"[-_.]", file.stem)
-        name = next((word for word in words if word in (*TRAIN_SPLITS, *EVAL_SPLITS)), words[0])
+        name = next((word for word in words if split_of(word)), split_of(file.stem) or words[0])
         splits.setdefault(name, []).append(str(file))
-    if any(name in TRAIN_SPLITS for name in splits) or len(splits) == 1:
+    if len(splits) == 1 or any(split_of(name) == "train" for name in splits):
         return splits
     # Shards that are only numbered belong together.
-    numbered = [file for name in list(splits) if name not in EVAL_SPLITS for file in splits.pop(name)]
+    numbered = [file for name in list(splits) if not split_of(name) for file in splits.pop(name)]
     return {**({"train": numbered} if numbered else {}), **splits}
 
 
@@ -206,16 +247,6 @@ def _load(builder: str, streaming: bool, **files: Any) -> Any:
             f"Found no folder {without_tokens(builder)!r}, and no such data set on the Hub that you can access: check "
             "the name; if the data set is private, log in with `hf auth login`."
         ) from None
-
-
-def _load_saved(path: Path, streaming: bool) -> Any:
-    from datasets import load_from_disk
-
-    saved = load_from_disk(str(path))
-    if not streaming:
-        return saved
-    splits = saved if isinstance(saved, dict) else {"train": saved}
-    return {name: split.to_iterable_dataset() for name, split in splits.items()}
 
 
 def _digits() -> Any:

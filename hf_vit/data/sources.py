@@ -26,6 +26,7 @@ from .opening import (
     image_columns,
     open_splits,
     shards_of,
+    spelled,
     stated_length,
     storage_of,
     with_features,
@@ -251,7 +252,7 @@ class Sources:
             self._add_stream(word, f"{word}@{HfApi().dataset_info(word).sha}")
         else:
             matches = _matches(word)
-            shards = [match for match in matches if Path(match).suffix in BUILDERS]
+            shards = [match for match in matches if Path(match).suffix.lower() in BUILDERS]
             for match in shards:
                 self._add(match)
             if len(shards) < len(matches):
@@ -288,7 +289,7 @@ class Sources:
         self._add_data_set(partial(_parts_of_stream, stream, column, identity))
 
     def _chosen(self, splits: dict[str, Any]) -> Any:
-        return splits[choose("split", splits, self.split, ())]
+        return splits[choose("split", splits, spelled(self.split, list(splits)), ())]
 
 
 def _may_be_on_the_hub(word: str) -> bool:

@@ -7,9 +7,9 @@ are found relative to the table, or by their last parts among the images below i
 import ast
 import csv
 import json
-import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,11 +27,12 @@ IMAGE_NAMES = (
 )
 LABEL_NAMES = (
     *("label", "labels", "cls", "class", "finelabel", "target", "targets", "category", "categories", "species"),
-    *("classname", "classid", "labelname", "labelid", "tags", "breed"),
+    *("classname", "classid", "labelname", "labelid", "tags", "breed", "y"),
 )
 SPLIT_NAMES = ("split", "set", "subset", "partition", "datasplit")
 MISSING = {"", "na", "nan", "n/a", "null", "none"}  # in a column of numbers; in one of words, only ""
 SHARE_MISSING = 0.02  # of the files of a table that may be missing, and three in any case
+NUMBER = re.compile(r"[+-]?(?!0[0-9])(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?")  # 007 and 1_0 are names
 SAMPLED = 64  # values that are looked up to tell whether a column holds paths
 
 
@@ -112,16 +113,15 @@ def typed(values: list[Any]) -> list[Any]:
 
 
 def _integer(text: str) -> int:
-    if str(number := int(text)) != text:  # 007 is a name
+    if str(number := int(text)) != text or abs(number) >= 2**63:  # 007 is a name, and so is a number of 20 digits
         raise ValueError
     return number
 
 
 def _number(text: str) -> float:
-    number = float(text)
-    if re.match(r"[+-]?0\d", text) or not math.isfinite(number):
+    if not NUMBER.fullmatch(text) or (text.lstrip("+-").isdecimal() and len(text) > 18):
         raise ValueError
-    return number
+    return float(text)
 
 
 def _boolean(text: str) -> bool:
@@ -148,7 +148,7 @@ class Finder:
     def __init__(self, folder: Path, hint: str, scanned: Folder | None = None) -> None:
         self.folder, self.hint, self.scanned = folder, hint, scanned
         self.skipped = Skipped()
-        self._by_name: dict[str, list[Path]] | None = None
+        self._by_name: dict[str, list[str]] | None = None
 
     def find(self, value: Any) -> str | None:
         """Return the path of the image that a cell names; `None` if there is none, or more than one that fits."""
@@ -161,34 +161,37 @@ class Finder:
         parts = [part for part in text.split("/") if part not in ("", ".", "..")]
         if not parts:
             return None
-        found = self._named().get(parts[-1], [])
+        found = self._named().get(unicodedata.normalize("NFC", parts[-1]), [])
+        if len(found) == 1:
+            return found[0]
         best = max((_common(path, parts) for path in found), default=0)
         found = [path for path in found if _common(path, parts) == best]
         if len(found) > 1:
             found = [path for path in found if self._is_preferred(path)]
-        return str(found[0]) if len(found) == 1 else None
+        return found[0] if len(found) == 1 else None
 
-    def _named(self) -> dict[str, list[Path]]:
+    def _named(self) -> dict[str, list[str]]:
         """Return the images below the folder by name, with and without ending."""
         if self._by_name is None:
             self._by_name = {}
             if self.scanned is None:
                 self.scanned, self.skipped = scan(self.folder)
             for path in self.scanned.files():
-                for name in {path.name, path.stem}:
+                full = unicodedata.normalize("NFC", os.path.basename(path))
+                for name in (full, os.path.splitext(full)[0]):
                     self._by_name.setdefault(name, []).append(path)
         return self._by_name
 
-    def _is_preferred(self, path: Path) -> bool:
-        inner = path.relative_to(self.folder.absolute()).parts[:-1]
+    def _is_preferred(self, path: str) -> bool:
+        inner = Path(path).relative_to(self.folder.absolute()).parts[:-1]
         split = split_of(self.hint)
         return any(part == self.hint or (split is not None and split_of(part) == split) for part in inner) or not inner
 
 
-def _common(path: Path, parts: list[str]) -> int:
+def _common(path: str, parts: list[str]) -> int:
     """Return how many of the last parts of a path are the given ones."""
     number = 1
-    for ours, theirs in zip(reversed(path.parts[:-1]), reversed(parts[:-1]), strict=False):
+    for ours, theirs in zip(reversed(path.split(os.sep)[:-1]), reversed(parts[:-1]), strict=False):
         if ours != theirs:
             break
         number += 1
@@ -221,11 +224,23 @@ class Table:
         for name in usual(self.columns, SPLIT_NAMES):
             rows: dict[str, list[int]] = {}
             for row, value in enumerate(self.columns[name]):
-                rows.setdefault(split_of(str(value)) or "", []).append(row)
-            if rows and "" not in rows:
+                text = "" if value is None else str(value).strip()
+                rows.setdefault(split_of(text) or text or "(blank)", []).append(row)
+            if any(map(split_of, rows)):
                 return rows
         split = split_of(self.path.stem) or split_of(self.path.parent.name) or "train"
         return {split: list(range(len(self.files)))}
+
+    def unused_splits(self) -> str | None:
+        """Return a note if a column has the name of one of splits, but other values."""
+        for name in usual(self.columns, SPLIT_NAMES):
+            values = list(dict.fromkeys(map(str, self.columns[name])))
+            if not any(map(split_of, values)):
+                return (
+                    f"The column {name!r} of {self.path.name} does not divide the images, since its values "
+                    f"({shortened(values)}) are not names of splits such as train and test."
+                )
+        return None
 
     def missing(self) -> str | None:
         """Return a note about rows without a file.
@@ -316,8 +331,7 @@ class Tables:
 
         parts: dict[str, list[Any]] = {}
         for table in self.tables:
-            if note := table.missing():
-                self.notes.append(note)
+            self.notes += [note for note in (table.missing(), table.unused_splits()) if note]
             for split, rows in table.rows_by_split().items():
                 parts.setdefault(split, []).append(dataset_of_table(table, rows))
         return {split: concatenate_datasets(tables) for split, tables in parts.items()}

@@ -1,4 +1,4 @@
-from .main import app
+from ..__main__ import main
 
 if __name__ == "__main__":
-    app()
+    main()

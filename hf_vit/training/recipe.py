@@ -5,7 +5,6 @@ checked here: `@strict` of huggingface_hub imports an HTTP client, and takes no 
 text in YAML.
 """
 
-import difflib
 import json
 import math
 from contextlib import suppress
@@ -16,7 +15,8 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 import yaml
 
-from ..system.texts import has_token, without_tokens
+from ..system.texts import has_token, nearest, read_size, without_tokens
+from ..variants import is_from_scratch, variant_name
 
 RECIPES = Path(__file__).with_name("recipes")
 # Fields that may differ when a run resumes: none of them changes the weights, but for rounding.
@@ -81,7 +81,7 @@ class TrainConfig:
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: model_config describes it all."
     )
     model_config: dict[str, Any] = option({}, "Fields of HFViTConfig; they override the variant or checkpoint.")
-    image_size: int | list[int] = option(224, "Image size in pixels, one number or [height, width].")
+    image_size: int | list[int] = option(224, "Image size in pixels: one number, HxW, or [height, width].")
     preprocessing: str = option("original", "Preset of the image processor for a model from scratch.")
     position_std: float | None = option(
         None, "Standard deviation of initial position embeddings; null: initializer_range of the model."
@@ -188,6 +188,8 @@ class TrainConfig:
             )
         for item in fields(self):
             value, least = getattr(self, item.name), item.metadata["least"]
+            if item.name == "image_size" and isinstance(value, str):
+                value = list(read_size(item.name, value))
             try:
                 converted = _convert(value, item.type)
             except TypeError:
@@ -196,6 +198,10 @@ class TrainConfig:
             if least is not None and converted is not None and converted < least:
                 raise ValueError(f"{item.name} must be at least {least}, got {value}.")
             setattr(self, item.name, converted)
+        if self.model is not None:
+            self.model = variant_name(self.model) or self.model
+        if self.epochs == 0 and self.max_steps is None:
+            raise ValueError("epochs must be more than 0: an evaluation without training is `hf-vit evaluate`.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, such as 0.999, got {self.ema_decay}.")
         if self.early_stopping is not None and self.best_metric is None and "best_metric" not in self.auto:
@@ -240,8 +246,9 @@ class TrainConfig:
                 values[name] = value
         names = [item.name for item in fields(cls)]
         if unknown := [key for key in values if key not in names]:
-            [nearest] = difflib.get_close_matches(str(unknown[0]), names, n=1, cutoff=0)
-            raise ValueError(f"Unknown recipe field {without_tokens(str(unknown[0]))!r}: did you mean {nearest!r}?")
+            name = str(unknown[0])
+            remedy = nearest(name, names) or "`hf-vit recipes NAME` prints all fields of a recipe."
+            raise ValueError(f"Unknown recipe field {without_tokens(name)!r}: {remedy}")
         return cls(**values)
 
     def to_yaml(self) -> str:
@@ -270,9 +277,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def default_recipe(model: str | None) -> str:
     """Return the name of the recipe for a model: a checkpoint, a variant, or `None` for a small model from scratch."""
-    from ..variants import VARIANTS  # imports torch
-
-    return "scratch" if model is None or model in VARIANTS else "finetune"
+    return "scratch" if is_from_scratch(model) else "finetune"
 
 
 def recipe_path(recipe: str | Path) -> Path:

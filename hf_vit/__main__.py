@@ -1,18 +1,6 @@
-"""The command line as `python -m hf_vit`, and the function that `hf-vit` calls."""
+"""The command line as `python -m hf_vit`."""
 
-import sys
-
-
-def main() -> None:
-    """Run the command line; Ctrl-C during imports ends it like Ctrl-C later."""
-    try:
-        from .cli.main import app
-
-        app()
-    except KeyboardInterrupt:
-        print("Stopped by SIGINT.", file=sys.stderr)
-        sys.exit(130)
-
+from .cli.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling
 from hf_vit.cli.main import app
-from hf_vit.data.labelled import load_data
+from hf_vit.data.labelled import ImageData, load_data
 from hf_vit.evaluation.flops import count_flops, count_parameters
 from hf_vit.system.stopping import Interrupted
 from hf_vit.training import loop as training_module
@@ -277,7 +277,7 @@ def test_what_was_read_ahead_is_passed_over(
 @pytest.mark.parametrize(("workers", "parts", "steps"), [(0, 1, 10), (4, 1, 12), (12, 1, 24), (3, 4, 11), (8, 2, 12)])
 def test_every_worker_loads_as_often(workers: int, parts: int, steps: int) -> None:
     config = tiny_recipe(Path("photos"), Path("run"), num_workers=workers, accumulation_steps=parts)
-    assert Rehearsal(config).measured_steps == steps
+    assert Rehearsal(config, ImageData("", [], [], ("image", "label"), [], "test", 0)).measured_steps == steps
 
 
 def test_a_stream_is_measured(photos: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import typer
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo
 
-from ..system.texts import nearest, read_size
-from ..training.recipe import TrainConfig
+from ..system.texts import nearest, without_tokens
+from ..training.recipe import SIZES, TrainConfig
 
 # Names of options in other libraries and scripts, with the option that a command may have instead.
 ALIASES = {
@@ -69,7 +69,6 @@ SHORT = {"output_dir": ("-o",)}
 METAVARS = {bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
 BOOLEANS = {f"--{item.name.replace('_', '-')}" for item in fields(TrainConfig) if item.type is bool}
 ARCHITECTURE = "--model-config"
-SIZES = ("image_size", "patch_size")
 
 
 class Command(TyperCommand):
@@ -117,9 +116,12 @@ class Command(TyperCommand):
             return name
         if (other := ALIASES.get(name)) in known:
             return str(other)
+        name = without_tokens(name)
         if name in ANSWERS:
             ctx.fail(f"There is no option {name}: {ANSWERS[name]}.")
-        ctx.fail(f"There is no option {name}" + (f": {meant}" if (meant := nearest(name, known)) else "."))
+        plain = {option.removeprefix("--"): option for option in known if option.startswith("--")}
+        meant = nearest(name.removeprefix("--"), plain)
+        ctx.fail(f"There is no option --{name.removeprefix('--')}" + (f": {meant}" if meant else "."))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options under the headings of their groups."""
@@ -203,21 +205,14 @@ def _values(item: Any, text: Any) -> dict[str, Any]:
         for each in text:
             name, equals, value = each.partition("=")
             is_named = bool(equals) and name.isidentifier()
-            values |= {f"{item.name}.{name}": _value(name, value)} if is_named else {item.name: _yaml(each)}
+            values |= {f"{item.name}.{name}": _yaml(value)} if is_named else {item.name: _yaml(each)}
         return values
     if _is_repeated(item):
         several = [name for each in text for name in (_yaml(each) if each.startswith("[") else [each])]
         return {item.name: None if several == ["null"] else several if len(several) > 1 else several[0]}
     if str in (item.type, *get_args(item.type)):  # YAML would read `no` and dates as something else
         return {item.name: None if text == "null" else text}
-    return {item.name: _value(item.name, text)}
-
-
-def _value(name: str, text: str) -> Any:
-    if name in SIZES and text[:1].isdecimal():
-        height, width = read_size(f"--{name.replace('_', '-')}", text)
-        return height if text.isdecimal() else [height, width]
-    return _yaml(text)
+    return {item.name: _yaml(text)}
 
 
 def _yaml(text: str) -> Any:

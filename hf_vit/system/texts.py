@@ -58,7 +58,7 @@ def hanging(start: str, text: str) -> list[str]:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the question whether the known name that is most similar was meant; `None` if no name is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"did you mean {found[0]!r}?" if found else None
 
 

@@ -30,6 +30,8 @@ AUTO = (
     "learning_rate", "layer_decay", "warmup_epochs", "eval_every", "best_metric",
 )  # fmt: skip
 
+SIZES = ("image_size", "patch_size")  # fields, here or in `model_config`, that may be written as 224x160
+
 
 def option(default: Any, text: str, least: float | None = None) -> Any:
     """Return a field with a default, a help text, and the least value that it takes."""
@@ -188,8 +190,8 @@ class TrainConfig:
             )
         for item in fields(self):
             value, least = getattr(self, item.name), item.metadata["least"]
-            if item.name == "image_size" and isinstance(value, str):
-                value = list(read_size(item.name, value))
+            if item.name in SIZES and isinstance(value, str):
+                value = _pixels(item.name, value)
             try:
                 converted = _convert(value, item.type)
             except TypeError:
@@ -198,6 +200,9 @@ class TrainConfig:
             if least is not None and converted is not None and converted < least:
                 raise ValueError(f"{item.name} must be at least {least}, got {value}.")
             setattr(self, item.name, converted)
+        for name in SIZES:
+            if isinstance(text := self.model_config.get(name), str):
+                self.model_config = {**self.model_config, name: _pixels(name, text)}
         if self.model is not None:
             self.model = variant_name(self.model) or self.model
         if self.epochs == 0 and self.max_steps is None:
@@ -307,6 +312,12 @@ def _default(item: Any) -> Any:
 
 def _is_default(config: TrainConfig, item: Any) -> bool:
     return getattr(config, item.name) == _default(item)
+
+
+def _pixels(name: str, text: str) -> int | list[int]:
+    """Read one side or [height, width] from `"224"` or `"224x160"`."""
+    height, width = read_size(name, text)
+    return height if height == width else [height, width]
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -1,9 +1,9 @@
 """The dry run: measure what a run needs before it starts, in parameters, FLOPs, memory, time and money.
 
 A dry run is the run itself, with the same loop, in a temporary folder: a few warm-up steps, some measured steps, and
-some batches of an evaluation, fewer of them if they are slow. Of data that is cached in memory, a part is read. Loaders
-read ahead, and far ahead while a model is compiled. So the batches that are ready when the measurement starts are
-discarded, and the measured speed is one that the loader can sustain.
+some batches of an evaluation, fewer of them if they are slow. Of data that is cached in memory, a part is read.
+Loaders read ahead, and far ahead while a model is compiled. So the batches that are ready when the measurement starts
+are discarded, and the measured speed is one that the loader can sustain.
 
 FLOPs are those of the model's matrix products and convolutions as torch counts them (`torch.utils.flop_counter`), two
 per multiply-add. What gradient checkpointing and fused attention compute a second time is not counted.
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import StringIO
 from itertools import islice
@@ -30,7 +30,7 @@ from ..data.folders import counted
 from ..data.labelled import ImageData
 from ..data.orders import READ_AHEAD
 from ..evaluation.flops import count_flops, count_parameters
-from ..system.machine import cores, machine, peak_memory, precision_name
+from ..system.machine import machine, peak_memory, precision_name
 from ..system.stopping import Interrupted
 from ..system.texts import shortened
 from .checkpointing import CheckpointFolder, load_state
@@ -105,7 +105,7 @@ class Cost:
     processes: int
     num_workers: int
     hardware: str
-    unreadable: list[str]
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def images_per_second(self) -> float:
@@ -175,7 +175,7 @@ class Rehearsal:
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
         self.config, self.data = config, data
-        workers, parts = min(config.num_workers, cores()), config.accumulation_steps
+        workers, parts = config.num_workers, config.accumulation_steps
         batches = max(MEASURED * parts, AHEAD * workers)
         if workers:
             batches = math.ceil(batches / workers) * workers

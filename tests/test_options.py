@@ -69,7 +69,7 @@ def test_options_of_train_are_fields_of_the_recipe(
     ("words", "said"),
     [
         ([], "`hf-vit train photos/`"),
-        (["a", "--epoch", "3"], "There is no option --epoch: did you mean '--epochs'?"),
+        (["a", "--epoch", "3"], "There is no option --epoch: did you mean --epochs?"),
         (["a", "--frobnicate", "3"], "There is no option --frobnicate."),
         (["a", "--device", "cuda"], "CUDA_VISIBLE_DEVICES"),
         (["a", "--pretrained"], "--model facebook/dinov2-small"),

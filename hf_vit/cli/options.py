@@ -76,6 +76,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace names of options by those of the command; fail with a remedy where there is none."""
+        if ctx.resilient_parsing:  # completion of unfinished words
+            return super().parse_args(ctx, args)
         return super().parse_args(ctx, [*self._renamed(ctx, list(args))])
 
     def _renamed(self, ctx: Any, words: list[str]) -> Iterator[str]:
@@ -121,7 +123,9 @@ class Command(TyperCommand):
             ctx.fail(f"There is no option {name}: {ANSWERS[name]}.")
         plain = {option.removeprefix("--"): option for option in known if option.startswith("--")}
         meant = nearest(name.removeprefix("--"), plain)
-        ctx.fail(f"There is no option --{name.removeprefix('--')}" + (f": {meant}" if meant else "."))
+        ctx.fail(
+            f"There is no option --{name.removeprefix('--')}" + (f": did you mean {plain[meant]}?" if meant else ".")
+        )
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options under the headings of their groups."""

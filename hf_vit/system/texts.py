@@ -57,9 +57,8 @@ def hanging(start: str, text: str) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the question whether the known name that is most similar was meant; `None` if no name is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return f"did you mean {found[0]!r}?" if found else None
+    """Return the known name that is most similar to a misspelled one; `None` if none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)), None)
 
 
 def read_size(option: str, text: str) -> tuple[int, int]:

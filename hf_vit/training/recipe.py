@@ -252,7 +252,8 @@ class TrainConfig:
         names = [item.name for item in fields(cls)]
         if unknown := [key for key in values if key not in names]:
             name = str(unknown[0])
-            remedy = nearest(name, names) or "`hf-vit recipes NAME` prints all fields of a recipe."
+            meant = nearest(name, names)
+            remedy = f"did you mean {meant!r}?" if meant else "`hf-vit recipes NAME` prints all fields of a recipe."
             raise ValueError(f"Unknown recipe field {without_tokens(name)!r}: {remedy}")
         return cls(**values)
 

@@ -96,11 +96,9 @@ def next_commands(run: Run) -> list[str]:
     if not run.task.needs_labels:
         tuned = shlex.quote(f"{run.output_dir}-tuned")
         return [f"  hf-vit train LABELED_IMAGES --model {folder} --output-dir {tuned}"]
-    return [
-        f"  hf-vit predict {folder} {data}",
-        f"  hf-vit evaluate {folder} {data}",
-        f"  hf-vit push {folder} YOUR_NAME/{shlex.quote(run.output_dir.resolve().name)}",
-    ]
+    push = f"  hf-vit push {folder} YOUR_NAME/{shlex.quote(run.output_dir.resolve().name)}"
+    is_pushed = run.config.push_to_hub is not None
+    return [f"  hf-vit predict {folder} {data}", f"  hf-vit evaluate {folder} {data}", *([] if is_pushed else [push])]
 
 
 def write_report(run: Run, command: str) -> None:

@@ -26,6 +26,7 @@ from ...system.disk import check_output_folder
 from ...system.locking import alone_in
 from ...system.progress import progress_bar
 from ...system.stopping import StopSignals
+from ...variants import is_from_scratch
 from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data
@@ -109,6 +110,11 @@ def fit(
 
 
 def _check_output_dir(output_dir: Path, model: str, sources: str | list[str]) -> None:
+    if is_from_scratch(model):
+        raise ValueError(
+            f"fit starts from a trained encoder, and {model} is a variant without weights: choose a checkpoint, such as "
+            "facebook/dinov2-small."
+        )
     if Path(model).resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
     check_output_folder(output_dir, (output_dir / FIT / STATE).is_file(), sources)

@@ -79,8 +79,10 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
     assert "metrics.json" in said[-2] and "predictions.png" in said[-2]
     commands = [line.strip() for line in said[-1].splitlines()[1:]]
     assert commands == [
-        f"hf-vit predict {folder} {photos}", f"hf-vit evaluate {folder} {photos}", f"hf-vit push {folder} YOUR_NAME/tiny"
-    ]  # fmt: skip
+        f"hf-vit predict {folder} {photos}",
+        f"hf-vit evaluate {folder} {photos}",
+        f"hf-vit push {folder} YOUR_NAME/tiny",
+    ]
 
 
 def test_card_names_what_was_fine_tuned(tmp_path: Path) -> None:

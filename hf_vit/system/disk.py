@@ -91,8 +91,8 @@ def check_output_folder(folder: str | Path, is_ours: bool, sources: Any = (), op
         how = how or ("lies in" if data.resolve() in place.parents else None)
         if how is not None:
             raise ValueError(
-                f"The output folder {folder} {how} the data folder {source}, so the figures of a run would become "
-                f"data: choose another {option}, outside of the data."
+                f"The output folder {folder} {how} the data folder {source}, where results would mix with the data: "
+                f"choose another {option}."
             )
     found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
     if found:

@@ -112,8 +112,8 @@ def fit(
 def _check_output_dir(output_dir: Path, model: str, sources: str | list[str]) -> None:
     if is_from_scratch(model):
         raise ValueError(
-            f"fit starts from a trained encoder, and {model} is a variant without weights: choose a checkpoint, such as "
-            "facebook/dinov2-small."
+            f"fit starts from a trained encoder, and {model} is a variant without weights: choose a checkpoint, such "
+            "as facebook/dinov2-small."
         )
     if Path(model).resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..training.recipe import TrainConfig, default_recipe, recipe_header, shipped_recipes
+from ..system.texts import hanging
 from .endings import echo, typed_command
 from .options import with_recipe_fields
 
@@ -81,7 +82,9 @@ def train(
         from ..training.rehearsal import describe, rehearse
 
         if (cost := rehearse(config)) is not None:
-            echo("\n".join(describe(cost, price_per_hour)))
+            heading, *rows = describe(cost, price_per_hour)
+            lines = [line for row in rows for line in hanging(row[:14], row[14:])]
+            echo("\n".join([*hanging("", heading), *lines]))
         return
     if price_per_hour is not None:
         raise ValueError("--price-per-hour needs --dry-run: add --dry-run, or remove the price.")

@@ -218,6 +218,7 @@ class Rehearsal:
         steps, throughput = iter(range(run.plan.total_steps)), run.state.throughput
         batches = self._eval_batches(run)
         run.bar.total = WARM_UP + self.measured_steps + 1 + batches
+        run.bar.refresh()
         yield next(steps)  # allocates memory, and may compile
         _synchronize(run)
         started = time.perf_counter()
@@ -316,6 +317,8 @@ class Rehearsal:
             first = evaluate(1)  # may compile the model
             number = min(self._eval_batches(run), max(2, int(SECONDS / _slowest(run, first))))
             seconds = evaluate(number)
+        run.bar.total = run.bar.n  # there may be fewer batches
+        run.bar.refresh()
         images = evaluation_length(self.data, self.config.eval_fraction)
         if images is None:
             return seconds if len(marks) < number else None

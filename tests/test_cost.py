@@ -24,7 +24,7 @@ from hf_vit.training import loop as training_module
 from hf_vit.training import tasks
 from hf_vit.training.loop import train
 from hf_vit.training.optim import Schedule
-from hf_vit.training.rehearsal import MEASURED, WARM_UP, Cost, Rehearsal, describe, evaluation_length, rehearse
+from hf_vit.training.rehearsal import CACHED, MEASURED, WARM_UP, Cost, Rehearsal, describe, evaluation_length, rehearse
 from hf_vit.variants import VARIANTS, config_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,6 +278,20 @@ def test_what_was_read_ahead_is_passed_over(
 def test_every_worker_loads_as_often(workers: int, parts: int, steps: int) -> None:
     config = tiny_recipe(Path("photos"), Path("run"), num_workers=workers, accumulation_steps=parts)
     assert Rehearsal(config, ImageData("", [], [], ("image", "label"), [], "test", 0)).measured_steps == steps
+
+
+def test_a_part_of_the_images_is_cached() -> None:
+    data, config = load_data("digits"), tiny_recipe(Path("digits"), Path("run"), cache="ram")
+    assert Rehearsal(replace(config, cache="none"), data).sample() is data
+    for batch_size, images in ((16, CACHED), (300, 300)):
+        part = Rehearsal(replace(config, batch_size=batch_size), data).sample()
+        assert len(part.train) == part.train_length == images and len({*part.train["label"]}) == 10
+
+
+def test_slow_steps_are_few(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_vit.training.rehearsal.SECONDS", 0.0)
+    cost = rehearse(tiny_recipe(photos, tmp_path / "run", num_workers=1))
+    assert cost is not None and cost.measured_steps == 2 and cost.evaluation_seconds is not None
 
 
 def test_a_stream_is_measured(photos: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..training.recipe import TrainConfig, default_recipe, recipe_header, shipped_recipes
 from ..system.texts import hanging
+from ..training.recipe import TrainConfig, default_recipe, recipe_header, shipped_recipes
 from .endings import echo, typed_command
 from .options import with_recipe_fields
 

@@ -208,7 +208,7 @@ class Rehearsal:
         if data.is_stream or self.config.cache == "none":
             return data
         train, evaluation = (
-            split.select(range(0, len(split), math.ceil(len(split) / most))) if len(split) > most else split
+            split.select([index * len(split) // most for index in range(most)]) if len(split) > most else split
             for split in (data.train, data.evaluation)
         )
         return replace(data, train=train, evaluation=evaluation, train_length=len(train))

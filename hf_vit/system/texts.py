@@ -52,7 +52,12 @@ def shortened(names: Sequence[object], most: int = 3) -> str:
 def hanging(start: str, text: str) -> list[str]:
     """Return a text in lines of at most 80 columns after a start, to whose width the other lines are indented."""
     return textwrap.wrap(
-        text, COLUMNS, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+        text,
+        COLUMNS,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_on_hyphens=False,
+        break_long_words=False,
     )
 
 

@@ -37,6 +37,12 @@ def register() -> None:
     ).install()
 
 
+def when_imported(module: str, act: Callable[[], None]) -> None:
+    """Call a function as soon as a module is imported, which may be now."""
+    waiting = [each for hook in sys.meta_path if _is_hook(hook) for each in hook.registrations]  # type: ignore[attr-defined]
+    ImportHook([*waiting, Registration(module, module, act)]).install()
+
+
 def _register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 

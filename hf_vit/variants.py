@@ -4,9 +4,18 @@ Sources: B, L and H from table 1 of Dosovitskiy et al. 2021 (arXiv:2010.11929); 
 (arXiv:2012.12877) and Steiner et al. 2022 (arXiv:2106.10270); g from Zhai et al. 2022 (arXiv:2106.04560), table 2.
 """
 
-from typing import Any, NamedTuple
+import difflib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .model.configuration_hf_vit import HFViTConfig
+if TYPE_CHECKING:
+    from .model.configuration_hf_vit import HFViTConfig  # imports torch, which the command line does without
+
+# What people write for a variant: B/16, vit-b-16, ViT_B16.
+LIKE_A_VARIANT = re.compile(
+    r"(?:vit[-_ ]?(?:ti|tiny|[a-z]{1,2}|small|base|large|huge)|ti|[sblhg])[-_/ ]?\d{1,2}", re.I
+)
 
 
 class Size(NamedTuple):
@@ -50,11 +59,34 @@ VARIANTS = {
 }
 
 
-def config_of(name: str, **fields: Any) -> HFViTConfig:
+def variant_name(name: str) -> str | None:
+    """Return the key of `VARIANTS` for a name, which may lack `"ViT-"`; `None` for the name of a checkpoint.
+
+    Raises:
+        ValueError: For a misspelled variant; the message lists the variants.
+    """
+    for known in (name, f"ViT-{name}"):
+        if known in VARIANTS:
+            return known
+    if LIKE_A_VARIANT.fullmatch(name) is None or Path(name).exists():
+        return None
+    plain = {re.sub(r"[-_/ ]", "", known).lower(): known for known in VARIANTS}
+    spelled = re.sub(r"[-_/ ]", "", name).lower().replace("tiny", "ti")
+    nearest = difflib.get_close_matches("vit" + spelled.removeprefix("vit"), plain, n=1, cutoff=0.8)
+    meant = f"did you mean {plain[nearest[0]]}? The variants are" if nearest else "choose one of"
+    raise ValueError(f"Unknown variant {name!r}: {meant} {', '.join(VARIANTS)}.")
+
+
+def is_from_scratch(model: str | None) -> bool:
+    """Return whether a model is trained from scratch: a variant, or `None` for one that a config describes."""
+    return model is None or variant_name(model) is not None
+
+
+def config_of(name: str, **fields: Any) -> "HFViTConfig":
     """Return the config of a variant.
 
     Args:
-        name: A key of `VARIANTS`, for example `"ViT-B/16"`.
+        name: A key of `VARIANTS`, with or without `"ViT-"`, for example `"ViT-B/16"`.
         fields: Further fields of `HFViTConfig`; they override those of the variant.
 
     Raises:
@@ -64,13 +96,15 @@ def config_of(name: str, **fields: Any) -> HFViTConfig:
         >>> config_of("ViT-S/16", num_labels=10, image_size=384).hidden_size
         384
     """
-    if name not in VARIANTS:
+    from .model.configuration_hf_vit import HFViTConfig
+
+    if (known := variant_name(name)) is None:
         raise ValueError(f"Unknown variant {name!r}: choose one of {', '.join(VARIANTS)}.")
-    variant = VARIANTS[name]
+    variant = VARIANTS[known]
     return HFViTConfig(**{**variant.size._asdict(), "patch_size": variant.patch_size, **fields})
 
 
-def variant_of(config: HFViTConfig) -> str:
+def variant_of(config: "HFViTConfig") -> str:
     """Return the name that the literature gives to an architecture's size, for example `"ViT-B/16"`."""
     size = (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.num_attention_heads)
     letter = next((letter for letter, known in SIZES.items() if known == size), None)

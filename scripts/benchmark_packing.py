@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parse()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = HFViTForImageClassification(config_of(f"ViT-{arguments.model}", initializer_range=0.1)).eval()
+    model = HFViTForImageClassification(config_of(arguments.model, initializer_range=0.1)).eval()
     images = read(arguments)
     processor = HFViTImageProcessor(packing=arguments.packing, patch_size=16)
     pack = processor(images, return_tensors="pt")

@@ -35,9 +35,10 @@ from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, Train
 from hf_vit.data.augmentation import BatchMixer, build_augmentation
 from hf_vit.data.channels import adapt_processor, channels_of
 from hf_vit.data.images import EvaluationImages
-from hf_vit.data.labelled import ImageData
+from hf_vit.data.labelled import RECIPE, ImageData
 from hf_vit.hub.card import write_card
 from hf_vit.hub.upload import push
+from hf_vit.system.disk import check_output_folder
 from hf_vit.system.machine import machine as hardware
 from hf_vit.system.texts import markdown
 from hf_vit.training.recipe import TrainConfig
@@ -84,7 +85,9 @@ class Options:
     class_weights: Literal["none", "balanced", "effective"] = option("none", "Weights of classes in the loss.")
     model: str | None = option(None, "Checkpoint to fine-tune, a folder or a Hub model.")
     variant: str = option("ViT-Ti/16", "Architecture to train from scratch if no model is given.")
-    image_size: int | None = option(None, "Image size in pixels; by default that of the checkpoint, or up to 224.")
+    image_size: str | None = option(
+        None, "Image size in pixels, as H or HxW; by default that of the checkpoint, or up to 224."
+    )
     augmentation: str = option("crop_flip", "Augmentation: a key of hf_vit.data.augmentation.AUGMENTATIONS.")
     smallest_crop: float | None = option(None, "Smallest share of an image's area in a random crop.")
     mixup: float | None = option(None, "Alpha of mixup; 0 is off. By default that of the augmentation, or 0.")
@@ -113,6 +116,8 @@ def main(arguments: list[str]) -> None:
     # Trainer would pickle the token into every checkpoint, and push it. So this script pushes at the end instead.
     token, is_pushed = given.pop("hub_token", None), given.pop("push_to_hub", False)
     folder = Path(given["output_dir"])
+    is_ours = (folder / RECIPE).is_file() or any(folder.glob("checkpoint-*"))
+    check_output_folder(folder, is_ours, options.data, "--output_dir")
     if any(folder.glob("checkpoint-*")) and not options.resume:
         raise ValueError(f"{folder} holds checkpoints of a run: pass --resume to resume it, or choose another folder.")
 
@@ -212,4 +217,7 @@ def report(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")

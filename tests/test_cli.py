@@ -102,11 +102,11 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epoch", "3"], "did you mean 'epochs'?"),
+        (["--epoch", "3"], "There is no option --epoch: did you mean --epochs?"),
         (["--epochs", "many"], "epochs must be a number, got 'many'"),
         (["--compile=maybe"], "compile must be true or false, got 'maybe'"),
         (["--model-config.hidden-sise", "3"], "hidden_size"),
-        (["epochs"], "Unexpected 'epochs': set fields of the recipe by --field VALUE"),
+        (["/no/such/place"], "Expected a data set, got '/no/such/place'"),
         (["--data", "/no/such/place"], "Expected a data set, got '/no/such/place'"),
         (["--recipe", "nothing"], "Unknown recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),

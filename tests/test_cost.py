@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling
 from hf_vit.cli.main import app
-from hf_vit.data.labelled import load_data
+from hf_vit.data.labelled import ImageData, load_data
 from hf_vit.evaluation.flops import count_flops, count_parameters
 from hf_vit.system.stopping import Interrupted
 from hf_vit.training import loop as training_module
 from hf_vit.training import tasks
 from hf_vit.training.loop import train
 from hf_vit.training.optim import Schedule
-from hf_vit.training.rehearsal import MEASURED, WARM_UP, Cost, Rehearsal, describe, evaluation_length, rehearse
+from hf_vit.training.rehearsal import CACHED, MEASURED, WARM_UP, Cost, Rehearsal, describe, evaluation_length, rehearse
 from hf_vit.variants import VARIANTS, config_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +178,12 @@ def test_a_cost_is_said_with_units() -> None:
         assert words in said, (words, said)
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure all steps, however busy the machine is."""
+    monkeypatch.setattr("hf_vit.training.rehearsal.SECONDS", 1e6)
+
+
 # ------------------------------------------------------------------------------------------------------- measured
 
 
@@ -277,7 +283,21 @@ def test_what_was_read_ahead_is_passed_over(
 @pytest.mark.parametrize(("workers", "parts", "steps"), [(0, 1, 10), (4, 1, 12), (12, 1, 24), (3, 4, 11), (8, 2, 12)])
 def test_every_worker_loads_as_often(workers: int, parts: int, steps: int) -> None:
     config = tiny_recipe(Path("photos"), Path("run"), num_workers=workers, accumulation_steps=parts)
-    assert Rehearsal(config).measured_steps == steps
+    assert Rehearsal(config, ImageData("", [], [], ("image", "label"), [], "test", 0)).measured_steps == steps
+
+
+def test_a_part_of_the_images_is_cached() -> None:
+    data, config = load_data("digits"), tiny_recipe(Path("digits"), Path("run"), cache="ram")
+    assert Rehearsal(replace(config, cache="none"), data).sample() is data
+    for batch_size, images in ((16, CACHED), (300, 300)):
+        part = Rehearsal(replace(config, batch_size=batch_size), data).sample()
+        assert len(part.train) == part.train_length == images and len({*part.train["label"]}) == 10
+
+
+def test_slow_steps_are_few(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_vit.training.rehearsal.SECONDS", 0.0)
+    cost = rehearse(tiny_recipe(photos, tmp_path / "run", num_workers=1))
+    assert cost is not None and cost.measured_steps == 2 and cost.evaluation_seconds is not None
 
 
 def test_a_stream_is_measured(photos: Path, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_fitted_model_is_evaluated_on_all_images_of_a_folder(tmp_path: Path, e
     other, same = (fitted.evaluate(tmp_path / name) for name in ("other", "train"))
     assert other["images"] == same["images"] == 24
     assert "trained on other data (train)" in other["note"] and "trained on all of these images" in same["note"]
-    with pytest.raises(ValueError, match="holds files that fit did not write"):
+    with pytest.raises(ValueError, match="is the data folder"):
         fit(str(tmp_path / "train"), model=encoder, minutes=0, output_dir=tmp_path / "train", say=print)
     with pytest.raises(ValueError, match="hf-vit fit wrote"):
         check_output_dir(TrainConfig(output_dir=str(tmp_path / "mine")))

@@ -20,7 +20,7 @@ from hf_vit.cli import app
 
 PACKAGE = Path(hf_vit.__file__).parent
 GOLDEN = Path(__file__).parent / "golden"
-PRINTING = {"echo", "say", "print"}
+PRINTING = {"echo", "say", "print", "fail"}
 LOGGING = {"warn", "warning", "warning_once", "warning_advice", "info", "error"}
 
 
@@ -31,6 +31,8 @@ def help_texts() -> str:
     for name, command in {"": group, **group.commands}.items():
         lines = [f"$ hf-vit {name}".rstrip(), "", cleandoc(command.help), ""]
         for parameter in command.params:
+            if getattr(parameter, "hidden", False):  # of a study: they are those of train
+                continue
             words = ", ".join(parameter.opts) if parameter.opts[0].startswith("-") else parameter.metavar
             lines.append(f"{words or parameter.name}: {parameter.help}")
         texts.append("\n".join([*lines, *([command.epilog] if command.epilog else []), ""]))

@@ -310,6 +310,13 @@ def test_pictures_are_drawn(tiny_config: Any, tmp_path: Path) -> None:
     draw(plot_position_similarity(position_similarity(HFViTModel(tiny_config()))), tmp_path / "positions.png")
 
 
+def test_one_evaluation_is_drawn_on_a_whole_axis(tmp_path: Path) -> None:
+    log = [{"step": 2, "epoch": 1.0, "loss": 0.4}, {"step": 2, "epoch": 1.0, "eval_loss": 0.5, "eval_accuracy": 0.9}]
+    losses, accuracy = plot_training(log).axes
+    assert accuracy.get_ylim() == (0, 101) and losses.get_ylim()[1] > 0.5
+    assert all(line.get_marker() not in ("", "None", None) for line in losses.lines)
+
+
 def test_a_run_without_labels_has_one_panel(tmp_path: Path) -> None:
     log = [{name: value for name, value in row.items() if name != "eval_accuracy"} for row in LOG]
     figure = plot_training(log)

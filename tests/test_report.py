@@ -76,7 +76,13 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(recipe) == yaml.safe_load((folder / "recipe.yaml").read_text())
     assert said[0].startswith(f"Accuracy {metrics['eval_accuracy']:.2%} on 21 evaluation images (test) after 4 steps")
-    assert said[-1] == f"Publish it:  hf-vit push {folder} YOUR_NAME/tiny"
+    assert f"Wrote to {folder}:" in " ".join(said[:-1]) and "predictions.png" in " ".join(said[:-1])
+    commands = [line.strip() for line in said[-1].splitlines()[1:]]
+    assert commands == [
+        f"hf-vit predict {folder} {photos}",
+        f"hf-vit evaluate {folder} {photos}",
+        f"hf-vit push {folder} YOUR_NAME/tiny",
+    ]
 
 
 def test_card_names_what_was_fine_tuned(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def model_fields(name: str) -> dict[str, Any]:
     """
     if name in SMALL_MODELS:
         return SMALL_MODELS[name]
-    config = config_of(f"ViT-{name}", num_labels=1000)
+    config = config_of(name, num_labels=1000)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
     return {**{field: getattr(config, field) for field in names}, "image_size": 224, "num_labels": 1000}
 

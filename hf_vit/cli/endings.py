@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
+from ..registration import when_imported
+from ..system import texts
 from ..system.texts import one_line, visible, without_tokens
 
 # Options that discard a saved run. They must not be repeated to resume it.
@@ -23,19 +26,40 @@ def echo(text: str, err: bool = False, nl: bool = True) -> None:
 
 def typed_command() -> str:
     """Return the command that the user typed, without tokens."""
-    name = Path(sys.argv[0]).name
-    program = ["python", "-m", "hf_vit.cli"] if name == "__main__.py" else [name]
-    return without_tokens(shlex.join([*program, *sys.argv[1:]]))
+    return without_tokens(shlex.join([*program(), *sys.argv[1:]]))
+
+
+def program() -> list[str]:
+    """Return the words that start this program, as the user typed them."""
+    path = Path(sys.argv[0])
+    if path.name != "__main__.py":
+        return [path.name]
+    return ["python", "-m", "hf_vit.cli" if path.parent.name == "cli" else "hf_vit"]
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print while they load local files: bars, and reports of weights.
+
+    Commands print one bar and messages of their own. Bars of downloads stay. Environment variables that the user set
+    are kept.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    when_imported("transformers.utils.logging", _hide_bars_of_transformers)
+
+
+def _hide_bars_of_transformers() -> None:
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of the Hub's downloads too
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
+        enable_progress_bars()
 
 
 def read_size(option: str, text: str | None) -> tuple[int, int] | None:
-    """Read a height and a width from H or HxW."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) for side in sides):
-        raise ValueError(f"Expected pixels as H or HxW for {option}, such as 224 or 224x320; got {text!r}.")
-    return int(sides[0]), int(sides[-1])
+    """Read a height and a width from H or HxW, if they are given."""
+    return None if text is None else texts.read_size(option, text)
 
 
 @contextmanager
@@ -44,11 +68,14 @@ def clear_endings() -> Iterator[None]:
 
     Any other error is a defect of the package and keeps its traceback.
     """
+    quiet_libraries()
     try:
         yield
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:
+        if _is_interrupt(error):
+            _stop()
         from huggingface_hub.errors import StrictDataclassError
 
         from ..system.network import sentence_of
@@ -64,11 +91,28 @@ def clear_endings() -> Iterator[None]:
     except BaseException as error:
         from ..system.stopping import Interrupted
 
+        if _is_interrupt(error):
+            _stop()
         if not isinstance(error, Interrupted):
             raise
         if os.environ.get("RANK", "0") == "0":
             echo(f"{error}\n{_how_to_resume()}" if error.can_resume else str(error), err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C raised an error; an import that it interrupts may end in another one."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _stop() -> NoReturn:
+    _end_progress_bars()
+    echo("Stopped by SIGINT.", err=True)
+    raise typer.Exit(130) from None
 
 
 def _how_to_resume() -> str:

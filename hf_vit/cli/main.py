@@ -9,6 +9,7 @@ import typer
 
 from . import fitting, models, predictions, runs
 from .endings import clear_endings, echo
+from .options import Command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,21 +40,19 @@ def main(
     """
 
 
-ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}  # fields of a recipe are options, too
-
-for command, settings in (
-    (runs.quickstart, {}),
-    (fitting.fit, {}),
-    (runs.train, ANY_OPTION),
-    (runs.recipes, {}),
-    (predictions.evaluate, {}),
-    (predictions.predict, {}),
-    (predictions.demo, {}),
-    (models.push, {}),
-    (models.convert, {}),
-    (models.inspect, {}),
-    (models.export, {}),
-    (predictions.benchmark, {}),
-    (runs.study, ANY_OPTION),
+for command in (
+    runs.quickstart,
+    fitting.fit,
+    runs.train,
+    runs.recipes,
+    predictions.evaluate,
+    predictions.predict,
+    predictions.demo,
+    models.push,
+    models.convert,
+    models.inspect,
+    models.export,
+    predictions.benchmark,
+    runs.study,
 ):
-    app.command(context_settings=settings)(clear_endings()(command))
+    app.command(cls=Command)(clear_endings()(command))

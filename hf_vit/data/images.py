@@ -8,6 +8,7 @@ alone: the numbers of workers and processes do not change it, and a resumed run 
 import hashlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,6 +168,7 @@ class EvaluationImages(torch.utils.data.Dataset):
         self.split, self.columns, self.processor = as_stored(split, columns), columns, processor
         self.cached: list[Tensor | None] | None = None
         self.labels: list[int] = []
+        self.cache_seconds = 0.0
         if not hasattr(split, "__len__"):
             if cache != "none":
                 raise ValueError("A stream cannot be cached in memory: set cache: none, or streaming: false.")
@@ -180,6 +182,7 @@ class EvaluationImages(torch.utils.data.Dataset):
     def _fill_cache(self, device: torch.device, limit: float) -> list[Tensor | None] | None:
         """Return all images, or `None` if they need more bytes than the limit."""
         cached: list[Tensor | None] = []
+        began = time.perf_counter()
         size, threads = 0, ThreadPoolExecutor(os.cpu_count())  # decoding releases the GIL
         try:
             for pixels in threads.map(lambda index: self._read(Visit(0, index)), range(len(self))):
@@ -189,6 +192,7 @@ class EvaluationImages(torch.utils.data.Dataset):
                 cached.append(None if pixels is None else pixels.to(device))
         finally:
             threads.shutdown(cancel_futures=True)
+            self.cache_seconds = time.perf_counter() - began
         return cached
 
     @property

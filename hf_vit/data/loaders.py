@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ..system.machine import cores
 from .images import EvaluationImages, TrainingImages, Visit, collate
 from .orders import EvaluationOrder
 
@@ -32,7 +33,7 @@ def evaluation_loader(
 
 def _loader(images: EvaluationImages, order: Sampler[list[Visit]], num_workers: int) -> DataLoader:
     # The training process augments images that are cached on its device.
-    workers = 0 if images.is_on_device else num_workers
+    workers = 0 if images.is_on_device else min(num_workers, cores())
     return DataLoader(
         images,
         batch_sampler=order,

@@ -1,5 +1,6 @@
 """Figures of a training run: its log, its metrics per class, label or target, and its predictions."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,9 +45,13 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training", saved_
     epochs = [row["epoch"] for row in evaluations]
     marker = "o" if len(epochs) < 30 else None
     losses = axes[0]
-    losses.plot([r["epoch"] for r in training], [r["loss"] for r in training], color=GRAY, lw=1.2, label="training")
+    dot = "." if len(training) < 3 else None  # a line of one point is invisible
+    losses.plot(
+        [r["epoch"] for r in training], [r["loss"] for r in training], color=GRAY, lw=1.2, marker=dot, label="training"
+    )
     losses.plot(epochs, [r["eval_loss"] for r in evaluations], color=BLUE, marker=marker, ms=4, label="evaluation")
-    losses.set(xlabel="epoch", ylabel=LOSSES[metric], ylim=(0, None))
+    highest = max([r["loss"] for r in training] + [r["eval_loss"] for r in evaluations])
+    losses.set(xlabel="epoch", ylabel=LOSSES[metric], ylim=(0, 1.05 * highest if 0 < highest < math.inf else None))
     losses.legend(frameon=False)
     if metric is not None:
         label, factor, last = DRAWN[metric]
@@ -60,7 +65,8 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training", saved_
             0.98, 0.06, f"{word}: {last.format(values[shown])}", transform=axes[1].transAxes, ha="right", color=BLUE,
             fontweight="bold",
         )  # fmt: skip
-        axes[1].set(xlabel="epoch", ylabel=label, ylim=(None, 1.01 * factor))
+        lowest = min(0.0, values[0]) if len(values) == 1 else None  # one value has no range of its own
+        axes[1].set(xlabel="epoch", ylabel=label, ylim=(lowest, 1.01 * factor))
     for axis in axes:
         bare(axis).set_xlim(0, None)
     return heading(figure, title)

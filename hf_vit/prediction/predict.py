@@ -15,6 +15,7 @@ import torch
 from ..data.sources import Part, Sources
 from ..inference.optimize import inference_precision
 from ..inference.threads import default_batch_size
+from ..system.progress import progress_bar
 from .predictor import Prediction, Predictor
 from .shards import Settings, jobs_of
 
@@ -153,13 +154,11 @@ def _no_images(sources: Sources) -> ValueError:
 
 def _progress(accelerator: "Accelerator", total: int | None, done: int) -> Any:
     """Return a progress bar for the first process; all processes have about the same number of images."""
-    from tqdm.auto import tqdm
-
     number = accelerator.num_processes
-    return tqdm(
-        total=None if total is None else -(-total // number),
+    return progress_bar(
+        None if total is None else -(-total // number),
+        "images",
         initial=done // number,
-        desc="predict" if number == 1 else f"predict, 1 of {number} processes",
-        unit=" images",
+        what="" if number == 1 else f"process 1 of {number}",
         disable=None if accelerator.is_main_process else True,
     )

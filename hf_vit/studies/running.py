@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from ..evaluation.flops import count_flops
+from ..system.disk import check_output_folder
 from ..system.locking import alone_in
 from ..system.machine import cores, machine, processor, versions
 from ..system.stopping import Interrupted, StopSignals
@@ -313,6 +314,7 @@ def run_study(
         ValueError: If the folder holds other results, another process is using it, or a run cannot be completed; all
             other runs are done by then.
     """
+    check_output_folder(output_dir, any((output_dir / name).exists() for name in (RESULTS, RUNS)), config.data)
     with alone_in(output_dir, say):
         file, runs = ResultsFile(output_dir / RESULTS, provenance(command)), output_dir / RUNS
         of_study = range(config.seed, config.seed + seeds)

@@ -7,8 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from .texts import shortened
 
 UNFINISHED = ".unfinished-"
+# What may lie in the folder of a saved model, which can be replaced: suffixes of files, and names of folders.
+MODEL_FILES = (".json", ".safetensors", ".bin", ".py", ".md", ".txt", ".png", ".jpg", ".svg")
+MODEL_FOLDERS = ("images", "__pycache__", ".cache")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -48,12 +54,67 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def same_place(one: Any, other: Any) -> bool:
+    """Return whether two names, or lists of names, are equal or are paths to the same files: `d`, `d/` and `./d`."""
+    return one == other or _place(one) == _place(other)
+
+
+def _place(name: Any) -> Any:
+    if isinstance(name, list | tuple):
+        return [_place(each) for each in name]
+    path = Path(name).expanduser() if isinstance(name, str | os.PathLike) and str(name) else None
+    return str(path.resolve()) if path is not None and path.exists() else name
+
+
+def check_output_folder(folder: str | Path, is_ours: bool, sources: Any = (), option: str = "--output-dir") -> None:
+    """Raise `ValueError` if writing into a folder could replace files of the user, or change the data.
+
+    Args:
+        folder: The folder to write. A folder that does not exist or is empty may always be written.
+        is_ours: Whether the folder holds an earlier result of the same command, which may be replaced or resumed.
+        sources: Path of the data, or several. The folder must neither hold a data folder nor lie in one, or its
+            figures would be read as data.
+        option: Name of the option that gives the folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder for {option}.")
+    if is_ours:
+        return
+    place = folder.expanduser().resolve()
+    for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
+        data = Path(source).expanduser() if str(source) else place
+        if not str(source) or not data.is_dir():
+            continue
+        how = "is" if data.resolve() == place else None
+        how = how or ("holds" if place in data.resolve().parents else None)
+        how = how or ("lies in" if data.resolve() in place.parents else None)
+        if how is not None:
+            raise ValueError(
+                f"The output folder {folder} {how} the data folder {source}, where results would mix with the data: "
+                f"choose another {option}."
+            )
+    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if found:
+        raise ValueError(
+            f"{folder} holds files that this command did not write ({shortened(found)}): choose another {option}, a "
+            "new or an empty folder."
+        )
+
+
+def _is_of_a_model(path: Path) -> bool:
+    """Return whether a file or folder is one that may lie in the folder of a saved model."""
+    if path.is_dir():
+        return path.name in MODEL_FOLDERS
+    return path.suffix in MODEL_FILES or path.name.startswith(("LICENSE", "."))
+
+
 @contextmanager
 def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder; rename it to `folder` on success, remove it on an error.
 
     Raises:
-        ValueError: If `folder` exists, is not empty and `force` is false, or if it is not a model's folder.
+        ValueError: If `folder` exists, is not empty and `force` is false, or if it holds more than a model.
     """
     folder = Path(folder).resolve()
     exists = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
@@ -61,6 +122,9 @@ def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
         raise ValueError(f"{folder} exists: choose another folder, or pass --force to replace it.")
     if exists and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a model's folder and is not replaced.")
+    foreign = sorted(path.name for path in folder.iterdir() if not _is_of_a_model(path)) if exists else []
+    if foreign:
+        raise ValueError(f"{folder} holds more than a model ({shortened(foreign)}), so it is not replaced.")
     created = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

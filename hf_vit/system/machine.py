@@ -115,6 +115,16 @@ def machine() -> str:
     return f"{cores()} CPU cores ({platform.machine()})"
 
 
+def device_name(device: torch.device) -> str:
+    """Return a device in a few words, such as `"CPU, 2 threads"` or `"NVIDIA H200"`."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type.upper()
+
+
 def slug(hardware: dict[str, Any]) -> str:
     """Return a file name for a machine that `hardware` describes."""
     name = hardware.get("accelerator") or f"{hardware['processor']} {hardware['cores']} cores"

@@ -1,10 +1,12 @@
 """Make untrusted text safe to print: label and file names, messages of servers, and text that may contain a token."""
 
+import difflib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +30,7 @@ TOKENS = tuple(
         ),
     )
 )
+COLUMNS = 80  # of a terminal
 SHORTEST_TOKEN = 8  # a shorter configured token could be an ordinary word
 
 
@@ -44,6 +47,31 @@ def one_line(text: str) -> str:
 def shortened(names: Sequence[object], most: int = 3) -> str:
     """Return the first `most` names, separated by commas, with "..." for the others."""
     return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
+
+
+def hanging(start: str, text: str) -> list[str]:
+    """Return a text in lines of at most 80 columns after a start, to whose width the other lines are indented."""
+    return textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most similar to a misspelled one; `None` if none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)), None)
+
+
+def read_size(option: str, text: str) -> tuple[int, int]:
+    """Read a height and a width from `"H"` or `"HxW"`; `option` is for the error."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
+        raise ValueError(f"Expected pixels as H or HxW for {option}, such as 224 or 224x320; got {text!r}.")
+    return int(sides[0]), int(sides[-1])
 
 
 def markdown(text: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from ..data.classes import SINGLE, TASK_OF
 from ..data.folders import counted
 from ..evaluation.labels import KINDS
+from ..system.texts import hanging
 from .facts import Facts
 from .recipe import TrainConfig
 from .tasks import TASKS
@@ -46,6 +47,8 @@ RATE_FROM_SCRATCH, WIDTH_FROM_SCRATCH = 1e-3, 192
 RELATIVE_RATES = {"adamw": 1.0, "muon": 1.0, "lion": 0.2, "lamb": 2.0}
 # SGD with momentum, for 512 images: 0.01 is in the middle of the ViT paper's grid; a new head alone takes more.
 SGD_RATES = {"all": 0.01, "lora": 0.03, "head": 0.1}
+# Values that change nothing, whose reasons are not printed.
+NEUTRAL = {"accumulation_steps": 1, "shorter_side": None, "num_workers": 0, "cache": "none", "layer_decay": 1.0}
 SMALLEST_GRID = 7  # patches along a side
 
 Choice = tuple[Any, str]
@@ -69,15 +72,16 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
 
 
 def describe_choices(config: TrainConfig, reasons: dict[str, str]) -> list[str]:
-    """Return aligned lines: field, value, reason."""
+    """Return aligned lines of at most 80 columns: field, value, reason; without values that change nothing."""
     rows = []
     for name, reason in reasons.items():
         value: Any = config
         for part in name.split("."):
             value = value[part] if isinstance(value, dict) else getattr(value, part)
-        rows.append((name, _shown(value), reason))
+        if value != NEUTRAL.get(name, ...):
+            rows.append((name, _shown(value), reason))
     first, second = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-    return [f"{name:{first}}  {value:{second}}  {reason}" for name, value, reason in rows]
+    return [line for name, value, reason in rows for line in hanging(f"{name:{first}}  {value:{second}}  ", reason)]
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from ..data.labelled import ImageData
 from ..data.opening import as_stored
 from ..model.modeling_hf_vit import HFViTModel
 from ..system.machine import cores, free_memory
-from ..variants import VARIANTS
+from ..variants import VARIANTS, is_from_scratch
 from .recipe import TrainConfig
 from .tasks import architecture_of
 
@@ -95,7 +95,7 @@ def processes_here(accelerator: Accelerator) -> int:
 
 
 def _facts_of_model(config: TrainConfig) -> dict[str, Any]:
-    is_checkpoint = config.model is not None and config.model not in VARIANTS
+    is_checkpoint = not is_from_scratch(config.model)
     if is_checkpoint:
         checkpoint = open_checkpoint(str(config.model))
         model_config, parameters = checkpoint.config, checkpoint.num_parameters

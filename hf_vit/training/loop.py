@@ -14,7 +14,6 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 
 from ..data.images import derive_seed
 from ..data.labelled import ImageData
@@ -22,6 +21,7 @@ from ..data.loaders import naming_dead_workers, training_loader
 from ..data.orders import StreamOrder, training_order
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.locking import lock_folder_together
+from ..system.progress import progress_bar
 from ..system.stopping import StopSignals
 from .gradients import compute_gradients
 from .parallel import build_accelerator
@@ -112,7 +112,7 @@ def _train(
 
     # ---- loop
     run.batches = iter(run.loader)
-    run.bar = tqdm(total=plan.total_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
+    run.bar = progress_bar(plan.total_steps, "steps", initial=state.step, disable=not accelerator.is_main_process)
     model.train()
     with run.bar:
         for step in steps(run):
@@ -183,7 +183,7 @@ def _progress(losses: Tensor, learning_rate: float, speed: dict[str, float]) -> 
     """Return what the progress bar shows."""
     return {
         **({"loss": f"{losses.mean().item():.3f}"} if len(losses) else {}),
-        "lr": f"{learning_rate:.1e}",
         "images/s": f"{speed['images_per_second']:,.0f}",
         "data wait": f"{speed['data_wait_share']:.0%}",
+        "lr": f"{learning_rate:.1e}",
     }

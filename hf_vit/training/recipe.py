@@ -5,7 +5,6 @@ checked here: `@strict` of huggingface_hub imports an HTTP client, and takes no 
 text in YAML.
 """
 
-import difflib
 import json
 import math
 from contextlib import suppress
@@ -16,7 +15,8 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 import yaml
 
-from ..system.texts import has_token, without_tokens
+from ..system.texts import has_token, nearest, read_size, without_tokens
+from ..variants import is_from_scratch, variant_name
 
 RECIPES = Path(__file__).with_name("recipes")
 # Fields that may differ when a run resumes: none of them changes the weights, but for rounding.
@@ -29,6 +29,8 @@ AUTO = (
     "task", "image_size", "cache", "shorter_side", "num_workers", "epochs", "batch_size", "accumulation_steps",
     "learning_rate", "layer_decay", "warmup_epochs", "eval_every", "best_metric",
 )  # fmt: skip
+
+SIZES = ("image_size", "patch_size")  # fields, here or in `model_config`, that may be written as 224x160
 
 
 def option(default: Any, text: str, least: float | None = None) -> Any:
@@ -81,7 +83,7 @@ class TrainConfig:
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: model_config describes it all."
     )
     model_config: dict[str, Any] = option({}, "Fields of HFViTConfig; they override the variant or checkpoint.")
-    image_size: int | list[int] = option(224, "Image size in pixels, one number or [height, width].")
+    image_size: int | list[int] = option(224, "Image size in pixels: one number, HxW, or [height, width].")
     preprocessing: str = option("original", "Preset of the image processor for a model from scratch.")
     position_std: float | None = option(
         None, "Standard deviation of initial position embeddings; null: initializer_range of the model."
@@ -188,6 +190,8 @@ class TrainConfig:
             )
         for item in fields(self):
             value, least = getattr(self, item.name), item.metadata["least"]
+            if item.name in SIZES and isinstance(value, str):
+                value = _pixels(item.name, value)
             try:
                 converted = _convert(value, item.type)
             except TypeError:
@@ -196,6 +200,13 @@ class TrainConfig:
             if least is not None and converted is not None and converted < least:
                 raise ValueError(f"{item.name} must be at least {least}, got {value}.")
             setattr(self, item.name, converted)
+        for name in SIZES:
+            if isinstance(text := self.model_config.get(name), str):
+                self.model_config = {**self.model_config, name: _pixels(name, text)}
+        if self.model is not None:
+            self.model = variant_name(self.model) or self.model
+        if self.epochs == 0 and self.max_steps is None:
+            raise ValueError("epochs must be more than 0: an evaluation without training is `hf-vit evaluate`.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, such as 0.999, got {self.ema_decay}.")
         if self.early_stopping is not None and self.best_metric is None and "best_metric" not in self.auto:
@@ -240,8 +251,10 @@ class TrainConfig:
                 values[name] = value
         names = [item.name for item in fields(cls)]
         if unknown := [key for key in values if key not in names]:
-            [nearest] = difflib.get_close_matches(str(unknown[0]), names, n=1, cutoff=0)
-            raise ValueError(f"Unknown recipe field {without_tokens(str(unknown[0]))!r}: did you mean {nearest!r}?")
+            name = str(unknown[0])
+            meant = nearest(name, names)
+            remedy = f"did you mean {meant!r}?" if meant else "`hf-vit recipes NAME` prints all fields of a recipe."
+            raise ValueError(f"Unknown recipe field {without_tokens(name)!r}: {remedy}")
         return cls(**values)
 
     def to_yaml(self) -> str:
@@ -270,9 +283,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def default_recipe(model: str | None) -> str:
     """Return the name of the recipe for a model: a checkpoint, a variant, or `None` for a small model from scratch."""
-    from ..variants import VARIANTS  # imports torch
-
-    return "scratch" if model is None or model in VARIANTS else "finetune"
+    return "scratch" if is_from_scratch(model) else "finetune"
 
 
 def recipe_path(recipe: str | Path) -> Path:
@@ -302,6 +313,12 @@ def _default(item: Any) -> Any:
 
 def _is_default(config: TrainConfig, item: Any) -> bool:
     return getattr(config, item.name) == _default(item)
+
+
+def _pixels(name: str, text: str) -> int | list[int]:
+    """Read one side or [height, width] from `"224"` or `"224x160"`."""
+    height, width = read_size(name, text)
+    return height if height == width else [height, width]
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -1,8 +1,9 @@
 """The dry run: measure what a run needs before it starts, in parameters, FLOPs, memory, time and money.
 
 A dry run is the run itself, with the same loop, in a temporary folder: a few warm-up steps, some measured steps, and
-some batches of an evaluation. Loaders read ahead, and far ahead while a model is compiled. So the batches that are
-ready when the measurement starts are discarded, and the measured speed is one that the loader can sustain.
+some batches of an evaluation, fewer of them if they are slow. Of data that is cached in memory, a part is read.
+Loaders read ahead, and far ahead while a model is compiled. So the batches that are ready when the measurement starts
+are discarded, and the measured speed is one that the loader can sustain.
 
 FLOPs are those of the model's matrix products and convolutions as torch counts them (`torch.utils.flop_counter`), two
 per multiply-add. What gradient checkpointing and fused attention compute a second time is not counted.
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import StringIO
 from itertools import islice
@@ -23,12 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 
+from ..data.folders import counted
 from ..data.labelled import ImageData
 from ..data.orders import READ_AHEAD
 from ..evaluation.flops import count_flops, count_parameters
 from ..system.machine import machine, peak_memory, precision_name
 from ..system.stopping import Interrupted
+from ..system.texts import shortened
 from .checkpointing import CheckpointFolder, load_state
 from .loop import train
 from .lora import add_low_rank_updates
@@ -38,6 +42,8 @@ from .run import CHECKPOINTS, Plan, Run, check_output_dir, data_of, resolved, wi
 
 WARM_UP, MEASURED = 3, 10  # steps
 AHEAD = 2  # batches that a worker prefetches, DataLoader's default
+SECONDS = 20.0  # to measure steps, and again to measure an evaluation; at least two of each are measured
+CACHED = 256  # images of a split that are cached
 LONG_ENOUGH, NEVER = 10_000, 10**9  # steps or epochs
 BYTES = ("B", "KiB", "MiB", "GiB")
 FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
@@ -72,6 +78,7 @@ class Cost:
         batch_size: Images per step, over all processes.
         processes, num_workers: Training processes, and data loader processes for each.
         hardware: Description of the machine.
+        unreadable: Names of images that were read and are broken.
     """
 
     source: str
@@ -98,6 +105,7 @@ class Cost:
     processes: int
     num_workers: int
     hardware: str
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def images_per_second(self) -> float:
@@ -160,13 +168,13 @@ class Rehearsal:
     """The steps of a dry run: passed to `train`, it measures some steps and an evaluation, then raises `Measured`.
 
     Attributes:
-        measured_steps: At least `MEASURED`, and a number for which every worker loads equally often: workers start
-            together, so their batches come in bursts.
+        measured_steps: `MEASURED` or more, a number for which every worker loads equally often: workers start
+            together, so their batches come in bursts. Fewer if they took more than `SECONDS`.
         cost: The cost of the run, once it is measured.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        self.config, self.data = config, data
         workers, parts = config.num_workers, config.accumulation_steps
         batches = max(MEASURED * parts, AHEAD * workers)
         if workers:
@@ -189,14 +197,38 @@ class Rehearsal:
             max_steps=config.max_steps and max(config.max_steps, LONG_ENOUGH),
             eval_every=NEVER,
             save_every=NEVER,
-            log_every=WARM_UP + self.measured_steps,  # the loop checks there that losses are finite
+            log_every=NEVER,
+            sampling="shuffled",
+            class_weights="none",  # a part of the data may lack classes
         )
+
+    def sample(self) -> ImageData:
+        """Return the data, or of data that is cached in memory a part, since filling the cache may take minutes."""
+        data, most = self.data, max(CACHED, self.config.batch_size)
+        if data.is_stream or self.config.cache == "none":
+            return data
+        train, evaluation = (
+            split.select([index * len(split) // most for index in range(most)]) if len(split) > most else split
+            for split in (data.train, data.evaluation)
+        )
+        return replace(data, train=train, evaluation=evaluation, train_length=len(train))
 
     def __call__(self, run: Run) -> Iterator[int]:
         run.signals.has_begun = False  # there is nothing to save: a signal ends the dry run at once
-        run.bar.total = WARM_UP + self.measured_steps
         steps, throughput = iter(range(run.plan.total_steps)), run.state.throughput
-        yield from islice(steps, WARM_UP)
+        batches = self._eval_batches(run)
+        run.bar.total = WARM_UP + self.measured_steps + 1 + batches
+        run.bar.refresh()
+        yield next(steps)  # allocates memory, and may compile
+        _synchronize(run)
+        started = time.perf_counter()
+        yield next(steps)
+        _synchronize(run)
+        affordable = max(2, int(SECONDS / _slowest(run, time.perf_counter() - started)))
+        warm_up = WARM_UP if affordable > self.measured_steps else 2
+        self.measured_steps = min(self.measured_steps, affordable)
+        run.bar.total = warm_up + self.measured_steps + 1 + batches
+        yield from islice(steps, warm_up - 2)
         _synchronize(run)
         started = time.perf_counter() - self.began
 
@@ -210,19 +242,28 @@ class Rehearsal:
         yield from islice(steps, self.measured_steps)
         _synchronize(run)
         throughput.lap()
+        run.state.mean_losses()  # raises an error if one is not finite
+        run.state.broken.gather()
         seconds = throughput.training_seconds - before.training_seconds
         wait_share = (throughput.waited_seconds - before.waited_seconds) / seconds
-        self.cost = self._cost(run, started, seconds / self.measured_steps, wait_share)
+        step_seconds = seconds / self.measured_steps
+        starting = max(0.0, started - warm_up * step_seconds) + self._rest_of_cache(run)
+        self.cost = self._cost(run, starting, step_seconds, wait_share)
         raise Measured
 
-    def _cost(self, run: Run, started: float, step_seconds: float, wait_share: float) -> Cost:
+    def _rest_of_cache(self, run: Run) -> float:
+        """Return the seconds that it takes to cache the images that the dry run does not read."""
+        seconds = run.images.cache_seconds
+        return seconds * (self.data.train_length / run.data.train_length - 1) if seconds else 0.0
+
+    def _cost(self, run: Run, starting: float, step_seconds: float, wait_share: float) -> Cost:
         config, accelerator, device = self.config, run.accelerator, run.accelerator.device
         evaluation_seconds = self._evaluate(run)
         own = torch.tensor([peak_memory(device), wait_share], device=device)
         peak, wait_share = accelerator.gather(own).view(-1, 2).amax(dim=0).tolist()
         learned, frozen = count_parameters(run.model)
         forward_flops, training_flops = count_flops(run.model, partial(_twin, run))
-        plan, is_gpu = Plan.of(config, run.data.train_length), device.type == "cuda"
+        plan, is_gpu = Plan.of(config, self.data.train_length), device.type == "cuda"
         return Cost(
             source=run.data.name,
             image_shape=run.model.config.image_shape,
@@ -238,47 +279,63 @@ class Rehearsal:
             measured_steps=self.measured_steps,
             step_seconds=step_seconds,
             data_wait_share=wait_share,
-            start_seconds=max(0.0, started - WARM_UP * step_seconds),
+            start_seconds=starting,
             evaluation_seconds=evaluation_seconds,
             total_steps=plan.total_steps,
             done_steps=_done_steps(config) if accelerator.is_main_process else 0,
             eval_every=plan.eval_every,
-            train_images=run.data.train_length,
+            train_images=self.data.train_length,
             batch_size=config.batch_size,
             processes=accelerator.num_processes,
             num_workers=run.loader.num_workers,
             hardware=machine(),
+            unreadable=sorted({name for names in run.state.broken.names.values() for name in names}),
         )
+
+    def _eval_batches(self, run: Run) -> int:
+        """Return the number of evaluation batches to measure."""
+        return max(MEASURED, 3 * max(1, run.eval_loader.num_workers))
 
     def _evaluate(self, run: Run) -> float | None:
         """Return the seconds of one evaluation, extrapolated from some batches."""
-        workers = max(1, run.eval_loader.num_workers)
-        number = max(MEASURED, 3 * workers)
         marks: list[float] = []
 
         def evaluate(number: int) -> float:
             began = time.perf_counter()
             marks.clear()
-            run.task.evaluate(run.state.model, batches(number), run.accelerator, run.to_model)
+            _, unreadable, _ = run.task.evaluate(run.state.model, batches(number), run.accelerator, run.to_model)
+            run.state.broken.add("evaluation", unreadable)
             return time.perf_counter() - began
 
         def batches(number: int) -> Iterator[Any]:
             for batch in islice(run.eval_loader, number):
                 yield batch
                 marks.append(time.perf_counter())
+                run.bar.update()
 
         with run.state.average.in_place():
-            evaluate(1)  # may compile the model
+            first = evaluate(1)  # may compile the model
+            number = min(self._eval_batches(run), max(2, int(SECONDS / _slowest(run, first))))
             seconds = evaluate(number)
-        if len(marks) < number:  # these were all
-            return seconds
-        images = evaluation_length(run.data, self.config.eval_fraction)
+        run.bar.total = run.bar.n  # there may be fewer batches
+        run.bar.refresh()
+        images = evaluation_length(self.data, self.config.eval_fraction)
         if images is None:
-            return None
+            return seconds if len(marks) < number else None
         order: Any = run.eval_loader.batch_sampler
-        left = max(0, math.ceil(images / (order.batch_size * order.processes)) - number)
+        left = math.ceil(images / (order.batch_size * order.processes)) - len(marks)
+        if left <= 0:
+            return seconds
         # The first batches of all workers come together, after the time it takes to start the workers.
-        return seconds + left * (marks[-1] - marks[workers - 1]) / (number - workers)
+        workers = max(1, run.eval_loader.num_workers)
+        known = len(marks) > workers
+        each = (marks[-1] - marks[workers - 1]) / (len(marks) - workers) if known else seconds / len(marks)
+        return seconds + left * each
+
+
+def _slowest(run: Run, seconds: float) -> float:
+    """Return the largest of the seconds that processes measured, by which all of them decide alike."""
+    return max(1e-6, float(run.accelerator.gather(torch.tensor([seconds], device=run.accelerator.device)).max()))
 
 
 def _twin(run: Run, model_config: Any) -> Any:
@@ -315,20 +372,20 @@ def rehearse(config: TrainConfig) -> Cost | None:
     """
     check_output_dir(config)
     accelerator = build_accelerator(config)  # checks the tracker, which the dry run does not start
-    data = None
-    if config.auto:
-        if (newest := _newest(config)) is not None:
-            config = with_values_of(config, load_state(newest)["identity"])
-        else:
-            with accelerator.main_process_first():
-                data = data_of(config)
-            config = resolved(config, data, accelerator)
-    rehearsal = Rehearsal(config)
-    # The loop prints its recipe, which is not the user's.
+    if config.auto and (newest := _newest(config)) is not None:
+        config = with_values_of(config, load_state(newest)["identity"])
+    with accelerator.main_process_first():  # the other processes read what the first one has cached
+        data = data_of(config)
+    if accelerator.is_main_process:
+        for note in data.notes:
+            tqdm.write(note)
+    config = resolved(config, data, accelerator)
+    rehearsal = Rehearsal(config, data)
+    # The run prints what it learns from, which is not all of the user's data.
     with tempfile.TemporaryDirectory(prefix="hf-vit-") as folder, redirect_stdout(StringIO()):
         try:
             with suppress(Measured):
-                train(rehearsal.changed(folder), steps=rehearsal, data=data)
+                train(rehearsal.changed(folder), steps=rehearsal, data=rehearsal.sample())
         except Interrupted as stop:
             raise Interrupted(stop.exit_code - 128, "Stopped; a dry run leaves no files.", can_resume=False) from None
     accelerator.end_training()
@@ -382,6 +439,8 @@ def _rows(cost: Cost, price_per_hour: float | None) -> Iterator[tuple[str, str]]
     else:
         parts += f", {_duration(cost.evaluations * (cost.evaluation_seconds or 0.0))} evaluating, plus saving"
     yield "time", f"{_duration(cost.seconds)}: {parts}"
+    if cost.unreadable:
+        yield "unreadable", f"{counted(len(cost.unreadable), 'image')}: {shortened(cost.unreadable)}"
     if cost.done_steps:
         yield "time left", f"{_duration(left)}: the run in output_dir has done {cost.done_steps:,} steps"
     if price_per_hour is not None:

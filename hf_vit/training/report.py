@@ -1,6 +1,7 @@
 """From a recipe to a folder that people understand: train, draw figures, write the model card, push."""
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,12 @@ from ..hub.card import write_card
 from ..hub.folder import copy_of_ours
 from ..hub.upload import BackgroundPush
 from ..inspection.drawing import save
-from ..system.machine import machine, precision_name
-from ..system.texts import code, fenced, markdown
-from ..variants import VARIANTS
+from ..system.machine import machine
+from ..system.texts import code, fenced, hanging, markdown
+from ..variants import is_from_scratch
 from .loop import train
 from .recipe import TrainConfig
-from .run import Run
+from .run import METRICS, Run
 from .views import VIEWS, Unlabelled, describe_data
 
 WEIGHTED = {
@@ -59,9 +60,8 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     write_report(run, command)
     for line in summary(run):
         say(line)
-    if hub is None:
-        say(f"Publish it:  hf-vit push {run.output_dir} YOUR_NAME/{run.output_dir.resolve().name}")
-    else:
+    say("\n".join(["Next:", *next_commands(run)]))
+    if hub is not None:
         skipped: list[str] = []
         hub.submit(lambda folder: skipped.extend(copy_of_ours(run.output_dir, folder)), "Trained model")
         if skipped:
@@ -83,7 +83,22 @@ def summary(run: Run) -> list[str]:
     ]
     if broken := metrics["broken_images"]:
         lines.append(f"{_unreadable(len(broken))}; metrics.json lists them.")
-    return [*lines, f"The model, its model card and its figures are in {run.output_dir}."]
+    figures = sorted(path.name for path in run.output_dir.glob("*.png"))
+    files = ["model.safetensors", "README.md (model card)", METRICS, RECIPE, *figures]
+    return [*lines, *hanging("", f"Wrote to {run.output_dir}: {', '.join(files)}.")]
+
+
+def next_commands(run: Run) -> list[str]:
+    """Return commands that use the model of a run, on its data where that is a path."""
+    folder, sources = shlex.quote(str(run.output_dir)), run.config.data
+    first = sources if isinstance(sources, str) else sources[0]
+    data = shlex.quote(first) if Path(first).exists() else "IMAGES"
+    if not run.task.needs_labels:
+        tuned = shlex.quote(f"{run.output_dir}-tuned")
+        return [f"  hf-vit train LABELED_IMAGES --model {folder} --output-dir {tuned}"]
+    push = f"  hf-vit push {folder} YOUR_NAME/{shlex.quote(run.output_dir.resolve().name)}"
+    is_pushed = run.config.push_to_hub is not None
+    return [f"  hf-vit predict {folder} {data}", f"  hf-vit evaluate {folder} {data}", *([] if is_pushed else [push])]
 
 
 def write_report(run: Run, command: str) -> None:
@@ -110,7 +125,7 @@ def write_report(run: Run, command: str) -> None:
         results={name: run.metrics[key] for key, name in view.results.items() if key in run.metrics},
         measured={
             "command": code(command),
-            "hardware": f"{machine()}{processes}, {precision_name(run.metrics['precision'])}",
+            "hardware": f"{machine()}{processes}, {run.metrics['precision']}",
             "time": f"{run.timing['seconds']:,.0f} s, {run.timing['images_per_second']:,.0f} images/s",
             "seeds": str(run.config.seed),
         },
@@ -137,9 +152,9 @@ def _description(run: Run) -> str:
 
 def base_model_of(config: TrainConfig) -> str | None:
     """Return the Hub name of the model that was fine-tuned; a folder has none."""
-    if config.model is None or config.model in VARIANTS or Path(config.model).exists():
+    if is_from_scratch(config.model) or Path(str(config.model)).exists():
         return None
-    return config.model if config.model.count("/") == 1 else None
+    return config.model if str(config.model).count("/") == 1 else None
 
 
 def fenced_command(command: str) -> str:

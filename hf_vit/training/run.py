@@ -26,8 +26,8 @@ from ..data.loaders import evaluation_loader
 from ..data.orders import BatchDivision, steps_of
 from ..evaluation.results import Results
 from ..model.image_processing_hf_vit import HFViTImageProcessor
-from ..system.disk import writing
-from ..system.machine import free_memory
+from ..system.disk import check_output_folder, same_place, writing
+from ..system.machine import free_memory, precision_name
 from ..system.stopping import EvaluationStopped, Interrupted, StopSignals
 from .best import BestModel
 from .checkpointing import CheckpointFolder, load_state
@@ -47,7 +47,7 @@ from .parallel import (
 from .recipe import FREE_TO_CHANGE, TrainConfig, default_values
 from .state import AveragedWeights, BrokenImages, RunLog, TrainingState, accepted_broken
 from .tasks import TASKS, Classification, build_model
-from .views import describe_data
+from .views import summary_of_run
 
 TIMING, LOG, CHECKPOINTS, LAST = "timing.json", "log.jsonl", "checkpoints", "last"
 # Called with the number of completed steps and a function that writes the model into a folder.
@@ -166,8 +166,8 @@ class Run:
             self.data = data = data or data_of(config)
         channels = channels_of(data.train, data.columns)
         config = with_channels(config, channels)  # written to the recipe
-        for line in describe_data(data):
-            self.say(line)
+        for note in data.notes:
+            self.say(note)
         config = resolved(config, data, accelerator)
         if config.mixup is None:  # the saved recipe states the value that the augmentation implies
             config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))
@@ -199,6 +199,7 @@ class Run:
         self._build_images(model.config)
         model, optimizer = accelerator.prepare(model, optimizer)
         self.model = accelerator.unwrap_model(model)
+        self.say("\n".join(summary_of_run(self)))
         start_tracker(accelerator, config)
         # A stream does not tell how many evaluation images it has.
         eval_length = len(data.evaluation) if hasattr(data.evaluation, "__len__") else data.train_length
@@ -282,10 +283,10 @@ class Run:
                     "dropout, mixing and masks draw other numbers, and a stream is divided differently."
                 )
             self.say(f"Resuming from {checkpoint}: {self.state.step} of {self.plan.total_steps} steps are done.")
+        self.state.log.rewrite()  # first: a folder with a log is known as that of a run
         if accelerator.is_main_process:
             with writing("the recipe", output_dir / RECIPE):
                 (output_dir / RECIPE).write_text(self.config.to_yaml(), encoding="utf-8")
-        self.state.log.rewrite()
         accelerator.wait_for_everyone()
 
     def evaluate(self) -> None:
@@ -306,7 +307,9 @@ class Run:
         state.log.add(state.step, epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
         name = "accuracy" if state.best is None else state.best.metric
         if name in metrics:
-            self.shown[name] = f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.4g}"
+            value = f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.4g}"
+            self.shown.pop(name, None)
+            self.shown = {name: value, **self.shown}  # first, since a narrow terminal cuts the others
         if state.best is not None and state.best.is_over:
             self.say(f"Stopping after step {state.step}: {name} has not improved since step {state.best.step}.")
 
@@ -406,7 +409,7 @@ class Run:
             "train_images": self.data.train_length,
             "steps": state.step,
             "parameters": sum(tensor.numel() for tensor in merged(dict(self.model.named_parameters())).values()),
-            "precision": self.accelerator.mixed_precision,
+            "precision": precision_name(self.accelerator.mixed_precision),
             "processes": self.accelerator.num_processes,
             "broken_images": sorted({name for names in state.broken.names.values() for name in names}),
         }
@@ -418,11 +421,13 @@ class Run:
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Raise `ValueError` if the run would overwrite the model that it starts from."""
-    if config.model is not None and Path(config.model).resolve() == Path(config.output_dir).resolve():
-        raise ValueError(f"{config.output_dir} holds the model to start from: choose another --output-dir.")
-    if (Path(config.output_dir) / FIT / STATE).exists():
-        raise ValueError(f"{config.output_dir} holds a model that hf-vit fit wrote: choose another --output-dir.")
+    """Raise `ValueError` if the run would overwrite files that no run wrote, or the model that it starts from."""
+    folder = Path(config.output_dir)
+    if config.model is not None and Path(config.model).resolve() == folder.resolve():
+        raise ValueError(f"{folder} holds the model to start from: choose another --output-dir.")
+    if (folder / FIT / STATE).exists():
+        raise ValueError(f"{folder} holds a model that hf-vit fit wrote: choose another --output-dir.")
+    check_output_folder(folder, (folder / LOG).is_file(), config.data)
 
 
 def cache_limit(accelerator: Accelerator, config: TrainConfig) -> float:
@@ -437,12 +442,12 @@ def _check_same_run(asked: dict[str, Any], saved: dict[str, Any], output_dir: Pa
     different = [
         f"{name} {before.get(name)!r} -> {value!r}"
         for name, value in asked.items()
-        if name not in FREE_TO_CHANGE and before.get(name) != value
+        if name not in FREE_TO_CHANGE and not same_place(before.get(name), value)
     ]
     if different:
         raise ValueError(
             f"{output_dir} holds a run with another recipe or other data ({'; '.join(different)}): choose another "
-            "--output-dir, or start again there with --resume never."
+            f"--output-dir for a new run, or resume that run with its values, which are in {output_dir / RECIPE}."
         )
 
 
@@ -457,8 +462,10 @@ def save_model(model: Any, weights: dict[str, Tensor], processor: HFViTImageProc
 
 
 def clear_output(output_dir: Path) -> None:
-    """Remove the files of an earlier run, and nothing else."""
+    """Remove the files of an earlier run, and nothing else; an empty log stays, by which the folder is known."""
+    if (output_dir / LOG).is_file():
+        (output_dir / LOG).write_text("", encoding="utf-8")
     for folder in (CHECKPOINTS, LAST):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
-    for name in (LOG, METRICS, TIMING, RECIPE):
+    for name in (METRICS, TIMING, RECIPE):
         (output_dir / name).unlink(missing_ok=True)

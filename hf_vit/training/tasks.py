@@ -20,7 +20,7 @@ from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import classification_loss
 from ..model.modeling_hf_vit import HFViTForImageClassification
-from ..variants import VARIANTS, config_of
+from ..variants import config_of, is_from_scratch
 from .recipe import TrainConfig
 
 # With these, a frozen encoder gives the same features for an image every time.
@@ -326,7 +326,7 @@ def architecture_of(config: TrainConfig, **fields: Any) -> HFViTConfig:
 
 def build_model(config: TrainConfig, task: Any) -> tuple[Any, HFViTImageProcessor]:
     """Build or load the model of a recipe, and the processor of its images."""
-    if config.model is None or config.model in VARIANTS:
+    if is_from_scratch(config.model):
         model_config = architecture_of(config, **task.fields)
         model = task.model_class(model_config)
         processor = HFViTImageProcessor.from_preset(

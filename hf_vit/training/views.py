@@ -11,10 +11,12 @@ from torch import Tensor
 from .. import inspection
 from ..data.folders import counted
 from ..data.images import EvaluationImages, Visit, stored_rows
-from ..data.labelled import ImageData
+from ..data.labelled import HELD_OUT, ImageData
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
-from ..system.texts import fenced, markdown, one_line, shell_word
+from ..system.machine import device_name, precision_name
+from ..system.texts import fenced, hanging, markdown, one_line, shell_word
+from ..variants import is_from_scratch
 
 LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
 DRAWN_CLASSES = 120  # a confusion matrix with more classes cannot be read
@@ -248,6 +250,56 @@ def image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Call
 
 
 LISTED_COUNTS, EXTREME_COUNTS = 12, 3
+SHOWN_COUNTS = 3  # in the summary before a run
+
+
+def summary_of_data(data: ImageData) -> str:
+    """Return numbers of images and classes on one line, for the start of a run."""
+    counts = data.class_counts()
+    images = counted(data.train_length, "training image")
+    if counts is not None:
+        several = ("label", "labels") if data.problem_type == "multi_label_classification" else ("class", "classes")
+        pairs = list(zip(counts, data.label_names, strict=True))
+        more = ", ..." if len(pairs) > SHOWN_COUNTS else ""
+        images += f" of {counted(len(counts), *several)} ({_listed(pairs[:SHOWN_COUNTS])}{more})"
+    if data.evaluation is None:
+        return f"{images}; no evaluation split"
+    number = counted(len(data.evaluation), "evaluation image") if hasattr(data.evaluation, "__len__") else "evaluation"
+    where = "held out" if data.eval_split == HELD_OUT else f"split {data.eval_split}"
+    return f"{images}; {number} ({where})"
+
+
+def summary_of_run(run: Any) -> list[str]:
+    """Return what a run trains, on what, and for how long, as lines of at most 80 columns."""
+    config, model = run.config, run.model
+    total, trained = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not is_trained)
+        for is_trained in (False, True)
+    )
+    height, width = model.config.image_shape
+    name = config.model or f"ViT of width {model.config.hidden_size}"
+    start = "from scratch" if is_from_scratch(config.model) else "checkpoint"
+    part = "" if trained == total else f", {_millions(trained)} of them trained"
+    processes = run.accelerator.num_processes
+    epoch = run.plan.steps_per_epoch
+    rows = {
+        "Data": summary_of_data(run.data),
+        "Model": f"{name} ({start}), {_millions(total)} parameters{part}, {height}x{width} pixels",
+        "Device": ", ".join(
+            [
+                device_name(run.accelerator.device),
+                *([f"{processes} processes"] if processes > 1 else []),
+                precision_name(run.accelerator.mixed_precision),
+            ]
+        ),
+        "Steps": f"{run.plan.total_steps:,} of {counted(config.batch_size, 'image')} "
+        f"({run.plan.total_steps / epoch:.3g} epochs of {counted(epoch, 'step')})",
+    }
+    return [line for name, text in rows.items() for line in hanging(f"{name:8}", text)]
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.3g} M" if number >= 1e6 else f"{number:,}"
 
 
 def describe_data(data: ImageData) -> list[str]:

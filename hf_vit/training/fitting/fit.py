@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ...checkpoints.models import load, load_classifier
@@ -23,9 +22,11 @@ from ...data.classes import TASK_OF
 from ...data.folders import counted
 from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
+from ...system.disk import check_output_folder
 from ...system.locking import alone_in
+from ...system.progress import progress_bar
 from ...system.stopping import StopSignals
-from ...system.texts import shortened
+from ...variants import is_from_scratch
 from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data
@@ -89,7 +90,7 @@ def fit(
     options |= {"label_column": label_column, "label_separator": label_separator}
     options |= {"problem_type": None if task is None else {name: kind for kind, name in TASK_OF.items()}[task]}
     sources = str(data) if isinstance(data, str | Path) else [str(source) for source in data]
-    _check_output_dir(output_dir, model)
+    _check_output_dir(output_dir, model, sources)
     if resume == "never":
         shutil.rmtree(output_dir / FIT, ignore_errors=True)
     at_once = f": what is finished is saved in {output_dir / FIT} and in the cache of features."
@@ -98,7 +99,7 @@ def fit(
         state = FitState(output_dir / FIT, identity)
         if "finished" in state:
             metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
-            say(f"{output_dir} holds the finished result of this command. To fit again, add --resume never.")
+            say(f"{output_dir} holds the finished result of this command. To fit again, choose another --output-dir.")
             for line in summary(metrics, output_dir):
                 say(line)
             return TrainedModel(output_dir)
@@ -108,15 +109,15 @@ def fit(
     return TrainedModel(output_dir)
 
 
-def _check_output_dir(output_dir: Path, model: str) -> None:
+def _check_output_dir(output_dir: Path, model: str, sources: str | list[str]) -> None:
+    if is_from_scratch(model):
+        raise ValueError(
+            f"fit starts from a trained encoder, and {model} is a variant without weights: choose a checkpoint, such "
+            "as facebook/dinov2-small."
+        )
     if Path(model).resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
-    found = [] if not output_dir.is_dir() else [path.name for path in output_dir.iterdir() if path.name[0] != "."]
-    if set(found) - {FIT} and not (output_dir / FIT / STATE).exists():
-        raise ValueError(
-            f"{output_dir} holds files that fit did not write ({shortened(sorted(found))}): choose another "
-            "--output-dir."
-        )
+    check_output_folder(output_dir, (output_dir / FIT / STATE).is_file(), sources)
 
 
 def open_data(source: str | list[str], **options: Any) -> ImageData:
@@ -414,7 +415,7 @@ def _thresholds(logits: Tensor, targets: Tensor) -> list[float]:
 
 
 def _progress(batches: Any, number: int) -> Any:
-    with tqdm(total=number, unit="image", desc="Features", disable=None if number else True) as bar:
+    with progress_bar(number, "images", what="Features", disable=None if number else True) as bar:
         for batch in batches:
             bar.update(len(batch))
             yield batch

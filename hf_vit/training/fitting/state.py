@@ -8,6 +8,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...system.disk import same_place
+
 FIT, STATE = "fit", "state.json"  # folder in output_dir, and a file in it
 
 
@@ -32,11 +34,11 @@ class FitState:
             if changed := [
                 f"{name} {saved.get(name)!r} -> {value!r}"
                 for name, value in identity.items()
-                if saved.get(name) != value
+                if not same_place(saved.get(name), value)
             ]:
                 raise ValueError(
                     f"{folder.parent} holds a fit with other arguments ({'; '.join(changed)}): choose another "
-                    "--output-dir, or start again there with --resume never."
+                    "--output-dir for a new fit, or repeat the earlier command to resume that one."
                 )
         self.before = float(self.values["seconds"])
 

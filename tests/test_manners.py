@@ -1,0 +1,98 @@
+"""What commands print besides their results: bars, libraries, and Ctrl-C."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+
+from hf_vit.cli import endings
+from hf_vit.cli.endings import clear_endings, typed_command
+from hf_vit.data.loaders import evaluation_loader, training_loader
+from hf_vit.registration import when_imported
+from hf_vit.system.machine import cores
+from hf_vit.system.progress import progress_bar
+
+
+def by_import_error() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+
+
+def at_once() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("work", [at_once, by_import_error])
+def test_an_interrupted_import_is_one_line(work: Any, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr(endings, "quiet_libraries", lambda: None)
+    with pytest.raises(typer.Exit) as ended, clear_endings():
+        work()
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == "Stopped by SIGINT.\n"
+
+
+def test_an_import_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "imported_by_a_test.py").touch()
+    seen: list[int] = []
+    when_imported("imported_by_a_test", lambda: seen.append(1))
+    assert not seen
+    __import__("imported_by_a_test")
+    assert seen == [1]
+    when_imported("imported_by_a_test", lambda: seen.append(2))
+    assert seen == [1, 2]
+
+
+QUIET = """
+from hf_vit.cli.endings import quiet_libraries
+quiet_libraries()
+import datasets
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging
+assert not logging.is_progress_bar_enabled() and logging.get_verbosity() == logging.ERROR
+assert datasets.are_progress_bars_disabled() and not are_progress_bars_disabled()
+"""
+
+
+@pytest.mark.slow
+def test_libraries_are_quiet_but_for_downloads() -> None:
+    subprocess.run([sys.executable, "-c", QUIET], check=True)
+
+
+def test_a_bar_fits_80_columns_and_keeps_the_accuracy() -> None:
+    shown = {"accuracy": "98.7%", "loss": "0.1234", "images/s": "12,345", "data wait": "12%", "lr": "1.0e-03"}
+    for total in (123_456, None):
+        bar = progress_bar(total, "steps", "Features", file=(file := io.StringIO()), mininterval=0)
+        bar.update(98_765)
+        bar.set_postfix(shown)
+        bar.close()
+        lines = file.getvalue().replace("\n", "\r").split("\r")
+        assert max(map(len, lines)) <= 80 and any("Features" in line and "98.7%" in line for line in lines)
+
+
+def test_workers_do_not_exceed_the_cores() -> None:
+    images: Any = SimpleNamespace(is_on_device=False)
+    order: Any = [[0]]
+    assert training_loader(images, order, 1000).num_workers == cores()
+    assert training_loader(images, order, 0).num_workers == 0
+    assert evaluation_loader(images, 1, 1000).num_workers == cores()
+
+
+@pytest.mark.parametrize(
+    ("path", "typed"),
+    [
+        ("/usr/bin/hf-vit", "hf-vit recipes"),
+        ("/x/hf_vit/__main__.py", "python -m hf_vit recipes"),
+        ("/x/hf_vit/cli/__main__.py", "python -m hf_vit.cli recipes"),
+    ],
+)
+def test_a_command_is_repeated_as_it_was_typed(path: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [path, "recipes"])
+    assert typed_command() == typed

@@ -30,14 +30,9 @@ FILLERS = {*IMAGE_WORDS, "set", "data", "dataset", "split", "folder", "files"}  
 TWO_WORDS = re.compile(r"\b(hold|held)[-_ ]?(?=out)", re.IGNORECASE)
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 NOT_DECODED = {"PDF", "MPEG", "HDF5", "BUFR", "GRIB"}  # Pillow recognizes these formats and cannot decode them
-<<<<<<< HEAD
 REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")
-MASK_FILE = re.compile(r"(.+)_mask(?:_\d+)?$", re.IGNORECASE)
-=======
-REMEDIES = {".heic": "pillow-heif", ".heif": "pillow-heif"}
 HIDDEN = (".", "__MACOSX", "__pycache__", "@eaDir", "$RECYCLE", "System Volume Information")
 MASK_FILE = re.compile(r"(.+)_mask(?:_\d+)?\.\w+$", re.IGNORECASE)
->>>>>>> wt19-data
 
 
 @cache

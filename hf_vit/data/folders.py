@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image as PILImage
 
-from ..system.texts import shortened
+from ..system.places import is_junk
+from ..system.texts import counted, shortened
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -89,11 +90,6 @@ class Skipped:
         return f"Skipped {'; and '.join(parts)}." if parts else None
 
 
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """Return a number with its noun."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def _remedy(kind: str) -> str:
     return f" (install {REMEDIES[kind]} to read them)" if kind in REMEDIES else ""
 
@@ -133,7 +129,7 @@ def _scan(path: Path, skipped: Skipped, above: tuple[str, ...]) -> Folder:
     above = (*above, os.path.realpath(path))
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         ending = os.path.splitext(entry.name)[1].lower()
-        is_hidden = entry.name.startswith((".", "__MACOSX", "__pycache__", "@eaDir", "$RECYCLE"))
+        is_hidden = entry.name.startswith(".") or is_junk(entry.name)
         if entry.is_dir():
             if is_hidden:
                 skipped.folders[entry.name] += 1

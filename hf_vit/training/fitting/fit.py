@@ -20,12 +20,11 @@ from ...checkpoints.models import logger as models_logger
 from ...data.audit import Audit, audit
 from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
-from ...data.folders import counted
 from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
-from ...system.texts import shortened
+from ...system.texts import counted, shortened
 from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data

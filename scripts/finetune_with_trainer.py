@@ -42,7 +42,7 @@ from hf_vit.system.disk import check_output_folder
 from hf_vit.system.machine import machine as hardware
 from hf_vit.system.texts import markdown
 from hf_vit.training.recipe import TrainConfig
-from hf_vit.training.report import base_model_of
+from hf_vit.training.report import base_model_of, license_of_base
 from hf_vit.training.run import cache_limit, data_of, resolved, with_channels
 from hf_vit.training.tasks import TASKS, build_model
 from hf_vit.training.trainer import Collator, EpochImages, ViTTrainer, add_lora, last_complete_checkpoint, metrics_of
@@ -95,7 +95,7 @@ class Options:
     early_stopping_patience: int | None = option(None, "Number of evaluations without improvement that end a run.")
     lora_rank: int = option(0, "Rank of LoRA matrices; 0 trains all parameters.")
     resume: bool = option(False, "Whether to resume from the last complete checkpoint, if there is one.")
-    license: str = option("apache-2.0", "License of the weights, as an identifier of the Hub.")
+    license: str | None = option(None, "License of the weights, as an identifier of the Hub.")
 
 
 def parse(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
@@ -211,7 +211,7 @@ def report(
         dataset=data.name,
         dataset_id=source if is_on_hub else None,
         split=data.eval_split,
-        license=options.license,
+        license=options.license or license_of_base(config.model),
         base_model=base_model_of(config),
     )
 

@@ -263,7 +263,7 @@ def test_places_without_weights_are_refused(kinds: dict[str, Kind], tmp_path: Pa
     (path / "model.safetensors").unlink()
     assert "no weights found" in assert_refused(tmp_path, path)
     for nowhere in (tmp_path / "nowhere", "./nowhere", "weights.npz", "a/b/c"):
-        assert f"{nowhere}: no such file or folder" in assert_refused(tmp_path, nowhere)
+        assert f"No such file or folder: {nowhere}" in assert_refused(tmp_path, nowhere)
 
 
 @pytest.mark.parametrize(

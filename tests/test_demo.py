@@ -127,7 +127,7 @@ def test_attention_is_that_of_the_layer_and_head(exhibit: Exhibit, folder: Path)
         ("layer", 1, 4, attention_maps(exhibit.model, pixel_values, 1)[:, 3]),
     ):
         found = exhibit.attention(file, view, layer, head)
-        assert found.picture.shape == (320, 480, 3) and found.picture.dtype == np.uint8
+        assert found.picture.shape == (360, 480, 3) and found.picture.dtype == np.uint8
         assert found.low == pytest.approx(expected.min()) and found.low < found.high <= expected.max()
         assert found.even == 1 / 24
         pictures.append(found.picture)
@@ -185,7 +185,7 @@ def test_sizes_and_models_stand_beside_each_other(exhibit: Exhibit, page: Any, f
     second = Exhibit(str(folder / "second"))
     shown, *pictures = page.show_both([exhibit, second], photo)
     assert re.findall("<h3>(.*?)</h3>", shown) == ["first", "second"]
-    assert [picture.shape for picture in pictures] == [(320, 480, 3)] * 2
+    assert [picture.shape for picture in pictures] == [(360, 480, 3)] * 2
     picture, said = page.show_attention(exhibit, photo, next(iter(page.VIEWS)), 3.0, 0.0)
     np.testing.assert_array_equal(picture, pictures[0])
     assert "Seen from the class token" in said and "4.17%" in said

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.cli.main import app
 from hf_vit.data.images import EvaluationImages
-from hf_vit.data.labelled import RECIPE
+from hf_vit.data.labelled import METRICS, RECIPE
 from hf_vit.evaluation.labels import match_labels
 from hf_vit.training.recipe import TrainConfig
 
@@ -142,7 +142,7 @@ def test_classes_in_another_order_are_matched_by_name(model: Path, photos: Path,
 def test_a_split_is_what_was_asked_for(model: Path, photos: Path, tmp_path: Path) -> None:
     assert measure(tmp_path, model, photos, "--split", "train")["figures"]["count"] == 54
     DatasetDict(train=colored_dataset(30, 0)).save_to_disk(tmp_path / "alone")
-    assert "held-out split: 6 images" in evaluate(model, tmp_path / "alone")
+    assert "all images: 30 images of" in evaluate(model, tmp_path / "alone")
     assert "Unknown split 'dev'" in evaluate(model, photos, "--split", "dev", exit_code=2)
     assert "Probes are fitted on" in evaluate(model, photos, "--split", "train", "--probe", "knn", exit_code=2)
 
@@ -161,14 +161,14 @@ def test_what_a_run_held_out_is_held_out(tmp_path: Path) -> None:
     DatasetDict(train=colored_dataset(40, 0)).save_to_disk(tmp_path / "alone")
     model = save_model(tmp_path / "tiny", list(COLORS))
     for fields, count, words in (
-        ({"eval_fraction": 0.1, "split_seed": 3}, 3, "held-out split: 3 images"),
+        ({"eval_fraction": 0.1, "split_seed": 3}, 3, "held-out split: 3 of 40 images of"),
         (
             {"streaming": True},
             9,
             "The model was trained on a stream, which holds out other images: it may have seen some of these.",
         ),
     ):
-        (model / RECIPE).write_text(TrainConfig(**fields).to_yaml())
+        (model / RECIPE).write_text(TrainConfig(data="alone", **fields).to_yaml())
         assert measure(tmp_path, model, tmp_path / "alone")["images"] == count
         assert words in evaluate(model, tmp_path / "alone")
 
@@ -177,10 +177,30 @@ def test_other_data_than_that_of_the_run_is_measured_whole(model: Path, tmp_path
     DatasetDict(train=colored_dataset(40, 0)).save_to_disk(tmp_path / "new")
     (model / RECIPE).write_text(TrainConfig(data="somewhere/photos").to_yaml())
     output = evaluate(model, tmp_path / "new")
-    assert "split all: 40 images" in output
+    assert "all images: 40 images" in output
     assert "All images are evaluated, since the model was trained on other data (photos)." in output
     (model / RECIPE).write_text(TrainConfig(data="somewhere/new").to_yaml())
-    assert "held-out split: 9 images" in evaluate(model, tmp_path / "new")
+    assert "held-out split: 9 of 40 images" in evaluate(model, tmp_path / "new")
+    assert "trained on these images, or on most" in evaluate(model, tmp_path / "new", "--split", "train")
+    (model / METRICS).write_text('{"train_images": 31, "eval_count": 9}')
+    assert "held-out split: 9 of 40 images" in evaluate(model, tmp_path / "new")
+    (model / METRICS).write_text('{"train_images": 30, "eval_count": 9}')  # of another data set of this name
+    output = evaluate(model, tmp_path / "new")
+    assert "all images: 40 images" in output and "there are not as many as in the training data (new)" in output
+    (model / METRICS).unlink()
+    (model / RECIPE).unlink()
+
+
+def test_a_few_images_are_measured_whole(model: Path, tmp_path: Path) -> None:
+    """Two images of other data cannot be divided, and need not be; a table is called by the name of its folder."""
+    (model / RECIPE).write_text(TrainConfig(data="somewhere/photos").to_yaml())
+    (tmp_path / "few").mkdir()
+    rows = zip(colored_dataset(3, 0)["image"], COLORS, strict=True)
+    for image, name in rows:
+        image.save(tmp_path / "few" / f"{name}.png")
+    (tmp_path / "few" / "labels.csv").write_text("file,label\n" + "".join(f"{c}.png,{c}\n" for c in list(COLORS)[:2]))
+    for source in ("few", "few/labels.csv"):
+        assert "tiny on few, all images: 2 images of 8x8 pixels" in evaluate(model, tmp_path / source)
     (model / RECIPE).unlink()
 
 
@@ -192,13 +212,13 @@ def test_broken_images_are_left_out_and_named(model: Path, tmp_path: Path) -> No
         if index == 3:
             file.write_bytes(file.read_bytes()[:40])
     output = evaluate(model, tmp_path / "photos", "--split", "train")
-    assert "29 images of" in output and "Skipped 1 images that cannot be read (blue/3.png)" in output
+    assert "29 images of" in output and "Skipped 1 unreadable image: blue/3.png." in output
 
 
 def test_images_of_classes_that_the_model_lacks_are_left_out(photos: Path, tmp_path: Path) -> None:
     output = evaluate(save_model(tmp_path / "other", ["Blue", "cyan", "red"]), photos)
     assert "14 images of" in output and "Note: The model lacks 1 of the data's 3 classes (green)." in output
-    assert "7 of 21 images are of these classes and are left out." in output
+    assert "Left out: 7 of 21 images, which are of these classes." in output
 
 
 def test_classes_that_do_not_match_are_an_error_or_leave_the_probes(photos: Path, tmp_path: Path) -> None:

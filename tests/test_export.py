@@ -22,7 +22,7 @@ from transformers.utils import is_torchvision_greater_or_equal
 from typer.testing import CliRunner
 
 import hf_vit
-from hf_vit import HFViTConfig, HFViTImageProcessorPil
+from hf_vit import HFViTConfig, HFViTImageProcessorPil, HFViTModel
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint, write_checkpoint, writing
 from hf_vit.checkpoints.export import export_checkpoint
 from hf_vit.checkpoints.families import google_out, timm_out
@@ -787,6 +787,36 @@ def test_timm_comes_back(tmp_path: Path, case: str) -> None:
         model = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
         transforms.append(str(create_transform(**resolve_model_data_config(model))))
     assert transforms[0] == transforms[1]
+
+
+def test_the_ending_of_a_file_names_the_format(tmp_path: Path) -> None:
+    source = save(tmp_path / "ours", **{**OF_A_TARGET["npz"], **NPZ["token"][0]})
+    failed = run(source, tmp_path / "out.bin")
+    assert failed.exit_code == 2 and "does not end in .onnx, .pt2, .npz: add --to, one of onnx, " in failed.output
+    done = run(source, tmp_path / "out.npz")
+    assert done.exit_code == 0 and (tmp_path / "out.npz").is_file(), done.output
+
+
+def test_timm_resamples_positions_for_the_images_of_the_processor(tmp_path: Path) -> None:
+    """As DINOv2: positions for 518x518 pixels, and a processor that crops 224x224."""
+    timm_folder("dinov2", tmp_path / "timm")
+    write_checkpoint(open_checkpoint(tmp_path / "timm"), tmp_path / "ours")
+    stated = json.loads((tmp_path / "ours/preprocessor_config.json").read_text())
+    stated |= {"crop_pct": None, "do_center_crop": True}
+    stated |= {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
+    (tmp_path / "ours/preprocessor_config.json").write_text(json.dumps(stated))
+    sentences = export_checkpoint(tmp_path / "ours", tmp_path / "out", "timm")
+    assert any("images of 16x16 pixels" in sentence and "of 32x32 pixels" in sentence for sentence in sentences)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    config = resolve_model_data_config(theirs)
+    assert config["input_size"] == (3, 16, 16) and config["crop_pct"] == 0.8
+    ours = HFViTModel.from_pretrained(tmp_path / "ours").eval()
+    for side in (16, 32):
+        pixels = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            assert distance(theirs(pixels), ours(pixels).pooler_output) < TOLERANCE
+    again = open_checkpoint(tmp_path / "out")
+    assert again.config.image_shape == (32, 32) and again.processor().crop_pct == 0.8
 
 
 @pytest.mark.parametrize("case", ["token", "sincos, token", "bfloat16"])

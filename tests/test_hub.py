@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_server import READ, SHAPED, WRITE, Hub
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from isolated import TESTS, python, save_tiny_classifier
 from safetensors.torch import load_file
 
 import hf_vit
-from hf_vit.hub.card import write_card
+from hf_vit import HFViTConfig, HFViTForImageClassification
+from hf_vit.hub import upload
+from hf_vit.hub.card import license_of, state_license, write_card
 from hf_vit.hub.folder import check_folder
 from hf_vit.hub.upload import BackgroundPush, push, without_tokens
 from hf_vit.system.machine import machine, versions
@@ -190,6 +192,77 @@ def add(name: str) -> Callable[[Path], None]:
     return change
 
 
+def test_a_folder_of_images_is_no_model(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"token_{number}.png").touch()
+    with pytest.raises(
+        ValueError, match=r"holds no model: .*; found 30 files, such as token_0\.png, .*\.\.\.\."
+    ) as refusal:
+        push(tmp_path, "user/name")
+    assert "token_7" not in str(refusal.value)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        push(tmp_path / "nowhere", "user/name")
+
+
+@pytest.mark.parametrize(("repo_id", "message"), [("a/b/c", "Expected a repository USER/NAME"), ("x", "has no user")])
+def test_a_push_needs_a_user_and_a_network(
+    folder: Path, repo_id: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(upload, "get_token", lambda: None)
+    with pytest.raises(ValueError, match=message):
+        push(folder, repo_id)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        push(folder, "user/name")
+
+
+def test_junk_and_the_table_of_mistakes_stay_here(folder: Path) -> None:
+    names = check_folder(folder)
+    for name in (
+        ".DS_Store",
+        "._config.json",
+        "Thumbs.db",
+        "mistakes.csv",
+        ".ipynb_checkpoints/a.py",
+        "images/._a.png",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    assert check_folder(folder) == names
+
+
+def test_the_license_is_that_of_the_user_or_of_the_base_model(folder: Path, tmp_path: Path) -> None:
+    card = write_card(folder)
+    assert ModelCard(card.read_text()).data.license is None and license_of(str(folder)) is None
+    state_license(card, "cc-by-4.0")
+    assert license_of(str(folder)) == license_of(str(folder / "model.safetensors")) == "cc-by-4.0"
+    again = ModelCard(card.read_text())
+    assert again.data.license == "cc-by-4.0" and "hf_vit" in again.data.tags and "## Use" in again.text
+    assert license_of(str(tmp_path / "nowhere")) is license_of(None) is None
+    with pytest.raises(ValueError, match=r"such as 'apache-2\.0', got 'Apache 2\.0'"):
+        state_license(card, "Apache 2.0")
+
+
+def test_the_card_of_other_channels_reads_files(tmp_path: Path) -> None:
+    """A pipeline opens images as RGB."""
+    config = HFViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        num_channels=5,
+    )  # fmt: skip
+    HFViTForImageClassification(config).save_pretrained(tmp_path / "five")
+    np.save(tmp_path / "image.npy", np.zeros((5, 9, 9), np.uint8))
+    for text in ((tmp_path / "five/README.md").read_text(), write_card(tmp_path / "five").read_text()):
+        [block] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert "pipeline" not in block and "file of 5 channels" in block
+        code = block.replace('"five"', repr(str(tmp_path / "five"))).replace(
+            '"image.tif"', repr(str(tmp_path / "image.npy"))
+        )
+        names: dict[str, Any] = {}
+        exec(code.replace(", trust_remote_code=True", ""), names)
+        assert names["outputs"].logits.shape == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -199,7 +272,7 @@ def add(name: str) -> Callable[[Path], None]:
         (name_one_backend, "a processor for each backend"),
         (truncate_weights, "not a complete safetensors file"),
         *[
-            (add(name), f"must not be uploaded, since.*{name}")
+            (add(name), f"do not belong to a model.*{name}")
             for name in ("training_args.bin", "optimizer.pt", "other.py", "data/model.safetensors")
         ],
     ],
@@ -269,7 +342,7 @@ def test_words_are_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_push_refuses_what_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         push(tmp_path / "nowhere", "user/name")
 
 

@@ -25,7 +25,7 @@ from hf_vit.inspection.gallery import draw, folder_for
 from hf_vit.inspection.page import Entry, write_page
 
 OF_WEIGHTS = {"filters.png", "positions.png", "arrays.npz"}
-OF_IMAGES = {"attention-distance", "attention-rollout", "attention", "features", "norm-maps", "norms"}
+OF_IMAGES = {"predictions", "attention-distance", "attention-rollout", "attention", "features", "norm-maps", "norms"}
 
 
 def inspect(*arguments: Any) -> Result:
@@ -51,6 +51,18 @@ def saved(tiny_config: Any, tmp_path: Path) -> Any:
 
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_predictions_are_drawn_with_the_true_label_where_it_differs(tiny_config: Any) -> None:
+    one = tiny_config(num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    logits = torch.tensor([2.0, 0.0])
+    answer = gallery_module._answer
+    assert answer(one, logits, "cat") == answer(one, logits, "photos") == "cat 88%"
+    assert answer(one, logits, "dog") == "cat 88% (dog)"
+    one.problem_type = "multi_label_classification"
+    assert answer(one, logits, "dog") == "cat" and answer(one, -logits - 1, "dog") == "none"
+    one.problem_type = "regression"
+    assert answer(one, logits, "dog") == "cat 2, dog 0"
 
 
 # --------------------------------------------------------------------------------------------------- what is written
@@ -110,6 +122,8 @@ def test_images_give_maps_and_all_arrays(saved: Any, tmp_path: Path, monkeypatch
             "position_similarity": (4, 6, 4, 6),
             "images": (2, 3, 32, 48),
             "image_names": (2,),
+            "label_names": (5,),
+            "logits": (2, 5),
             "attention_distance": (2, 4),
             "attention_rollout": (2, 4, 6),
             "attention_maps": (2, 4, 4, 6),
@@ -169,7 +183,7 @@ def test_other_families(undrawn: None, tmp_path: Path) -> None:
         out = tmp_path / "out" / model
         result = inspect(tmp_path / model, image, *options, "-o", out)
         assert result.exit_code == 0, result.output
-        assert len(names_in(out)) == 10
+        assert len(names_in(out)) == 11
         with np.load(out / "arrays.npz") as arrays:
             assert arrays["attention_distance"].shape == (2, 4)
 
@@ -241,7 +255,7 @@ def test_the_layer_of_maps_is_chosen(saved: Any, undrawn: None, tmp_path: Path) 
     ("arguments", "message"),
     [
         (["a.png", "--layer", "2"], "Expected a layer from 1 to 1, or -1 to -1 from the end, got 2"),
-        (["missing.png"], "Found no file or folder missing.png"),
+        (["missing.png"], "No such file or folder: missing.png"),
         (["notes.txt"], "Expected readable images in notes.txt, got none (1 files)"),
         (["empty"], "Expected readable images in empty, got none (0 files)"),
         (["a.png", "--image-size", "33"], "does not divide into patches of 8x8"),
@@ -330,12 +344,12 @@ def test_the_page_stands_alone(saved: Any, undrawn: None, tmp_path: Path) -> Non
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "iframe", "object"}
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 9
+    assert len(pictures) == 10
     for attributes in pictures:
         assert (attributes["src"] or "").startswith("data:image/png;base64,") and len(attributes["alt"] or "") > 30
     links = [attributes["href"] or "" for tag, attributes in page.tags if tag == "a"]
     targets = {f"#{attributes['id']}" for tag, attributes in page.tags if tag == "section"}
-    assert set(links) == targets and len(links) == 9
+    assert set(links) == targets and len(links) == 10
     source = (tmp_path / "out" / "index.html").read_text()
     assert "http" not in re.sub(r'http-equiv|data:[^"]*', "", source) and "url(" not in source
     assert "prefers-color-scheme: dark" in source and "width=device-width" in source

@@ -1,7 +1,9 @@
 """The table of answers: its columns, its end at one stroke, and the same rows however often it was stopped."""
 
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
+from datasets import config, load_dataset
 from isolated import save_tiny_classifier
 from PIL import Image
 from process_of_a_run import ends, start, start_all
@@ -349,17 +351,46 @@ def test_the_last_line_is_json(model: str, sources: Sources, tmp_path: Path) -> 
     assert "20 images, " in done.stderr and ", 1 unreadable" in done.stderr
 
 
+def test_a_table_for_spreadsheets_has_a_row_per_image(model: str, tmp_path: Path, sources: Sources) -> None:
+    for ending, delimiter in ((".csv", ","), (".tsv", "\t")):
+        file = tmp_path / f"labels{ending}"
+        done = run(model, "photos", "--top-k", "2", "-o", file)
+        assert done.exit_code == 0 and done.stdout == f"Wrote {file}\n", done.output
+        with file.open(newline="") as lines:
+            header, *rows = csv.reader(lines, delimiter=delimiter)
+        assert header == ["image", "label", "score", "label_2", "score_2", "error"] and len(rows) == 20
+        assert rows[0][0] == "photos/00.jpg" and rows[0][1].startswith("LABEL_") and 0 < float(rows[0][2]) <= 1
+        assert [row[0] for row in rows if row[-1]] == list(BROKEN[:1])
+
+
+def test_an_archive_and_a_table_of_paths_are_read_as_in_training(
+    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data / "photos", "photos")
+    for junk in (".DS_Store", "._00.jpg", "Thumbs.db"):
+        Path("photos", junk).write_bytes(b"junk")
+    shutil.make_archive("zipped", "zip", ".", "photos")
+    Path("photos/table.csv").write_text("path,note\n00.jpg,a\nnone.jpg,b\n01.jpg,c\n")
+    alone = run(model, "photos", "--top-k", "1").stdout.splitlines()
+    of_archive = run(model, "zipped.zip", "--top-k", "1").stdout.splitlines()
+    assert [line[:24] for line in of_archive] == [f"zipped.zip/{line[:13]}" for line in alone]
+    of_table = run(model, "photos/table.csv", "--top-k", "1").stdout.splitlines()
+    assert of_table[0] == alone[0] and of_table[2] == alone[1] and "photos/none.jpg" in of_table[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-o", "a.csv"], "Expected --output to end in .parquet or .jsonl, got a.csv"),
-        (["-o", "a"], "Expected --output to end in .parquet or .jsonl, got a."),
+        (["-o", "a.csv", "--features"], "Features are written to .parquet or .jsonl files only; got --output a.csv."),
+        (["-o", "a"], "Expected --output to end in one of .csv, .tsv, .jsonl, .parquet; got a."),
         (["-o", "none/a.parquet"], "The folder of --output none/a.parquet does not exist: create it first"),
-        (["--features"], "Expected a file to write to, since you use --features: add --output FILE.parquet"),
+        (["--features"], "Expected a file to write to, since you use --features: add --output labels.parquet"),
         (["--engine", "ray"], "Expected a file to write to, since you use --engine ray"),
         (["--restart"], "Expected a file to write to, since you use --restart"),
         (["--split", "train"], "Image files take no --split: remove the option"),
-        (["missing.jpg"], "Found no file or folder missing.jpg"),
+        (["missing.jpg"], "No such file or folder: missing.jpg"),
     ],
 )
 def test_what_a_user_can_mend_is_a_sentence(arguments: list[str], said: str, model: str, sources: Sources) -> None:

@@ -274,6 +274,17 @@ def test_recipes_for_checkpoints_fit_one_of_transformers(name: str, has_pooler: 
     assert (learned == {"classifier.weight", "classifier.bias"}) == (config.trained == "head")
 
 
+@pytest.mark.parametrize("has_class_token", [True, False])
+def test_a_probe_reads_what_a_mean_pooled_checkpoint_has(has_class_token: bool, tmp_path: Path) -> None:
+    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=224)
+    fields = {"pooling": "mean", "use_cls_token": has_class_token, "final_layernorm": "pooled"}
+    HFViTForImageClassification(HFViTConfig(**small, **fields)).save_pretrained(tmp_path)
+    config = TrainConfig.from_recipe("linear-probe", model=str(tmp_path))
+    data = ImageData("data", [], [], ("image", "label"), ["a", "b", "c"], "test", 0)
+    model, _ = build_model(config, Classification(config, data))
+    assert model.config.pooling == "mean" and model.classifier.weight.shape == (3, 8)
+
+
 # ------------------------------------------------------------------------------------------- how they are read
 
 

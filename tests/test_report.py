@@ -53,6 +53,9 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
     names = {"training.png", "confusion.png", "predictions.png", "positions.png"}
     assert {path.name for path in folder.glob("*.png")} == names
     assert names <= set(check_folder(folder)) and "timing.json" in check_folder(folder)
+    table = (folder / "mistakes.csv").read_text().splitlines()
+    assert table[0] == "image,label,prediction,confidence" and "mistakes.csv" not in check_folder(folder)
+    assert len(table) - 1 == round((1 - metrics["eval_accuracy"]) * metrics["eval_count"])
 
     card = ModelCard.load(folder / "README.md")
     (entry,) = card.data.to_dict()["model-index"]

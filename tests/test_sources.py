@@ -108,7 +108,7 @@ def test_a_name_with_brackets_is_a_name(folder: Path) -> None:
 def test_what_is_not_there_is_named(folder: Path, word: str) -> None:
     with pytest.raises(ValueError) as refusal:
         list(Sources([word]).rows())
-    assert str(refusal.value) == f"Found no file or folder {word}."
+    assert str(refusal.value) == ("No file matches " if "*" in word else "No such file or folder: ") + word
 
 
 def test_parts_tell_of_changed_files_without_reading_them(folder: Path) -> None:

@@ -25,9 +25,10 @@ from hf_vit.hub.upload import push
 from hf_vit.inspection.drawing import new_figure, plain, short
 from hf_vit.inspection.gallery import folder_for
 from hf_vit.studies.page import markdown_table
+from hf_vit.system.places import is_junk, is_path
 from hf_vit.system.texts import code, fenced, has_token, markdown, one_line, shell_word, visible, without_tokens
 from hf_vit.training.recipe import TrainConfig
-from hf_vit.training.report import train_and_report
+from hf_vit.training.report import public_command, train_and_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -147,6 +148,22 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_paths_and_names_on_the_hub_are_told_apart() -> None:
+    for path in ("./a", "../a", "/a", "~/a", "a/", "a/b/c", "a.csv", "a/b.PNG", "C:\\a", "x.safetensors"):
+        assert is_path(path), path
+    for name in ("google/vit-base-patch16-224", "timm/vit_base.augreg_in21k", "beans", "user/v1.5"):
+        assert not is_path(name), name
+    assert all(map(is_junk, (".DS_Store", "._a.jpg", "Thumbs.db", "THUMBS.DB", ".ipynb_checkpoints", "__MACOSX")))
+    assert not any(map(is_junk, (".env", "a.jpg", "_a.jpg", ".gitattributes")))
+
+
+def test_commands_on_cards_state_no_folder_of_this_machine() -> None:
+    typed = "hf-vit train --data /home/me/my/photos/ --model=../runs/vit --output-dir '~/my vit' --x a/b ./c"
+    assert public_command(typed) == "hf-vit train --data photos --model=vit --output-dir 'my vit' --x a/b c"
+    assert public_command("hf_vit.fit(data='/tmp/a/b', model='u/m')") == "hf_vit.fit(data='b', model='u/m')"
+    assert public_command("hf-vit train --data https://a.b/c.zip") == "hf-vit train --data https://a.b/c.zip"
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_hostile_labels_go_through_training_to_the_pipeline(
     hostile: Path, tmp_path: Path, client: Hub, capsys: pytest.CaptureFixture[str]
@@ -169,7 +186,7 @@ def test_hostile_labels_go_through_training_to_the_pipeline(
 
     for card in ((folder / "README.md").read_text(), client.files("tester/hostile")["README.md"].decode()):
         front = yaml.safe_load(card.split("---\n")[1])
-        assert front["license"] == "apache-2.0" and front["model-index"][0]["name"] == folder.name
+        assert "license" not in front and front["model-index"][0]["name"] == folder.name
         text = re.sub(r"^(`{3,}).*?^\1$", "", ModelCard(card).text, flags=re.DOTALL | re.MULTILINE)
         assert not re.search(r"(?<!\\)<(?!/?(details|summary)>)", text)  # no tag but ours
         assert "](javascript" not in text.replace("\\]", "") and "](http://127" not in text.replace("\\]", "")

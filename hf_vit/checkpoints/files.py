@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..system.network import sentence_of
+from ..system.places import is_path
 from ..system.texts import one_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SIDE_FILES = ("config.json", *PROCESSOR_FILES)
-SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # Keys of the weights in a training checkpoint; averaged weights come first, as in timm.
 STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
 
@@ -107,11 +107,8 @@ def open_source(name: str | Path, **hub: Any) -> Source:
         for file in beside.values():
             _check_inside(path.parent, file)
         return _source(str(name), read_tensors(path), path, beside)
-    is_hub_name = (
-        str(name).count("/") < 2 and not str(name).startswith((".", "/", "~")) and path.suffix not in SUFFIXES
-    )
-    if not path.is_dir() and not is_hub_name:
-        raise ValueError(f"{name}: no such file or folder.")
+    if not path.is_dir() and is_path(str(name)):
+        raise ValueError(f"No such file or folder: {name}")
     read = read_weights(str(name), hub)
     if read is None:
         if not path.is_dir():  # raises the reason: no such name, no connection, no permission
@@ -144,7 +141,10 @@ def _find(name: str, hub: dict[str, Any], file: str, is_optional: bool = True) -
     except OSError as error:
         if is_optional and (sentence_of(error) is None or _is_known_to_miss(name, hub, file)):
             return None
-        raise ValueError(f"{name}: {sentence_of(error) or one_line(str(error))}") from error
+        reason = sentence_of(error) or one_line(str(error))
+        if not Path(name).is_dir():
+            raise ValueError(f"No such file or folder: {name}; and not read from the Hub: {reason}") from error
+        raise ValueError(f"{name}: {reason}") from error
     if found and Path(name).is_dir():
         _check_inside(Path(name), Path(found))
     return Path(found) if found else None

@@ -80,7 +80,7 @@ def clear_endings() -> Iterator[None]:
 
         from ..system.network import sentence_of
 
-        message = sentence_of(error)
+        message = None if type(error) is ValueError else sentence_of(error)  # ours say more than their causes
         if isinstance(error, StrictDataclassError):  # a config field of the wrong type; two lines
             message = one_line(str(error))
         if message is None and not isinstance(error, ValueError | FloatingPointError | OSError):

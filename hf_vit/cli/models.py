@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..system.texts import shortened
+from ..system.texts import counted, shortened
 from .endings import echo, read_size
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint of any layout: file, folder, or name on the Hub.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+
+ENDINGS = {".onnx": "onnx", ".pt2": "torch-export", ".npz": "npz"}  # formats of an export
 
 # Fields of `checkpoints.Options`, by name.
 CHECKPOINT_OPTIONS: dict[str, Any] = {
@@ -119,7 +121,12 @@ def inspect(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or a file: .npz, .onnx, .pt2.")],
-    to: Annotated[str, typer.Option(help="Format: onnx, torch-export, transformers, timm, or npz (big_vision).")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Format: onnx, torch-export, transformers, timm, or npz (big_vision). Default: by the ending of OUT."
+        ),
+    ] = None,
     int8: Annotated[
         Literal["weights", "dynamic"] | None,
         typer.Option(help="Quantization (onnx): weights only, or also matrix products."),
@@ -136,7 +143,7 @@ def export(
     fails if the model has a feature that the library does not support. If the checkpoint is ambiguous, run
     hf-vit convert first; it has the options to resolve that.
 
-    Example: hf-vit export hf-vit-digits digits.onnx --to onnx --int8 dynamic --data digits
+    Example: hf-vit export hf-vit-digits digits.onnx --int8 dynamic --data digits
     """
     from ..checkpoints.export import TARGETS, export_checkpoint
     from ..graphs.export import export_graph
@@ -147,12 +154,19 @@ def export(
 
         return compare(model, checkpoint, str(data), processor, models)
 
+    formats = [*KINDS, *TARGETS]
+    to = to or ENDINGS.get(out.suffix.lower())
+    if to is None:
+        raise ValueError(
+            f"Expected a format, since {out} does not end in {', '.join(ENDINGS)}: add --to, one of "
+            f"{', '.join(formats)}."
+        )
     if to in KINDS:
         echo("\n".join(export_graph(model, out, to, int8, None if data is None else measure, force)))
         echo(f"Wrote {out}, and compared its outputs with torch.")
         return
     if to not in TARGETS:
-        raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join([*KINDS, *TARGETS])}.")
+        raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join(formats)}.")
     if int8 is not None or data is not None:
         raise ValueError(f"--int8 and --data apply only to {' and '.join(KINDS)}: remove them to export to {to}.")
     for sentence in export_checkpoint(model, out, to, force):
@@ -164,16 +178,20 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved model.")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub, new or existing.")],
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    license: Annotated[
+        str | None, typer.Option(metavar="NAME", help="License for the model card, such as apache-2.0.")
+    ] = None,
 ) -> None:
     """Publish a model on the Hugging Face Hub.
 
     Uploads weights, config, processors, code, model card and figures in one commit, and no other files of the folder.
+    The card states the license that you give, or else that of the model that yours was fine-tuned from, if known.
 
-    Example: hf-vit push my-vit YOUR_NAME/my-vit --private
+    Example: hf-vit push my-vit YOUR_NAME/my-vit --private --license cc-by-4.0
     """
     from ..hub.upload import push
 
-    echo(f"Published at {push(folder, repo_id, private=private)}")
+    echo(f"Published at {push(folder, repo_id, private=private, license=license)}")
 
 
 def _open_and_describe(source: str, options: "Options", as_json: bool = False) -> "Checkpoint":
@@ -192,5 +210,6 @@ def _open_and_describe(source: str, options: "Options", as_json: bool = False) -
         echo(f"Assumed: {sentence}")
     if checkpoint.left_out:
         names = shortened(checkpoint.left_out)
-        echo(f"Skipped {len(checkpoint.left_out)} tensors that belong neither to the encoder nor to its head: {names}")
+        number = counted(len(checkpoint.left_out), "tensor")
+        echo(f"Skipped {number} outside of the encoder and its head: {names}")
     return checkpoint

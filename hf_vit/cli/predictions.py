@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..system.texts import one_line
+from ..system.texts import counted, one_line
 from .endings import echo, read_size, typed_command
 from .models import Model
 
@@ -50,21 +50,28 @@ def evaluate(
         int, typer.Option(min=0, help="Also evaluate with this many tokens merged per layer (ToMe).")
     ] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all measurements.")] = None,
+    mistakes: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Table of wrongly classified images.")
+    ] = None,
 ) -> None:
     """Evaluate a model, or its features, on labeled images.
 
     Measures accuracy, loss, calibration and speed, and accuracy per class; with --probe, how well simple classifiers
-    do on its features.
+    do on its features. Without --split, the evaluation split is used. Data without one is evaluated whole, except
+    the data that the model was trained on: of this, only the images that were held out.
 
-    Example: hf-vit evaluate ViT-B_16.npz photos/ --probe linear --probe knn
+    Example: hf-vit evaluate my-vit photos/ --mistakes mistakes.csv
+
+    Quality of features: hf-vit evaluate ViT-B_16.npz photos/ --probe linear --probe knn
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
     from ..evaluation.evaluate import evaluate_checkpoint
     from ..evaluation.report import report_lines
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ValueError(f"The folder {json_file.parent} for --json does not exist: create it first.")
+    for option, file in {"--json": json_file, "--mistakes": mistakes}.items():
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"The folder {file.parent} for {option} does not exist: create it first.")
     measured = evaluate_checkpoint(
         model,
         data,
@@ -78,19 +85,25 @@ def evaluate(
         precision=precision,
         probes=list(dict.fromkeys(probe or [])),
         merged_per_layer=merge_tokens,
+        mistakes=mistakes,
     )
     if measured is not None:
         echo("\n".join(report_lines(measured)))
         if json_file is not None:
             json_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+        for file in filter(None, (json_file, mistakes)):
+            echo(f"Wrote {file}")
 
 
 def predict(
     model: Model,
     words: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Image files, folders, globs, parquet, or data sets.")
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Image files, folders, globs, zips, tables of paths, or data sets."),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Table to write: .parquet or .jsonl.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Table to write: .csv, .tsv, .jsonl or .parquet.")
+    ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(min=1, help="Number of labels per image. Default: 5, or those above thresholds."),
@@ -114,7 +127,7 @@ def predict(
     An unreadable image does not stop the run; the table states the error. The same command resumes an interrupted
     run, which keeps finished results in OUTPUT.parts.
 
-    Example: hf-vit predict my-vit photos/ --top-k 1 -o labels.parquet
+    Example: hf-vit predict my-vit photos/ --top-k 1 -o labels.csv
 
     On several GPUs or machines: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
@@ -125,7 +138,7 @@ def predict(
         needing = {"--features": features, "--engine ray": engine == "ray", "--restart": restart}
         needing["a launch with more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if given := [name for name, is_given in needing.items() if is_given]:
-            raise ValueError(f"Expected a file to write to, since you use {given[0]}: add --output FILE.parquet.")
+            raise ValueError(f"Expected a file to write to, since you use {given[0]}: add --output labels.parquet.")
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
     settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
@@ -142,8 +155,10 @@ def predict(
     else:
         if skipped := sources.skipped():
             echo(skipped, err=True)
-        number, speed, broken = summary.images, summary.images_per_second, len(summary.broken)
-        echo(f"{number:,} images, {speed:,.1f} images/s, {broken:,} unreadable", err=True)
+        if output is not None:
+            echo(f"Wrote {output}")
+        speed, broken = summary.images_per_second, len(summary.broken)
+        echo(f"{counted(summary.images, 'image')}, {speed:,.1f} images/s, {broken:,} unreadable", err=True)
 
 
 def _print_predictions(sources: "Sources", settings: "Settings", say: Callable[[str], None]) -> "Summary":

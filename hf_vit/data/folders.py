@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from PIL import Image as PILImage
 
 from ..model.image_reading_hf_vit import can_read_heic
-from ..system.texts import shortened
+from ..system.places import is_junk
+from ..system.texts import counted, shortened
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -31,7 +32,6 @@ TWO_WORDS = re.compile(r"\b(hold|held)[-_ ]?(?=out)", re.IGNORECASE)
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 NOT_DECODED = {"PDF", "MPEG", "HDF5", "BUFR", "GRIB"}  # Pillow recognizes these formats and cannot decode them
 REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")
-HIDDEN = (".", "__MACOSX", "__pycache__", "@eaDir", "$RECYCLE", "System Volume Information")
 MASK_FILE = re.compile(r"(.+)_mask(?:_\d+)?\.\w+$", re.IGNORECASE)
 
 
@@ -95,11 +95,6 @@ class Skipped:
         return f"Skipped {'; and '.join(parts)}." if parts else None
 
 
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """Return a number with its noun."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def _remedy(kind: str) -> str:
     return f" (install {REMEDIES[kind]} to read them)" if kind in REMEDIES else ""
 
@@ -154,7 +149,7 @@ def _scan(path: Path, skipped: Skipped, above: tuple[str, ...]) -> Folder:
     above = (*above, os.path.realpath(path))
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         ending = os.path.splitext(entry.name)[1].lower()
-        is_hidden = entry.name.startswith(HIDDEN)
+        is_hidden = entry.name.startswith(".") or is_junk(entry.name)
         if entry.is_symlink() and not os.path.exists(entry.path):
             skipped.files["broken links"] += 1
         elif entry.is_dir():

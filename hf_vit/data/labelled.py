@@ -1,19 +1,17 @@
 """Labelled images from any source of `datasets`, prepared on disk or streamed: a training and an evaluation split."""
 
-import json
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset, Image, IterableDataset, concatenate_datasets
 
-from ..system.texts import shortened
+from ..system.texts import counted, shortened
 from .archives import is_archive, stem_of
 from .classes import REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels, note_on_order
-from .folders import counted, is_split
+from .folders import is_split
 from .images import NO_IMAGE, derive_seed, image_digest, name_of
 from .opening import (
     IMAGE_COLUMNS,
@@ -27,10 +25,13 @@ from .opening import (
     stated_length,
     with_features,
 )
+from .tables import normalized
 
+# Names of tables that say less than the name of their folder.
+PLAIN_NAMES = {"label", "labels", "metadata", "annotation", "annotations", "data", "images", "index", "train", "table"}
 RECIPE, METRICS = "recipe.yaml", "metrics.json"  # in the folder of a run
 Source = str | Path | Dataset | IterableDataset | dict  # of splits
-HELD_OUT = "held out"  # the name of an evaluation split that was taken from the training split
+HELD_OUT, ALL = "held out", "all"  # evaluation splits of a source without one: a part, or all of its images
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,10 @@ def _name_of(source: Source) -> str:
     path = Path(source).expanduser()
     if is_archive(path):
         return stem_of(path)
-    path = path.resolve() if path.exists() else Path(source)
-    return path.stem if path.is_file() else path.name if path.is_dir() else str(source)
+    if path.is_file():
+        path = path.resolve()
+        return path.parent.name if normalized(path.stem) in PLAIN_NAMES and path.parent.name else path.stem
+    return path.resolve().name if path.exists() else str(source)
 
 
 @dataclass
@@ -299,53 +302,6 @@ def _joined(splits: list[Any]) -> Any:
     return splits[0] if len(splits) == 1 else concatenate_datasets(splits)
 
 
-def load_evaluation_data(model: str, source: str | Sequence[str], **options: Any) -> tuple[ImageData, str]:
-    """Load data to evaluate a model; if a run left the model, hold out what the run held out.
-
-    Without an evaluation split, all images are evaluated if the run was trained on other data, or by `fit`.
-
-    Args:
-        model: If this is the folder of a run, its recipe is read.
-        source, options: As for `load_data`.
-
-    Returns:
-        The data, and a warning if the model may have been trained on some of the held-out images, or `""`.
-    """
-    path, fitted = Path(model) / RECIPE, Path(model) / METRICS
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    metrics = json.loads(fitted.read_text(encoding="utf-8")) if fitted.is_file() else {}
-    if "fitted_to" in metrics:  # by `fit`, which holds out nothing
-        recipe = {"data": metrics["fitted_to"]}
-    held_out = {name: recipe[name] for name in ("eval_fraction", "split_seed") if name in recipe}
-    data = load_data(source, **options, **held_out)
-    if data.eval_split != HELD_OUT:
-        return data, ""
-    is_same = bool(recipe.get("data")) and _same_sources(recipe["data"], source)
-    if recipe.get("data") and not is_same and not options.get("needs_train", True):
-        note = f"All images are evaluated, since the model was trained on other data ({_names(recipe['data'])})."
-        return _whole(data), note
-    if is_same and "fitted_to" in metrics:
-        return _whole(data), "The model was trained on all of these images: metrics on other images will be lower."
-    if recipe.get("streaming"):
-        return data, "The model was trained on a stream, which holds out other images: it may have seen some of these."
-    return data, ""
-
-
-def _names(sources: str | Sequence[str]) -> str:
-    """Return the names of sources without their folders."""
-    return ", ".join(Path(each).name or str(each) for each in ([sources] if isinstance(sources, str) else sources))
-
-
-def _same_sources(one: str | Sequence[str], other: str | Sequence[str]) -> bool:
-    """Return whether sources may be the same: a copy on another machine has another folder."""
-    return bool(set(_names(one).split(", ")) & set(_names(other).split(", ")))
-
-
-def _whole(data: ImageData) -> ImageData:
-    """Return data with all images for evaluation."""
-    return replace(data, evaluation=concatenate_datasets([data.train, data.evaluation]), eval_split="all")
-
-
 def _divided(united: _United, name: str, fraction: float | None, seed: int, train_images: int | None) -> ImageData:
     """Return the splits as data; a training split alone is divided unless the fraction is `None`."""
     train, evaluation = united.train, united.evaluation
@@ -354,8 +310,8 @@ def _divided(united: _United, name: str, fraction: float | None, seed: int, trai
         name, train, evaluation, united.columns, labels.names, "", 0, labels.problem_type or None, labels.notes
     )
     if evaluation is None and fraction is not None:
-        hold_out = _hold_out_of_stream if data.is_stream else _hold_out
-        train, evaluation = hold_out(data, fraction, seed)
+        divide = _hold_out_of_stream if data.is_stream else hold_out
+        train, evaluation = divide(data, fraction, seed)
     length = len(train) if not data.is_stream else _stream_length(united, fraction or 0, train_images)
     if length == 0 or (isinstance(evaluation, Sized) and len(evaluation) == 0):
         is_least = fraction is not None and not data.is_stream and length == len(set(_strata(data)))
@@ -367,7 +323,8 @@ def _divided(united: _United, name: str, fraction: float | None, seed: int, trai
     return replace(data, train=train, evaluation=evaluation, train_length=length)
 
 
-def _hold_out(data: ImageData, fraction: float, seed: int) -> tuple[Any, Any]:
+def hold_out(data: ImageData, fraction: float, seed: int) -> tuple[Any, Any]:
+    """Return the training images without, and those of, a share of every class."""
     train, held_out = split_evenly(_strata(data), fraction, seed)
     return data.train.select(train), data.train.select(held_out)
 

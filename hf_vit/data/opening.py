@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..system.places import is_path
 from ..system.texts import shortened, without_tokens
 from .archives import ENDINGS, is_archive, unpacked
 from .folders import TABLE_ENDINGS, datasets_of, is_split, layout_of, scan, split_of, unwrapped
@@ -97,23 +98,30 @@ def _open_name(
         tables = Tables([table])
         loaded, notes = tables.splits(), tables.notes
     elif path.is_file() and path.suffix.lower() in TABLE_ENDINGS and path.suffix.lower() not in BUILDERS:
-        raise ValueError(
-            f"No column of {path} names images: expected paths relative to {path.parent}, with or without an ending. "
-            "Put the table beside the images, or name the column with --image-column."
-        )
+        raise no_images_in(path)
     elif storage is not None:
         loaded = _load(storage, streaming, data_files=shards_of(path))
-    elif not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"Expected a data set, got {without_tokens(name)!r}: there is no such file or folder.")
-    elif not name or path.exists():
+    elif not name or path.exists() or is_path(name):
+        shown = without_tokens(name)
+        seen = (
+            f"Expected a data set, got {shown!r}" if not name or path.exists() else f"No such file or folder: {shown}"
+        )
         raise ValueError(
-            f"Expected a data set, got {without_tokens(name)!r}: specify a folder of images with one subfolder per "
+            f"{seen}. Specify a folder of images with one subfolder per "
             "class, a table of paths and labels (.csv, .tsv, .jsonl, .parquet), a zip or tar of these, a parquet file "
             "or webdataset shard or a folder of them, a data set on the Hub, or 'digits'."
         )
     else:
         loaded = _load(name, streaming)
     return loaded, notes
+
+
+def no_images_in(table: Path) -> ValueError:
+    """Return the error for a table without a column of images."""
+    return ValueError(
+        f"No column of {table} names images: expected paths relative to {table.parent}, with or without an ending. "
+        "Put the table beside the images, or name the column with --image-column."
+    )
 
 
 def _is_folder_of_tables(path: Path, storage: str | None) -> bool:
@@ -244,8 +252,8 @@ def _load(builder: str, streaming: bool, **files: Any) -> Any:
         if isinstance(error, ConnectionError) and "/" not in builder:
             raise
         raise ValueError(
-            f"Found no folder {without_tokens(builder)!r}, and no such data set on the Hub that you can access: check "
-            "the name; if the data set is private, log in with `hf auth login`."
+            f"No such file or folder: {without_tokens(builder)}; and no such data set on the Hub that you can access: "
+            "check the name; if the data set is private, log in with `hf auth login`."
         ) from None
 
 

@@ -15,8 +15,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ..system.network import sentence_of
+from ..system.places import is_junk, is_path
 from ..system.texts import without_tokens
-from .folders import is_image_file, skipped_in
+from .archives import is_archive, unpacked
+from .folders import is_image_file, skipped_in, split_of
 from .images import NO_IMAGE, stored_rows
 from .opening import (
     BUILDERS,
@@ -24,6 +27,7 @@ from .opening import (
     as_stored,
     choose,
     image_columns,
+    no_images_in,
     open_splits,
     shards_of,
     spelled,
@@ -31,6 +35,7 @@ from .opening import (
     storage_of,
     with_features,
 )
+from .tables import Table, is_table, open_table
 
 Stored = dict[str, Any]  # an image as `datasets` stores it: {"bytes", "path"}
 ROWS_PER_BATCH = 16  # of parquet: few images are in memory, and Arrow's cost per batch is small in comparison
@@ -80,13 +85,16 @@ def files_of(words: Iterable[str]) -> Iterator[Path]:
 def _matches(word: str) -> list[str]:
     if glob.has_magic(word) and (matches := sorted(glob.glob(word, recursive=True))):
         return matches
-    raise ValueError(f"Found no file or folder {without_tokens(word)}.")
+    what = "No file matches" if glob.has_magic(word) else "No such file or folder:"
+    raise ValueError(f"{what} {without_tokens(word)}")
 
 
 def _images_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield the images below a folder by name; links are followed, but not in circles."""
     above = (*above, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_junk(entry.name):
+            continue
         if entry.is_dir():
             if not entry.is_symlink() or os.path.realpath(entry.path) not in above:
                 yield from _images_below(folder / entry.name, above)
@@ -110,14 +118,43 @@ def _states_of(paths: Iterable[str]) -> str:
 
 
 def _parts_of_files(words: list[str], size: int) -> Iterator[Part]:
-    files = files_of(words)
-    while chunk := list(islice(files, size)):
-        names = [str(file) for file in chunk]
+    return _parts_of_paths(map(str, files_of(words)), size)
+
+
+def _parts_of_paths(paths: Iterable[str], size: int) -> Iterator[Part]:
+    rest = iter(paths)
+    while names := list(islice(rest, size)):
         yield Part(partial(_rows_of_files, names), _states_of(names), len(names))
 
 
 def _rows_of_files(names: list[str]) -> Iterator[Stored]:
     return ({"bytes": None, "path": name} for name in names)
+
+
+def _parts_of_archive(archive: Path, folder: Path, size: int) -> Iterator[Part]:
+    """Yield the images of an unpacked archive, which are called by their places in the archive."""
+    files = _images_below(folder)
+    while chunk := list(islice(files, size)):
+        names = [str(archive / file.relative_to(folder)) for file in chunk]
+        yield Part(partial(_rows_of_archive, chunk, names), f"{_state_of(str(archive))} {names[0]}", len(names))
+
+
+def _rows_of_archive(files: list[Path], names: list[str]) -> Iterator[Stored]:
+    return ({"bytes": file.read_bytes(), "path": name} for file, name in zip(files, names, strict=True))
+
+
+def _paths_in(table: Table, split: str | None) -> list[str]:
+    """Return the images that a table names; a missing one by the path that the table gives."""
+    by_split = table.rows_by_split()
+    rows: Iterable[int] = range(len(table.files))
+    if split is not None:
+        rows = by_split[choose("split", by_split, split_of(split) or split, ())]
+    folder, above = table.path.parent, table.path.parent.absolute()
+    paths = []
+    for row in rows:
+        path = Path(table.files[row] or above / str(table.named[row]))
+        paths.append(str(folder / path.relative_to(above)) if path.is_relative_to(above) else str(path))
+    return paths
 
 
 # ----------------------------------------------------------------------------------------------------- data sets
@@ -195,8 +232,9 @@ class Sources:
     """All images of some sources, in order.
 
     Args:
-        words: Image files, and folders and globs of them; parquet files, webdataset shards, and folders of these;
-            folders that `save_to_disk` wrote; names of data sets on the Hub, which are streamed.
+        words: Image files, and folders, globs and archives of them; tables of paths; parquet files, webdataset
+            shards, and folders of these; folders that `save_to_disk` wrote; names of data sets on the Hub, which are
+            streamed.
         split: Split of data sets that have several.
         image_column: Image column of data sets; the only one, or the one with a usual name, if not given.
 
@@ -235,7 +273,11 @@ class Sources:
 
     def _add(self, word: str) -> None:
         path, storage = Path(word), storage_of(Path(word))
-        if storage == "parquet":
+        if is_archive(path):
+            self._add_archive(path)
+        elif path.is_file() and is_table(path):
+            self._add_table_of_paths(path)
+        elif storage == "parquet":
             self._add_parquet(self._chosen(shards_of(path)))
         elif storage == "webdataset":
             self._add_stream(path, _states_of(self._chosen(shards_of(path))))
@@ -247,9 +289,7 @@ class Sources:
         elif word == "digits":
             self._add_table(self._chosen(open_splits(word, streaming=False)), word)
         elif _may_be_on_the_hub(word):
-            from huggingface_hub import HfApi
-
-            self._add_stream(word, f"{word}@{HfApi().dataset_info(word).sha}")
+            self._add_stream(word, f"{word}@{_revision_of(word)}")
         else:
             matches = _matches(word)
             shards = [match for match in matches if Path(match).suffix.lower() in BUILDERS]
@@ -267,6 +307,16 @@ class Sources:
     def _add_data_set(self, parts: Callable[[int], Iterator[Part]]) -> None:
         self.all.append(parts)
         self.files, self.has_data_sets = [], True
+
+    def _add_archive(self, path: Path) -> None:
+        self.all.append(partial(_parts_of_archive, path, unpacked(path)))
+        self.files = []
+
+    def _add_table_of_paths(self, path: Path) -> None:
+        table = open_table(path, self.image_column)
+        if table is None:
+            raise no_images_in(path)
+        self._add_data_set(partial(_parts_of_paths, _paths_in(table, self.split)))
 
     def _add_parquet(self, files: list[str]) -> None:
         from datasets import Features
@@ -293,5 +343,20 @@ class Sources:
 
 
 def _may_be_on_the_hub(word: str) -> bool:
-    is_path = word.startswith((".", "/", "~")) or word.endswith("/") or word.count("/") > 1
-    return not (is_path or glob.has_magic(word) or is_image_file(word) or Path(word).suffix in BUILDERS)
+    return not (is_path(word) or glob.has_magic(word) or is_image_file(word))
+
+
+def _revision_of(name: str) -> str:
+    """Return the commit of a data set on the Hub.
+
+    Raises:
+        ValueError: If there is no such data set, or the Hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as error:
+        if (reason := sentence_of(error)) is None:
+            raise
+        raise ValueError(f"No such file or folder: {name}; and no data set of the Hub: {reason}") from error

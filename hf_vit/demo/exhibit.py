@@ -20,7 +20,7 @@ from ..data.images import normalize, preprocess
 from ..inspection import attention_maps, attention_rollout, lit
 from ..inspection.gallery import Picture, Subject, at_one_size, name_of, pictures_of_positions
 from ..inspection.layers import head_number
-from ..model.image_reading_hf_vit import read_image
+from ..model.image_reading_hf_vit import read_image, upright
 from ..prediction.predictor import Prediction, Predictor
 
 Size = tuple[int, int]  # (height, width), pixels
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 class Attention(NamedTuple):
     """An image lit by attention, uint8 `[H, W, 3]`, and the shares of attention where it is darkest and brightest.
 
-    `even` is the share of every patch if all had the same.
+    The image keeps its aspect ratio. `even` is the share of every patch if all had the same.
     """
 
     picture: np.ndarray
@@ -156,12 +156,14 @@ class Exhibit:
         Raises:
             ValueError: If the image cannot be read, or there is no such layer or head.
         """
-        pixels = self._pixels(file, self.own_size)[None].to(self.device)
-        (values,) = VIEWS[view](self.model, normalize(pixels, self.processor), layer, head)
         times = -(-SHARP // max(self.own_size))
-        shown = self._pixels(file, (times * self.own_size[0], times * self.own_size[1]))
+        large = (times * self.own_size[0], times * self.own_size[1])
+        image = read_image(file.path, at_one_size(self.processor, large).least_size)
+        pixels = self._pixels(image, self.own_size)[None].to(self.device)
+        (values,) = VIEWS[view](self.model, normalize(pixels, self.processor), layer, head)
+        shown = self._pixels(image, large)
         picture, (low, high) = lit(shown.byte().cpu().numpy(), values)
-        return Attention(picture, low, high, 1 / values.size)
+        return Attention(self._unsquashed(picture, image), low, high, 1 / values.size)
 
     def positions(self) -> tuple[Picture | None, str]:
         """Return the figure of the model's positions and how to read it, or `None` and why there is no figure."""
@@ -169,9 +171,17 @@ class Exhibit:
         picture = next(pictures_of_positions(subject), None)
         return picture, " ".join(subject.notes) if picture is None else picture.reading
 
-    def _pixels(self, file: File, size: Size) -> Tensor:
-        processor = at_one_size(self.processor, size)
-        return preprocess(read_image(file.path, processor.least_size), processor)
+    def _pixels(self, image: Any, size: Size) -> Tensor:
+        return preprocess(image, at_one_size(self.processor, size))
+
+    def _unsquashed(self, picture: np.ndarray, image: Any) -> np.ndarray:
+        """Return a picture at the aspect ratio of its image, unless the processor crops instead of squashing."""
+        if self.processor.do_center_crop or self.processor.crop_pct is not None:
+            return picture
+        width, height = (image.shape[-1], image.shape[-2]) if isinstance(image, Tensor) else upright(image).size
+        scale = max(picture.shape[:2]) / max(width, height)
+        size = max(1, round(scale * width)), max(1, round(scale * height))
+        return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
 def _named(prediction: Prediction, file: File) -> Prediction:

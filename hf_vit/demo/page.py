@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from ..inspection.attention import READ_BY
 from ..prediction.predictor import Prediction
-from ..system.texts import one_line
+from ..system.texts import counted, one_line
 from .exhibit import Exhibit, File
 from .markup import alert, by, cards, heading, note
 
@@ -125,7 +125,7 @@ def show_many(
     rows = [_row(prediction) for prediction in predictions]
     speed = len(rows) / (time.perf_counter() - began)
     broken = sum(prediction.error is not None for prediction in predictions)
-    summary = note(f"{len(rows)} images, {broken} broken, {speed:.1f} images/s.")
+    summary = note(f"{counted(len(rows), 'image')}, {broken} broken, {speed:.1f} images/s.")
     as_csv, as_parquet = (gr.DownloadButton(value=path, interactive=True) for path in write_table(rows, folder))
     return rows, summary, as_csv, as_parquet
 

@@ -12,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER, Options
+from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint, Options
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..data.classes import MULTI, REGRESSION, SINGLE
+from ..data.evaluated import load_evaluation_data
 from ..data.images import EvaluationImages, normalize
-from ..data.labelled import ImageData, load_evaluation_data
+from ..data.labelled import HELD_OUT, ImageData
 from ..data.loaders import evaluation_loader, naming_dead_workers
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
 from ..inference.threads import default_batch_size
@@ -26,6 +27,7 @@ from ..system.machine import machine, versions
 from . import probing
 from .labels import align, contradiction, labels_for_model, labels_of
 from .metrics import evaluate_images, extract_features, forward_in_turn, forward_on_cores
+from .mistakes import write_mistakes
 from .results import ImageResults, Results
 from .throughput import throughputs
 
@@ -51,13 +53,15 @@ def evaluate_checkpoint(
     precision: str = "auto",
     probes: Sequence[str] = (),
     merged_per_layer: int = 0,
+    mistakes: str | Path | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a checkpoint on labelled images, on one process or those of a launcher.
 
     Args:
         source: A file, a folder or a name on the Hub, of this package or another library.
         data_source: As for `load_data`.
-        split: Split to evaluate on; the usual evaluation split, or held-out images, if not given.
+        split: Split to evaluate on. If not given, the usual evaluation split; or else what was held out of the data
+            that the model was trained on; or else all images.
         image_column, label_column, label_separator: As for `load_data`.
         batch_size: Batch size per device, chosen for the hardware if not given. It changes metrics by rounding only.
         num_workers: Data loading processes, per process.
@@ -66,6 +70,7 @@ def evaluate_checkpoint(
         probes: Keys of `PROBES`. They are fitted on the training split, and need no classifier.
         merged_per_layer: Tokens to merge per layer by `merge_tokens`, in a second measurement of accuracy and
             throughput.
+        mistakes: CSV file for the wrongly classified images; see `write_mistakes`.
 
     Returns:
         All measurements, of plain types; `None` on every process but the first.
@@ -82,19 +87,11 @@ def evaluate_checkpoint(
     batch_size = batch_size or default_batch_size(accelerator.device.type)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
-    kind = checkpoint.config.problem_type if checkpoint.architecture == CLASSIFIER else None
-    if kind in (MULTI, REGRESSION):  # whole numbers could also be classes
-        columns["problem_type"] = kind
     with accelerator.local_main_process_first():  # the others read what it has cached
-        data, warning = load_evaluation_data(
-            source, data_source, eval_split=split, needs_train=bool(probes), **columns
+        data, classes, note = _load_aligned(
+            checkpoint, source, data_source, eval_split=split, needs_train=bool(probes), **columns
         )
-    model_labels = labels_of(checkpoint)
-    data, classes, note = align(data, model_labels, needs_all=bool(probes))
-    if classes is not None and (problem := contradiction(checkpoint.config, data)):
-        classes, note = None, problem
-    note = " ".join(filter(None, [*data.notes, note, warning]))
-    _check_measurable(classes, note, data, split, probes, merged_per_layer)
+    _check_measurable(classes, note, data, split, probes, merged_per_layer, mistakes)
     model, processor = load(source, image_size, checkpoint)
     if merged_per_layer:  # fails now instead of after minutes
         merge_tokens(merge_tokens(model, merged_per_layer), 0)
@@ -117,13 +114,16 @@ def evaluate_checkpoint(
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
-    label_names = data.label_names if classes is None or model_labels is None else model_labels
+    label_names = data.label_names if classes is None else labels_of(checkpoint) or data.label_names
+    if mistakes is not None and isinstance(results, ImageResults):
+        write_mistakes(Path(mistakes), results, data.evaluation, data.columns, label_names)
     count = len(data.evaluation) - len(broken)
     return {
-        "model": Path(source).name if Path(source).exists() else source,
+        "model": Path(source).resolve().name if Path(source).exists() else source,
         "data": data.name,
         "split": data.eval_split,
         "images": count,
+        "images_of_data": len(data.evaluation) + (len(data.train) if data.eval_split == HELD_OUT else 0),
         "broken": broken,
         "image_size": list(model.config.image_shape),
         "problem_type": data.problem_type if classes is None else checkpoint.config.problem_type or SINGLE,
@@ -139,14 +139,36 @@ def evaluate_checkpoint(
     }
 
 
+def _load_aligned(
+    checkpoint: Checkpoint, source: str, data_source: str | Sequence[str], needs_train: bool, **options: Any
+) -> tuple[ImageData, list[int] | None, str]:
+    """Return the data, the model's index of each of its classes unless the features alone can be evaluated, a note."""
+    kind = checkpoint.config.problem_type if checkpoint.architecture == CLASSIFIER else None
+    if kind in (MULTI, REGRESSION):  # whole numbers could also be classes
+        options["problem_type"] = kind
+    data, warning = load_evaluation_data(source, data_source, needs_train=needs_train, **options)
+    data, classes, note = align(data, labels_of(checkpoint), needs_all=needs_train)
+    if classes is not None and (problem := contradiction(checkpoint.config, data)):
+        classes, note = None, problem
+    return data, classes, " ".join(filter(None, [*data.notes, note, warning]))
+
+
 def _check_measurable(
-    classes: list[int] | None, note: str, data: ImageData, split: str | None, probes: Sequence[str], merged: int
+    classes: list[int] | None,
+    note: str,
+    data: ImageData,
+    split: str | None,
+    probes: Sequence[str],
+    merged: int,
+    mistakes: str | Path | None,
 ) -> None:
     """Raise a `ValueError` if model and data do not allow what is to be measured."""
     if classes is None and not probes:
         raise ValueError(f"{note} To evaluate its features alone, add --probe.")
     if classes is None and merged:
         raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
+    if mistakes is not None and (classes is None or data.problem_type != SINGLE):
+        raise ValueError("Mistakes are those of a classifier with one label per image: remove --mistakes.")
     if probes and data.problem_type != SINGLE:
         raise ValueError("Probes need one label per image, and this data has others: remove --probe.")
     if probes and len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]:

@@ -8,7 +8,7 @@ from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
 from ..data.classes import MULTI, REGRESSION, SINGLE, UNKNOWN
 from ..data.folders import key_of
 from ..data.labelled import ImageData
-from ..system.texts import shortened
+from ..system.texts import counted, shortened
 
 # By transformers' name of what the labels are.
 KINDS = {
@@ -51,7 +51,7 @@ def align(
     rows = [row for row, label in enumerate(labels) if label < 0 or classes[label] >= 0]
     if not rows:
         return data, None, f"{note} No image is of a class that the model knows."
-    left_out = f"{len(labels) - len(rows):,} of {len(labels):,} images are of these classes and are left out."
+    left_out = f"Left out: {len(labels) - len(rows):,} of {len(labels):,} images, which are of these classes."
     return replace(data, evaluation=data.evaluation.select(rows)), classes, f"{note} {left_out}"
 
 
@@ -121,8 +121,8 @@ def match_labels(of_model: list[str] | None, of_data: list[str]) -> tuple[list[i
     if len(unknown) < len(of_data) and not is_ambiguous:
         return found, f"{note}."
     return None, (
-        f"{note}; it has {len(of_model)} classes ({shortened(of_model)}). Rename the classes of the data, or choose "
-        "the --label-column that the model was trained on."
+        f"{note}; it has {counted(len(of_model), 'class', 'classes')} ({shortened(of_model)}). Rename the classes of "
+        "the data, or choose the --label-column that the model was trained on."
     )
 
 

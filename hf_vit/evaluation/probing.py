@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..system.texts import counted
+
 Labelled = tuple[Tensor, Tensor]  # features [N, D], labels [N]
 
 
@@ -39,8 +41,8 @@ def linear_probe(
         held_out[members[: len(members) // 5]] = True
     if len(labels.unique()) < 2 or not held_out.any():
         raise ValueError(
-            f"A linear probe needs two classes, and five training images in one of them: got {len(labels)} images in "
-            f"{len(labels.unique())} classes."
+            f"A linear probe needs two classes, and five training images in one of them: got "
+            f"{counted(len(labels), 'image')} in {counted(len(labels.unique()), 'class', 'classes')}."
         )
 
     def fit(which: Tensor, strength: float) -> Any:

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from ..data.labelled import HELD_OUT
-from ..system.texts import shortened
+from ..data.labelled import ALL, HELD_OUT
+from ..system.texts import counted, shortened
 
 MOST_CLASSES, WORST = 20, 10  # with more classes, only the worst ones are printed
 
@@ -58,16 +58,18 @@ TABLES = {
 def report_lines(measured: dict[str, Any]) -> list[str]:
     """Return the measurements of `evaluate_checkpoint` as lines for a terminal."""
     height, width = measured["image_size"]
-    split = "held-out split" if measured["split"] == HELD_OUT else f"split {measured['split']}"
+    which = {HELD_OUT: "held-out split", ALL: "all images"}.get(measured["split"], f"split {measured['split']}")
+    number = f"{measured['images']:,} of " * (measured["split"] == HELD_OUT)
+    number += counted(measured["images_of_data" if number else "images"], "image")
     lines = [
-        f"{measured['model']} on {measured['data']}, {split}: {measured['images']:,} images of {height}x{width} "
+        f"{measured['model']} on {measured['data']}, {which}: {number} of {height}x{width} "
         f"pixels, {measured['precision']}, {measured['hardware'] if measured['device'] != 'cpu' else 'CPU'}"
     ]
     if measured["note"]:
         lines.append(f"Note: {measured['note']}{'' if 'figures' in measured else ' Only probes are run.'}")
     lines += [f"Assumed: {assumed}" for assumed in measured["assumed"]]
     if broken := measured["broken"]:
-        lines.append(f"Skipped {len(broken)} images that cannot be read ({shortened(broken)})")
+        lines.append(f"Skipped {counted(len(broken), 'unreadable image')}: {shortened(broken)}.")
     lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
     lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []
@@ -79,7 +81,7 @@ def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
     metrics = measured.get("figures", {})
     rows += [(name, form.format(metrics[key])) for key, (name, form) in METRICS.items() if key in metrics]
     for name, probe in measured["probes"].items():
-        training = f"{probe['train_images']:,} training images"
+        training = counted(probe["train_images"], "training image")
         if name == "linear":
             failed = "" if probe["converged"] else ", not converged"
             rows.append(("linear probe", f"{probe['accuracy']:.2%}  (C={probe['C']:g}{failed}, {training})"))

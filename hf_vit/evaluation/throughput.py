@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..data.evaluated import load_evaluation_data
 from ..data.images import EvaluationImages, normalize
-from ..data.labelled import load_evaluation_data
 from ..data.loaders import evaluation_loader
 from ..inference.threads import BATCH_OF_CPU
+from ..system.texts import counted
 from .labels import align, contradiction, labels_for_model, labels_of
 from .metrics import evaluate_images
 
@@ -54,8 +55,8 @@ def compare(
     first, threads = next(iter(results.values())), torch.get_num_threads()
     metric = next(iter(first.metrics()))
     lines = [
-        f"{len(first.labels):,} images of {data.name}, {data.eval_split}. Throughput: batch size {BATCH_OF_CPU}, "
-        f"{threads} thread{'s' * (threads > 1)}, median of {turns} runs (min to max).",
+        f"{counted(len(first.labels), 'image')} of {data.name}, {data.eval_split}. Throughput: batch size "
+        f"{BATCH_OF_CPU}, {counted(threads, 'thread')}, median of {turns} runs (min to max).",
         f"{'':28}{SHORT.get(metric, metric):>9}  {'agreement':>9}  images/s",
     ]
     for name, result in results.items():

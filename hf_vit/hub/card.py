@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
@@ -19,6 +20,8 @@ from .folder import weight_files
 
 # What is needed to reproduce a result.
 PROVENANCE = ("command", "hardware", "seeds")
+
+SHORT_WAIT = 5  # seconds for the licence of a base model
 
 # Identifiers of the Hub; "other" is for any other licence.
 LICENSES = """
@@ -46,7 +49,7 @@ def write_card(
     split: str = "test",
     sections: Mapping[str, str] | None = None,
     images: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str | None = None,
     base_model: str | None = None,
 ) -> Path:
     """Write the model card `folder/README.md`, replacing the one that `save_pretrained` wrote.
@@ -63,7 +66,8 @@ def write_card(
         split: Split that the results were measured on.
         sections: Further text in Markdown, by heading.
         images: Names of image files in the folder, shown at the end.
-        license: The Hub's identifier of the licence of the weights.
+        license: The Hub's identifier of the licence of the weights, such as `license_of` a base model; the card states
+            none if not given.
         base_model: Name on the Hub of the model that this one was fine-tuned from.
 
     Returns:
@@ -75,7 +79,9 @@ def write_card(
     folder = Path(folder)
     results, measured = dict(results or {}), dict(measured or {})
     _check_results(results, measured, dataset)
-    _check_front_matter(license, dataset_id, base_model)
+    if license is not None:
+        check_license(license)
+    _check_front_matter(dataset_id, base_model)
     if missing := [image for image in images if not (folder / image).is_file()]:
         raise ValueError(f"These images are not in {folder}: {', '.join(missing)}. Save them there first.")
 
@@ -104,6 +110,7 @@ def write_card(
         name=in_quotes(folder.resolve().name),
         description=description,
         config=config,
+        is_rgb=config.num_channels in (1, 3),
         image_shape=config.image_shape,
         patch_shape=config.patch_shape,
         labels=[markdown(str(label)) for label in (config.id2label or {}).values()] if is_classifier else [],
@@ -134,13 +141,52 @@ def _check_results(results: Mapping[str, float], measured: Mapping[str, str], da
         raise ValueError(f"Results must be finite numbers; these are not: {broken}. Check the run before pushing.")
 
 
-def _check_front_matter(license: str, dataset_id: str | None, base_model: str | None) -> None:
+def check_license(license: str) -> None:
+    """Raise `ValueError` unless a licence is an identifier of the Hub."""
+    if license in LICENSES.split():
+        return
+    near = get_close_matches(license.lower(), LICENSES.split(), 1)
+    raise ValueError(
+        f"license must be an identifier of the Hub such as {near[0] if near else 'apache-2.0'!r}, got {license!r}; "
+        "use 'other' for any other licence."
+    )
+
+
+def state_license(card: Path, license: str) -> None:
+    """Write a licence into the metadata of a model card.
+
+    Raises:
+        ValueError: If it is not an identifier of the Hub.
+    """
+    check_license(license)
+    stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    stated.data.license = license
+    card.write_text(str(stated), encoding="utf-8")
+
+
+def license_of(model: str | None) -> str | None:
+    """Return the licence of a model, if its card states one that is an identifier of the Hub.
+
+    Args:
+        model: A folder or a file, with the card beside it; or a name on the Hub, whose card is in the cache or is
+            downloaded.
+    """
+    if model is None:
+        return None
+    path = Path(model)
+    try:
+        if path.exists():
+            card = (path if path.is_dir() else path.parent) / "README.md"
+        else:
+            card = Path(hf_hub_download(model, "README.md", etag_timeout=SHORT_WAIT))
+        stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except Exception:  # without a card, a network or a valid name: nothing is known, and a run must not fail for it
+        return None
+    return stated if isinstance(stated, str) and stated in LICENSES.split() else None
+
+
+def _check_front_matter(dataset_id: str | None, base_model: str | None) -> None:
     # The Hub would reject the card only at the push, after the training.
-    if license not in LICENSES.split():
-        raise ValueError(
-            f"license must be an identifier of the Hub such as 'apache-2.0' or 'cc-by-nc-4.0', got {license!r}; "
-            "use 'other' for any other licence."
-        )
     for field, name in {"dataset_id": dataset_id, "base_model": base_model}.items():
         try:
             if name is not None:

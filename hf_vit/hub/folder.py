@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..model.configuration_hf_vit import CLASSES
-from ..system.texts import has_token
+from ..system.places import is_junk
+from ..system.texts import counted, has_token, shortened
 
 # Files of a model's repository apart from its code. All others are rejected: optimizer states are large, and pickles
 # such as Trainer's training_args.bin hold the user's token in plain text.
@@ -35,12 +36,16 @@ UPLOADED = (
 # Folders that are ignored: the run that a model came from, its last model, and files of git and of the Hub's client.
 IGNORED = ("adapter", "checkpoints", "checkpoint-*", "fit", "last", "runs", ".git", ".cache")
 
+# Files of a run that stay here: they name the images of its user.
+LOCAL = ("mistakes.csv",)
+
 # Names of files that may hold secrets, which have an error of their own.
 SECRETS = (
     ".env*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", ".netrc", ".git-credentials", ".npmrc",
     ".pypirc", "*credential*", "*secret*", "*token*",
 )  # fmt: skip
 
+LISTED = 10  # files in an error
 PROCESSOR_BACKENDS = ("torchvision", "pil")
 
 
@@ -48,26 +53,33 @@ def check_folder(folder: str | Path) -> list[str]:
     """Check that a folder can be uploaded, and return the names of its files.
 
     It must have readable weights, config and processor with a complete `auto_map`, all code that these name, and a
-    model card. It must have no other files than `UPLOADED`, and no token in any of them. It skips `IGNORED` folders.
+    model card. It must have no other files than `UPLOADED`, and no token in any of them. It skips `IGNORED` folders,
+    `LOCAL` files, and what operating systems leave in folders.
 
     Raises:
         ValueError: Names everything that is missing or must not be uploaded, and what to do.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: pass one that `save_pretrained` wrote.")
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}: pass the folder of a model that `save_pretrained` wrote.")
+    names = files_in(folder)
+    if "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(
+            f"{folder} holds no model: expected config.json, weights and a model card, as `hf-vit train` and "
+            f"`save_pretrained` write them; found {_some(names)}."
+        )
     code, problems = _code(folder)
     problems += _unreadable_weights(folder)
     if not (folder / "README.md").is_file():
         problems.append("README.md, the model card, is missing")
-    names = files_in(folder)
     if secret := [name for name in names if _is_secret(name) and name not in code and not _is_uploaded(name)]:
-        problems.append(f"these look like secrets, which must not be uploaded: {', '.join(secret)}")
+        problems.append(f"these look like secrets, which must not be uploaded: {_some(secret)}")
     ours = [name for name in names if name in code or _is_uploaded(name)]
     if leaking := [name for name in ours if _has_token(folder / name)]:
         problems.append(f"there is a token in {', '.join(leaking)}: remove it from there, and revoke it")
     if foreign := [name for name in names if name not in ours and name not in secret]:
-        problems.append(f"these must not be uploaded, since training state may hold your token: {', '.join(foreign)}")
+        problems.append(f"these do not belong to a model, and training state may hold your token: {_some(foreign)}")
     if problems:
         raise ValueError(
             f"{folder} cannot be uploaded to the Hub:\n- "
@@ -97,8 +109,19 @@ def files_in(folder: Path) -> list[str]:
     return [path.as_posix() for path in paths if not _is_ignored(path)]
 
 
+def _some(names: list[str]) -> str:
+    """Return up to ten names, and how many there are if there are more."""
+    if not names:
+        return "no files"
+    return ", ".join(names) if len(names) <= LISTED else f"{counted(len(names), 'file')}, such as {shortened(names)}"
+
+
 def _is_ignored(path: Path) -> bool:
-    return len(path.parts) > 1 and any(fnmatch(path.parts[0], pattern) for pattern in IGNORED)
+    return (
+        any(map(is_junk, path.parts))
+        or path.as_posix() in LOCAL
+        or (len(path.parts) > 1 and any(fnmatch(path.parts[0], pattern) for pattern in IGNORED))
+    )
 
 
 def _is_secret(name: str) -> bool:

@@ -13,13 +13,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers.utils import logging
 
 from ..system.network import is_final, pause_after, sentence_of
 from ..system.texts import one_line, shell_word, without_tokens
-from .card import in_quotes
+from .card import in_quotes, state_license
 from .folder import check_folder
 
 logger = logging.get_logger(__name__)
@@ -127,6 +128,7 @@ def push(
     repo_id: str,
     *,
     private: bool = False,
+    license: str | None = None,
     revision: str | None = None,
     message: str = "Upload model",
     token: str | None = None,
@@ -141,16 +143,22 @@ def push(
         folder: Folder written by `save_pretrained`, with a model card; see `check_folder`.
         repo_id: `"user/name"`, or `"name"` for the owner of the token.
         private: Whether a new repository is private; an existing one is not changed.
+        license: The Hub's identifier of a licence, which is written into the model card of the folder; the card keeps
+            what it states if not given.
         revision: Branch to push to, created if it does not exist; `main` by default.
         message: Commit message.
         token: Token with write access; by default that of `hf auth login` or `HF_TOKEN`.
 
     Raises:
-        ValueError: If the folder is incomplete, or has files that must not be uploaded.
+        ValueError: If the folder is incomplete, or has files that must not be uploaded; if the repository has no
+            user, or the Hub must not be used (`HF_HUB_OFFLINE`).
         HfHubHTTPError: If the Hub rejects the push; 412 if there was another push at the same time.
     """
     folder = Path(folder)
     names = check_folder(folder)
+    _check_target(repo_id, token)
+    if license is not None:
+        state_license(folder / "README.md", license)
     api = HfApi(token=token)
     client = get_session()
     if client.timeout.read is None:  # without it, a Hub that stops responding would block forever
@@ -176,6 +184,23 @@ def push(
         parent_commit=before.sha,  # two pushes at once must not be mixed
     )
     return str(url)
+
+
+def _check_target(repo_id: str, token: str | None) -> None:
+    """Raise `ValueError` if a push to a repository cannot succeed."""
+    if constants.is_offline_mode():
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed to the Hub: unset it.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"Expected a repository USER/NAME of letters, digits, '-', '_' and '.', got {repo_id!r}."
+        ) from None
+    if "/" not in repo_id and not (token or get_token()):
+        raise ValueError(
+            f"The repository {repo_id!r} has no user, and nobody is logged in: write USER/{repo_id}, and log in by "
+            "`hf auth login`."
+        )
 
 
 def _card_for(card: str, folder: Path, repo_id: str) -> str:

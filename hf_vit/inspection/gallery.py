@@ -23,7 +23,7 @@ from ..data.sources import files_of
 from ..inference.threads import BATCH_OF_CPU
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
-from ..system.texts import one_line
+from ..system.texts import counted, one_line
 from .attention import (
     READ_BY,
     attention_distance,
@@ -37,7 +37,7 @@ from .facts import facts
 from .features import feature_components, plot_token_norms, token_norms
 from .filters import patch_filters, plot_filters, stem_filters
 from .layers import layer_number
-from .maps import plot_attention_maps, plot_feature_components, plot_heads, plot_norm_maps
+from .maps import plot_attention_maps, plot_feature_components, plot_heads, plot_images, plot_norm_maps
 from .page import Entry, write_page
 from .positions import plot_position_bias, plot_position_similarity, position_bias, position_similarity
 
@@ -50,6 +50,9 @@ NOT_DRAWN = {
 }
 
 READINGS = {
+    "predictions": "The most likely label of each image and its probability, or all labels above their thresholds, or "
+    "the values of a regression. A label in brackets is the true one, which the name of the folder tells, where it "
+    "differs.",
     "filters": "The principal components of the filters of the patch projection, with their share of the variance. "
     "Training turns noise into smooth blobs, waves and edges of few colours; together they form a basis for the "
     "content of a patch.",
@@ -131,6 +134,7 @@ class Photos:
     pixels: np.ndarray
     pixel_values: Tensor
     names: list[str]
+    folders: list[str]
     number: int
     distance: np.ndarray
     data: str
@@ -227,6 +231,7 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
     model, number = subject.model, 0
     files = list(files_of(sources))
     names: list[str] = []
+    of_folders: list[str] = []
 
     def readable() -> Iterator[Tensor]:
         nonlocal number
@@ -239,6 +244,7 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
             number += 1
             if len(names) < WITH_MAPS:
                 names.append(_text(file.name))
+                of_folders.append(_text(file.absolute().parent.name))
             yield pixels
 
     def values(pixels: Iterable[Tensor]) -> Tensor:
@@ -248,7 +254,9 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
     first = list(islice(pixels, WITH_MAPS))
     if not first:
         reason = f" {subject.notes[-1]}" if files else ""
-        raise ValueError(f"Expected readable images in {', '.join(sources)}, got none ({len(files)} files).{reason}")
+        raise ValueError(
+            f"Expected readable images in {', '.join(sources)}, got none ({counted(len(files), 'file')}).{reason}"
+        )
     # The attention weights of one head of a batch take at most as much memory as 8 images of 64x64 patches.
     patches = int(np.prod(model.config.grid_of(*subject.size)))
     batch_size = max(1, min(BATCH_OF_CPU, BATCH_OF_CPU * 4096**2 // patches**2))
@@ -257,7 +265,8 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
     paths = [Path(source).resolve() for source in sources]
     folders = list(dict.fromkeys(_text(path.name if path.is_dir() else path.parent.name) for path in paths))
     data = ", ".join(folders[:2]) + (", ..." if len(folders) > 2 else "")
-    return Photos(torch.stack(first).byte().cpu().numpy(), values(first), names, number, distance, data)
+    shown = torch.stack(first).byte().cpu().numpy()
+    return Photos(shown, values(first), names, of_folders, number, distance, data)
 
 
 def _text(name: str) -> str:
@@ -271,7 +280,7 @@ def _safe(name: str) -> str:
 
 
 def _images(number: int) -> str:
-    return "1 image" if number == 1 else f"{number:,} images"
+    return counted(number, "image")
 
 
 def _by(size: Sequence[int]) -> str:
@@ -337,11 +346,41 @@ def _positions(subject: Subject, grid: tuple[int, int]) -> Picture:
 
 def _of_images(subject: Subject, photos: Photos) -> Iterator[Picture]:
     subject.arrays |= {"images": photos.pixels, "image_names": np.array(photos.names)}
+    if getattr(subject.model, "classifier", None) is not None and subject.model.config.num_labels:
+        yield _predictions(subject, photos)
     yield _distance(subject, photos)
     yield _rollout(subject, photos)
     yield from _attention(subject, photos)
     yield _features(subject, photos)
     yield from _norms(subject, photos)
+
+
+@torch.inference_mode()
+def _predictions(subject: Subject, photos: Photos) -> Picture:
+    heading, names = "Predicted labels", subject.model.config.id2label
+    logits = subject.model(photos.pixel_values).logits.float().cpu()
+    labels = [_answer(subject.model.config, each, folder) for each, folder in zip(logits, photos.folders, strict=True)]
+    figure = plot_images(photos.pixels, labels, heading)
+    arrays = {"logits": logits.numpy(), "label_names": np.array([names[index] for index in range(len(names))])}
+    return subject.picture("predictions", heading, photos.shown, figure, **arrays)
+
+
+def _answer(config: Any, logits: Tensor, folder: str) -> str:
+    """Return what a model says of an image as text, and the true label in brackets if the folder tells another one."""
+    if config.problem_type == "regression":
+        return ", ".join(f"{config.id2label[index]} {value:.4g}" for index, value in enumerate(logits.tolist()))
+    if config.problem_type == "multi_label_classification":
+        thresholds = torch.tensor(config.thresholds or [0.5] * len(logits))
+        chosen = (logits.sigmoid() > thresholds).nonzero().flatten().tolist()
+        return ", ".join(config.id2label[index] for index in chosen) or "none"
+    share, index = logits.softmax(dim=-1).max(dim=-1)
+    label = config.id2label[int(index)]
+    is_mistake = folder in config.label2id and folder != label
+    return f"{_cut(label)} {share:.0%}" + f" ({_cut(folder)})" * is_mistake
+
+
+def _cut(name: str, length: int = 12) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _distance(subject: Subject, photos: Photos) -> Picture:

@@ -31,6 +31,12 @@ def plot_attention_maps(
     return _plot(groups, title, images, "attention to the patch, %", **scale)
 
 
+def plot_images(images: np.ndarray, labels: Sequence[str], title: str = "Images") -> Figure:
+    """Draw images with a label above each."""
+    tiles = [[Tile(_shown(image), short(label, 30))] for image, label in zip(images, labels, strict=True)]
+    return plot_tiles(in_rows(tiles, COLUMNS // 2), title, images.shape[2] / images.shape[3], 2.0)
+
+
 def plot_heads(image: np.ndarray, maps: np.ndarray, name: str = "image", title: str = "Attention by head") -> Figure:
     """Draw one image `[C, H, W]` and the map of every head, `[A, h, w]` in percent, on one scale."""
     heads = [Tile(100 * values, f"head {number}") for number, values in enumerate(maps, start=1)]

@@ -56,8 +56,8 @@ def predict_to_file(
     """Write the predictions for all images of some sources to a file; the same call resumes an interrupted run.
 
     Args:
-        output: A .parquet or .jsonl file, replaced at the end; see `hf_vit.prediction.table`. Finished shards are in
-            `output.parts` until then.
+        output: A .csv, .tsv, .jsonl or .parquet file, replaced at the end; see `hf_vit.prediction.table`. Finished
+            shards are in `output.parts` until then.
         engine: `"processes"`, those of a launcher, or `"ray"`.
         restart: Whether to remove finished shards first.
 

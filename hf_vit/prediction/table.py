@@ -1,6 +1,6 @@
 """The table that `hf-vit predict` writes: a folder of finished shards, which become one file at the end.
 
-A row is an image, in the order of the sources:
+A row is an image, in the order of the sources, in .parquet and .jsonl files:
 
     image     string         the name of its file; without a name, the number of the row, from 0
     labels    list<string>   the most likely classes, the most likely first, or all targets of a regression; see
@@ -9,19 +9,24 @@ A row is an image, in the order of the sources:
     error     string         why the image is broken, or null
     features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
 
+A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features.
+
 A shard is written under another name, synced and renamed; its name says which images it holds. The folder also holds
 the plan: the sources and settings of the shards. The file appears by one renaming, and then the folder is removed.
 """
 
+import csv
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..system.disk import UNFINISHED, sync, writing
@@ -61,7 +66,7 @@ def _text(text: str | None) -> str | None:
 
 
 @contextmanager
-def _parquet(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+def _parquet(path: Path, schema: pa.Schema, most: int) -> Iterator[Callable[[pa.Table], None]]:
     waiting: list[pa.Table] = []
     with pq.ParquetWriter(path, schema) as writer:
 
@@ -80,13 +85,37 @@ def _parquet(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], Non
 
 
 @contextmanager
-def _json_lines(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+def _json_lines(path: Path, schema: pa.Schema, most: int) -> Iterator[Callable[[pa.Table], None]]:
     with path.open("w", encoding="utf-8") as lines:
         yield lambda table: lines.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
 
 
-Writer = Callable[[Path, pa.Schema], AbstractContextManager[Callable[[pa.Table], None]]]
-WRITERS: dict[str, Writer] = {".parquet": _parquet, ".jsonl": _json_lines}
+@contextmanager
+def _text_table(
+    path: Path, schema: pa.Schema, most: int, delimiter: str = ","
+) -> Iterator[Callable[[pa.Table], None]]:
+    numbers = ["", *(f"_{number}" for number in range(2, most + 1))][:most]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        writer.writerow(["image", *(f"{what}{number}" for number in numbers for what in ("label", "score")), "error"])
+
+        def write(table: pa.Table) -> None:
+            for row in table.to_pylist():
+                pairs = [(label, f"{score:.6g}") for label, score in zip(row["labels"], row["scores"], strict=True)]
+                pairs += [("", "")] * (most - len(pairs))
+                writer.writerow([row["image"], *chain.from_iterable(pairs), row["error"] or ""])
+
+        yield write
+
+
+# Each writes a file of the given columns, of at most that many labels per image.
+Writer = Callable[[Path, pa.Schema, int], AbstractContextManager[Callable[[pa.Table], None]]]
+WRITERS: dict[str, Writer] = {
+    ".csv": _text_table,
+    ".tsv": partial(_text_table, delimiter="\t"),
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+}
 
 
 class PredictionTable:
@@ -97,12 +126,14 @@ class PredictionTable:
         has_features: Whether the table has the features column.
 
     Raises:
-        ValueError: If the suffix is unknown, or the folder of the file does not exist.
+        ValueError: If the suffix is unknown or has no features, or the folder of the file does not exist.
     """
 
     def __init__(self, output: Path, has_features: bool) -> None:
         if output.suffix not in WRITERS:
-            raise ValueError(f"Expected --output to end in {' or '.join(WRITERS)}, got {output}.")
+            raise ValueError(f"Expected --output to end in one of {', '.join(WRITERS)}; got {output}.")
+        if has_features and output.suffix in (".csv", ".tsv"):
+            raise ValueError(f"Features are written to .parquet or .jsonl files only; got --output {output}.")
         if not output.absolute().parent.is_dir():
             raise ValueError(f"The folder of --output {output} does not exist: create it first.")
         self.output, self.schema = output, schema_of(has_features)
@@ -171,7 +202,8 @@ class PredictionTable:
         self._check_complete(shards, parts)
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
-            with WRITERS[self.output.suffix](unfinished, self.schema) as write:
+            most = max((self._most_labels(shard) for shard in shards), default=0)
+            with WRITERS[self.output.suffix](unfinished, self.schema, most) as write:
                 for shard in shards:
                     table = pq.read_table(self.folder / shard.name, schema=self.schema)
                     names = [name or str(images + row) for row, name in enumerate(table["image"].to_pylist())]
@@ -186,6 +218,10 @@ class PredictionTable:
         (self.folder / PLAN).unlink(missing_ok=True)  # there is nothing to resume from here on
         self._clear()
         return images, broken
+
+    def _most_labels(self, shard: Shard) -> int:
+        lengths = pc.list_value_length(pq.read_table(self.folder / shard.name, columns=["labels"])["labels"])
+        return pc.max(lengths).as_py() or 0
 
     def _check_complete(self, shards: list[Shard], parts: int) -> None:
         following = [0] * parts  # the number of the next shard, or -1 after the last one

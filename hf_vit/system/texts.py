@@ -74,6 +74,11 @@ def read_size(option: str, text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun, such as `"1 image"` or `"2,000 images"`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def markdown(text: str) -> str:
     """Escape a text for a line of Markdown or a cell of a table."""
     return MARKUP.sub(r"\\\g<0>", one_line(text))

@@ -18,9 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..data.classes import SINGLE, TASK_OF
-from ..data.folders import counted
 from ..evaluation.labels import KINDS
-from ..system.texts import hanging
+from ..system.texts import counted, hanging
 from .facts import Facts
 from .recipe import TrainConfig
 from .tasks import TASKS

@@ -1,6 +1,7 @@
 """From a recipe to a folder that people understand: train, draw figures, write the model card, push."""
 
 import os
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .. import inspection
 from ..data.labelled import RECIPE
-from ..hub.card import write_card
+from ..hub.card import license_of, write_card
 from ..hub.folder import copy_of_ours
 from ..hub.upload import BackgroundPush
 from ..inspection.drawing import save
@@ -22,6 +23,9 @@ from .loop import train
 from .recipe import TrainConfig
 from .run import METRICS, Run
 from .views import VIEWS, Unlabelled, describe_data
+
+# An absolute path, or one that begins with ~, . or ..; its last part. Not the address of a page.
+LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^\s'\"=,:]*/)?([^\s'\"=,:/]+)/?")
 
 WEIGHTED = {
     "balanced": "In the loss, classes have weights that are inverse to their numbers of images",
@@ -41,6 +45,8 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
         hub = BackgroundPush(config.push_to_hub, config.private, tqdm.external_write_mode()(say))
 
+    license = None if hub is None else license_of_base(config.model)
+
     def publish(step: int, write_model: Callable[[Path], None]) -> None:
         def write(folder: Path) -> None:
             write_model(folder)
@@ -49,6 +55,8 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
                 title=Path(config.output_dir).resolve().name,
                 description=f"After {step:,} steps of a run that is still in progress.",
                 sections={"Recipe": _recipe(config)},
+                license=license,
+                base_model=base_model_of(config),
             )
 
         if hub is not None:
@@ -110,6 +118,7 @@ def write_report(run: Run, command: str) -> None:
         ),
         **view.figures(run, title),
     }
+    view.write_tables(run)
     if hasattr(run.model.base_model.embeddings.position_embeddings, "on_grid"):
         figures["positions.png"] = inspection.plot_position_similarity(
             inspection.position_similarity(run.model), f"{title}: similarity of position embeddings"
@@ -124,7 +133,7 @@ def write_report(run: Run, command: str) -> None:
         description=_description(run),
         results={name: run.metrics[key] for key, name in view.results.items() if key in run.metrics},
         measured={
-            "command": code(command),
+            "command": code(public_command(command)),
             "hardware": f"{machine()}{processes}, {run.metrics['precision']}",
             "time": f"{run.timing['seconds']:,.0f} s, {run.timing['images_per_second']:,.0f} images/s",
             "seeds": str(run.config.seed),
@@ -133,6 +142,7 @@ def write_report(run: Run, command: str) -> None:
         split=run.data.eval_split,
         sections=_sections(run, command),
         images=list(figures),
+        license=license_of_base(run.config.model),
         base_model=base_model_of(run.config),
     )
 
@@ -157,8 +167,14 @@ def base_model_of(config: TrainConfig) -> str | None:
     return config.model if str(config.model).count("/") == 1 else None
 
 
+def license_of_base(model: str | None) -> str | None:
+    """Return the licence of the checkpoint that is fine-tuned, if its card states one."""
+    return None if is_from_scratch(model) else license_of(str(model))
+
+
 def fenced_command(command: str) -> str:
     """Return a command, or a call of this package, as a block of Markdown."""
+    command = public_command(command)
     return fenced(command, "python" if command.startswith("hf_vit.") else "bash")
 
 
@@ -213,6 +229,11 @@ def _unreadable(number: int) -> str:
 
 def _recipe(config: TrainConfig) -> str:
     return f"<details><summary>All fields</summary>\n\n{fenced(for_others(config).to_yaml(), 'yaml')}\n\n</details>"
+
+
+def public_command(command: str) -> str:
+    """Return a command with the last parts of paths that state folders of this machine."""
+    return LOCAL_PATH.sub(r"\1", command)
 
 
 def public_paths(value: Any) -> Any:

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches
+from ..checkpoints.opening import open_checkpoint
 from ..data.augmentation import BatchMixer
 from ..data.images import derive_seed
 from ..data.labelled import ImageData
@@ -20,6 +21,7 @@ from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import classification_loss
 from ..model.modeling_hf_vit import HFViTForImageClassification
+from ..model.validation_hf_vit import POOLINGS_OF_CLS
 from ..variants import config_of, is_from_scratch
 from .recipe import TrainConfig
 
@@ -346,7 +348,19 @@ def build_model(config: TrainConfig, task: Any) -> tuple[Any, HFViTImageProcesso
 def _fields_of(config: TrainConfig) -> dict[str, Any]:
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     fields = {"image_size": (height, width), **config.model_config}
-    return {**WITHOUT_DROPOUT, **fields} if config.trained == "head" else fields
+    if config.trained != "head":
+        return fields
+    if str(fields.get("pooling")) in POOLINGS_OF_CLS and not _reads_class_token(config.model):
+        del fields["pooling"]  # a probe reads the features that the checkpoint has
+    return {**WITHOUT_DROPOUT, **fields}
+
+
+def _reads_class_token(model: str | None) -> bool:
+    """Return whether an encoder has a class token that a head may read; a model from scratch has."""
+    if model is None or is_from_scratch(model):
+        return True
+    config = open_checkpoint(model).config
+    return config.use_cls_token and config.final_layernorm != "pooled"
 
 
 def _draw_positions(model: Any, std: float) -> None:

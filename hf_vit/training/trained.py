@@ -104,7 +104,7 @@ class TrainedModel:
         Args:
             images: Files, folders, globs, parquet files or data sets, one or several; or a list of PIL images, bytes,
                 or images as `datasets` stores them.
-            output: A .parquet or .jsonl file. Without it, the predictions are returned.
+            output: A .csv, .tsv, .jsonl or .parquet file. Without it, the predictions are returned.
             top_k, features, split, image_column, batch_size, workers, precision, restart: As for `hf-vit predict`.
             image_size: (height, width) in pixels; the model's if not given.
 
@@ -145,13 +145,18 @@ class TrainedModel:
         measured = evaluate_checkpoint(self.source, source, **options)
         return None if measured is None else Evaluation(measured)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, license: str | None = None, token: str | None = None
+    ) -> str:
         """Publish the folder on the Hugging Face Hub, and return its address.
+
+        Args:
+            repo_id, private, license, token: As for `hf_vit.hub.push`.
 
         Raises:
             ValueError: If the folder is not complete, or holds files that must not be published.
         """
-        return push(self.folder, repo_id, private=private, token=token)
+        return push(self.folder, repo_id, private=private, license=license, token=token)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r})"

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import inspection
-from ..data.folders import counted
 from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import HELD_OUT, ImageData
+from ..evaluation.mistakes import write_mistakes
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
 from ..system.machine import device_name, precision_name
-from ..system.texts import fenced, hanging, markdown, one_line, shell_word
+from ..system.texts import counted, fenced, hanging, markdown, one_line, shell_word
 from ..variants import is_from_scratch
 
 LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
@@ -44,6 +44,9 @@ class Unlabelled:
     def figures(self, run: Any, title: str) -> dict[str, Figure]:
         """Return figures of the results by file name."""
         return {}
+
+    def write_tables(self, run: Any) -> None:
+        """Write tables of the results into the folder of the run."""
 
     def limitations(self, run: Any) -> list[str]:
         """Return sentences on what the metrics do not promise."""
@@ -105,6 +108,11 @@ class OfClasses(Unlabelled):
         )
         return figures
 
+    def write_tables(self, run: Any) -> None:
+        if not run.data.is_stream:
+            data, path = run.data, run.output_dir / "mistakes.csv"
+            write_mistakes(path, run.predictions, data.evaluation, data.columns, data.label_names)
+
     def sections(self, run: Any) -> dict[str, str]:
         return {"Classes": self._table(run)}
 
@@ -120,7 +128,7 @@ class OfClasses(Unlabelled):
         if worst["recall"] < 1:
             lines.append(
                 f"Its worst class is {worst['label']}, with an accuracy of {worst['recall']:.1%} on "
-                f"{worst['count']:,} images."
+                f"{counted(worst['count'], 'image')}."
             )
         mistakes = [pair for pair in predictions.pairs() if pair[0] != pair[1]]
         if mistakes:
@@ -175,12 +183,13 @@ class OfLabels(Unlabelled):
         )
         lines = [f"The threshold of each label is the one with the highest F1 on the {run.thresholds_from}.{chosen}"]
         if len(known) < len(rows):
-            lines.append(f"{len(rows) - len(known)} labels have no evaluation image: their precision is unknown.")
+            without = counted(len(rows) - len(known), "label")
+            lines.append(f"The precision of {without} is unknown: there are no evaluation images with them.")
         worst = min(known, key=lambda row: row["average_precision"], default=None)
         if worst is not None and worst["average_precision"] < 1:
             lines.append(
                 f"Its worst label is {worst['label']}, with an average precision of "
-                f"{worst['average_precision']:.1%} on {worst['count']:,} images that have it."
+                f"{worst['average_precision']:.1%} on {counted(worst['count'], 'image')} with it."
             )
         return lines
 

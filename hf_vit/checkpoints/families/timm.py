@@ -298,6 +298,8 @@ def _processor(stated: Stated, fields: dict[str, Any]) -> HFViTImageProcessorPil
     if not config:
         stated.assumed.append("Preprocessing of timm's first ViTs: bicubic, crop_pct 0.9, pixels in [-1, 1].")
         return HFViTImageProcessorPil.from_preset("timm", size, fields["num_channels"])
+    if stated.arguments.get("dynamic_img_size") and len(config.get("input_size", ())) == 3:
+        size = (config["input_size"][1], config["input_size"][2])  # the model resamples its positions
     names = {"image_mean": "mean", "image_std": "std", "crop_pct": "crop_pct"}
     arguments = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs)}
     if interpolation := config.get("interpolation"):

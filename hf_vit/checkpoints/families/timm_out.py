@@ -86,14 +86,30 @@ def special_features(config: HFViTConfig) -> list[str]:
 
 def unsupported_preprocessing(processor: dict[str, Any], config: HFViTConfig) -> list[str]:
     """Return what timm's transforms cannot do."""
-    features = unsupported_size(processor, config)
+    size = input_size(processor, config)
+    features = unsupported_size(processor, config) if size == config.image_shape else []
     if not processor["do_resize"]:
         features.append("do_resize=False of the processor")
     if not processor["do_rescale"] or processor["rescale_factor"] != 1 / 255:
         features.append("a processor's do_rescale or rescale_factor (only 1/255)")
-    if not features and crop(processor, config.image_shape) is None:
-        features.append(f"a crop of {config.image_shape} from {dict(processor['size'])} by the processor")
+    if not features and crop(processor, size) is None:
+        features.append(f"a crop of {size} from {dict(processor['size'])} by the processor")
     return features
+
+
+def input_size(processor: dict[str, Any], config: HFViTConfig) -> tuple[int, int]:
+    """Return the (height, width) of timm's transforms: the processor's, if timm resamples the positions for it.
+
+    DINOv2, for example, has positions for 518x518 pixels and a processor that gives 224x224.
+    """
+    size = dict(processor["crop_size"] if processor.get("do_center_crop") else processor["size"])
+    is_fitted = processor["do_resize"] or processor.get("do_center_crop")
+    sides = size.get("height"), size.get("width")
+    can_resample = config.position_embedding_type == "learned" and config.pooling != "cls_and_distillation"
+    is_whole = None not in sides and not any(
+        side % patch for side, patch in zip(sides, config.patch_shape, strict=True)
+    )
+    return sides if is_fitted and can_resample and is_whole else config.image_shape
 
 
 def crop(processor: dict[str, Any], image: tuple[int, int]) -> tuple[float, str] | None:
@@ -116,6 +132,12 @@ def crop(processor: dict[str, Any], image: tuple[int, int]) -> tuple[float, str]
 def notes(checkpoint: Checkpoint) -> list[str]:
     """Return what a user of timm must know."""
     sentences, processor = [], checkpoint.processor()
+    size, own = input_size(processor.to_dict(), checkpoint.config), checkpoint.config.image_shape
+    if size != own:
+        sentences.append(
+            f"timm's transforms give images of {size[0]}x{size[1]} pixels, as the processor does, and the model of "
+            f"{own[0]}x{own[1]} pixels resamples its positions for them (dynamic_img_size)."
+        )
     if processor.do_grayscale:
         sentences.append("timm's transforms need grayscale images (Pillow's mode L).")
     if processor.do_center_crop:
@@ -143,7 +165,7 @@ def write(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> 
         "num_classes": number,
         "num_features": config.hidden_size,
         "global_pool": POOLINGS[config.pooling],
-        "model_args": arguments(config),
+        "model_args": arguments(config) | ({} if stated["fixed_input_size"] else {"dynamic_img_size": True}),
         "pretrained_cfg": stated,
     }
     with new_folder(out, force) as folder:
@@ -198,12 +220,13 @@ def arguments(config: HFViTConfig) -> dict[str, Any]:
 def preprocessing(processor: HFViTImageProcessorPil, config: HFViTConfig) -> dict[str, Any]:
     """Return timm's `pretrained_cfg`."""
     ours, channels = processor.to_dict(), config.num_channels
-    found = crop(ours, config.image_shape)
+    size = input_size(ours, config)
+    found = crop(ours, size)
     assert found is not None
     mean, std = (ours["image_mean"], ours["image_std"]) if ours["do_normalize"] else (0.0, 1.0)
     return {
-        "input_size": [channels, *config.image_shape],
-        "fixed_input_size": True,
+        "input_size": [channels, *size],
+        "fixed_input_size": size == config.image_shape,
         "interpolation": Image.Resampling(ours["resample"]).name.lower(),
         "crop_pct": found[0],
         "crop_mode": found[1],

@@ -19,13 +19,13 @@ from ...checkpoints.models import logger as models_logger
 from ...data.audit import Audit, audit
 from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
-from ...data.folders import counted
 from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.disk import check_output_folder
 from ...system.locking import alone_in
 from ...system.progress import progress_bar
 from ...system.stopping import StopSignals
+from ...system.texts import counted
 from ...variants import is_from_scratch
 from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of

@@ -18,7 +18,7 @@ from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
 from ...system.texts import code, markdown
 from ..recipe import TrainConfig
-from ..report import base_model_of, fenced_command, for_others, public_paths
+from ..report import base_model_of, fenced_command, for_others, license_of_base, public_command, public_paths
 from ..run import METRICS
 from ..views import VIEWS
 from .heads import FittedHead, SingleLabel, shown
@@ -98,6 +98,7 @@ def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
     figures = view.figures(finished, output_dir.resolve().name)
     for name, figure in figures.items():
         save(figure, output_dir / name)
+    view.write_tables(finished)
     title, split = output_dir.resolve().name, report.data.eval_split
     results = {report.problem.metric: metrics["eval_" + report.problem.metric]} if measured is not None else {}
     write_card(
@@ -106,7 +107,7 @@ def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
         description=_description(report, metrics),
         results=results,
         measured={
-            "command": code(report.command),
+            "command": code(public_command(report.command)),
             "hardware": f"{machine()}, {report.facts['precision']}",
             "time": f"{metrics['seconds']['total']:,.0f} s",
             "seeds": str(report.facts["seed"]),
@@ -115,6 +116,7 @@ def write_fit(report: Report, output_dir: Path) -> dict[str, Any]:
         split=split or "held-out training images",
         sections=_sections(report, metrics, finished),
         images=list(figures),
+        license=license_of_base(report.facts["model"]),
         base_model=base_model_of(TrainConfig(model=report.facts["model"])),
     )
     return metrics

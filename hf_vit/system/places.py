@@ -1,0 +1,56 @@
+"""Tell paths from names on the Hub, and files that operating systems leave in folders from those of the user."""
+
+from fnmatch import fnmatch
+from pathlib import PurePath
+
+# Endings that names on the Hub do not have.
+OF_FILES = frozenset(
+    [
+        ".npz",
+        ".npy",
+        ".safetensors",
+        ".pth",
+        ".pt",
+        ".pt2",
+        ".bin",
+        ".ckpt",
+        ".onnx",
+        ".csv",
+        ".tsv",
+        ".json",
+        ".jsonl",
+        ".ndjson",
+        ".parquet",
+        ".zip",
+        ".tar",
+        ".tgz",
+        ".gz",
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".heic",
+        ".yaml",
+        ".yml",
+    ]
+)
+JUNK = (
+    ".ds_store", "._*", "thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "__macosx", "__pycache__",
+    "@eadir", "$recycle*", ".spotlight-v100", ".trashes", ".fseventsd", ".directory",
+)  # fmt: skip
+
+
+def is_path(name: str) -> bool:
+    """Return whether a name can only be that of a file or folder: no repository of the Hub has such a name."""
+    is_nested = name.count("/") > 1 or name.endswith("/") or "\\" in name
+    return is_nested or name.startswith((".", "/", "~")) or PurePath(name).suffix.lower() in OF_FILES
+
+
+def is_junk(name: str) -> bool:
+    """Return whether a file or folder is one that an operating system, a viewer or an editor leaves behind."""
+    return any(fnmatch(name.lower(), pattern) for pattern in JUNK)

@@ -162,6 +162,7 @@ def test_layouts_of_folders(tree: Tree, expected: tuple[int, int], tmp_path: Pat
 def test_masks_are_classes_where_no_images_lie_beside_them(tmp_path: Path) -> None:
     assert load_data(drawn(tmp_path / "a", {"mask": 5, "no_mask": 5})).label_names == ["mask", "no_mask"]
     assert load_data(drawn(tmp_path / "b", {"with_mask": 5, "without_mask": 5})).train_length == 8
+    assert load_data(drawn(tmp_path / "d", {"mask": 5, "photo": 5, "cat": 5})).label_names == ["cat", "mask", "photo"]
     files = {"a.png": 0, "a_mask.png": 1, "b.png": 2, "b_mask_1.png": 3, "c_mask.png": 4, "d.png": 5}
     data = load_data(drawn(tmp_path / "c", {"benign": files, "normal": 4}))
     assert len(data.train) + len(data.evaluation) == 8 and data.notes == [

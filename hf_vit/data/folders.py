@@ -177,10 +177,12 @@ def _drop_masks(folder: Folder, skipped: Skipped) -> None:
     if masks:
         folder.images = [name for name in folder.images if name not in masks]
         skipped.files["masks"] += len(masks)
-    kinds = {name: set(_words(name)) for name in folder.folders}
+    kinds = {name: set(_words(name)) for name in folder.with_images()}
+    if not all(words & {*IMAGE_WORDS, *SPLITS, *MASK_WORDS} for words in kinds.values()):
+        return  # a class `mask` among others
     neighbours = [words - IMAGE_WORDS for words in kinds.values() if words & {*IMAGE_WORDS, *SPLITS}]
     for name, words in kinds.items():
-        if words & MASK_WORDS and folder.folders[name].has_images and words - MASK_WORDS in neighbours:
+        if words & MASK_WORDS and words - MASK_WORDS in neighbours:
             del folder.folders[name]
             skipped.folders[name] += 1
 

@@ -123,7 +123,7 @@ class Command(TyperCommand):
             ctx.fail(f"There is no option {name}: {ANSWERS[name]}.")
         plain = {option.removeprefix("--"): option for option in known if option.startswith("--")}
         meant = nearest(name.removeprefix("--"), plain)
-        ctx.fail(f"There is no option {name}" + (f": did you mean {plain[meant]}?" if meant else "."))
+        return ctx.fail(f"There is no option {name}" + (f": did you mean {plain[meant]}?" if meant else "."))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options under the headings of their groups."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, Image, IterableDataset, concatenate_datasets
@@ -30,7 +30,7 @@ from .tables import normalized
 # Names of tables that say less than the name of their folder.
 PLAIN_NAMES = {"label", "labels", "metadata", "annotation", "annotations", "data", "images", "index", "train", "table"}
 RECIPE, METRICS = "recipe.yaml", "metrics.json"  # in the folder of a run
-Source = str | Path | Dataset | IterableDataset | dict  # of splits
+Source: TypeAlias = str | Path | Dataset | IterableDataset | dict  # of splits
 HELD_OUT, ALL = "held out", "all"  # evaluation splits of a source without one: a part, or all of its images
 
 

@@ -70,7 +70,7 @@ def open_source(
 
     With `streaming`, shards and data sets on the Hub are streams; what is in memory anyway is not.
     """
-    loaded, notes = source, []
+    loaded, notes = source, list[str]()
     if isinstance(source, str | Path):
         loaded, notes = _open_name(source, streaming, image_column, label_columns)
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
@@ -216,7 +216,10 @@ def shards_of(path: Path) -> dict[str, list[str]]:
     """Return the parquet files, or else the webdataset shards, of a folder by split; a file is its only shard."""
     if path.is_file():
         return {"train": [str(path)]}
-    below = [path, *(entry.path for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))]
+    below = [
+        str(path),
+        *(entry.path for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")),
+    ]
     names = [
         Path(folder, name) for folder in below for name in os.listdir(folder) if name.lower().endswith((*BUILDERS,))
     ]

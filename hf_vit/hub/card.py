@@ -160,7 +160,7 @@ def state_license(card: Path, license: str) -> None:
     """
     check_license(license)
     stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    stated.data.license = license
+    stated.data["license"] = license
     card.write_text(str(stated), encoding="utf-8")
 
 
@@ -179,7 +179,7 @@ def license_of(model: str | None) -> str | None:
             card = (path if path.is_dir() else path.parent) / "README.md"
         else:
             card = Path(hf_hub_download(model, "README.md", etag_timeout=SHORT_WAIT))
-        stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+        stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
     except Exception:  # without a card, a network or a valid name: nothing is known, and a run must not fail for it
         return None
     return stated if isinstance(stated, str) and stated in LICENSES.split() else None

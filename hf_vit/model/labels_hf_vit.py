@@ -3,7 +3,6 @@
 Users and files give them with text for numbers, in any order, and often only one of the two.
 """
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .validation_hf_vit import OF_HEAD
@@ -51,7 +50,7 @@ def _number(field: str, number: Any) -> int:
         raise ValueError(f"{field} must map {expected}, got the index {number!r}: is it the other field?") from None
 
 
-def label_pair(id2label: dict[int, str] | None, label2id: dict[str, int] | None) -> tuple[dict, dict]:
+def label_pair(id2label: Any, label2id: Any) -> tuple[dict, dict]:
     """Return `id2label` and `label2id`, both complete, from both or one of them.
 
     Raises:
@@ -109,7 +108,7 @@ def normalizes_values(config_class: C) -> C:
 
     An assignment of `id2label` or `label2id` to a finished config updates the other one. Decorates a strict class.
     """
-    assign: Callable[[Any, str, Any], None] = config_class.__setattr__
+    assign: Any = config_class.__setattr__
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         value = plain(value)
@@ -126,5 +125,5 @@ def normalizes_values(config_class: C) -> C:
             assign(self, field, complete)
         return None
 
-    config_class.__setattr__ = __setattr__  # type: ignore[method-assign]
+    config_class.__setattr__ = __setattr__  # type: ignore[method-assign,assignment]
     return config_class

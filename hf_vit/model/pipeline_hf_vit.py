@@ -27,9 +27,9 @@ class FilePreprocessing:
         return pipeline.image_processor(images=image, return_tensors="pt", **options).to(pipeline.dtype)
 
 
-class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPipeline):
+class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPipeline):  # type: ignore[misc]
     """Image classification on images as `hf_vit` reads them."""
 
 
-class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtractionPipeline):
+class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtractionPipeline):  # type: ignore[misc]
     """Feature extraction from images as `hf_vit` reads them."""

@@ -360,7 +360,7 @@ def _reads_class_token(model: str | None) -> bool:
     if model is None or is_from_scratch(model):
         return True
     config = open_checkpoint(model).config
-    return config.use_cls_token and config.final_layernorm != "pooled"
+    return bool(config.use_cls_token) and config.final_layernorm != "pooled"
 
 
 def _draw_positions(model: Any, std: float) -> None:

@@ -104,7 +104,7 @@ def input_size(processor: dict[str, Any], config: HFViTConfig) -> tuple[int, int
     """
     size = dict(processor["crop_size"] if processor.get("do_center_crop") else processor["size"])
     is_fitted = processor["do_resize"] or processor.get("do_center_crop")
-    sides = size.get("height"), size.get("width")
+    sides: Any = (size.get("height"), size.get("width"))
     can_resample = config.position_embedding_type == "learned" and config.pooling != "cls_and_distillation"
     is_whole = None not in sides and not any(
         side % patch for side, patch in zip(sides, config.patch_shape, strict=True)

@@ -22,7 +22,6 @@ from PIL import Image as PILImage
 
 from hf_vit.data.folders import layout_of, scan, split_of
 from hf_vit.data.labelled import ImageData, load_data, split_evenly
-from hf_vit.data.opening import identity_of
 
 Tree = dict[str, Any]  # names to trees, to a number of images, or to the text of a file
 CLASSES: Tree = {"cat": 5, "dog": 5}
@@ -650,11 +649,3 @@ def test_a_stream_of_a_folder_is_shuffled_and_of_sorted_shards_is_named(tmp_path
         pq.write_table(pa.table(rows_of(values)), tmp_path / f"{name}.parquet")
         notes = load_data(tmp_path / f"{name}.parquet", streaming=True).notes
         assert any("first 512 images are of 1 of 2 classes" in note for note in notes) == (name == "sorted")
-
-
-def test_a_path_has_one_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn(tmp_path / "d", CLASSES)
-    monkeypatch.chdir(tmp_path)
-    for written in ("d", "d/", "./d", str(tmp_path / "d"), ["d"], Path("d")):
-        assert identity_of(written) == [str((tmp_path / "d").resolve())]
-    assert identity_of(["digits", "user/pets"]) == ["digits", "user/pets"]

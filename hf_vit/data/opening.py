@@ -51,13 +51,6 @@ class Opened:
     notes: list[str] = field(default_factory=list)
 
 
-def identity_of(source: Any) -> list[str]:
-    """Return the names of the sources, the same however the path of a file or folder is written: `d`, `./d`, `d/`."""
-    sources = [source] if isinstance(source, str | Path) else source
-    paths = [Path(each).expanduser() for each in sources]
-    return [os.path.realpath(path) if path.exists() else str(each) for path, each in zip(paths, sources, strict=True)]
-
-
 def open_splits(source: str | Path, streaming: bool) -> dict[str, Any]:
     """Return the splits of a source by name; see `load_data` for what a source may be."""
     return open_source(source, streaming).splits

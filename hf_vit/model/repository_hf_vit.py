@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .configuration_hf_vit import CLASSES, PIPELINES, HFViTConfig, task_of
+from .configuration_hf_vit import CLASSES, HFViTConfig, task_of
 from .image_processing_pil_hf_vit import HFViTImageProcessorPil
 
 if TYPE_CHECKING:  # never executed: transformers copies the files that relative imports name, and needs these too
@@ -39,23 +39,14 @@ A Vision Transformer ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.1192
 and {heads} heads, on images of {height}x{width_px} pixels in patches of {patch_height}x{patch_width}.
 
 ```python
-{use}
+from transformers import pipeline
+
+model = pipeline("{task}", "{name}", trust_remote_code=True)
 ```
 
 The code in this repository is that of the package `hf-vit`. With the package installed, `import hf_vit` replaces
 `trust_remote_code=True`.
 """
-
-USE_PIPELINE = """from transformers import pipeline
-
-model = pipeline("{task}", "{name}", trust_remote_code=True)"""
-# A pipeline opens images as RGB.
-USE_FILES = """from transformers import AutoImageProcessor, {auto_class}
-
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-# A TIFF or .npy file of {channels} channels; for an array, also pass input_data_format="channels_first".
-outputs = model(**processor("image.tif", return_tensors="pt"))"""
 
 
 class HFViTRepositoryMixin:
@@ -200,18 +191,9 @@ def card_of(config: HFViTConfig, name: str) -> str:
     """Return a model card with the facts of the config; metrics are added by the code that measured them."""
     height, width = config.image_shape
     patch_height, patch_width = config.patch_shape
-    task = task_of(config)
-    in_code = json.dumps(name, ensure_ascii=False)[1:-1]
-    use = (USE_PIPELINE if config.num_channels in (1, 3) else USE_FILES).format(
-        task=task,
-        name=in_code,
-        auto_class=PIPELINES[task][1],
-        channels=config.num_channels,
-    )
     return CARD.format(
-        task=task,
-        name=in_code,
-        use=use,
+        task=task_of(config),
+        name=json.dumps(name, ensure_ascii=False)[1:-1],  # escaped, since it is also part of a Python string
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,

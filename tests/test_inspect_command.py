@@ -256,7 +256,7 @@ def test_the_layer_of_maps_is_chosen(saved: Any, undrawn: None, tmp_path: Path) 
     [
         (["a.png", "--layer", "2"], "Expected a layer from 1 to 1, or -1 to -1 from the end, got 2"),
         (["missing.png"], "No such file or folder: missing.png"),
-        (["notes.txt"], "Expected readable images in notes.txt, got none (1 files)"),
+        (["notes.txt"], "Expected readable images in notes.txt, got none (1 file)"),
         (["empty"], "Expected readable images in empty, got none (0 files)"),
         (["a.png", "--image-size", "33"], "does not divide into patches of 8x8"),
         (["a.png", "-o", "notes.txt"], "notes.txt"),

@@ -106,8 +106,8 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
         (["--epochs", "many"], "epochs must be a number, got 'many'"),
         (["--compile=maybe"], "compile must be true or false, got 'maybe'"),
         (["--model-config.hidden-sise", "3"], "hidden_size"),
-        (["/no/such/place"], "Expected a data set, got '/no/such/place'"),
-        (["--data", "/no/such/place"], "Expected a data set, got '/no/such/place'"),
+        (["/no/such/place"], "No such file or folder: /no/such/place"),
+        (["--data", "/no/such/place"], "No such file or folder: /no/such/place"),
         (["--recipe", "nothing"], "Unknown recipe 'nothing'"),
         (["--resume", "maybe"], "resume must be one of auto, never, got 'maybe'"),
     ],
@@ -151,12 +151,12 @@ def test_recipes_are_listed_and_explained(tmp_path: Path) -> None:
 def test_push_calls_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def push(folder: Path, repo_id: str, *, private: bool) -> str:
-        calls.append((folder, repo_id, private))
+    def push(folder: Path, repo_id: str, *, private: bool, license: str | None) -> str:
+        calls.append((folder, repo_id, private, license))
         return f"https://huggingface.co/{repo_id}"
 
     monkeypatch.setattr(hf_vit.hub.upload, "push", push)
-    result = runner.invoke(app, ["push", str(tmp_path), "me/digits", "--private"])
+    result = runner.invoke(app, ["push", str(tmp_path), "me/digits", "--private", "--license", "mit"])
     assert result.exit_code == 0, result.output
-    assert calls == [(tmp_path, "me/digits", True)]
+    assert calls == [(tmp_path, "me/digits", True, "mit")]
     assert result.output.strip() == "Published at https://huggingface.co/me/digits"

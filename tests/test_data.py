@@ -374,7 +374,7 @@ def test_columns_and_splits_can_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "/no/such/folder"}, "Expected a data set, got '/no/such/folder'"),
+        ({"source": "/no/such/folder"}, "No such file or folder: /no/such/folder"),
         ({"source": ""}, "Expected a data set, got ''"),
         ({"train_split": "trian"}, "Unknown train_split 'trian': choose one of train, test"),
         ({"eval_split": "val"}, "Unknown split 'val': choose one of train, test"),

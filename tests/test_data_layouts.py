@@ -540,7 +540,7 @@ def test_several_sources_are_united_by_name(tmp_path: Path) -> None:
     path = table(labels / "labels.csv", [("file", "kind"), *((f"{number}.png", label) for number, label in ROWS)])
     for streaming in (False, True):
         data = load_data([first, str(second), third, path], streaming=streaming)
-        assert data.label_names == ["ant", "cat", "dog"] and data.name == "first + second + third + labels"
+        assert data.label_names == ["ant", "cat", "dog"] and data.name == "first + second + third + fourth"
         assert data.train_length == 24 and sum(1 for _ in data.train) == 24 and sum(1 for _ in data.evaluation) == 4
         assert data.eval_split == "validation, test"
     assert load_data([first, second, third, path]).class_counts() == [3, 9, 12]

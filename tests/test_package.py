@@ -219,7 +219,11 @@ def test_auto_classes_know_the_package_in_a_spawned_process(tmp_path):
 
 # Where text that asks for remote code may stand. The code of `quickstart` loads the folder that it has just written,
 # as a user without the package would; the others are docstrings, and cards for readers.
-SPEAK_OF_REMOTE_CODE = {"hf_vit/cli/quickstart.py", "hf_vit/model/repository_hf_vit.py"}
+SPEAK_OF_REMOTE_CODE = {
+    "hf_vit/cli/quickstart.py",
+    "hf_vit/model/pipeline_hf_vit.py",
+    "hf_vit/model/repository_hf_vit.py",
+}
 
 
 def test_nothing_turns_remote_code_on():

@@ -162,7 +162,7 @@ def test_the_command(folder, classifier, tmp_path):
 
 
 def test_the_command_says_what_is_missing(classifier, tmp_path):
-    for sources, message in ((["./nowhere"], "no file or folder ./nowhere"), ([str(tmp_path)], "no images in")):
+    for sources, message in ((["./nowhere"], "No such file or folder: ./nowhere"), ([str(tmp_path)], "no images in")):
         done = CliRunner().invoke(app, ["predict", str(classifier), *sources])
         assert done.exit_code == 2
         assert message in done.stderr

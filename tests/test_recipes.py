@@ -362,7 +362,7 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         ("compile: 1", "compile must be true or false, got 1"),
         ('compile: "yes"', "compile must be true or false, got 'yes'"),
         ("betas: 0.9", "betas must be a list of numbers, got 0.9"),
-        ("image_size: large", "image_size must be a whole number or a list of whole numbers, got 'large'"),
+        ("image_size: large", "Expected pixels as H or HxW for image_size, such as 224 or 224x320; got 'large'"),
         ("model_config: cls", "model_config must be a mapping, got 'cls'"),
         ("augmentation: [rand]", "augmentation must be a string, got ['rand']"),
         ("batch_size: 0", "batch_size must be at least 1, got 0"),

@@ -427,7 +427,8 @@ def check_output_dir(config: TrainConfig) -> None:
         raise ValueError(f"{folder} holds the model to start from: choose another --output-dir.")
     if (folder / FIT / STATE).exists():
         raise ValueError(f"{folder} holds a model that hf-vit fit wrote: choose another --output-dir.")
-    check_output_folder(folder, (folder / LOG).is_file(), config.data)
+    is_of_a_run = (folder / LOG).is_file() or (folder / CHECKPOINTS).is_dir()
+    check_output_folder(folder, is_of_a_run, config.data)
 
 
 def cache_limit(accelerator: Accelerator, config: TrainConfig) -> float:

@@ -73,7 +73,7 @@ def test_resumed_is_equal_to_uninterrupted(
 ) -> None:
     fields = dict(KINDS[kind])
     fields["model_config"] = {**tiny_recipe(photos, tmp_path).model_config, **fields.get("model_config", {})}
-    data = shards(tmp_path) if kind == "stream" else photos
+    data = shards(tmp_path / "shards") if kind == "stream" else photos
     if kind == "skip":
         spoil_loss(monkeypatch, step=2)
     whole = train(tiny_recipe(data, tmp_path / "whole", **fields))

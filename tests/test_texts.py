@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image
 from hub_server import SHAPED, Hub
 from huggingface_hub import ModelCard
 from hypothesis import given
@@ -143,8 +143,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A parquet file whose labels are hostile, two images each."""
     path = tmp_path_factory.mktemp("data") / "a|b <i>`$.parquet"
     images, _ = colored_images(2 * len(HOSTILE), 0)
-    features = Features({"image": Image(), "label": Value("string")})
-    Dataset.from_dict({"image": images, "label": HOSTILE * 2}, features=features).to_parquet(path)
+    features = Features({"image": Image(), "label": ClassLabel(names=sorted(HOSTILE))})  # blank text is no label
+    Dataset.from_dict({"image": images, "label": [*range(len(HOSTILE))] * 2}, features=features).to_parquet(path)
     return path
 
 
@@ -251,6 +251,7 @@ def test_a_token_is_nowhere_but_in_its_header(
     if is_refused:
         client.fail("/commit/", status=403, times=10**9)
     folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)  # the folder of an earlier run
     for name in STRANGERS:  # which do not hold up the push at the end of a run, either
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(STRANGE)

@@ -70,7 +70,7 @@ def test_predictions_are_shown_with_their_images(fitted: TrainedModel, photos: P
     assert broken.error is not None and "broken.jpg" in broken.error
     summary = fitted.predict(files, tmp_path / "labels.jsonl", top_k=1)
     assert summary.images == len((tmp_path / "labels.jsonl").read_text().splitlines()) == len(files)
-    with pytest.raises(ValueError, match="Found no"):
+    with pytest.raises(ValueError, match="No such file or folder"):
         fitted.predict(str(tmp_path / "none"))
 
 

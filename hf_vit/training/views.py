@@ -286,7 +286,7 @@ def summary_of_run(run: Any) -> list[str]:
         for is_trained in (False, True)
     )
     height, width = model.config.image_shape
-    name = config.model or f"ViT of width {model.config.hidden_size}"
+    name = config.model or type(model).__name__
     start = "from scratch" if is_from_scratch(config.model) else "checkpoint"
     part = "" if trained == total else f", {_millions(trained)} of them trained"
     processes = run.accelerator.num_processes

@@ -56,7 +56,7 @@ def test_a_linear_probe_is_a_complete_model(photos: Path, options: dict[str, Any
     assert metrics["expected"]["low"] <= metrics["eval_accuracy"] <= metrics["expected"]["high"]
     assert {"read", "embed", "probe", "race", "final", "total"} == set(metrics["seconds"])
     card = (tmp_path / "mine" / "README.md").read_text()
-    for words in ("What was tried", "linear probe", "95% interval", "minutes=0", "confusion.png"):
+    for words in ("What was tried", "linear probe", "95% prediction interval", "minutes=0", "confusion.png"):
         assert words in card
     assert any("Linear probe: accuracy" in line for line in lines)
     model, processor = load(tmp_path / "mine")
@@ -115,7 +115,7 @@ def test_nothing_is_held_out_without_an_evaluation_split(
     assert metrics["train_images"] == 45 and "eval_accuracy" not in metrics
     assert metrics["expected"]["images"] == 45 and metrics["expected"]["new_images"] is None
     assert "45 training images, no evaluation split" in lines[0]
-    assert "interval of its mean" in lines[-2]
+    assert any("95% confidence interval" in line for line in lines) and lines[-4] == "Next:"
 
 
 def fit_with_a_race(

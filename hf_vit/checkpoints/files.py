@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..system.network import sentence_of
-from ..system.places import is_path
+from ..system.places import is_path, missing
 from ..system.texts import one_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -108,7 +108,7 @@ def open_source(name: str | Path, **hub: Any) -> Source:
             _check_inside(path.parent, file)
         return _source(str(name), read_tensors(path), path, beside)
     if not path.is_dir() and is_path(str(name)):
-        raise ValueError(f"No such file or folder: {name}")
+        raise ValueError(missing(str(name)))
     read = read_weights(str(name), hub)
     if read is None:
         if not path.is_dir():  # raises the reason: no such name, no connection, no permission
@@ -143,7 +143,7 @@ def _find(name: str, hub: dict[str, Any], file: str, is_optional: bool = True) -
             return None
         reason = sentence_of(error) or one_line(str(error))
         if not Path(name).is_dir():
-            raise ValueError(f"No such file or folder: {name}; and not read from the Hub: {reason}") from error
+            raise ValueError(f"{missing(name)}; and not read from the Hub: {reason}") from error
         raise ValueError(f"{name}: {reason}") from error
     if found and Path(name).is_dir():
         _check_inside(Path(name), Path(found))

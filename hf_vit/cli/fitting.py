@@ -38,8 +38,8 @@ def fit(
 ) -> None:
     """Fit the best classifier that a number of minutes allows.
 
-    Computes features of every image once, fits a linear classifier to them, and tries whether fine-tuning is better.
-    States the accuracy to expect, with an interval. The same command resumes an interrupted fit.
+    Computes the features of every image once, fits a linear classifier on them, and tests whether fine-tuning is
+    better. States the accuracy to expect, with an interval. The same command resumes an interrupted fit.
 
     Example: hf-vit fit photos/ --model facebook/dinov2-small --minutes 10 -o my-classifier
     """

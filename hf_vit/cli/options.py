@@ -67,7 +67,8 @@ GROUPS = {
 }
 SHORT = {"output_dir": ("-o",)}
 METAVARS = {bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
-BOOLEANS = {f"--{item.name.replace('_', '-')}" for item in fields(TrainConfig) if item.type is bool}
+FIELDS = {f"--{item.name.replace('_', '-')}": item for item in fields(TrainConfig)}
+BOOLEANS = {name for name, item in FIELDS.items() if item.type is bool}
 ARCHITECTURE = "--model-config"
 
 
@@ -123,6 +124,8 @@ class Command(TyperCommand):
             ctx.fail(f"There is no option {name}: {ANSWERS[name]}.")
         plain = {option.removeprefix("--"): option for option in known if option.startswith("--")}
         meant = nearest(name.removeprefix("--"), plain)
+        if (of_recipe := ALIASES.get(name, name)) in FIELDS:
+            ctx.fail(f"There is no option {name}: {of_recipe} is an option of hf-vit train.")
         return ctx.fail(f"There is no option {name}" + (f": did you mean {plain[meant]}?" if meant else "."))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..system.places import is_path
+from ..system.places import is_path, missing
 from ..system.texts import shortened, without_tokens
 from .archives import ENDINGS, is_archive, unpacked
 from .folders import TABLE_ENDINGS, datasets_of, is_split, layout_of, scan, split_of, unwrapped
@@ -96,9 +96,7 @@ def _open_name(
         loaded = _load(storage, streaming, data_files=shards_of(path))
     elif not name or path.exists() or is_path(name):
         shown = without_tokens(name)
-        seen = (
-            f"Expected a data set, got {shown!r}" if not name or path.exists() else f"No such file or folder: {shown}"
-        )
+        seen = f"Expected a data set, got {shown!r}" if not name or path.exists() else missing(shown)
         raise ValueError(
             f"{seen}. Specify a folder of images with one subfolder per "
             "class, a table of paths and labels (.csv, .tsv, .jsonl, .parquet), a zip or tar of these, a parquet file "

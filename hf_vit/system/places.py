@@ -1,7 +1,10 @@
 """Tell paths from names on the Hub, and files that operating systems leave in folders from those of the user."""
 
+import os
 from fnmatch import fnmatch
 from pathlib import PurePath
+
+from .texts import nearest
 
 # Endings that names on the Hub do not have.
 OF_FILES = frozenset(
@@ -49,6 +52,17 @@ def is_path(name: str) -> bool:
     """Return whether a name can only be that of a file or folder: no repository of the Hub has such a name."""
     is_nested = name.count("/") > 1 or name.endswith("/") or "\\" in name
     return is_nested or name.startswith((".", "/", "~")) or PurePath(name).suffix.lower() in OF_FILES
+
+
+def missing(name: str) -> str:
+    """Return a sentence that there is no such file or folder, with the most similar name beside it."""
+    path = PurePath(name)
+    try:
+        beside = [entry.name for entry in os.scandir(path.parent)]
+    except OSError:
+        beside = []
+    near = nearest(path.name, beside)
+    return f"No such file or folder: {name}" + (f" (did you mean {path.parent / near}?)" if near else "")
 
 
 def is_junk(name: str) -> bool:

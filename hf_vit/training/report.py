@@ -68,7 +68,8 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     write_report(run, command)
     for line in summary(run):
         say(line)
-    say("\n".join(["Next:", *next_commands(run)]))
+    config = run.config
+    say("\n".join(next_commands(run.output_dir, config.data, config.push_to_hub is not None, run.task.needs_labels)))
     if hub is not None:
         skipped: list[str] = []
         hub.submit(lambda folder: skipped.extend(copy_of_ours(run.output_dir, folder)), "Trained model")
@@ -96,17 +97,19 @@ def summary(run: Run) -> list[str]:
     return [*lines, *hanging("", f"Wrote to {run.output_dir}: {', '.join(files)}.")]
 
 
-def next_commands(run: Run) -> list[str]:
-    """Return commands that use the model of a run, on its data where that is a path."""
-    folder, sources = shlex.quote(str(run.output_dir)), run.config.data
+def next_commands(
+    output_dir: Path, sources: str | list[str], is_pushed: bool = False, is_classifier: bool = True
+) -> list[str]:
+    """Return lines with commands that use the model in a folder, on its data where that is a path."""
+    folder = shlex.quote(str(output_dir))
     first = sources if isinstance(sources, str) else sources[0]
     data = shlex.quote(first) if Path(first).exists() else "IMAGES"
-    if not run.task.needs_labels:
-        tuned = shlex.quote(f"{run.output_dir}-tuned")
-        return [f"  hf-vit train LABELED_IMAGES --model {folder} --output-dir {tuned}"]
-    push = f"  hf-vit push {folder} YOUR_NAME/{shlex.quote(run.output_dir.resolve().name)}"
-    is_pushed = run.config.push_to_hub is not None
-    return [f"  hf-vit predict {folder} {data}", f"  hf-vit evaluate {folder} {data}", *([] if is_pushed else [push])]
+    if not is_classifier:
+        tuned = shlex.quote(f"{output_dir}-tuned")
+        return ["Next:", f"  hf-vit train LABELED_IMAGES --model {folder} --output-dir {tuned}"]
+    uses = [f"  hf-vit predict {folder} {data}", f"  hf-vit evaluate {folder} {data}"]
+    push = f"  hf-vit push {folder} YOUR_NAME/{shlex.quote(output_dir.resolve().name)}"
+    return ["Next:", *uses, *([] if is_pushed else [push])]
 
 
 def write_report(run: Run, command: str) -> None:

@@ -27,6 +27,7 @@ from ...system.progress import progress_bar
 from ...system.stopping import StopSignals
 from ...system.texts import counted
 from ...variants import is_from_scratch
+from ..report import next_commands
 from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data
@@ -100,7 +101,7 @@ def fit(
         if "finished" in state:
             metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
             say(f"{output_dir} holds the finished result of this command. To fit again, choose another --output-dir.")
-            for line in summary(metrics, output_dir):
+            for line in (*summary(metrics), *next_commands(output_dir, sources)):
                 say(line)
             return TrainedModel(output_dir)
         fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, candidates, say)
@@ -198,7 +199,11 @@ class _Fitting:
         for path in self.folder.iterdir():
             if path.is_dir() and path.name not in keeps:
                 shutil.rmtree(path, ignore_errors=True)
-        for line in summary(metrics, output_dir):
+        seconds = metrics["seconds"]["total"]
+        written = (
+            f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s."
+        )
+        for line in (*summary(metrics), written, *next_commands(output_dir, self.sources)):
             self.say(line)
 
     def read(self) -> None:

@@ -16,7 +16,7 @@ from ...inspection.drawing import save
 from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
-from ...system.texts import code, markdown
+from ...system.texts import code, counted, markdown
 from ..recipe import TrainConfig
 from ..report import base_model_of, fenced_command, for_others, license_of_base, public_command, public_paths
 from ..run import METRICS
@@ -156,14 +156,15 @@ def _expectation(metrics: dict[str, Any]) -> str:
     """Return the expected metric in a sentence."""
     metric, expected = metrics["metric"], metrics["expected"]
     score, low, high = (shown(metric, expected[name]) for name in ("score", "low", "high"))
-    kind = f"for a measurement on {expected['new_images']:,} new images" if expected["new_images"] else "of its mean"
+    number = expected["new_images"]
+    kind = f"prediction interval for {counted(number, 'new image')}" if number else "confidence interval"
     return (
-        f"{TITLES[metric]} to expect on new images of the same kind: {score} (95% interval {kind}: {low} to {high}; "
+        f"{TITLES[metric]} to expect on new images of the same kind: {score} (95% {kind}: {low} to {high}; "
         f"from {expected['source']}, {expected['images']:,} images)."
     )
 
 
-def summary(metrics: dict[str, Any], output_dir: Path) -> list[str]:
+def summary(metrics: dict[str, Any]) -> list[str]:
     """Return the result of a fit in a few lines."""
     metric = metrics["metric"]
     lines = [_expectation(metrics)]
@@ -174,12 +175,7 @@ def summary(metrics: dict[str, Any], output_dir: Path) -> list[str]:
             f"{TITLES[metric]} measured on {metrics['eval_count']:,} evaluation images ({metrics['eval_split']}): "
             f"{shown(metric, measured)}, {where} this interval."
         )
-    seconds = metrics["seconds"]["total"]
-    return [
-        *lines,
-        *_balanced(metrics),
-        f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s.",
-    ]
+    return [*lines, *_balanced(metrics)]
 
 
 def _balanced(metrics: dict[str, Any]) -> list[str]:
@@ -244,7 +240,8 @@ def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
     how = {
         "accuracy": "It is Wilson's interval for images that the model was not trained on",
     }.get(metrics["metric"], "The interval is from a bootstrap over images that the model was not trained on")
-    widened = f", widened because the best of {choices} settings was chosen on them" if choices > 1 else ""
+    chosen = "poolings" if report.verdict.winner is None else "methods"
+    widened = f", widened because the best of {choices} {chosen} was chosen on them" if choices > 1 else ""
     lines = [_expectation(metrics), f"{how}{widened}."]
     if f"eval_{metrics['metric']}" in metrics:
         lines.append(
@@ -284,6 +281,8 @@ def _tried_section(report: Report) -> str:
 
 def _training_section(report: Report) -> str:
     text = f"{fenced_command(report.command)}\n\nThe same command resumes an interrupted fit."
+    if public_command(report.command) != report.command:
+        text += " Local paths are shortened to their last parts."
     if "recipe" in report.state:
         text += (
             " `recipe.yaml` contains the final training, which starts from the linear probe in `fit/probe`: run "

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 import hf_vit.training.report
 from hf_vit.cli.main import app
 from hf_vit.cli.options import ALIASES, ANSWERS, FIRST, GROUPS
+from hf_vit.system.places import missing
 from hf_vit.system.texts import COLUMNS
 from hf_vit.training.recipe import TrainConfig, default_recipe
 from hf_vit.variants import VARIANTS, config_of, variant_name
@@ -130,3 +131,15 @@ def test_the_package_is_a_program() -> None:
     command = [sys.executable, "-m", "hf_vit", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("hf-vit ")
+
+
+def test_an_option_of_train_is_named_elsewhere() -> None:
+    result = runner.invoke(app, ["fit", "photos", "--model", "m", "--lr", "1e-3"])
+    assert result.exit_code == 2 and "--learning-rate is an option of hf-vit train" in result.stderr
+
+
+def test_a_missing_path_names_the_most_similar_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-vit").mkdir()
+    assert missing("my-vti") == "No such file or folder: my-vti (did you mean my-vit?)"
+    assert missing("elsewhere/x") == "No such file or folder: elsewhere/x"

@@ -115,7 +115,7 @@ def normalizes_values(config_class: C) -> C:
         if name not in LABELS:
             return assign(self, name, value)
         value = names_by_number(value) if name == "id2label" else numbers_by_name(value)
-        if not isinstance(value, dict) or not vars(self).get("_post_init_done"):
+        if not isinstance(value, dict) or "auto_map" not in vars(self):  # which is set last
             return assign(self, name, value)
         if name == "id2label":
             pair = label_pair(value, None)

@@ -101,10 +101,11 @@ class ImageResults:
 
         With more than `DENSE_CLASSES` classes it is a sparse tensor, since a dense one of 50,000 classes has 20 GB.
         """
-        images, size = torch.stack([self.labels, self.predicted]), (self.num_labels, self.num_labels)
-        ones = torch.ones_like(self.labels)
-        confusion = torch.sparse_coo_tensor(images, ones, size, check_invariants=True).coalesce()  # adds up the ones
-        return confusion if self.num_labels > DENSE_CLASSES else confusion.to_dense()
+        pairs, counts = torch.stack([self.labels, self.predicted]).unique(dim=1, return_counts=True)
+        size = (self.num_labels, self.num_labels)
+        with torch.sparse.check_sparse_tensor_invariants():  # torch 2.11 warns without it
+            confusion = torch.sparse_coo_tensor(pairs, counts, size, is_coalesced=True)
+            return confusion if self.num_labels > DENSE_CLASSES else confusion.to_dense()
 
     def pairs(self) -> list[tuple[int, int, int]]:
         """Return (true class, predicted class, number of images) for every pair that occurs, in order."""

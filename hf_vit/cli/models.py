@@ -31,7 +31,10 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
     "pooling": Annotated[str | None, typer.Option(help="Pooling (cls, mean, ...), if ambiguous.")],
     "hidden_act": Annotated[str | None, typer.Option(help="Activation (gelu, silu, ...), if the file has none.")],
     "layer_norm_eps": Annotated[float | None, typer.Option(help="Epsilon of LayerNorm, if the file has none.")],
-    "mlp_gate": Annotated[str | None, typer.Option(help="Half of a gated MLP that is the gate: first or last.")],
+    "mlp_gate": Annotated[
+        str | None,
+        typer.Option(help="Half of the packed projection that is the gate: first or last."),
+    ],
 }
 
 

@@ -122,10 +122,10 @@ class Command(TyperCommand):
         name = without_tokens(name)
         if name in ANSWERS:
             ctx.fail(f"There is no option {name}: {ANSWERS[name]}.")
-        plain = {option.removeprefix("--"): option for option in known if option.startswith("--")}
-        meant = nearest(name.removeprefix("--"), plain)
         if (of_recipe := ALIASES.get(name, name)) in FIELDS:
             ctx.fail(f"There is no option {name}: {of_recipe} is an option of hf-vit train.")
+        plain = {option.removeprefix("--"): option for option in known if option.startswith("--")}
+        meant = nearest(name.removeprefix("--"), plain)
         return ctx.fail(f"There is no option {name}" + (f": did you mean {plain[meant]}?" if meant else "."))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -180,11 +180,7 @@ def _annotation(item: Any, group: str, hidden: bool) -> Any:
         f"--{item.name.replace('_', '-')}",
         *SHORT.get(item.name, ()),
         help=item.metadata["help"],
-        metavar="H or HxW"
-        if item.name in SIZES
-        else "NAME=VALUE"
-        if item.type == dict[str, Any]
-        else _metavar(item.type),
+        metavar="H or HxW" if item.name in SIZES else _metavar(item.type),
         rich_help_panel=None if is_first else group,
         hidden=hidden,
     )
@@ -194,6 +190,8 @@ def _annotation(item: Any, group: str, hidden: bool) -> Any:
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "NAME"
+    if kind == dict[str, Any]:
+        return "NAME=VALUE"
     return METAVARS.get(kind) or METAVARS.get(next(iter(get_args(kind)), str), "TEXT")
 
 

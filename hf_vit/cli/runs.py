@@ -57,9 +57,9 @@ def train(
 ) -> None:
     """Train by a recipe. The same command resumes an interrupted run exactly.
 
-    Trains from scratch, from a checkpoint, or by masked patch prediction. Every field of a recipe is an option. What
-    a recipe states as auto is chosen from the data, the model and the machine, and printed with the reason; defaults
-    are those of the recipe, which hf-vit recipes NAME prints.
+    Trains from scratch, from a checkpoint, or by masked patch prediction. Every field of a recipe is an option.
+    Fields that the recipe sets to auto are chosen from the data, the model and the machine, and printed with the
+    reason. hf-vit recipes NAME prints a recipe with its defaults.
 
     Example: hf-vit train photos/ --model facebook/dinov2-small
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from datasets import ClassLabel, Features, IterableDataset, List, Value
 
-from ..system.texts import shortened
-from .folders import counted, same_names
+from ..system.texts import counted, shortened
+from .folders import same_names
 from .opening import choose
 from .tables import LABEL_NAMES, SPLIT_NAMES, is_multi_hot, normalized, usual
 

@@ -168,7 +168,7 @@ def _check_measurable(
     if classes is None and merged:
         raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
     if mistakes is not None and (classes is None or data.problem_type != SINGLE):
-        raise ValueError("Mistakes are those of a classifier with one label per image: remove --mistakes.")
+        raise ValueError("--mistakes needs a classifier with one label per image: remove the option.")
     if probes and data.problem_type != SINGLE:
         raise ValueError("Probes need one label per image, and this data has others: remove --probe.")
     if probes and len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]:

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +14,7 @@ from safetensors import safe_open
 
 from ..model.configuration_hf_vit import HFViTConfig
 from ..system.machine import versions
-from ..system.texts import markdown, visible, without_tokens
+from ..system.texts import markdown, nearest, visible, without_tokens
 from .folder import weight_files
 
 # What is needed to reproduce a result.
@@ -145,9 +144,9 @@ def check_license(license: str) -> None:
     """Raise `ValueError` unless a licence is an identifier of the Hub."""
     if license in LICENSES.split():
         return
-    near = get_close_matches(license.lower(), LICENSES.split(), 1)
+    near = nearest(license.lower(), LICENSES.split()) or "apache-2.0"
     raise ValueError(
-        f"license must be an identifier of the Hub such as {near[0] if near else 'apache-2.0'!r}, got {license!r}; "
+        f"license must be an identifier of the Hub such as {near!r}, got {license!r}; "
         "use 'other' for any other licence."
     )
 

@@ -51,8 +51,8 @@ NOT_DRAWN = {
 
 READINGS = {
     "predictions": "The most likely label of each image and its probability, or all labels above their thresholds, or "
-    "the values of a regression. A label in brackets is the true one, which the name of the folder tells, where it "
-    "differs.",
+    "the values of a regression. A label in brackets is the name of the image's folder, if it is another class "
+    "than the predicted one.",
     "filters": "The principal components of the filters of the patch projection, with their share of the variance. "
     "Training turns noise into smooth blobs, waves and edges of few colours; together they form a basis for the "
     "content of a patch.",

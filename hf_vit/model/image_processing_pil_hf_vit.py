@@ -185,7 +185,7 @@ class HFViTImageProcessing(BaseImageProcessor):
         unknown = {name: meant for name in image_processor_dict if (meant := option_meant_by(name))}
         for name, meant in unknown.items():
             logger.warning_once(
-                f"The stored image processor has {name!r}, which is no option and has no effect: is it {meant!r}?"
+                f"The stored image processor has an unknown option {name!r}, which is ignored: did you mean {meant!r}?"
             )
         stored = {name: value for name, value in image_processor_dict.items() if name not in unknown}
         return super().from_dict(stored, **kwargs)

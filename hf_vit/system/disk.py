@@ -83,13 +83,11 @@ def check_output_folder(folder: str | Path, is_ours: bool, sources: Any = (), op
         return
     place = folder.expanduser().resolve()
     for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
-        data = Path(source).expanduser() if str(source) else place
-        if not str(source) or not data.is_dir():
+        if not str(source) or not Path(source).expanduser().is_dir():
             continue
-        how = "is" if data.resolve() == place else None
-        how = how or ("holds" if place in data.resolve().parents else None)
-        how = how or ("lies in" if data.resolve() in place.parents else None)
-        if how is not None:
+        data = Path(source).expanduser().resolve()
+        relations = {"is": data == place, "holds": place in data.parents, "lies in": data in place.parents}
+        if how := next((relation for relation, is_true in relations.items() if is_true), None):
             raise ValueError(
                 f"The output folder {folder} {how} the data folder {source}, where results would mix with the data: "
                 f"choose another {option}."

@@ -7,41 +7,11 @@ from pathlib import PurePath
 from .texts import nearest
 
 # Endings that names on the Hub do not have.
-OF_FILES = frozenset(
-    [
-        ".npz",
-        ".npy",
-        ".safetensors",
-        ".pth",
-        ".pt",
-        ".pt2",
-        ".bin",
-        ".ckpt",
-        ".onnx",
-        ".csv",
-        ".tsv",
-        ".json",
-        ".jsonl",
-        ".ndjson",
-        ".parquet",
-        ".zip",
-        ".tar",
-        ".tgz",
-        ".gz",
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".heic",
-        ".yaml",
-        ".yml",
-    ]
-)
+OF_FILES = (
+    ".npz", ".npy", ".safetensors", ".pth", ".pt", ".pt2", ".bin", ".ckpt", ".onnx", ".csv", ".tsv", ".json", ".jsonl",
+    ".ndjson", ".parquet", ".zip", ".tar", ".tgz", ".gz", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif",
+    ".tiff", ".avif", ".heic", ".yaml", ".yml",
+)  # fmt: skip
 JUNK = (
     ".ds_store", "._*", "thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "__macosx", "__pycache__",
     "@eadir", "$recycle*", ".spotlight-v100", ".trashes", ".fseventsd", ".directory",

@@ -3,10 +3,11 @@
 import sys
 from typing import Any
 
+from .texts import COLUMNS
+
 # The most important values come first: what does not fit is cut at the end.
 FORMAT = "{desc}{n_fmt}/{total_fmt} {unit} |{bar:10}| {elapsed}<{remaining}{postfix}"
 FORMAT_WITHOUT_TOTAL = "{desc}{n_fmt} {unit}, {elapsed}{postfix}{bar:0}"  # tqdm cuts only what has a bar
-COLUMNS = 80
 
 
 def progress_bar(total: int | None, unit: str, what: str = "", **options: Any) -> Any:

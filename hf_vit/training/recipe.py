@@ -62,7 +62,7 @@ class TrainConfig:
     label_separator: str | None = option(None, "Text between several labels of one image; null: found.")
     eval_fraction: float = option(0.2, "Share of each class to hold out if the data has no evaluation split.")
     train_share: float = option(1.0, "Share of each class of the training images to use.")
-    train_repeats: float = option(1.0, "Number of passes over these images in one epoch, at least 1.")
+    train_repeats: float = option(1.0, "Number of times that each image is used per epoch, at least 1.")
     split_seed: int = option(0, "Random seed for held-out and used images; runs with other seeds use the same images.")
     streaming: bool = option(False, "Whether to read the data as a stream instead of preparing it on disk first.")
     train_images: int | None = option(
@@ -80,7 +80,7 @@ class TrainConfig:
         "or auto for what the labels are.",
     )
     model: str | None = option(
-        "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: model_config describes it all."
+        "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: a model of model_config alone."
     )
     model_config: dict[str, Any] = option({}, "Fields of HFViTConfig; they override the variant or checkpoint.")
     image_size: int | list[int] = option(224, "Image size in pixels: one number, HxW, or [height, width].")
@@ -154,7 +154,7 @@ class TrainConfig:
     seed: int = option(0, "Random seed for everything but the choice of held-out and used images.")
     output_dir: str = option("hf-vit-run", "Folder for the trained model and its checkpoints.")
     resume: Literal["auto", "never"] = option(
-        "auto", "Reaction to an earlier run in output_dir: auto resumes it, never deletes it."
+        "auto", "What to do with an earlier run in output_dir: 'auto' resumes it, 'never' discards it."
     )
     save_every: int | None = option(None, "Number of steps between checkpoints; null: one epoch.", 1)
     keep_checkpoints: int = option(2, "Number of checkpoints to keep.")

@@ -26,13 +26,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ..data.folders import counted
 from ..data.labelled import ImageData
 from ..data.orders import READ_AHEAD
 from ..evaluation.flops import count_flops, count_parameters
 from ..system.machine import machine, peak_memory, precision_name
 from ..system.stopping import Interrupted
-from ..system.texts import shortened
+from ..system.texts import counted, shortened
 from .checkpointing import CheckpointFolder, load_state
 from .loop import train
 from .lora import add_low_rank_updates
@@ -431,7 +430,7 @@ def _rows(cost: Cost, price_per_hour: float | None) -> Iterator[tuple[str, str]]
     epochs = cost.total_steps / max(1, cost.train_images // cost.batch_size)
     unknown = cost.evaluation_seconds is None
     evaluation = "unknown duration" if unknown else _duration(cost.evaluation_seconds or 0.0)
-    evaluations = f"{cost.evaluations:,} evaluation{'s' * (cost.evaluations > 1)} of {evaluation}"
+    evaluations = f"{counted(cost.evaluations, 'evaluation')} of {evaluation}"
     yield "run", f"{cost.total_steps:,} steps ({epochs:.3g} epochs), {evaluations}"
     parts = f"{_duration(cost.start_seconds)} start, {_duration(cost.total_steps * cost.step_seconds)} training"
     if unknown:

@@ -357,9 +357,9 @@ def _fields_of(config: TrainConfig) -> dict[str, Any]:
 
 def _reads_class_token(model: str | None) -> bool:
     """Return whether an encoder has a class token that a head may read; a model from scratch has."""
-    if model is None or is_from_scratch(model):
+    if is_from_scratch(model):
         return True
-    config = open_checkpoint(model).config
+    config = open_checkpoint(str(model)).config
     return bool(config.use_cls_token) and config.final_layernorm != "pooled"
 
 

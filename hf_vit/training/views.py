@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import inspection
 from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import HELD_OUT, ImageData
+from ..evaluation.flops import count_parameters
 from ..evaluation.mistakes import write_mistakes
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
@@ -174,14 +175,9 @@ class OfLabels(Unlabelled):
     def limitations(self, run: Any) -> list[str]:
         rows = run.predictions.per_class([markdown(name) for name in run.data.label_names])
         known = [row for row in rows if row["count"]]
-        chosen = (
-            ""
-            if run.thresholds_from != run.measured_on
-            else (
-                " So F1 was measured on the images that chose the thresholds: expect a slightly lower one on others."
-            )
-        )
-        lines = [f"The threshold of each label is the one with the highest F1 on the {run.thresholds_from}.{chosen}"]
+        lines = [f"The threshold of each label is the one with the highest F1 on the {run.thresholds_from}."]
+        if run.thresholds_from == run.measured_on:
+            lines[0] += " F1 was measured on the same images: expect a slightly lower one on others."
         if len(known) < len(rows):
             without = counted(len(rows) - len(known), "label")
             lines.append(f"The precision of {without} is unknown: there are no evaluation images with them.")
@@ -281,19 +277,16 @@ def summary_of_data(data: ImageData) -> str:
 def summary_of_run(run: Any) -> list[str]:
     """Return what a run trains, on what, and for how long, as lines of at most 80 columns."""
     config, model = run.config, run.model
-    total, trained = (
-        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not is_trained)
-        for is_trained in (False, True)
-    )
+    trained, frozen = count_parameters(model)
     height, width = model.config.image_shape
     name = config.model or type(model).__name__
     start = "from scratch" if is_from_scratch(config.model) else "checkpoint"
-    part = "" if trained == total else f", {_millions(trained)} of them trained"
+    part = f", {_millions(trained)} of them trained" if frozen else ""
     processes = run.accelerator.num_processes
     epoch = run.plan.steps_per_epoch
     rows = {
         "Data": summary_of_data(run.data),
-        "Model": f"{name} ({start}), {_millions(total)} parameters{part}, {height}x{width} pixels",
+        "Model": f"{name} ({start}), {_millions(trained + frozen)} parameters{part}, {height}x{width} pixels",
         "Device": ", ".join(
             [
                 device_name(run.accelerator.device),

@@ -359,12 +359,12 @@ class _Fitting:
         elif not verdict.final:
             folder = self.folder / verdict.kept
             self.say(
-                f"No time is left to train {verdict.winner.name} on all images: the model of the race is kept, which "
+                f"No time is left to train on all images: the model of the race is kept, which "
                 f"was trained on {int((head.folds != 0).sum()):,} of {len(self.labels):,}."
             )
         else:
             steps = self._final_steps(verdict)
-            self.say(f"Training {verdict.winner.name} on all {len(self.labels):,} images for {steps} steps.")
+            self.say(f"Training by {verdict.winner.title} on all {len(self.labels):,} images for {steps} steps.")
             rows = torch.arange(len(self.labels))
             run = self.entrants.train(verdict.winner, self.folder / "probe", rows, steps, "final")
             self.state.put(recipe=stable(vars(run.config)))

@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from ...checkpoints.models import load
-from ...data.folders import counted
 from ...data.labelled import ImageData
+from ...system.texts import counted
 from ..defaults import WIDTH_OF_RATE
 from ..loop import remaining_steps, train
 from ..recipe import TrainConfig
@@ -41,6 +41,9 @@ REHEARSED_STEPS = 3
 SECONDS_BETWEEN_SAVES = 60  # what a kill loses; other signals save first
 
 
+TITLES = {"all": "full fine-tuning", "lora": "LoRA", "head": "the head alone"}  # of what is trained
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A way to fine-tune."""
@@ -50,8 +53,13 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """A name for tables, such as `"all 1e-04"`."""
+        """A name for files and metrics, such as `"all 1e-04"`."""
         return f"{self.trained} {self.learning_rate:.0e}"
+
+    @property
+    def title(self) -> str:
+        """A name for sentences, such as `"full fine-tuning (learning rate 1e-04)"`."""
+        return f"{TITLES[self.trained]} (learning rate {self.learning_rate:.0e})"
 
 
 def candidates_for(width: int) -> tuple[Candidate, ...]:
@@ -242,7 +250,7 @@ def race(
     racing = candidates[: budget.candidates]
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
     say(
-        f"Racing {', '.join(candidate.name for candidate in racing)}: {budget.steps[0]} steps each "
+        f"Racing {', '.join(candidate.title for candidate in racing)}: {budget.steps[0]} steps each "
         f"({budget.steps[0] / epoch:.1f} epochs)"
         + (f", then {budget.steps[1]} for the best {FINALISTS}." if len(budget.steps) > 1 else ".")
     )
@@ -261,7 +269,7 @@ def race(
     assert tensors is not None
     is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
     score = shown(problem.metric, problem.score(tensors["logits"], targets))
-    why = f"On the held-out fold, {best.name} scores {score}; {why}"
+    why = f"On the held-out fold, {best.title} scores {score}; {why}"
     winner = best if is_better else None
     return Verdict(winner, why, table, tensors["logits"], budget.final, len(results) + 1, name)
 
@@ -341,7 +349,7 @@ def _run(
     if not keeps:
         shutil.rmtree(entrants.folder / name, ignore_errors=True)
     score = shown(problem.metric, problem.score(logits, targets))
-    say(f"  {candidate.name:12} {steps:5} steps  {problem.metric} {score}  {row['seconds']:.0f} s")
+    say(f"  {candidate.title}: {steps} steps, {problem.metric} {score}, {row['seconds']:.0f} s")
     return row
 
 

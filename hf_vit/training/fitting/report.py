@@ -238,10 +238,10 @@ def _sections(report: Report, metrics: dict[str, Any], finished: Finished) -> di
 def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
     choices = report.expected["choices"]
     how = {
-        "accuracy": "It is Wilson's interval for images that the model was not trained on",
+        "accuracy": "The interval is Wilson's, from images that the model was not trained on",
     }.get(metrics["metric"], "The interval is from a bootstrap over images that the model was not trained on")
     chosen = "poolings" if report.verdict.winner is None else "methods"
-    widened = f", widened because the best of {choices} {chosen} was chosen on them" if choices > 1 else ""
+    widened = f"; it is wider because the best of {choices} {chosen} was chosen on them" if choices > 1 else ""
     lines = [_expectation(metrics), f"{how}{widened}."]
     if f"eval_{metrics['metric']}" in metrics:
         lines.append(

@@ -28,6 +28,10 @@ except ImportError:  # not POSIX
 LOCK = ".lock"  # exists in the folder while a run uses it
 
 
+class ProcessDiedError(ConnectionError):
+    """Another process of the same run has died."""
+
+
 class FolderLock:
     """The lock of one process on a folder.
 
@@ -141,7 +145,8 @@ def lock_folder_together(accelerator: Accelerator, folder: Path) -> Iterator[Non
 
     Raises:
         ValueError: If another run uses the folder.
-        OSError: If the folder cannot be written to; `ConnectionError`, which names the rank, if a process has died.
+        OSError: If the folder cannot be written to.
+        ProcessDiedError: If another process of the run has died; names its rank.
     """
     lock, has_lock = FolderLock(folder, accelerator.process_index), False
     refusal: Exception | None = None
@@ -175,7 +180,7 @@ def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
         yield
     except RuntimeError as error:  # raised by any backend, in any collective
         if message := _dead_processes(lock, others, SECONDS_TO_SEE):
-            raise ConnectionError(message) from error
+            raise ProcessDiedError(message) from error
         raise
     finally:
         is_over.set()

@@ -33,6 +33,9 @@ for mapping, model_class in {
 }.items():
     setattr(common, mapping, {**getattr(common, mapping), "hf_vit": model_class.__name__})
 
+# The position tables of each kind of position embedding.
+TABLES = {"learned": ["table"], "learned_2d": ["rows", "columns"], "relative": ["offsets"]}
+
 
 class HFViTModelTester:
     """A ViT of two layers and its inputs; the mixins read these attributes and call these methods."""
@@ -46,6 +49,7 @@ class HFViTModelTester:
     num_attention_heads = 4
     intermediate_size = 37
     num_labels = 10
+    position_embedding_type = "learned"
     seq_length = (30 // 2) ** 2 + 1  # patches and the class token
     mask_length = seq_length - 1
     num_masks = mask_length // 2
@@ -62,6 +66,7 @@ class HFViTModelTester:
             num_attention_heads=self.num_attention_heads,
             intermediate_size=self.intermediate_size,
             num_labels=self.num_labels,
+            position_embedding_type=self.position_embedding_type,
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[HFViTConfig, dict[str, torch.Tensor]]:
@@ -101,8 +106,19 @@ class HFViTModelTest(
         super().skipTest(reason)
 
     def test_reverse_loading_mapping(self) -> None:
-        # The names on disk are the names in memory.
-        super().test_reverse_loading_mapping(check_keys_were_modified=False)
+        # Each converter is for a table of one kind of positions. The common test requires that all of them match.
+        find = common.get_model_conversion_mapping
+        converters = find(HFViTModel(self.model_tester.get_config()), add_legacy=False)
+        by_table = {converter.source_patterns[0].split(".")[1]: converter for converter in converters}
+        self.assertEqual(sorted(by_table), sorted(table for tables in TABLES.values() for table in tables))
+        for kind, tables in TABLES.items():
+            of_kind = [by_table[table] for table in tables]
+            with (
+                mock.patch.object(self.model_tester, "position_embedding_type", kind),
+                mock.patch.object(common, "get_model_conversion_mapping", mock.Mock(return_value=of_kind)),
+            ):
+                # The names on disk are the names in memory.
+                super().test_reverse_loading_mapping(check_keys_were_modified=False)
 
     def test_model_get_set_embeddings(self) -> None:
         # The mixin's own asks for an `nn.Embedding`.

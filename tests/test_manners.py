@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from hf_vit.cli.endings import clear_endings, typed_command
 from hf_vit.data.loaders import evaluation_loader, training_loader
 from hf_vit.registration import when_imported
 from hf_vit.system.machine import cores
-from hf_vit.system.progress import progress_bar
+from hf_vit.system.progress import TimeLeft, no_bars_of_transformers, progress_bar
 
 
 def by_import_error() -> None:
@@ -75,6 +76,32 @@ def test_a_bar_fits_80_columns_and_keeps_the_accuracy() -> None:
         bar.close()
         lines = file.getvalue().replace("\n", "\r").split("\r")
         assert max(map(len, lines)) <= 80 and any("Features" in line and "98.7%" in line for line in lines)
+
+
+def test_the_time_of_a_long_run_is_stated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, expected in ((1.0, "About 16 min left: 989 steps of 1 s"), (30.0, "About 8.3 hours left"), (0.1, "")):
+        now, said = [0.0], list[str]()
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now[0])
+        left = TimeLeft(1000, said.append)
+        for step in range(1, 200):
+            now[0] += seconds + 60 * (step == 1)  # compilation, for example
+            left.after(step)
+        assert [line.startswith(expected) for line in said] == [True] * bool(expected), said
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_bars_of_transformers_are_hidden_for_a_while(is_hidden: bool) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    (disable_progress_bars if is_hidden else enable_progress_bars)()
+    try:
+        with no_bars_of_transformers():
+            assert not logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() and are_progress_bars_disabled() == is_hidden
+    finally:
+        enable_progress_bars()
 
 
 def test_workers_do_not_exceed_the_cores() -> None:

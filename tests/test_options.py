@@ -20,8 +20,10 @@ runner = CliRunner()
 
 
 @pytest.fixture
-def recipes(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
-    """The recipes that `hf-vit train` would train."""
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """The recipes that `hf-vit train` would train, in a folder with `photos`."""
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
     found: list[TrainConfig] = []
     monkeypatch.setattr(hf_vit.training.report, "train_and_report", lambda config, command, say: found.append(config))
     return found
@@ -143,3 +145,38 @@ def test_a_missing_path_names_the_most_similar_one(tmp_path: Path, monkeypatch: 
     (tmp_path / "my-vit").mkdir()
     assert missing("my-vti") == "No such file or folder: my-vti (did you mean my-vit?)"
     assert missing("elsewhere/x") == "No such file or folder: elsewhere/x"
+    assert missing("./my-vti").endswith("(did you mean my-vit?)")
+
+
+PATHS = """
+import sys
+from typer.testing import CliRunner
+from hf_vit.cli.main import app
+
+for words in (
+    ["train", "photos", "--model", "./none"],
+    ["train", "none/", "--model", "google/vit-base-patch16-224"],
+    ["fit", "photos", "./none", "--model", "m"],
+    ["evaluate", "./none", "photos"],
+    ["predict", "m.safetensors", "photos"],
+    ["inspect", "./none"],
+    ["convert", "./none", "out"],
+    ["export", "./none", "m.onnx"],
+    ["demo", "./none"],
+    ["study", "pooling", "--data", "./none"],
+):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "Error: No such file or folder: " in result.stderr, (words, result.output)
+    assert "torch" not in sys.modules, words
+"""
+
+
+def test_a_missing_path_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    subprocess.run([sys.executable, "-c", PATHS], check=True, cwd=tmp_path)
+
+
+def test_a_missing_argument_is_answered_by_an_example() -> None:
+    for words in (["fit"], ["fit", "photos"], ["predict"], ["push", "my-vit"]):
+        result = runner.invoke(app, words)
+        assert result.exit_code == 2 and f"Example: hf-vit {words[0]} " in result.stderr

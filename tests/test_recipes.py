@@ -81,6 +81,7 @@ def test_every_recipe_is_read_and_reads_back(name: str, recipe: Callable[[str], 
 def test_every_recipe_says_what_to_expect(name: str) -> None:
     text = header(name)
     assert text.splitlines()[0].endswith(".")
+    assert len(text.splitlines()[0]) <= 59  # fits the list of recipes in 80 columns
     places = [text.find(f"\n# {word}: ") for word in WORDS]
     assert -1 not in places and places == sorted(places)
     assert all(section(name, word) for word in WORDS)

@@ -17,7 +17,8 @@ from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.validation_hf_vit import OF_HEAD
-from ..system.texts import shortened
+from ..system.progress import no_bars_of_transformers
+from ..system.texts import counted, shortened
 from .checkpoint import CLASSIFIER, Checkpoint, Options
 from .families import own
 from .from_pretrained import config_for
@@ -100,8 +101,8 @@ def load_classifier(
         for parameter in model.classifier.parameters():
             nn.init.zeros_(parameter)
         logger.warning(
-            f"New head for {len(label_names)} labels ({shortened(label_names)}): classifier.weight and "
-            f"classifier.bias start at zero, since {source} has other labels ({shortened(stored)})."
+            f"New head for {counted(len(label_names), 'label')} ({shortened(label_names)}), since the checkpoint has "
+            f"others ({shortened(stored)}):\nclassifier.weight and classifier.bias start at zero."
         )
     return model, _processor(checkpoint, model.config.image_shape)
 
@@ -146,7 +147,10 @@ def _fill(loaded: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dic
     """Return a model of a class with the weights of a checkpoint, and the report of `from_pretrained`."""
     config, rest = config_for(checkpoint, loaded.__name__, options)
     weights = checkpoint.state_dict()
-    model, report = loaded.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **rest)
+    with no_bars_of_transformers():
+        model, report = loaded.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, **rest
+        )
     model.config.name_or_path = model.name_or_path = checkpoint.source.name
     if checkpoint.family != own.FAMILY.name:  # our own folders are asked again for theirs when the model is saved
         model._image_processor = checkpoint.processor()

@@ -45,6 +45,8 @@ def quiet_libraries() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Each failed request is logged, and repeated; the error at the end says what failed.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     when_imported("transformers.utils.logging", _hide_bars_of_transformers)
 
 

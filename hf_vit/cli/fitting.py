@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..system.places import check_exist
 from .endings import echo, read_size, typed_command
 
 
@@ -43,6 +44,7 @@ def fit(
 
     Example: hf-vit fit photos/ --model facebook/dinov2-small --minutes 10 -o my-classifier
     """
+    check_exist([*data, model])
     from ..training.fitting.fit import fit
 
     fit(

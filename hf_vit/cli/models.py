@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..system.places import check_exist
 from ..system.texts import counted, shortened
 from .endings import echo, read_size
 
@@ -43,6 +44,7 @@ def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]
 
     @wraps(command)
     def run(**given: Any) -> None:
+        check_exist([given["model"]])
         from ..checkpoints.checkpoint import Options
 
         fields = {name: given.pop(name) for name in CHECKPOINT_OPTIONS}
@@ -148,6 +150,7 @@ def export(
 
     Example: hf-vit export hf-vit-digits digits.onnx --int8 dynamic --data digits
     """
+    check_exist([model, data])
     from ..checkpoints.export import TARGETS, export_checkpoint
     from ..graphs.export import export_graph
     from ..graphs.kinds import KINDS

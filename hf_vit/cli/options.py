@@ -79,7 +79,13 @@ class Command(TyperCommand):
         """Replace names of options by those of the command; fail with a remedy where there is none."""
         if ctx.resilient_parsing:  # completion of unfinished words
             return super().parse_args(ctx, args)
-        return super().parse_args(ctx, [*self._renamed(ctx, list(args))])
+        try:
+            return super().parse_args(ctx, [*self._renamed(ctx, list(args))])
+        except typer.BadParameter as error:
+            if type(error).__name__ == "MissingParameter":
+                lines = str(self.help).splitlines()
+                error.message = next((line for line in lines if line.startswith("Example: ")), "")
+            raise
 
     def _renamed(self, ctx: Any, words: list[str]) -> Iterator[str]:
         known = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..system.places import check_exist
 from ..system.texts import counted, one_line
 from .endings import echo, read_size, typed_command
 from .models import Model
@@ -66,6 +67,7 @@ def evaluate(
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
+    check_exist([model, *data])
     from ..evaluation.evaluate import evaluate_checkpoint
     from ..evaluation.report import report_lines
 
@@ -131,6 +133,7 @@ def predict(
 
     On several GPUs or machines: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
+    check_exist([model, *words])
     from ..data.sources import Sources
     from ..prediction.shards import Settings
 
@@ -194,6 +197,7 @@ def demo(
 
     Example: hf-vit demo my-vit --compare google/vit-base-patch16-224
     """
+    check_exist([model, compare])
     if space is None:
         from ..demo.serving import serve
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..system.places import check_exist
 from ..system.texts import hanging
 from ..training.recipe import TrainConfig, default_recipe, recipe_header, shipped_recipes
 from .endings import echo, typed_command
@@ -78,6 +79,7 @@ def train(
             "No data: give a folder of images with one subfolder per class, as in `hf-vit train photos/`. "
             "`hf-vit train --help` lists other sources."
         )
+    check_exist([*([config.data] if isinstance(config.data, str) else config.data), config.model])
     if dry_run:
         from ..training.rehearsal import describe, rehearse
 
@@ -106,7 +108,7 @@ def recipes(
         echo(recipe_header(name) + TrainConfig.from_recipe(name).explain(), nl=False)
         return
     for recipe in shipped_recipes():
-        echo(f"{recipe:24} {recipe_header(recipe).splitlines()[0].removeprefix('# ')}")
+        echo(f"{recipe:22} {recipe_header(recipe).splitlines()[0].removeprefix('# ')}")
 
 
 @with_recipe_fields(hidden=True)
@@ -129,11 +131,12 @@ def study(
 
     Example: hf-vit study positions --quick --data CIFAR10 --epochs 2
     """
+    check_exist([data])
     from ..studies.catalogue import CATALOGUE, SIZES, load_study
 
     if name is None:
         for known, entry in CATALOGUE.items():
-            echo(f"{known:16} {entry.title}. {entry.source}")
+            echo("\n".join(hanging(f"{known:16} ", f"{entry.title}. {entry.source}")))
         return
     chosen = load_study(name)
     from ..studies.page import summary, write_page

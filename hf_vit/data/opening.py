@@ -3,6 +3,7 @@
 `datasets` is imported where it is used, since predictions for image files do without it.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -10,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..system.network import sentence_of
 from ..system.places import is_path, missing
 from ..system.texts import shortened, without_tokens
 from .archives import ENDINGS, is_archive, unpacked
 from .folders import TABLE_ENDINGS, datasets_of, is_split, layout_of, scan, split_of, unwrapped
 from .tables import Tables, is_table, open_table, tables_of
+
+logger = logging.getLogger(__name__)
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "valid", "val", "test", "testing", "eval")
@@ -93,7 +97,9 @@ def _open_name(
     elif path.is_file() and path.suffix.lower() in TABLE_ENDINGS and path.suffix.lower() not in BUILDERS:
         raise no_images_in(path)
     elif storage is not None:
-        loaded = _load(storage, streaming, data_files=shards_of(path))
+        from datasets import load_dataset
+
+        loaded = load_dataset(storage, streaming=streaming, data_files=shards_of(path))
     elif not name or path.exists() or is_path(name):
         shown = without_tokens(name)
         seen = f"Expected a data set, got {shown!r}" if not name or path.exists() else missing(shown)
@@ -103,7 +109,7 @@ def _open_name(
             "or webdataset shard or a folder of them, a data set on the Hub, or 'digits'."
         )
     else:
-        loaded = _load(name, streaming)
+        loaded = _load_from_hub(name, streaming)
     return loaded, notes
 
 
@@ -236,19 +242,27 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
     return {**({"train": numbered} if numbered else {}), **splits}
 
 
-def _load(builder: str, streaming: bool, **files: Any) -> Any:
+def _load_from_hub(name: str, streaming: bool) -> Any:
+    """Load a data set that is not here.
+
+    Raises:
+        ValueError: If there is none, or the Hub cannot be asked.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    unknown = missing(without_tokens(name))
+    if "/" not in name:  # may be a misspelled folder; requests for it may take half a minute to fail
+        logger.warning("%s; looking for a data set of this name on the Hub.", unknown)
     try:
-        return load_dataset(builder, streaming=streaming, **files)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        if isinstance(error, ConnectionError) and "/" not in builder:
-            raise
+        return load_dataset(name, streaming=streaming)
+    except DatasetNotFoundError:
         raise ValueError(
-            f"No such file or folder: {without_tokens(builder)}; and no such data set on the Hub that you can access: "
-            "check the name; if the data set is private, log in with `hf auth login`."
+            f"{unknown}; and no such data set on the Hub that you can access: check the name; if the data set is "
+            "private, log in with `hf auth login`."
         ) from None
+    except ConnectionError as error:
+        raise ValueError(f"{unknown}. {sentence_of(error)}") from error
 
 
 def _digits() -> Any:

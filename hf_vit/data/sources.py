@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.network import sentence_of
-from ..system.places import is_junk, is_path
+from ..system.places import is_junk, is_path, missing
 from ..system.texts import without_tokens
 from .archives import is_archive, unpacked
 from .folders import is_image_file, skipped_in, split_of
@@ -359,4 +359,4 @@ def _revision_of(name: str) -> str:
     except Exception as error:
         if (reason := sentence_of(error)) is None:
             raise
-        raise ValueError(f"No such file or folder: {name}; and no data set of the Hub: {reason}") from error
+        raise ValueError(f"{missing(name)}. {reason}") from error

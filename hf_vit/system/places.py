@@ -1,6 +1,8 @@
 """Tell paths from names on the Hub, and files that operating systems leave in folders from those of the user."""
 
+import glob
 import os
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import PurePath
 
@@ -28,11 +30,21 @@ def missing(name: str) -> str:
     """Return a sentence that there is no such file or folder, with the most similar name beside it."""
     path = PurePath(name)
     try:
-        beside = [entry.name for entry in os.scandir(path.parent)]
+        beside = os.listdir(os.path.expanduser(path.parent))
     except OSError:
         beside = []
     near = nearest(path.name, beside)
     return f"No such file or folder: {name}" + (f" (did you mean {path.parent / near}?)" if near else "")
+
+
+def check_exist(names: Iterable[str | None]) -> None:
+    """Raise `ValueError` for the first name that can only be that of a file or folder, and does not exist.
+
+    A command calls this before it imports the libraries that would find it out much later.
+    """
+    for name in names:
+        if name and is_path(name) and not glob.has_magic(name) and not os.path.exists(os.path.expanduser(name)):
+            raise ValueError(f"{missing(name)}.")
 
 
 def is_junk(name: str) -> bool:

@@ -1,6 +1,9 @@
-"""The progress bar of commands: one line of at most 80 columns, or of the width of the terminal."""
+"""Progress of a run: one bar of at most 80 columns, or of the width of the terminal, and the time that is left."""
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .texts import COLUMNS
@@ -18,3 +21,53 @@ def progress_bar(total: int | None, unit: str, what: str = "", **options: Any) -
     width = {} if is_notebook else {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": COLUMNS}
     shape = FORMAT_WITHOUT_TOTAL if total is None else FORMAT
     return tqdm(total=total, unit=unit, bar_format=shape, desc=what and f"{what}: ", **{**width, **options})
+
+
+class TimeLeft:
+    """States once how long a run will take, as soon as some of its steps have been timed.
+
+    Args:
+        total: Number of steps of the whole run.
+        say: Prints a line.
+    """
+
+    TIMED_SECONDS, TIMED_STEPS = 10.0, 3
+    LEAST_MINUTES = 2  # the bar is enough for a shorter run
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self.total, self.say = total, say
+        self.first: tuple[int, float] | None = None  # the first step is slower, and not timed
+        self.is_stated = False
+
+    def after(self, step: int) -> None:
+        """Count a step; print the time that the others will take if it is known now."""
+        if self.is_stated:
+            return
+        now = time.monotonic()
+        first, began = self.first = self.first or (step, now)
+        if step - first < self.TIMED_STEPS or now - began < self.TIMED_SECONDS:
+            return
+        self.is_stated, seconds = True, (now - began) / (step - first)
+        minutes = round((self.total - step) * seconds / 60)
+        if minutes >= self.LEAST_MINUTES:
+            left = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} hours"
+            self.say(f"About {left} left: {self.total - step:,} steps of {seconds:.2g} s, without evaluations.")
+
+
+@contextmanager
+def no_bars_of_transformers() -> Iterator[None]:
+    """Hide the bars of transformers, which would interrupt ours, while it loads or writes weights."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    of_the_hub_are_hidden = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # those of the Hub as well
+        if of_the_hub_are_hidden:
+            disable_progress_bars()

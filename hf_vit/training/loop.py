@@ -21,7 +21,7 @@ from ..data.loaders import naming_dead_workers, training_loader
 from ..data.orders import StreamOrder, training_order
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.locking import lock_folder_together
-from ..system.progress import progress_bar
+from ..system.progress import TimeLeft, progress_bar
 from ..system.stopping import StopSignals
 from .gradients import compute_gradients
 from .parallel import build_accelerator
@@ -113,6 +113,7 @@ def _train(
     # ---- loop
     run.batches = iter(run.loader)
     run.bar = progress_bar(plan.total_steps, "steps", initial=state.step, disable=not accelerator.is_main_process)
+    left = TimeLeft(plan.total_steps, say)
     model.train()
     with run.bar:
         for step in steps(run):
@@ -144,6 +145,7 @@ def _train(
             state.step = step + 1
             state.throughput.images += config.batch_size
             run.bar.update()
+            left.after(state.step)
 
             # log
             if state.step % config.log_every == 0 or is_last:

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
 from ..data.channels import Channels, adapt_processor, channels_of
@@ -28,6 +27,7 @@ from ..evaluation.results import Results
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.disk import check_output_folder, same_place, writing
 from ..system.machine import free_memory, precision_name
+from ..system.progress import no_bars_of_transformers
 from ..system.stopping import EvaluationStopped, Interrupted, StopSignals
 from .best import BestModel
 from .checkpointing import CheckpointFolder, load_state
@@ -271,7 +271,8 @@ class Run:
             if self.config.trained == "lora":  # the other weights are those of the model already
                 saved["model"] = saved["trained"]
             else:
-                saved["model"] = self.model_class.from_pretrained(checkpoint).state_dict()
+                with no_bars_of_transformers():
+                    saved["model"] = self.model_class.from_pretrained(checkpoint).state_dict()
             self.state.load_state_dict(saved)
             self.saved = None  # frees memory
             if saved["identity"]["accumulation_steps"] != self.config.accumulation_steps:
@@ -454,12 +455,9 @@ def _check_same_run(asked: dict[str, Any], saved: dict[str, Any], output_dir: Pa
 
 def save_model(model: Any, weights: dict[str, Tensor], processor: HFViTImageProcessor, folder: Path) -> None:
     """Write a model and its image processor into a folder."""
-    has_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # a bar per checkpoint would interrupt the bar of the run
-    processor.save_pretrained(folder)  # before the model, which adds a default processor where there is none
-    model.save_pretrained(folder, state_dict=weights)
-    if has_bar:
-        transformers_logging.enable_progress_bar()
+    with no_bars_of_transformers():
+        processor.save_pretrained(folder)  # before the model, which adds a default processor where there is none
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def clear_output(output_dir: Path) -> None:

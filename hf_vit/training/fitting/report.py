@@ -16,7 +16,7 @@ from ...inspection.drawing import save
 from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
-from ...system.texts import code, counted, markdown
+from ...system.texts import code, counted, hanging, markdown
 from ..recipe import TrainConfig
 from ..report import base_model_of, fenced_command, for_others, license_of_base, public_command, public_paths
 from ..run import METRICS
@@ -175,7 +175,7 @@ def summary(metrics: dict[str, Any]) -> list[str]:
             f"{TITLES[metric]} measured on {metrics['eval_count']:,} evaluation images ({metrics['eval_split']}): "
             f"{shown(metric, measured)}, {where} this interval."
         )
-    return [*lines, *_balanced(metrics)]
+    return [part for line in (*lines, *_balanced(metrics)) for part in hanging("", line)]
 
 
 def _balanced(metrics: dict[str, Any]) -> list[str]:

@@ -244,6 +244,9 @@ def test_heic_names_the_package_that_reads_it(tmp_path, monkeypatch):
     (tmp_path / "phone.heic").write_bytes(HEIC)
     with pytest.raises(ValueError, match=r"phone\.heic is a HEIC image: install pillow-heif"):
         read_image(tmp_path / "phone.heic")
+    (tmp_path / "Thumbs.db").touch()  # which an operating system leaves behind, as all in the folder
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "notes.txt").touch()
     assert skipped_in([tmp_path]) == "Skipped 1 file not read as images: 1 .heic (install pillow-heif to read them)."
 
 

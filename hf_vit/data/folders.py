@@ -103,8 +103,10 @@ def skipped_in(folders: Iterable[str | Path]) -> str | None:
     """Return a sentence that counts the files below some folders that are no images, or `None` without any."""
     skipped = Skipped()
     for folder in folders:
-        for _, _, names in os.walk(folder):
-            kinds = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+        for _, below, names in os.walk(folder):
+            below[:] = [name for name in below if not is_junk(name)]
+            names = [name for name in names if not (is_junk(name) or name.startswith("."))]
+            kinds = (os.path.splitext(name)[1].lower() for name in names)
             skipped.files.update(kind or "without an ending" for kind in kinds if kind not in image_endings())
     return skipped.note()
 

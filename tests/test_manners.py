@@ -39,6 +39,26 @@ def test_an_interrupted_import_is_one_line(work: Any, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "Stopped by SIGINT.\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "is_explained"),
+    [
+        (ModuleNotFoundError("No module named 'torchvision'", name="torchvision"), True),
+        (RuntimeError("operator torchvision::nms does not exist"), True),
+        (ModuleNotFoundError("No module named 'hf_vit.misspelled'", name="hf_vit.misspelled"), False),
+        (RuntimeError("a defect"), False),
+    ],
+)
+def test_a_broken_installation_is_a_sentence(
+    error: Exception, is_explained: bool, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(typer.Exit if is_explained else type(error)), clear_endings():
+        raise error
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"Error: An installed package is missing or does not fit ({error}; torch 2.") == is_explained
+    )
+
+
 def test_an_import_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "imported_by_a_test.py").touch()

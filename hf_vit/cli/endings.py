@@ -80,9 +80,11 @@ def clear_endings() -> Iterator[None]:
             _stop()
         from huggingface_hub.errors import StrictDataclassError
 
+        from ..system.extras import broken_installation
         from ..system.network import sentence_of
 
-        message = None if type(error) is ValueError else sentence_of(error)  # ours say more than their causes
+        # Our own errors say more than their causes.
+        message = None if type(error) is ValueError else sentence_of(error) or broken_installation(error)
         if isinstance(error, StrictDataclassError):  # a config field of the wrong type; two lines
             message = one_line(str(error))
         if message is None and not isinstance(error, ValueError | FloatingPointError | OSError):

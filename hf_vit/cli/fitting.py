@@ -6,11 +6,15 @@ from typing import Annotated, Literal
 import typer
 
 from ..system.places import check_exist
+from ..system.texts import shortened
 from .endings import echo, read_size, typed_command
 
 
 def fit(
-    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Labeled images, as for hf-vit train.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA", help="Labeled images: a folder with one subfolder per class, or a table."),
+    ],
     model: Annotated[str, typer.Option(help="Encoder to start from: a name on the Hub, a folder or a file.")],
     minutes: Annotated[float, typer.Option(min=0, help="Time for everything. 0: a linear classifier only.")] = 10,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the model.")] = Path(
@@ -42,9 +46,10 @@ def fit(
     Computes the features of every image once, fits a linear classifier on them, and tests whether fine-tuning is
     better. States the accuracy to expect, with an interval. The same command resumes an interrupted fit.
 
-    Example: hf-vit fit photos/ --model facebook/dinov2-small --minutes 10 -o my-classifier
+    Example: hf-vit fit photos/ --model facebook/dinov2-small -o my-classifier
     """
     check_exist([*data, model])
+    echo(f"Fitting a classifier of {shortened(data)} on features of {model}, in about {minutes:g} minutes.")
     from ..training.fitting.fit import fit
 
     fit(

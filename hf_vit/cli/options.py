@@ -1,6 +1,7 @@
 """Options of commands: fields of a recipe by group, other names that people use, and answers to unknown options."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import wraps
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo
 
-from ..system.texts import nearest, without_tokens
+from ..system.texts import hanging, nearest, without_tokens
 from ..training.recipe import SIZES, TrainConfig
 
 # Names of options in other libraries and scripts, with the option that a command may have instead.
@@ -66,6 +67,14 @@ GROUPS = {
     "seed": "Run",
 }
 SHORT = {"output_dir": ("-o",)}
+# Names of types in the help, by those of typer, and the limits of numbers that it adds to defaults.
+TYPE, RANGE = re.compile(r" <([^<>]+)>"), re.compile(r"(; )?(\d[\d.]*<=?)?x[<>]=?[\d.]+(?=\])")
+TYPES = {
+    **dict.fromkeys(("str", "list[str]"), " TEXT"),
+    **dict.fromkeys(("int", "int range"), " N"),
+    **dict.fromkeys(("float", "float range"), " X"),
+    "path": " PATH",
+}
 METAVARS = {bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
 FIELDS = {f"--{item.name.replace('_', '-')}": item for item in fields(TrainConfig)}
 BOOLEANS = {name for name, item in FIELDS.items() if item.type is bool}
@@ -83,8 +92,8 @@ class Command(TyperCommand):
             return super().parse_args(ctx, [*self._renamed(ctx, list(args))])
         except typer.BadParameter as error:
             if type(error).__name__ == "MissingParameter":
-                lines = str(self.help).splitlines()
-                error.message = next((line for line in lines if line.startswith("Example: ")), "")
+                lines = inspect.cleandoc(self.help or "").splitlines()
+                error.message = next((f"\n{line}" for line in lines if line.startswith("Example: ")), "")
             raise
 
     def _renamed(self, ctx: Any, words: list[str]) -> Iterator[str]:
@@ -134,12 +143,26 @@ class Command(TyperCommand):
         meant = nearest(name.removeprefix("--"), plain)
         return ctx.fail(f"There is no option {name}" + (f": did you mean {plain[meant]}?" if meant else "."))
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words of the usage line, with the options that are required."""
+        required = [item.opts[0] for item in self.get_params(ctx) if item.required and item.opts[0].startswith("--")]
+        return [*super().collect_usage_pieces(ctx), *(f"{name} {name[2:].upper()}" for name in required)]
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the description; examples stay in one line, so that they can be copied."""
+        for paragraph in inspect.cleandoc(self.help or "").split("\n\n"):
+            formatter.write_paragraph()
+            formatter.write("\n".join(hanging("  ", " ".join(paragraph.split()))) + "\n")
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options under the headings of their groups."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if (row := parameter.get_help_record(ctx)) is not None:
                 usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                name = TYPE.sub(lambda match: TYPES.get(match[1], f" [{match[1]}]"), row[0])
+                name = name.split()[0] if usual == "Arguments" else name
+                row = (name, RANGE.sub("", row[1]).removesuffix("  []"))
                 groups.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(row)
         for heading in sorted(groups, key=lambda heading: (heading != "Arguments", heading != "Options")):
             with formatter.section(heading):

@@ -32,9 +32,7 @@ def evaluate(
     model: Model,
     data: Annotated[
         list[str],
-        typer.Argument(
-            metavar="DATA...", help="Labeled images: folder, table, archive, parquet, or a name on the Hub."
-        ),
+        typer.Argument(metavar="DATA", help="Labeled images: folder, table, archive, parquet, or a name on the Hub."),
     ],
     split: Annotated[str | None, typer.Option(help="Split to use. Default: the evaluation split.")] = None,
     image_column: ImageColumn = None,
@@ -63,7 +61,7 @@ def evaluate(
 
     Example: hf-vit evaluate my-vit photos/ --mistakes mistakes.csv
 
-    Quality of features: hf-vit evaluate ViT-B_16.npz photos/ --probe linear --probe knn
+    Quality of features: hf-vit evaluate ViT-B_16.npz photos/ --probe knn
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
@@ -101,7 +99,7 @@ def predict(
     model: Model,
     words: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Image files, folders, globs, zips, tables of paths, or data sets."),
+        typer.Argument(metavar="SOURCE", help="Image files, folders, globs, zips, tables of paths, or data sets."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Table to write: .csv, .tsv, .jsonl or .parquet.")
@@ -131,7 +129,7 @@ def predict(
 
     Example: hf-vit predict my-vit photos/ --top-k 1 -o labels.csv
 
-    On several GPUs or machines: accelerate launch -m hf_vit.cli predict ..., or --engine ray
+    On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     check_exist([model, *words])
     from ..data.sources import Sources

@@ -64,9 +64,9 @@ def train(
 
     Example: hf-vit train photos/ --model facebook/dinov2-small
 
-    From scratch: hf-vit train photos/ --image-size 128 --batch-size 64 --model-config hidden_size=192
+    From scratch: hf-vit train photos/ --model ViT-Ti/16 --image-size 128
 
-    Estimate of parameters, FLOPs, memory, time and price: hf-vit train ... --dry-run --price-per-hour 2.5
+    Estimate of memory, time and price: hf-vit train photos/ --dry-run
     """
     if sources:
         named = given.get("data", [])

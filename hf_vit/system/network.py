@@ -37,7 +37,7 @@ LONGEST_PAUSE = 600  # seconds
 
 def sentence_of(error: BaseException) -> str | None:
     """Return a sentence that says what failed on the network and what to do; `None` for other errors."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     if (response := _response(causes)) is not None:
         return _refusal(causes, response)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
@@ -57,7 +57,7 @@ def sentence_of(error: BaseException) -> str | None:
 
 def is_final(error: BaseException) -> bool:
     """Return whether a retry is useless: the data is invalid, or the server rejects it permanently."""
-    response = _response(list(_causes(error)))
+    response = _response(list(causes_of(error)))
     if response is not None:
         return 400 <= response.status_code < 500 and response.status_code not in PASSING
     return isinstance(error, ValueError)
@@ -65,12 +65,12 @@ def is_final(error: BaseException) -> bool:
 
 def pause_after(error: BaseException) -> float:
     """Return the seconds that the server asks to wait before a retry (`Retry-After`), or 0."""
-    response = _response(list(_causes(error)))
+    response = _response(list(causes_of(error)))
     asked = "" if response is None else response.headers.get("Retry-After", "")
     return float(min(int(asked), LONGEST_PAUSE)) if asked.isascii() and asked.isdigit() else 0.0
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and its causes."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..system.places import check_exist
-from ..system.texts import shortened
+from ..system.texts import hanging, shortened
 from .endings import echo, read_size, typed_command
 
 
@@ -49,7 +49,8 @@ def fit(
     Example: hf-vit fit photos/ --model facebook/dinov2-small -o my-classifier
     """
     check_exist([*data, model])
-    echo(f"Fitting a classifier of {shortened(data)} on features of {model}, in about {minutes:g} minutes.")
+    beginning = f"Fitting a classifier to {shortened(data)}, starting from {model}, in {minutes:g} min."
+    echo("\n".join(hanging("", beginning)))
     from ..training.fitting.fit import fit
 
     fit(

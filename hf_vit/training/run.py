@@ -307,7 +307,7 @@ class Run:
         epoch = state.step / self.plan.steps_per_epoch
         state.log.add(state.step, epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
         name = "accuracy" if state.best is None else state.best.metric
-        if name in metrics:
+        if name in metrics and metrics["count"] > 1:  # for one image it says nothing
             value = f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.4g}"
             self.shown.pop(name, None)
             self.shown = {name: value, **self.shown}  # first, since a narrow terminal cuts the others

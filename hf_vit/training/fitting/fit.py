@@ -25,7 +25,7 @@ from ...system.disk import check_output_folder
 from ...system.locking import alone_in
 from ...system.progress import progress_bar
 from ...system.stopping import StopSignals
-from ...system.texts import counted
+from ...system.texts import counted, hanging
 from ...variants import is_from_scratch
 from ..report import next_commands
 from ..run import METRICS, save_model
@@ -200,10 +200,11 @@ class _Fitting:
             if path.is_dir() and path.name not in keeps:
                 shutil.rmtree(path, ignore_errors=True)
         seconds = metrics["seconds"]["total"]
-        written = (
-            f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s."
+        written = hanging(
+            "",
+            f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s.",
         )
-        for line in (*summary(metrics), written, *next_commands(output_dir, self.sources)):
+        for line in (*summary(metrics), *written, *next_commands(output_dir, self.sources)):
             self.say(line)
 
     def read(self) -> None:
@@ -266,8 +267,7 @@ class _Fitting:
         self.features = embedded[0].features[head.pooling]
         score, folds = shown(self.problem.metric, head.score), len(head.folds.unique())
         self.say(
-            f"Linear probe: {self.problem.metric} {score} in cross-validation with {folds} folds (pooling "
-            f"{head.pooling}, strength {head.strength:g})."
+            f"Linear probe: {self.problem.metric} {score} in {folds}-fold cross-validation (pooling {head.pooling})."
         )
         self.lap("probe")
         return head

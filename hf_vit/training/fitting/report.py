@@ -16,7 +16,7 @@ from ...inspection.drawing import save
 from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_hf_vit import HFViTImageProcessor
 from ...system.machine import machine
-from ...system.texts import code, counted, hanging, markdown
+from ...system.texts import code, counted, markdown
 from ..recipe import TrainConfig
 from ..report import base_model_of, fenced_command, for_others, license_of_base, public_command, public_paths
 from ..run import METRICS
@@ -157,10 +157,10 @@ def _expectation(metrics: dict[str, Any]) -> str:
     metric, expected = metrics["metric"], metrics["expected"]
     score, low, high = (shown(metric, expected[name]) for name in ("score", "low", "high"))
     number = expected["new_images"]
-    kind = f"prediction interval for {counted(number, 'new image')}" if number else "confidence interval"
+    kind = f"prediction interval for {counted(number, 'image')}" if number else "confidence interval"
     return (
-        f"{TITLES[metric]} to expect on new images of the same kind: {score} (95% {kind}: {low} to {high}; "
-        f"from {expected['source']}, {expected['images']:,} images)."
+        f"{TITLES[metric]} to expect on new images of the same kind: {score}\n(95% {kind}: {low} to {high}, from "
+        f"{expected['source']})."
     )
 
 
@@ -173,9 +173,9 @@ def summary(metrics: dict[str, Any]) -> list[str]:
         where = "within" if low <= measured <= high else "outside"
         lines.append(
             f"{TITLES[metric]} measured on {metrics['eval_count']:,} evaluation images ({metrics['eval_split']}): "
-            f"{shown(metric, measured)}, {where} this interval."
+            f"{shown(metric, measured)},\n{where} this interval."
         )
-    return [part for line in (*lines, *_balanced(metrics)) for part in hanging("", line)]
+    return [*lines, *_balanced(metrics)]
 
 
 def _balanced(metrics: dict[str, Any]) -> list[str]:
@@ -185,7 +185,7 @@ def _balanced(metrics: dict[str, Any]) -> list[str]:
     if "balanced_accuracy" not in found or abs(found["balanced_accuracy"] - found["accuracy"]) < 0.02:
         return []
     return [
-        "The classes have different numbers of images: the balanced accuracy, the mean over classes, is "
+        "The classes have different numbers of images: the balanced accuracy (the\nmean over classes) is "
         f"{found['balanced_accuracy']:.1%}."
     ]
 

@@ -236,6 +236,7 @@ def test_heads_are_assumed_to_be_64_wide(converted):
     with torch.no_grad():
         assert relative_error(ours(pixel_values).logits, theirs(pixel_values)) < 1e-5
     assert checkpoint.config.num_attention_heads == 3
+    assert any("--hidden-act" in sentence for sentence in checkpoint.assumed)
     assert any("3 heads" in sentence and "--num-heads" in sentence for sentence in checkpoint.assumed)
 
 

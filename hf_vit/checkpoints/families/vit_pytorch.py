@@ -8,6 +8,7 @@ from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from ...model.configuration_hf_vit import HFViTConfig
+from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from ..files import Source
 from ..layouts import Layout, Row, count, each, grid_of_table, heads_first, positions, reshaped
@@ -139,6 +140,10 @@ def _read(source: Source, options: Options) -> Reading:
         "pooling": options.pooling or ("cls" if use_cls_token else "mean"),
         **_heads(source, era, width, options, assumed),
     }
+    if options.hidden_act is None:
+        assumed.append(
+            "hidden_act gelu, the library's: copies with another activation have the same tensors (--hidden-act)."
+        )
     if use_cls_token and leading and options.pooling is None:
         assumed.append(
             "pooling cls: in older releases, models that average all tokens have the same tensors "
@@ -176,8 +181,8 @@ def _heads(source: Source, era: Era, width: int, options: Options, assumed: list
     if heads is None and inner % HEAD_DIM == 0:
         heads = inner // HEAD_DIM
         assumed.append(
-            f"{heads} heads: the file does not store the number, and {HEAD_DIM} dimensions per head are the default "
-            "(--num-heads)."
+            f"{counted(heads, 'head')}: the file does not store the number, and {HEAD_DIM} dimensions per head are the "
+            "default (--num-heads)."
         )
     if heads is None or inner % heads:
         divisor = f"{HEAD_DIM}, the default width of a head" if heads is None else f"{heads}, the heads given"

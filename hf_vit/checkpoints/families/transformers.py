@@ -21,12 +21,13 @@ from ..layouts import (
     Row,
     convolution,
     count,
+    flat_positions,
     grid_of_table,
     halves,
     heads_first,
     heads_together,
     positions,
-    reshaped,
+    token,
 )
 
 # ----------------------------------------------------------------------------------------------------- the names
@@ -48,17 +49,6 @@ QUERIES_KEYS_VALUES = (
     ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
-
-
-def token(config: HFViTConfig) -> Layout:
-    """A token `[1, 1, D]`, stored as `[D]`."""
-    return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
-
-
-def flat_positions(config: HFViTConfig) -> Layout:
-    """All positions, stored as `[P+N, D]`."""
-    width = config.hidden_size
-    return reshaped((1, -1, width), (-1, width)).then(positions(config))
 
 
 def without_key_bias(config: HFViTConfig) -> Layout:

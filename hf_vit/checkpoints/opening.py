@@ -5,13 +5,14 @@ from typing import Any
 
 from .checkpoint import Checkpoint, Family, Options
 from .diagnosis import explain
-from .families import google, own, timm, torchvision, transformers, vit_pytorch
+from .families import google, open_clip, own, timm, torchvision, transformers, vit_pytorch
 from .files import Source, open_source
 
 FAMILIES = (
     own.FAMILY,
     google.FAMILY,
     torchvision.FAMILY,
+    open_clip.FAMILY,
     transformers.FAMILY,
     timm.FAMILY,
     vit_pytorch.FAMILY,

@@ -5,7 +5,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, Family, Options
 from .diagnosis import explain
-from .families import google, open_clip, own, timm, torchvision, transformers, vit_pytorch
+from .families import google, mmpretrain, open_clip, own, timm, torchvision, transformers, tutorials, vit_pytorch
 from .files import Source, open_source
 
 FAMILIES = (
@@ -13,9 +13,12 @@ FAMILIES = (
     google.FAMILY,
     torchvision.FAMILY,
     open_clip.FAMILY,
+    mmpretrain.FAMILY,
+    *tutorials.FAMILIES,
     transformers.FAMILY,
     timm.FAMILY,
     vit_pytorch.FAMILY,
+    tutorials.TRANSFORMER_ENCODER,
 )
 
 

@@ -34,9 +34,9 @@ WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 )
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SIDE_FILES = ("config.json", *PROCESSOR_FILES)
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Keys of the weights in a training checkpoint; averaged weights come first, as in timm.
 STATE_DICTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "teacher", "net")
 

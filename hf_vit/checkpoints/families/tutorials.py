@@ -80,7 +80,6 @@ MONAI = Library(
     ],
     layer_norm_eps=1e-5,
     preprocessing=_of_the_paper,
-    head="classification_head",
     left_out=(r"blocks\.\d+\.(cross_attn|norm_cross_attn)\..*",),  # built, but without a context not used
     remarks={
         r"classification_head\.0\.weight": "The logits are those before MONAI's tanh, which keeps their order: its "

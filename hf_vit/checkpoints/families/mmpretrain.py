@@ -39,13 +39,13 @@ TABLE = [
 
 
 def preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
-    """Return the test pipeline of configs/vision_transformer and configs/deit."""
+    """Return the test pipeline of configs/vision_transformer, or of configs/deit and configs/mae."""
     share = 0.875 if fields["image_size"][0] <= 224 else 1.0
-    if fields["use_distillation_token"]:
-        return {"name": "center_crop", "crop_pct": share, "resample": BICUBIC}, (
-            f"bicubic, crop_pct {share:g}, and ImageNet's mean and standard deviation"
-        )
-    return {"name": "timm", "crop_pct": share}, f"bicubic, crop_pct {share:g}, and pixels in [-1, 1] (not for DeiT)"
+    is_mae = fields["final_layernorm"] == "pooled"
+    if is_mae or fields["use_distillation_token"] or fields["hidden_size"] < 768:
+        words = f"bicubic, crop_pct {share:g}, ImageNet's mean and standard deviation"
+        return {"name": "center_crop", "crop_pct": share, "resample": BICUBIC}, words
+    return {"name": "timm", "crop_pct": share}, f"bicubic, crop_pct {share:g}, pixels in [-1, 1], as for its ViT-B"
 
 
 FAMILY = Library(
@@ -54,7 +54,6 @@ FAMILY = Library(
     table=TABLE,
     layer_norm_eps=1e-6,
     preprocessing=preprocessing,
-    head="head.fc",
     num_heads={(768, 8): 8},  # its ViT-S
     pooling="mean",
     fields={"position_interpolation": "bicubic"},

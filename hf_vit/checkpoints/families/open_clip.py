@@ -43,7 +43,7 @@ SIZES = ("input_resolution", "context_length", "vocab_size")
 def preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
     """Return the preprocessing of `clip.load`, clip/clip.py `_transform`."""
     arguments = {"crop_pct": 1.0, "resample": BICUBIC, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
-    return {"name": "center_crop", **arguments}, "bicubic with OpenAI's mean and standard deviation"
+    return {"name": "center_crop", **arguments}, "bicubic, crop_pct 1, OpenAI's mean and standard deviation"
 
 
 LIBRARY = Library(

@@ -113,11 +113,11 @@ def read(
             fields[name] = getattr(options, name)
     if "hidden_act" not in fields:
         fields["hidden_act"] = "gelu"
-        sentences.append(f"hidden_act gelu, as in {library.name}: the file does not store it (--hidden-act).")
+        sentences.append(f"hidden_act gelu, that of {library.name}: the file does not store it (--hidden-act).")
     fields.update(_positions(shapes, options, fields))
     if processor is None:
         processor, words = library.preprocessing(fields)
-        sentences.append(f"Preprocessing as in {library.name}, {words}: the file does not store it.")
+        sentences.append(f"Preprocessing of {library.name} ({words}): the file does not store it.")
     head = next((name for name in ("classifier.weight", "classifier.cls.weight") if name in shapes), None)
     if head is not None:
         fields["num_labels"] = shapes(head, 2)[0]

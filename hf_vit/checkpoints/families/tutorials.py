@@ -18,15 +18,15 @@ CIFAR10 = {"image_mean": [0.4914, 0.4822, 0.4465], "image_std": [0.2470, 0.2435,
 
 
 def _of_the_paper(fields: Mapping[str, Any]) -> Preprocessing:
-    return {"name": "original"}, "bilinear, with pixels in [-1, 1]"
+    return {"name": "original"}, "bilinear, pixels in [-1, 1]"
 
 
 def _of_cifar10(fields: Mapping[str, Any]) -> Preprocessing:
-    return {"name": "original", **CIFAR10}, "with the mean and standard deviation of CIFAR-10"
+    return {"name": "original", **CIFAR10}, "bilinear, the mean and standard deviation of CIFAR-10"
 
 
 def _of_a_tensor(fields: Mapping[str, Any]) -> Preprocessing:
-    return {"name": "original", "image_mean": [0.0] * 3, "image_std": [1.0] * 3}, "bilinear, with pixels in [0, 1]"
+    return {"name": "original", "image_mean": [0.0] * 3, "image_std": [1.0] * 3}, "bilinear, pixels in [0, 1]"
 
 
 _LAYER = "transformer.encoder.layer.{}."

@@ -141,7 +141,8 @@ def _has_torch_s_layers(source: Source) -> bool:
 def _refuse_torch_s_layers(source: Source, options: Options) -> NoReturn:
     raise ValueError(
         f"{source.name}: a torch.nn.TransformerEncoder is not supported. It applies LayerNorm after attention and MLP "
-        "unless it was built with norm_first=True, and the file does not store that."
+        "unless it was built with norm_first=True, and the file does not store that. If it was, pass a table of its "
+        "names (--names)."
     )
 
 

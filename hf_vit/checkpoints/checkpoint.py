@@ -84,14 +84,14 @@ class Family:
         name: Its name in reports.
         recognises: Whether a source has this layout.
         read: Read a source of this layout.
-        head: Module name of its classifier, a linear layer; a head of another name is renamed to it. `None` leaves
-            all names to `read`.
+        heads: Module names of its classifiers, linear layers. Without any of them, a head of another name gets the
+            first of these names; if there are none, `read` sees all names as they are.
     """
 
     name: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source, Options], Reading]
-    head: str | None = None
+    heads: tuple[str, ...] = ()
 
 
 class Checkpoint:

@@ -50,7 +50,7 @@ JEONSWORLD = Library(
     ],
     layer_norm_eps=1e-6,
     preprocessing=_of_the_paper,
-    head="head",
+    heads=("head",),
     refused={
         r"transformer\.embeddings\.hybrid_model\..*": "a ResNet stem",
         r"part_head\..*|transformer\.encoder\.part_.*": "a last layer that reads selected patches (TransFG)",
@@ -80,6 +80,7 @@ MONAI = Library(
     ],
     layer_norm_eps=1e-5,
     preprocessing=_of_the_paper,
+    heads=("classification_head", "classification_head.0"),
     left_out=(r"blocks\.\d+\.(cross_attn|norm_cross_attn)\..*",),  # built, but without a context not used
     remarks={
         r"classification_head\.0\.weight": "The logits are those before MONAI's tanh, which keeps their order: its "

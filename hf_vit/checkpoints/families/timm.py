@@ -13,8 +13,11 @@ from ...model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
 from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from ..files import Source
 from ..layouts import count, is_square
-from .timm_facts import ACTIVATIONS, EPSILONS, POOLINGS, Stated
+from .timm_facts import ACTIVATIONS, EPSILONS, POOLINGS, USUAL_HEADS, Stated
 from .timm_names import LEFT_OUT, table
+
+
+DINOV2_SIZE = (518, 518)  # of the positions; its authors evaluate at 224 pixels
 
 
 def _recognises(source: Source) -> bool:
@@ -27,7 +30,12 @@ def _recognises(source: Source) -> bool:
 
 
 def _read(source: Source, options: Options) -> Reading:
-    stated = Stated(source, options)
+    return read(Stated(source, options))
+
+
+def read(stated: Stated) -> Reading:
+    """Read a checkpoint with timm's names, given what is known about it."""
+    source, options = stated.source, stated.options
     names, shape = source.tensors, source.shape
     projection = shape("patch_embed.proj.weight")
     if len(projection) != 4:
@@ -89,6 +97,12 @@ def _heads(source: Source, stated: Stated) -> dict[str, Any]:
     heads = stated.options.num_heads or stated.arguments.get("num_heads")
     if heads is None:
         heads = _heads_in_tensors(source, inner)
+    if heads is None and not stated.is_known:
+        heads = stated.facts.get("num_heads") or USUAL_HEADS.get(inner)
+        if heads is not None:
+            stated.assume(
+                f"{heads} heads: nothing states the number, and it is usual for a width of {inner} (--num-heads)."
+            )
     if heads is None:
         head_dim = stated.facts["head_dim"]
         # With another width the architecture keeps its number of heads, which is unknown here.
@@ -300,6 +314,8 @@ def _processor(stated: Stated, fields: dict[str, Any]) -> HFViTImageProcessorPil
         return HFViTImageProcessorPil.from_preset("timm", size, fields["num_channels"])
     if stated.arguments.get("dynamic_img_size") and len(config.get("input_size", ())) == 3:
         size = (config["input_size"][1], config["input_size"][2])  # the model resamples its positions
+    if size == DINOV2_SIZE:
+        size = stated.facts.get("processed_size", size)
     names = {"image_mean": "mean", "image_std": "std", "crop_pct": "crop_pct"}
     arguments = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs)}
     if interpolation := config.get("interpolation"):

@@ -48,6 +48,9 @@ FACTS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"_giant_patch14(_reg\d)?_(dinov2|tipsv2)", {"hidden_act": "silu", "mlp_gate": "first"}),
 )
 
+# Heads of models whose heads are not 64 wide, by width: so400m, huge, giant and gigantic.
+USUAL_HEADS = dict.fromkeys((1152, 1280, 1408, 1664), 16)
+
 # timm's names, and the equivalent activation of transformers, epsilon of LayerNorm, or pooling of ours.
 SAME_NAME = ("gelu", "quick_gelu", "silu", "relu", "relu6", "leaky_relu", "mish", "sigmoid", "tanh")
 ACTIVATIONS = {**{name: name for name in SAME_NAME}, "gelu_tanh": "gelu_pytorch_tanh", "swish": "silu"}

@@ -1,0 +1,164 @@
+"""Self-supervised models with timm's names: DINO, iBOT, DINOv2, MAE, MoCo v3, I-JEPA, and the classifiers of DeiT.
+
+The files hold timm's names, and no config.json. Each model has its own preprocessing and its own way to resample
+positions, and some have other heads than timm assumes. `ORIGINS` has these facts, from the original code:
+github.com/facebookresearch/{dino,dinov2,mae,moco-v3,ijepa,deit} and github.com/bytedance/ibot.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checkpoint import Family, Options, Reading
+from ..files import Source
+from . import timm
+
+# A block of training code that shards blocks in chunks: blocks.CHUNK.LAYER.rest
+CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.(.+)")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}
+
+
+class Origin(NamedTuple):
+    """The code that a file comes from.
+
+    Attributes:
+        name: Name of the family.
+        made: Whether the tensors come from this code.
+        interpolation: A key of `POSITION_INTERPOLATIONS`.
+        facts: Facts that the tensors do not determine, as in `timm_facts.FACTS`.
+        preprocessing: The preprocessing, with the names of timm's `pretrained_cfg`.
+        left_out: Regular expressions for tensors outside of the encoder.
+    """
+
+    name: str
+    made: Callable[[Source], bool]
+    interpolation: str
+    facts: dict[str, Any] = {}
+    preprocessing: dict[str, Any] = IMAGENET
+    left_out: tuple[str, ...] = ()
+
+
+def without_chunks(source: Source) -> Source:
+    """Return the source with `blocks.3.` for `blocks.0.3.`, if its blocks are in chunks."""
+    matches = {name: CHUNKED.fullmatch(name) for name in source.tensors if name.startswith("blocks.")}
+    if not matches or not all(matches.values()):
+        return source
+    names = {name: f"blocks.{match[1]}.{match[2]}" for name, match in matches.items() if match}
+    return replace(source, tensors={names.get(name, name): tensor for name, tensor in source.tensors.items()})
+
+
+def _is_dinov2(source: Source) -> bool:
+    names = source.tensors
+    is_masked = "mask_token" in names and len(names["mask_token"].shape) == 2
+    return "pos_embed" in names and (is_masked or "register_tokens" in names or "blocks.0.mlp.w12.weight" in names)
+
+
+def _is_headless(source: Source) -> bool:
+    """Return whether the file holds an encoder that ends in the LayerNorm of all tokens, as pre-training saves it."""
+    others = {
+        "head.weight",
+        "fc_norm.weight",
+        "norm_pre.weight",
+        "reg_token",
+        "blocks.0.ls1.gamma",
+        "blocks.0.gamma_1",
+    }
+    return {"pos_embed", "norm.weight", "blocks.0.attn.qkv.weight"} <= source.tensors.keys() and not (
+        others & source.tensors.keys()
+    )
+
+
+def _fixed_positions(source: Source) -> str | None:
+    """Return which coordinate the first half of fixed sines and cosines belongs to: "column", "row" or `None`.
+
+    The second patch, in row 0 and column 1, tells them from learned positions.
+    """
+    shape = source.shape("pos_embed")
+    prefix, quarter = int("cls_token" in source.tensors), shape[-1] // 4
+    if len(shape) != 3 or shape[1] < prefix + 2 or shape[-1] % 4:
+        return None
+    *before, _, second = source.tensors["pos_embed"].read()[0, : prefix + 2].float()
+    angles = 10_000 ** -(torch.arange(quarter) / quarter)
+    of_column, of_row = torch.cat([angles.sin(), angles.cos()]), torch.tensor([0.0, 1.0]).repeat_interleave(quarter)
+    orders = {"column": (of_column, of_row), "row": (of_row, of_column)}
+    if any(token.any() for token in before):
+        return None
+    return next((name for name, parts in orders.items() if torch.allclose(second, torch.cat(parts), atol=1e-2)), None)
+
+
+def _is_fixed(source: Source, first: str, has_cls_token: bool) -> bool:
+    is_alike = _is_headless(source) and ("cls_token" in source.tensors) == has_cls_token
+    return is_alike and _fixed_positions(source) == first
+
+
+# The first that fits is used. DINO's files hold nothing of its own, so it is the last.
+ORIGINS = (
+    Origin(
+        "DINOv2 with registers",
+        lambda source: _is_dinov2(source) and "register_tokens" in source.tensors,
+        "bicubic_antialias",
+        {"processed_size": (224, 224)},
+        left_out=(r"(dino|ibot)_head\..*",),
+    ),
+    Origin(
+        "DINOv2",
+        _is_dinov2,
+        "bicubic_offset",
+        {"processed_size": (224, 224)},
+        left_out=(r"(dino|ibot)_head\..*",),
+    ),
+    Origin("MAE", partial(_is_fixed, first="column", has_cls_token=True), "bicubic"),
+    Origin(
+        "MoCo v3",
+        partial(_is_fixed, first="row", has_cls_token=True),
+        "bicubic",
+        {"num_heads": 12},
+        {**IMAGENET, "interpolation": "bilinear"},
+        (r"(head|predictor)\.\d+\..*",),
+    ),
+    Origin("I-JEPA", partial(_is_fixed, first="column", has_cls_token=False), "bicubic"),
+    Origin(
+        "DINO",
+        lambda source: _is_headless(source) and "cls_token" in source.tensors and "dist_token" not in source.tensors,
+        "bicubic_offset",
+        left_out=(r"head\.(mlp|last_layer)\..*", "masked_embed"),
+    ),
+    Origin("DeiT", lambda source: "dist_token" in source.tensors, "bicubic_antialias"),
+    Origin(
+        "DeiT III",
+        lambda source: {"blocks.0.gamma_1", "pos_embed", "head.weight"} <= source.tensors.keys(),
+        "bicubic_antialias",
+        preprocessing={**IMAGENET, "crop_pct": 1.0},
+    ),
+)
+
+
+def _recognises(origin: Origin, source: Source) -> bool:
+    if not timm.FAMILY.recognises(source) or "architecture" in source.config:
+        return False
+    plain = without_chunks(source)
+    return next((other for other in ORIGINS if other.made(plain)), None) is origin
+
+
+def _read(origin: Origin, source: Source, options: Options) -> Reading:
+    plain = without_chunks(source)
+    stated = timm.Stated(plain, options)
+    stated.facts.update(origin.facts)
+    stated.preprocessing = origin.preprocessing
+    reading = timm.read(stated)
+    reading.fields["position_interpolation"] = origin.interpolation
+    reading.left_out = (*reading.left_out, *origin.left_out)
+    share, how = origin.preprocessing["crop_pct"], origin.preprocessing["interpolation"]
+    reading.assumed.append(
+        f"Preprocessing of {origin.name}: {how}, crop_pct {share:g}, ImageNet mean and std. Positions are resampled as "
+        f"in its code ({origin.interpolation})."
+    )
+    reading.source = plain
+    return reading
+
+
+FAMILIES = tuple(Family(origin.name, partial(_recognises, origin), partial(_read, origin)) for origin in ORIGINS)

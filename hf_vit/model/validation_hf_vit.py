@@ -21,8 +21,8 @@ MIM_OBJECTIVES = ("pixels", "mean_color")
 ACTIVATIONS = sorted(set(ACT2FN) - {"prelu", "xielu"})
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
-# Arguments of `torch.nn.functional.interpolate` that resample a position table to another grid. An "offset" is added to
-# the size of the new grid to get the scale: DINO's way to avoid a grid that is one patch too small.
+# Arguments of `torch.nn.functional.interpolate` that resample a position table to another grid. An "offset" is added
+# to the size of the new grid to get the scale: DINO's way to avoid a grid that is one patch too small.
 POSITION_INTERPOLATIONS: dict[str, dict[str, Any]] = {
     "bicubic_antialias": {"mode": "bicubic", "antialias": True},  # timm; the default here
     "bicubic": {"mode": "bicubic"},  # transformers' ViT, DeiT, DINOv2; MAE

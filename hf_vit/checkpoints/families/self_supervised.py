@@ -1,8 +1,9 @@
-"""Self-supervised models with timm's names: DINO, iBOT, DINOv2, MAE, MoCo v3, I-JEPA, and the classifiers of DeiT.
+"""Self-supervised models with timm's names: DINO, iBOT, DINOv2, DINOv3, MAE, MoCo v3, I-JEPA, BEiT; and DeiT.
 
 The files hold timm's names, and no config.json. Each model has its own preprocessing and its own way to resample
 positions, and some have other heads than timm assumes. `ORIGINS` has these facts, from the original code:
-github.com/facebookresearch/{dino,dinov2,mae,moco-v3,ijepa,deit} and github.com/bytedance/ibot.
+github.com/facebookresearch/{dino,dinov2,dinov3,mae,moco-v3,ijepa,deit}, github.com/bytedance/ibot and
+github.com/microsoft/unilm (beit, beit2).
 """
 
 import re
@@ -20,6 +21,8 @@ from . import timm
 # A block of training code that shards blocks in chunks: blocks.CHUNK.LAYER.rest
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.(.+)")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}
+INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 0.875, "interpolation": "bicubic"}
+ROTARY = {"position_embedding_type": "rotary", "layer_norm_eps": 1e-5, "gated_act": "silu"}
 
 
 class Origin(NamedTuple):
@@ -58,7 +61,7 @@ def _is_dinov2(source: Source) -> bool:
 
 
 def _is_headless(source: Source) -> bool:
-    """Return whether the file holds an encoder that ends in the LayerNorm of all tokens, as pre-training saves it."""
+    """Return whether the file holds an encoder that ends in the LayerNorm of all tokens, as after pre-training."""
     others = {
         "head.weight",
         "fc_norm.weight",
@@ -90,6 +93,14 @@ def _fixed_positions(source: Source) -> str | None:
     return next((name for name, parts in orders.items() if torch.allclose(second, torch.cat(parts), atol=1e-2)), None)
 
 
+def _has_relative(source: Source) -> bool:
+    return any(name.endswith("relative_position_bias_table") for name in source.tensors)
+
+
+def _has_no_positions(source: Source) -> bool:
+    return "pos_embed" not in source.tensors and not _has_relative(source)
+
+
 def _is_fixed(source: Source, first: str, has_cls_token: bool) -> bool:
     is_alike = _is_headless(source) and ("cls_token" in source.tensors) == has_cls_token
     return is_alike and _fixed_positions(source) == first
@@ -110,6 +121,25 @@ ORIGINS = (
         "bicubic_offset",
         {"processed_size": (224, 224)},
         left_out=(r"(dino|ibot)_head\..*",),
+    ),
+    Origin(
+        "DINOv3",
+        lambda source: (
+            "rope_embed.periods" in source.tensors
+            or ({"cls_token", "reg_token", "blocks.0.gamma_1"} <= source.tensors.keys() and _has_no_positions(source))
+        ),
+        "bicubic_antialias",
+        ROTARY,
+        # The code of its authors and transformers resize to the size, without a crop.
+        {**IMAGENET, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "input_size": (3, 224, 224)},
+        (r"rope_embed\.periods", r".*\.qkv\.bias_mask", r"local_cls_norm\..*", r"((dino|ibot)_head|projectors)\..*"),
+    ),
+    Origin(
+        "BEiT",
+        lambda source: "blocks.0.attn.q_bias" in source.tensors and _has_relative(source),
+        "bilinear",
+        preprocessing=INCEPTION,
+        left_out=(r"(lm_head|cls_pt_layers|decoder)\..*",),
     ),
     Origin("MAE", partial(_is_fixed, first="column", has_cls_token=True), "bicubic"),
     Origin(
@@ -152,13 +182,35 @@ def _read(origin: Origin, source: Source, options: Options) -> Reading:
     reading = timm.read(stated)
     reading.fields["position_interpolation"] = origin.interpolation
     reading.left_out = (*reading.left_out, *origin.left_out)
-    share, how = origin.preprocessing["crop_pct"], origin.preprocessing["interpolation"]
+    if "rope_embed.periods" in plain.tensors:
+        reading.fields["rope_theta"] = _base_of_periods(plain, reading.assumed)
+    facts = origin.preprocessing
+    whose = "mean and std of 0.5" if facts["mean"][0] == 0.5 else "ImageNet mean and std"
+    has_table = reading.fields.get("position_embedding_type") != "rotary"
     reading.assumed.append(
-        f"Preprocessing of {origin.name}: {how}, crop_pct {share:g}, ImageNet mean and std. Positions are resampled as "
-        f"in its code ({origin.interpolation})."
+        f"Preprocessing of {origin.name}: {facts['interpolation']}, crop_pct {facts['crop_pct']:g}, {whose}."
+        + f" Other image sizes resample the positions ({origin.interpolation})." * has_table
     )
     reading.source = plain
     return reading
+
+
+def _base_of_periods(source: Source, assumed: list[str]) -> float:
+    """Return the base of the wavelengths of DINOv3: period number i of n is base^(i/n).
+
+    Raises:
+        ValueError: If the periods follow another rule.
+    """
+    periods = source.tensors["rope_embed.periods"].read().double()
+    exponents = torch.arange(len(periods), dtype=torch.float64) / len(periods)
+    base = periods[-1] ** (1 / exponents[-1]) if len(periods) > 1 else torch.tensor(100.0)
+    base = torch.tensor(100.0) if (base - 100).abs() < 1 else base  # the file may hold bfloat16
+    difference = (periods / base**exponents - 1).abs().max()
+    if difference > 0.01:
+        raise ValueError(f"{source.name}: 'rope_embed.periods' are no powers of one base, which is not supported.")
+    if difference > 1e-6:
+        assumed.append(f"rope_theta {base:g}, in float32 as in transformers and timm: the file's periods are rounded.")
+    return float(base)
 
 
 FAMILIES = tuple(Family(origin.name, partial(_recognises, origin), partial(_read, origin)) for origin in ORIGINS)

@@ -5,10 +5,18 @@ from typing import Any
 
 from .checkpoint import Checkpoint, Family, Options
 from .diagnosis import explain
-from .families import google, own, self_supervised, timm, transformers, vit_pytorch
+from .families import google, own, self_supervised, timm, torchvision, transformers, vit_pytorch
 from .files import Source, open_source
 
-FAMILIES = (own.FAMILY, google.FAMILY, transformers.FAMILY, *self_supervised.FAMILIES, timm.FAMILY, vit_pytorch.FAMILY)
+FAMILIES = (
+    own.FAMILY,
+    google.FAMILY,
+    torchvision.FAMILY,
+    transformers.FAMILY,
+    *self_supervised.FAMILIES,
+    timm.FAMILY,
+    vit_pytorch.FAMILY,
+)
 
 
 def open_checkpoint(source: str | Path | Source, options: Options | None = None, **hub: Any) -> Checkpoint:

@@ -208,8 +208,10 @@ class HFViTImageProcessing(BaseImageProcessor):
         """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-        channels = options_for_channels(num_channels, PRESETS[name]) if num_channels != 3 else {}
-        return cls(**{"size": size, **PRESETS[name], **channels, **kwargs})
+        options = {"size": size, **PRESETS[name], **kwargs}
+        if num_channels != 3:
+            options |= options_for_channels(num_channels, options)
+        return cls(**options)
 
     def set_output_size(self, size: int | tuple[int, int]) -> None:
         """Set the size of the output, one number or (height, width); the margin of a centre crop scales with it."""

@@ -6,13 +6,16 @@ Forwards are those of timm 1.0.31. The tensors determine most of an architecture
 from typing import Any
 
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
+from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from ..files import Source
 from ..layouts import count, is_square
-from .timm_facts import ACTIVATIONS, EPSILONS, POOLINGS, USUAL_HEADS, Stated
+from .plain import HEAD_DIMS
+from .timm_facts import ACTIVATIONS, EPSILONS, POOLINGS, Stated
 from .timm_names import LEFT_OUT, table
 
 REGISTERS = ("reg_token", "register_tokens", "storage_tokens")  # timm, DINOv2, DINOv3
@@ -68,9 +71,13 @@ def read(stated: Stated) -> Reading:
     fields.update(_mlp(source, stated))
     fields.update(_pooling(source, stated, fields))
     fields.update(_positions(source, stated, fields))
+    is_bare_clip = "norm_pre.weight" in names and not stated.config
+    if is_bare_clip and "attn_pool.latent" in names:
+        raise ValueError(f"{source.name}: a Perception Encoder is not supported: it has rotary positions.")
     eps = options.layer_norm_eps
     if eps is None:
-        eps = stated.named("norm_layer", EPSILONS, "--layer-norm-eps") or stated.facts["layer_norm_eps"]
+        eps = stated.named("norm_layer", EPSILONS, "--layer-norm-eps")
+        eps = eps or (1e-5 if is_bare_clip else stated.facts["layer_norm_eps"])
         stated.assume(
             f"layer_norm_eps {eps:g}, LayerNorm before attention and MLP, and no rotary positions: the tensors do not "
             "determine them (--layer-norm-eps)."
@@ -79,7 +86,9 @@ def read(stated: Stated) -> Reading:
     architecture = ENCODER
     if "head.weight" in names:
         architecture = CLASSIFIER
-        fields["num_labels"] = shape("head.weight", 2)[0]
+        fields["num_labels"], width = shape("head.weight", 2)
+        if "pre_logits.fc.weight" in names:
+            fields["representation_size"] = width
         fields.update(_labels(stated, fields["num_labels"]))
     is_gate_first = (options.mlp_gate or stated.facts.get("mlp_gate")) != "last"
     rows = table(HFViTConfig(**fields), is_gate_first, "blocks.0.attn.qkv.bias_mask" in names)
@@ -98,22 +107,19 @@ def _heads(source: Source, stated: Stated) -> dict[str, Any]:
     heads = stated.options.num_heads or stated.arguments.get("num_heads")
     if heads is None:
         heads = _heads_in_tensors(source, inner)
-    if heads is None and not stated.is_known:
-        heads = stated.facts.get("num_heads") or USUAL_HEADS.get(inner)
-        if heads is not None:
-            stated.assume(
-                f"{heads} heads: nothing states the number, and it is usual for a width of {inner} (--num-heads)."
-            )
     if heads is None:
-        head_dim = stated.facts["head_dim"]
+        head_dim = stated.facts.get("head_dim") or HEAD_DIMS.get(inner, 64)
+        heads = stated.facts.get("num_heads", inner // head_dim)
         # With another width the architecture keeps its number of heads, which is unknown here.
         if inner % head_dim or "embed_dim" in stated.arguments:
             raise ValueError(
                 f"{source.name}: nothing states the number of heads for a width of {inner}, and the usual width of "
                 f"{head_dim} per head cannot be assumed: pass --num-heads."
             )
-        heads = inner // head_dim
-        stated.assume(f"{heads} heads: nothing states the number, and 64 dimensions per head are usual (--num-heads).")
+        stated.assume(
+            f"{counted(heads, 'head')}: nothing states the number, and {inner // heads} dimensions per head are usual "
+            "(--num-heads)."
+        )
     if inner % heads:
         raise ValueError(f"{source.name}: {heads} heads do not divide a width of {inner}: pass another --num-heads.")
     return {"num_attention_heads": heads, **({"head_dim": inner // heads} if inner != width else {})}
@@ -163,7 +169,8 @@ def _mlp(source: Source, stated: Stated) -> dict[str, Any]:
         )
     if activation is None:
         activation = "gelu"
-        stated.assume("hidden_act gelu, timm's default: nothing states it (--hidden-act).")
+        quick = "; CLIP models of OpenAI, Meta and Apple have quick_gelu" if "norm_pre.weight" in names else ""
+        stated.assume(f"hidden_act gelu, timm's default: nothing states it{quick} (--hidden-act).")
     return {"hidden_act": activation, "use_gated_mlp": is_split or is_packed}
 
 
@@ -320,6 +327,12 @@ def _processor(stated: Stated, fields: dict[str, Any]) -> HFViTImageProcessorPil
     """Return the preprocessing of `timm.data.create_transform` in evaluation."""
     size, config = fields["image_size"], stated.preprocessing
     if not config:
+        if fields["use_pre_layernorm"]:
+            stated.assumed.append(
+                "Preprocessing of CLIP: bicubic, crop_pct 0.9, OpenAI's mean and standard deviation."
+            )
+            clip = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+            return HFViTImageProcessorPil.from_preset("timm", size, fields["num_channels"], **clip)
         stated.assumed.append("Preprocessing of timm's first ViTs: bicubic, crop_pct 0.9, pixels in [-1, 1].")
         return HFViTImageProcessorPil.from_preset("timm", size, fields["num_channels"])
     if stated.arguments.get("dynamic_img_size") and len(config.get("input_size", ())) == 3:

@@ -59,9 +59,6 @@ FACTS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"_giant_patch14(_reg\d)?_(dinov2|tipsv2)", {"hidden_act": "silu", "mlp_gate": "first"}),
 )
 
-# Heads of models whose heads are not 64 wide, by width: so400m, huge, giant and gigantic.
-USUAL_HEADS = dict.fromkeys((1152, 1280, 1408, 1664), 16)
-
 # timm's names, and the equivalent activation of transformers, epsilon of LayerNorm, or pooling of ours.
 SAME_NAME = ("gelu", "quick_gelu", "silu", "relu", "relu6", "leaky_relu", "mish", "sigmoid", "tanh")
 ACTIVATIONS = {**{name: name for name in SAME_NAME}, "gelu_tanh": "gelu_pytorch_tanh", "swish": "silu"}
@@ -79,7 +76,7 @@ class Stated:
         self.preprocessing = self.config.get("pretrained_cfg") or self.config
         self.arguments = self.config.get("model_args") or {}
         self.is_known = re.fullmatch(KNOWN, self.architecture) is not None
-        self.facts: dict[str, Any] = {"head_dim": 64, "layer_norm_eps": 1e-6}
+        self.facts: dict[str, Any] = {"layer_norm_eps": 1e-6} | ({"head_dim": 64} if self.is_known else {})
         for pattern, known in FACTS:
             if self.is_known and re.search(pattern, self.architecture):
                 self.facts.update(known)

@@ -59,6 +59,7 @@ def table(config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool =
         Row("pre_layernorm.*", "norm_pre.*"),
         Row("layernorm.*", "norm.*"),
         Row("pooler.layernorm.*", "fc_norm.*"),
+        Row("pooler.pre_logits.*", "pre_logits.fc.*"),  # ImageNet-21k of timm before 0.6
         Row("classifier.*", "head.*"),
         Row("classifier.cls.*", "head.*"),
         Row("classifier.distillation.*", "head_dist.*"),

@@ -13,19 +13,21 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from ...model.configuration_hf_vit import HFViTConfig
+from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading, processor_beside
-from ..files import Source
+from ..files import Source, Stored
 from ..layouts import (
     Layout,
     Row,
     convolution,
     count,
+    flat_positions,
     grid_of_table,
     halves,
     heads_first,
     heads_together,
     positions,
-    reshaped,
+    token,
 )
 from .relative import BIASES, relative_rows
 
@@ -54,17 +56,6 @@ RELATIVE_POSITIONS = (
     ("encoder.layer.{}.attention.attention.relative_position_bias", "encoder.relative_position_bias"),
     ("layers.{}.relative_position_bias", "shared_position_bias"),
 )
-
-
-def token(config: HFViTConfig) -> Layout:
-    """A token `[1, 1, D]`, stored as `[D]`."""
-    return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
-
-
-def flat_positions(config: HFViTConfig) -> Layout:
-    """All positions, stored as `[P+N, D]`."""
-    width = config.hidden_size
-    return reshaped((1, -1, width), (-1, width)).then(positions(config))
 
 
 def without_key_bias(config: HFViTConfig) -> Layout:
@@ -181,12 +172,38 @@ def _vit(config: Any, source: Source) -> dict[str, Any]:
         fields["use_distillation_token"] = True
     if any(name.startswith("cls_classifier.") for name in source.tensors):
         fields["pooling"] = "cls_and_distillation"
-    dense = next((stored for name, stored in source.tensors.items() if name.endswith("pooler.dense.weight")), None)
-    if dense is not None and not any("classifier." in name for name in source.tensors):
+    dense = _pooler(source, "weight")
+    if dense is not None:
         if config.pooler_act != "tanh":
             raise ValueError(f"{source.name}: pooler_act={config.pooler_act!r} is not supported, only 'tanh'.")
         fields["representation_size"] = dense.shape[0]
     return fields
+
+
+def _pooler(source: Source, kind: str) -> Stored | None:
+    """Return the weight or bias of the dense layer of `ViTModel`, which computes `pooler_output`."""
+    return next((stored for name, stored in source.tensors.items() if name.endswith(f"pooler.dense.{kind}")), None)
+
+
+def _input_of_the_head(source: Source, fields: dict[str, Any], assumed: list[str]) -> None:
+    """Decide whether a classifier beside a pooler reads `pooler_output` or the class token, and state it.
+
+    Stock classifiers have no pooler, so that both belong to a user's own head. A pooler that no loss has reached has
+    the biases of its initialization, zeros.
+    """
+    weight, bias = _pooler(source, "weight"), _pooler(source, "bias")
+    classifier = source.tensors.get("classifier.weight")
+    if weight is None or bias is None or classifier is None:
+        return
+    other = "the class token of last_hidden_state"
+    if classifier.shape[-1] != weight.shape[0] or not bias.read().any():
+        del fields["representation_size"]
+        assumed.append(f"The classifier reads {other}: the pooler beside it was never trained.")
+    else:
+        assumed.append(
+            "The classifier reads pooler_output, since a trained pooler is beside it: the tensors are the same if it "
+            f"reads {other} (--pooling cls)."
+        )
 
 
 def _plain(config: Any, source: Source) -> dict[str, Any]:
@@ -202,8 +219,19 @@ def _dinov2(config: Any, source: Source) -> dict[str, Any]:
         # transformers uses two thirds of the width for a gated MLP, rounded up to a multiple of 8
         "intermediate_size": (int(width * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else int(width),
         **({"hidden_act": "silu"} if config.use_swiglu_ffn else {}),
-        **({"pooling": "cls_and_mean"} if "classifier.weight" in source.tensors else {}),
+        **({"pooling": "cls_and_mean"} if _width_of_head(source) == 2 * config.hidden_size else {}),
     }
+
+
+def _labels(source: Source, config: Any) -> dict[str, Any]:
+    """Return the label names, or only their number if the config names none: that of an encoder has two by default."""
+    rows = next((stored.shape[0] for name, stored in source.tensors.items() if name.endswith("classifier.weight")), 2)
+    is_unnamed = config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    return {"num_labels": rows} if is_unnamed else {"id2label": config.id2label, "label2id": config.label2id}
+
+
+def _width_of_head(source: Source) -> int | None:
+    return source.shape("classifier.weight", 2)[1] if "classifier.weight" in source.tensors else None
 
 
 def _dinov3(config: Any, source: Source) -> dict[str, Any]:
@@ -287,12 +315,15 @@ MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]
     "siglip_vision_model": (_siglip, (*TEXT, r".*head\..*")),
     "clip": (_clip, (*TEXT, r".*post_layernorm\..*")),
     "clip_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
+    "metaclip_2": (_clip, (*TEXT, r".*post_layernorm\..*")),
+    "metaclip_2_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
 }
 
 
 def _recognises(source: Source) -> bool:
     if source.config.get("model_type") in MODELS:
-        return True
+        # Repositories of CLIP hold its weights under the names of open_clip, too.
+        return any("embeddings." in name for name in source.tensors)
     return "model_type" not in source.config and _type_of_bare(source) is not None
 
 
@@ -333,7 +364,9 @@ def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[s
         if width % 64:
             raise ValueError(f"{source.name}: there is no config.json with the number of heads: pass --num-heads.")
         heads = width // 64
-        assumed.append(f"{heads} heads: there is no config.json, and 64 dimensions per head are usual (--num-heads).")
+        assumed.append(
+            f"{counted(heads, 'head')}: there is no config.json, and 64 dimensions per head are usual (--num-heads)."
+        )
     assumed.append("hidden_act gelu and layer_norm_eps 1e-12, transformers' defaults: there is no config.json.")
     label = next(
         (stored.shape[0] for name, stored in source.tensors.items() if name.endswith("classifier.weight")), None
@@ -364,10 +397,16 @@ def _read(source: Source, options: Options) -> Reading:
     for name in ("hidden_act", "layer_norm_eps"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
+    if options.pooling is not None:
+        fields["pooling"] = options.pooling
     architecture = ENCODER
     if any(name.startswith(("classifier.", "cls_classifier.")) for name in source.tensors):
         architecture = CLASSIFIER
-        fields.update(id2label=outer.id2label, label2id=outer.label2id, problem_type=outer.problem_type)
+        if options.pooling is None:
+            _input_of_the_head(source, fields, assumed)
+        else:
+            fields.pop("representation_size", None)
+        fields.update(problem_type=outer.problem_type, **_labels(source, outer))
     elif "decoder.0.weight" in source.tensors:
         architecture = MASKED
         fields["use_cls_token"] = True

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Options:
         hidden_act: Activation of the MLP, if only the training code determines it.
         layer_norm_eps: Epsilon of LayerNorm, if only the training code determines it.
         mlp_gate: Half of a gated MLP's packed projection that is the gate: "first" or "last".
+        names: File with a table of the tensors' names, for a ViT of no known family (`families.named`).
     """
 
     image_size: tuple[int, int] | None = None
@@ -47,6 +49,7 @@ class Options:
     hidden_act: str | None = None
     layer_norm_eps: float | None = None
     mlp_gate: str | None = None
+    names: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.mlp_gate not in (None, "first", "last"):

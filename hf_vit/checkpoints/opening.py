@@ -1,11 +1,12 @@
 """Open a checkpoint of any known family, which is found by the names of its tensors, never by the name of the file."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, Family, Options
 from .diagnosis import explain
-from .families import google, own, self_supervised, timm, torchvision, transformers, vit_pytorch
+from .families import google, named, own, self_supervised, timm, torchvision, transformers, vit_pytorch
 from .files import Source, open_source
 
 FAMILIES = (
@@ -33,7 +34,9 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
     """
     opened = source if isinstance(source, Source) else open_source(source, **hub)
     try:
-        return Checkpoint(_family_of(opened), opened, options or Options())
+        options = options or Options()
+        family = _family_of(opened) if options.names is None else named.FAMILY
+        return Checkpoint(family, opened, options)
     except AssertionError:
         raise
     except Exception as error:  # tensors that contradict config.json can fail in any way
@@ -48,5 +51,6 @@ def _family_of(source: Source) -> Family:
     known = ", ".join(family.name for family in FAMILIES)
     raise ValueError(
         f"{source.name}: not a Vision Transformer of a known family ({known}). It holds {len(source.tensors)} "
-        f"tensors: {names}, ..."
+        f"tensors: {names}, ... If it is a ViT with other names, "
+        f"run: hf-vit inspect {shlex.quote(source.name)} --names-template names.yaml"
     )

@@ -35,6 +35,9 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="Half of the packed projection that is the gate: first or last."),
     ],
+    "names": Annotated[
+        str | None, typer.Option(metavar="FILE", help="Table of tensor names (YAML), for a ViT of no known library.")
+    ],
 }
 
 
@@ -101,6 +104,9 @@ def inspect(
     form: Annotated[Literal["png", "svg"], typer.Option("--format", help="Format of the figures.")] = "png",
     html: Annotated[bool, typer.Option("--html", help="Also write an HTML page of all figures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one line of JSON.")] = False,
+    names_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write a table of tensor names to, for --names.")
+    ] = None,
 ) -> None:
     """Describe a checkpoint, and draw what it learned.
 
@@ -108,8 +114,13 @@ def inspect(
     also draws filters and position embeddings; for the images, attention distance; and for the first eight of them,
     attention, rollout, features and norms.
 
+    A ViT of no known library needs a table of names: --names-template writes one to fill in, for --names.
+
     Example: hf-vit inspect ViT-B_16.npz photos/ --html
     """
+    if names_template is not None:
+        _write_template(model, names_template)
+        return
     _open_and_describe(model, options, as_json)
     if not (images or output_dir or html):
         return
@@ -195,6 +206,20 @@ def push(
     from ..hub.upload import push
 
     echo(f"Published at {push(folder, repo_id, private=private, license=license)}")
+
+
+def _write_template(source: str, path: Path) -> None:
+    """Write a table of names to fill in."""
+    from ..checkpoints.families.named import UNKNOWN
+    from ..checkpoints.families.names_template import names_template
+    from ..checkpoints.files import open_source
+
+    if path.exists():
+        raise ValueError(f"{path} exists: choose another name for the table.")
+    template = names_template(open_source(source))
+    path.write_text(template, encoding="utf-8")
+    left = counted(template.count(f'"{UNKNOWN}"  #'), "name")
+    echo(f"Wrote {path} with {left} to fill in. Edit it, then run:\n  hf-vit inspect {source} --names {path}")
 
 
 def _open_and_describe(source: str, options: "Options", as_json: bool = False) -> "Checkpoint":

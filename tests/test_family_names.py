@@ -65,7 +65,8 @@ class OwnViT(nn.Module):
         self.blocks = nn.ModuleList([OwnBlock(order, is_gated) for _ in range(2)])
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, 5)
-        self.register_buffer("counter", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("counter", torch.zeros(3))
 
     def forward(self, pixels: Tensor) -> Tensor:
         if isinstance(self.patch, nn.Linear):
@@ -110,7 +111,7 @@ def test_a_filled_template_gives_the_model_s_logits(
     file = saved(model, tmp_path)
     names = filled(file, tmp_path, {"counter": None}, **{"config": CONFIG, **changed})
     checkpoint = open_checkpoint(file, Options(names=names))
-    assert checkpoint.left_out == ["counter"]
+    assert checkpoint.left_out == ["counter", "steps"]
     assert distance(answers(checkpoint, pixels_of((32, 32))), model(pixels_of((32, 32)))) < 1e-5
     assert [sentence.split(":")[0] for sentence in checkpoint.assumed] == ["Preprocessing"]
     for name, tensor in written_back(checkpoint).items():
@@ -124,6 +125,7 @@ def test_the_template_asks_for_what_nothing_determines(tmp_path: Path) -> None:
     assert lines == {
         "cls": "embeddings.cls_token",
         "pos": "embeddings.position_embeddings",
+        "steps": "null",
         "counter": '"?"',
         "patch.*": "embeddings.patch_embeddings.projection.*",
         "blocks.{}.gamma_1": "layers.{}.attention_scale.weight",

@@ -81,15 +81,19 @@ def test_dinov2_resamples_with_an_offset_also_from_chunks(tmp_path: Path, chunke
     check(tmp_path / "dinov2.pth", model, "DINOv2", OFFSET)
 
 
-def test_dinov2_with_registers_resamples_with_antialias(tmp_path: Path) -> None:
-    model = encoder(**DINOV2, reg_tokens=4, no_embed_class=True)
+@pytest.mark.parametrize(("family", "registers"), [("DINOv2 with registers", 4), ("TIPS", 1)])
+def test_dinov2_with_registers_resamples_with_antialias(tmp_path: Path, family: str, registers: int) -> None:
+    model = encoder(**DINOV2, reg_tokens=registers, no_embed_class=True)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["register_tokens"] = state.pop("reg_token")
     of_class = torch.randn(1, 1, 48)
     state["pos_embed"] = torch.cat([of_class, state["pos_embed"]], dim=1)
     model.cls_token.data += of_class
-    torch.save(state, tmp_path / "dinov2_reg4.pth")
-    check(tmp_path / "dinov2_reg4.pth", model, "DINOv2 with registers", ANTIALIAS, prefix=0)
+    if family == "TIPS":
+        np.savez(tmp_path / "model.npz", **{name: tensor.numpy() for name, tensor in state.items()})
+    else:
+        torch.save(state, tmp_path / "model.npz")
+    check(tmp_path / "model.npz", model, family, ANTIALIAS, prefix=0, mean=0.0 if family == "TIPS" else 0.485)
 
 
 def test_dinov2_is_evaluated_at_224_pixels(tmp_path: Path) -> None:

@@ -71,15 +71,15 @@ def names_template(source: Source) -> str:
         "  hidden_act: gelu",
         "  layer_norm_eps: 1.0e-5",
         "  pooling:              # cls, mean, ...",
-        f"qkv: {QKV_ORDER}    # rows of a fused projection of queries, keys and values",
+        f"qkv: {QKV_ORDER}    # rows of a fused projection; this order: all of q, then k, then v",
         f"patch: {PATCH_ORDER}  # numbers of a patch, if a matrix projects it",
         "tensors:",
     ]
     for stem, kinds in shapes.items():
         kind = "*" if len(kinds) == 2 else next(iter(kinds))
-        guess = guesses.get(stem, UNKNOWN)
+        guess = guesses.get(stem, UNKNOWN if main(kinds) else "null")  # a scalar is a counter
         ending = "" if guess in WITHOUT_KIND else f".{kind or 'weight'}"
-        ours = f'"{UNKNOWN}"' if guess == UNKNOWN else guess + ending
+        ours = {UNKNOWN: f'"{UNKNOWN}"', "null": "null"}.get(guess, guess + ending)
         lines.append(f'  "{stem}{kind}": {ours}  # {list(main(kinds))}')
     return "\n".join(lines) + "\n"
 

@@ -22,6 +22,9 @@ from . import timm
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.(.+)")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}
 INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 0.875, "interpolation": "bicubic"}
+SQUASHED = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}  # resized to the size, without a crop
+TIPS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), **SQUASHED}
+WORDS = {0.0: "pixels in [0, 1]", 0.5: "mean and std of 0.5", 0.485: "ImageNet mean and std"}  # by the first mean
 ROTARY = {"position_embedding_type": "rotary", "layer_norm_eps": 1e-5, "gated_act": "silu"}
 
 
@@ -93,6 +96,10 @@ def _fixed_positions(source: Source) -> str | None:
     return next((name for name, parts in orders.items() if torch.allclose(second, torch.cat(parts), atol=1e-2)), None)
 
 
+def _registers(source: Source) -> int:
+    return source.shape("register_tokens", 3)[1]
+
+
 def _has_relative(source: Source) -> bool:
     return any(name.endswith("relative_position_bias_table") for name in source.tensors)
 
@@ -108,6 +115,13 @@ def _is_fixed(source: Source, first: str, has_cls_token: bool) -> bool:
 
 # The first that fits is used. DINO's files hold nothing of its own, so it is the last.
 ORIGINS = (
+    Origin(  # its second class token is a register to our model
+        "TIPS",
+        lambda source: _is_dinov2(source) and "register_tokens" in source.tensors and _registers(source) == 1,
+        "bicubic_antialias",
+        preprocessing=TIPS,
+        left_out=(r"text_encoder\..*", "temperature"),
+    ),
     Origin(
         "DINOv2 with registers",
         lambda source: _is_dinov2(source) and "register_tokens" in source.tensors,
@@ -130,8 +144,7 @@ ORIGINS = (
         ),
         "bicubic_antialias",
         ROTARY,
-        # The code of its authors and transformers resize to the size, without a crop.
-        {**IMAGENET, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "input_size": (3, 224, 224)},
+        {**IMAGENET, **SQUASHED, "input_size": (3, 224, 224)},
         (r"rope_embed\.periods", r".*\.qkv\.bias_mask", r"local_cls_norm\..*", r"((dino|ibot)_head|projectors)\..*"),
     ),
     Origin(
@@ -185,7 +198,7 @@ def _read(origin: Origin, source: Source, options: Options) -> Reading:
     if "rope_embed.periods" in plain.tensors:
         reading.fields["rope_theta"] = _base_of_periods(plain, reading.assumed)
     facts = origin.preprocessing
-    whose = "mean and std of 0.5" if facts["mean"][0] == 0.5 else "ImageNet mean and std"
+    whose = WORDS[facts["mean"][0]]
     has_table = reading.fields.get("position_embedding_type") != "rotary"
     reading.assumed.append(
         f"Preprocessing of {origin.name}: {facts['interpolation']}, crop_pct {facts['crop_pct']:g}, {whose}."

@@ -81,11 +81,20 @@ class Reading:
 
 @dataclass(frozen=True)
 class Family:
-    """A layout of checkpoints: its name, a test for it, and how to read it."""
+    """A layout of checkpoints.
+
+    Attributes:
+        name: Its name in reports.
+        recognises: Whether a source has this layout.
+        read: Read a source of this layout.
+        head: Module name of its classifier, a linear layer; a head of another name is renamed to it. `None` leaves
+            all names to `read`.
+    """
 
     name: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source, Options], Reading]
+    head: str | None = None
 
 
 class Checkpoint:

@@ -30,7 +30,11 @@ from ..system.network import sentence_of
 from ..system.places import is_path, missing
 from ..system.texts import one_line
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SIDE_FILES = ("config.json", *PROCESSOR_FILES)
 # Keys of the weights in a training checkpoint; averaged weights come first, as in timm.
@@ -115,7 +119,8 @@ def open_source(name: str | Path, **hub: Any) -> Source:
             _find(str(name), hub, WEIGHTS[0], is_optional=False)
         raise ValueError(f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
     find = partial(_find, str(name), hub)
-    return _source(str(name), *read, {file: found for file in SIDE_FILES if (found := find(file))})
+    side_files = (*SIDE_FILES, OPEN_CLIP_CONFIG) if read[1].name.startswith("open_clip") else SIDE_FILES
+    return _source(str(name), *read, {file: found for file in side_files if (found := find(file))})
 
 
 def read_weights(name: str, hub: dict[str, Any]) -> tuple[Tensors, Path] | None:

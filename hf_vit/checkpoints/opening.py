@@ -6,17 +6,33 @@ from typing import Any
 
 from .checkpoint import Checkpoint, Family, Options
 from .diagnosis import explain
-from .families import google, named, own, self_supervised, timm, torchvision, transformers, vit_pytorch
+from .families import (
+    google,
+    mmpretrain,
+    named,
+    open_clip,
+    own,
+    self_supervised,
+    timm,
+    torchvision,
+    transformers,
+    tutorials,
+    vit_pytorch,
+)
 from .files import Source, open_source
 
 FAMILIES = (
     own.FAMILY,
     google.FAMILY,
     torchvision.FAMILY,
+    open_clip.FAMILY,
+    mmpretrain.FAMILY,
+    *tutorials.FAMILIES,
     transformers.FAMILY,
     *self_supervised.FAMILIES,
     timm.FAMILY,
     vit_pytorch.FAMILY,
+    tutorials.TRANSFORMER_ENCODER,
 )
 
 

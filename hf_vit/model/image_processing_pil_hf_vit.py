@@ -479,10 +479,10 @@ def per_channel(values: float | Sequence[float], num_channels: int, name: str) -
 
 def options_for_channels(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a processor for images of `number` channels, given its mean and std."""
-    averages = {
-        name: old if len(old) == number else [sum(old) / len(old)] * number
-        for name, old in ((name, values[name]) for name in ("image_mean", "image_std"))
-    }
+    averages = {}
+    for name in ("image_mean", "image_std"):
+        old = np.atleast_1d(values[name]).tolist()
+        averages[name] = old if len(old) == number else [sum(old) / len(old)] * number
     return {"do_convert_rgb": number in (1, 3), "do_grayscale": True if number == 1 else None, **averages}
 
 

@@ -45,9 +45,13 @@ class Library:
         table: Our names and theirs. Of several rows for the same names, those of the file are used.
         layer_norm_eps: Epsilon of its LayerNorms.
         preprocessing: The preprocessing of its models, from the fields of the config.
+        head: Module name of its classifier, as of `Family`.
         left_out: Regular expressions that match the names of tensors outside of the model.
         refused: What a file is that cannot be read, by regular expressions that match the name of one of its tensors.
+        remarks: What a user must know about a file, by expressions as for `refused`.
         head_dim: Width of a head if `HEAD_DIMS` does not have the model's width.
+        num_heads: Number of heads of published models for which this is wrong, by (width, layers).
+        pooling: Pooling of its models with a class token whose final LayerNorm follows the pooling.
         fields: Fields of the config that its models share.
     """
 
@@ -56,9 +60,13 @@ class Library:
     table: Sequence[Row]
     layer_norm_eps: float
     preprocessing: Callable[[Mapping[str, Any]], Preprocessing]
+    head: str | None = None
     left_out: Sequence[str] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
     head_dim: int = 64
+    num_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    pooling: str = "cls"
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def recognises(self, source: Source) -> bool:
@@ -68,7 +76,7 @@ class Library:
     @property
     def family(self) -> Family:
         """The family of files that only the tensors describe."""
-        return Family(self.name, self.recognises, lambda source, options: read(source, options, self))
+        return Family(self.name, self.recognises, lambda source, options: read(source, options, self), self.head)
 
 
 def read(
@@ -89,11 +97,15 @@ def read(
     Raises:
         ValueError: If the file is of another architecture, or leaves open what an option must state.
     """
-    for pattern, reason in library.refused.items():
-        if any(re.fullmatch(pattern, name) for name in source.tensors):
-            raise ValueError(f"{source.name}: {library.name} with {reason}, which is not supported.")
-    shapes, sentences = Shapes(source, library.table), list(assumed)
-    fields = {"layer_norm_eps": library.layer_norm_eps, **_architecture(shapes), **library.fields, **(stated or {})}
+    for reason in _matching(source, library.refused):
+        raise ValueError(f"{source.name}: {library.name} with {reason}, which is not supported.")
+    shapes, sentences = Shapes(source, library.table), [*assumed, *_matching(source, library.remarks)]
+    fields = {
+        "layer_norm_eps": library.layer_norm_eps,
+        **_architecture(shapes, library),
+        **library.fields,
+        **(stated or {}),
+    }
     fields.update(_patches(shapes, options, sentences))
     fields.update(_heads(shapes, library, options, fields, sentences))
     for name in ("hidden_act", "layer_norm_eps", "pooling"):
@@ -101,16 +113,25 @@ def read(
             fields[name] = getattr(options, name)
     if "hidden_act" not in fields:
         fields["hidden_act"] = "gelu"
-        sentences.append(f"hidden_act gelu, as in {library.name}: the file does not store it (--hidden-act).")
+        sentences.append(f"hidden_act gelu, that of {library.name}: the file does not store it (--hidden-act).")
     fields.update(_positions(shapes, options, fields))
     if processor is None:
         processor, words = library.preprocessing(fields)
-        sentences.append(f"Preprocessing as in {library.name}, {words}: the file does not store it.")
+        sentences.append(f"Preprocessing of {library.name} ({words}): the file does not store it.")
     head = next((name for name in ("classifier.weight", "classifier.cls.weight") if name in shapes), None)
     if head is not None:
         fields["num_labels"] = shapes(head, 2)[0]
     architecture = ENCODER if head is None else CLASSIFIER
     return Reading(fields, architecture, library.table, library.left_out, sentences, processor)
+
+
+def _matching(source: Source, sentences: Mapping[str, str]) -> list[str]:
+    """Return the sentences whose pattern matches the name of a tensor."""
+    return [
+        sentence
+        for pattern, sentence in sentences.items()
+        if any(re.fullmatch(pattern, name) for name in source.tensors)
+    ]
 
 
 class Shapes:
@@ -141,7 +162,7 @@ class Shapes:
         return self.source.shape(self.theirs[ours].replace("{}", "0"), dimensions)
 
 
-def _architecture(shapes: Shapes) -> dict[str, Any]:
+def _architecture(shapes: Shapes, library: Library) -> dict[str, Any]:
     """Return the fields that the tensors determine, apart from sizes and heads."""
     width, intermediate = shapes("layers.{}.mlp.fc2.weight", 2)
     layer = shapes.theirs["layers.{}.mlp.fc2.weight"].partition("{}")[0]
@@ -156,11 +177,14 @@ def _architecture(shapes: Shapes) -> dict[str, Any]:
         "use_pre_layernorm": "pre_layernorm.weight" in shapes,
         "use_cls_token": CLS_TOKEN in shapes,
         "use_distillation_token": "embeddings.distillation_token" in shapes,
-        "final_layernorm": next(
-            (place for place, name in FINAL_LAYERNORMS.items() if f"{name}.weight" in shapes), "none"
-        ),
+        "final_layernorm": "none",
         "pooling": "cls" if CLS_TOKEN in shapes else "mean",
     }
+    if "layernorm.weight" in shapes:
+        fields["final_layernorm"] = "tokens"
+    elif "pooler.layernorm.weight" in shapes:
+        fields["final_layernorm"] = "pooled"
+        fields["pooling"] = library.pooling if CLS_TOKEN in shapes else "mean"
     if "classifier.distillation.weight" in shapes:
         fields["pooling"] = "cls_and_distillation"
     if "layers.{}.attention_scale.weight" in shapes:
@@ -168,9 +192,6 @@ def _architecture(shapes: Shapes) -> dict[str, Any]:
     if "pooler.pre_logits.weight" in shapes:
         fields["representation_size"] = shapes("pooler.pre_logits.weight", 2)[0]
     return fields
-
-
-FINAL_LAYERNORMS = {"tokens": "layernorm", "pooled": "pooler.layernorm"}
 
 
 def _patches(shapes: Shapes, options: Options, assumed: list[str]) -> dict[str, Any]:
@@ -222,7 +243,8 @@ def _heads(
     inner = shapes(o_proj, 2)[1] if o_proj in shapes else width
     heads = options.num_heads or fields.get("num_attention_heads")
     if heads is None:
-        head_dim = HEAD_DIMS.get(width, library.head_dim)
+        known = library.num_heads.get((width, fields["num_hidden_layers"]))
+        head_dim = inner // known if known else HEAD_DIMS.get(width, library.head_dim)
         if inner % head_dim:
             raise ValueError(
                 f"{shapes.source.name}: the file does not store the number of heads, and {head_dim}, the usual width "

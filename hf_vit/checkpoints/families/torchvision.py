@@ -36,10 +36,10 @@ def preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
     """Return the transforms of `ViT_*_Weights`: the models of SWAG have patches of 14 or a size that others lack."""
     if fields["image_size"][0] in (384, 512, 518) or fields["patch_size"][0] == 14:
         return {"name": "center_crop", "crop_pct": 1.0, "resample": BICUBIC}, (
-            "bicubic to the model's size and ImageNet's mean and standard deviation"
+            "bicubic, crop_pct 1, ImageNet's mean and standard deviation"
         )
     return {"name": "center_crop", "resample": BILINEAR}, (
-        "bilinear, crop_pct 0.875 and ImageNet's mean and standard deviation"
+        "bilinear, crop_pct 0.875, ImageNet's mean and standard deviation"
     )
 
 
@@ -49,5 +49,6 @@ FAMILY = Library(
     table=TABLE,
     layer_norm_eps=1e-6,
     preprocessing=preprocessing,
+    head="heads.head",
     refused={r"conv_proj\.conv_.*": "a convolutional stem"},
 ).family

@@ -36,6 +36,7 @@ class Options:
         hidden_act: Activation of the MLP, if only the training code determines it.
         layer_norm_eps: Epsilon of LayerNorm, if only the training code determines it.
         mlp_gate: Half of a gated MLP's packed projection that is the gate: "first" or "last".
+        weights: Key or part of the prefix of the weights to read, if the file has several, such as "teacher".
     """
 
     image_size: tuple[int, int] | None = None
@@ -47,6 +48,7 @@ class Options:
     hidden_act: str | None = None
     layer_norm_eps: float | None = None
     mlp_gate: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.mlp_gate not in (None, "first", "last"):
@@ -78,11 +80,20 @@ class Reading:
 
 @dataclass(frozen=True)
 class Family:
-    """A layout of checkpoints: its name, a test for it, and how to read it."""
+    """A layout of checkpoints.
+
+    Attributes:
+        name: Its name in reports.
+        recognises: Whether a source has this layout.
+        read: Read a source of this layout.
+        head: Module name of its classifier, a linear layer; a head of another name is renamed to it. `None` leaves
+            all names to `read`.
+    """
 
     name: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source, Options], Reading]
+    head: str | None = None
 
 
 class Checkpoint:
@@ -93,7 +104,9 @@ class Checkpoint:
         config: The resulting architecture, with the sizes and the head that the options ask for.
         architecture: Name of the model class.
         assumed: Sentences about what neither the file nor an option stated.
+        notes: Sentences about how names in the file were changed.
         left_out: Names of tensors in the file that do not belong to the model.
+        lost_head: Sentence about a head that no classifier of this package has; empty without one.
 
     Raises:
         ValueError: For missing or unexpected tensors, and for shapes that contradict others.
@@ -103,7 +116,9 @@ class Checkpoint:
         reading = family.read(source, options)
         self.family = family.name
         self.source = reading.source or source
-        self.assumed = reading.assumed
+        self.assumed = [*source.assumed, *reading.assumed]
+        self.notes = list(source.notes)
+        self._outside = source.outside
         self.architecture = reading.architecture
         self._reading = reading
         self._own_config = HFViTConfig.from_dict(dict(reading.fields))
@@ -116,6 +131,10 @@ class Checkpoint:
         parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
         self.left_out = self._check_names()
+        self.lost_head = ""
+        if source.head_layers and set(self.left_out).issuperset(f"{layer}.weight" for layer in source.head_layers):
+            self.lost_head = f"The head is left out, since it is more than one linear layer: {shortened(source.head_layers)}."
+            self.notes.append(self.lost_head)
         self._head_scale: tuple[Tensor, Tensor] | None = None
         self._check_tensors(parameters)
 
@@ -185,11 +204,13 @@ class Checkpoint:
         unknown = [
             theirs
             for theirs in over
-            if 0 not in tensors[theirs].shape and not any(pattern.fullmatch(theirs) for pattern in patterns)
+            if theirs not in self._outside
+            and 0 not in tensors[theirs].shape
+            and not any(pattern.fullmatch(theirs) for pattern in patterns)
         ]
         if unknown:
             raise ValueError(f"{name}: {self.family} has no place for the tensors {_quoted(unknown)}.")
-        return over
+        return over + [theirs for theirs, stored in self._outside.items() if tensors.get(theirs) is not stored]
 
     def _check_tensors(self, parameters: dict[str, torch.Size]) -> None:
         """Check dtypes, convert tensors without values, and compare the resulting shapes with the model's."""

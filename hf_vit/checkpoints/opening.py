@@ -7,6 +7,7 @@ from .checkpoint import Checkpoint, Family, Options
 from .diagnosis import explain
 from .families import google, own, timm, transformers, vit_pytorch
 from .files import Source, open_source
+from .wrappers import unwrapped, with_head
 
 FAMILIES = (own.FAMILY, google.FAMILY, transformers.FAMILY, timm.FAMILY, vit_pytorch.FAMILY)
 
@@ -23,13 +24,21 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
         ValueError: If the source is not a checkpoint of a known family, is corrupt, or leaves open what an option
             must state. The message names the file, and the tensor or the option.
     """
+    options = options or Options()
     opened = source if isinstance(source, Source) else open_source(source, **hub)
+    opened = unwrapped(opened, is_known, options.weights)
     try:
-        return Checkpoint(_family_of(opened), opened, options or Options())
+        family = _family_of(opened)
+        return Checkpoint(family, with_head(opened, family.head) if family.head else opened, options)
     except AssertionError:
         raise
     except Exception as error:  # tensors that contradict config.json can fail in any way
         raise ValueError(explain(opened, error)) from error
+
+
+def is_known(source: Source) -> bool:
+    """Return whether any family recognises a source."""
+    return any(family.recognises(source) for family in FAMILIES)
 
 
 def _family_of(source: Source) -> Family:

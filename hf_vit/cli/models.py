@@ -35,6 +35,9 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="Half of the packed projection that is the gate: first or last."),
     ],
+    "weights": Annotated[
+        str | None, typer.Option(metavar="NAME", help="Key of the weights in a file with several, such as teacher.")
+    ],
 }
 
 
@@ -204,13 +207,19 @@ def _open_and_describe(source: str, options: "Options", as_json: bool = False) -
 
     checkpoint = open_checkpoint(source, options)
     if as_json:
-        rest = {"assumed": checkpoint.assumed, "left_out": checkpoint.left_out, "config": checkpoint.config.to_dict()}
+        rest = {
+            "notes": checkpoint.notes,
+            "assumed": checkpoint.assumed,
+            "left_out": checkpoint.left_out,
+            "config": checkpoint.config.to_dict(),
+        }
         echo(json.dumps({**facts(checkpoint), **rest}))
         return checkpoint
     for name, fact in facts(checkpoint).items():
         echo(f"{name:>21}  {fact}")
-    for sentence in checkpoint.assumed:
-        echo(f"Assumed: {sentence}")
+    for kind, sentences in {"Note": checkpoint.notes, "Assumed": checkpoint.assumed}.items():
+        for sentence in sentences:
+            echo(f"{kind}: {sentence}")
     if checkpoint.left_out:
         names = shortened(checkpoint.left_out)
         number = counted(len(checkpoint.left_out), "tensor")

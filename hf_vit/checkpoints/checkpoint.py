@@ -133,7 +133,9 @@ class Checkpoint:
         self.left_out = self._check_names()
         self.lost_head = ""
         if source.head_layers and set(self.left_out).issuperset(f"{layer}.weight" for layer in source.head_layers):
-            self.lost_head = f"The head is left out, since it is more than one linear layer: {shortened(source.head_layers)}."
+            self.lost_head = (
+                f"The head is left out, since it is more than one linear layer: {shortened(source.head_layers)}."
+            )
             self.notes.append(self.lost_head)
         self._head_scale: tuple[Tensor, Tensor] | None = None
         self._check_tensors(parameters)

@@ -1,7 +1,9 @@
 """Read files of `torch.save` as tensors only (`weights_only`), never as code."""
 
+import json
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,33 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OWN_CONFIG = "hf_vit_config"  # key of the config in the metadata of our own state dicts
 BELOW = " > "  # between the keys of nested dictionaries, in the names of tensors
-DEEPEST = 12  # levels of nested dictionaries
 # Beside the weights, such keys hold the state of training.
 OF_TRAINING = ("optim", "sched", "scaler", "rng", "random", "callbacks", "loops")
 
 
-class Unread(dict[Any, Any]):
-    """Stand-in for an object of a known harmless class: a dictionary's entries are kept, everything else is ignored.
-
-    Since it takes the place of the class, no code of the class runs.
-    """
+class Unread:
+    """Stand-in for a value of a known harmless class. Since it takes the place of the class, no code of that runs."""
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "Unread":
         return super().__new__(cls)
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__()
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
+
+class Entries:
+    """Stand-in for a dictionary class: what is built is an `OrderedDict`, whose entries torch fills in."""
+
+    def __new__(cls, *arguments: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
 
 
-# What training scripts store beside the weights. Each of these names is read as `Unread`.
-HARMLESS = (
-    *("argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.deque"),
+# What training scripts store beside the weights.
+VALUES = (
+    *("argparse.Namespace", "types.SimpleNamespace", "collections.deque"),
     *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "frozenset", "slice")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
@@ -53,12 +57,16 @@ HARMLESS = (
     *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
     *(f"omegaconf.nodes.{name}Node" for name in ("Any", "Boolean", "Float", "Integer", "String")),
-    *("yacs.config.CfgNode", "easydict.EasyDict", "addict.addict.Dict", "addict.Dict"),
-    *(f"{name}.config_dict.ConfigDict" for name in ("ml_collections", "ml_collections.config_dict")),
-    *(f"{name}.AttributeDict" for name in ("pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data")),
-    *("lightning.pytorch.utilities.parsing.AttributeDict", "lightning_fabric.utilities.data.AttributeDict"),
-    *("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.ConfigDict"),
+    "mmengine.logging.history_buffer.HistoryBuffer",
 )
+DICTIONARIES = (
+    *("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict", "addict.addict.Dict", "addict.Dict"),
+    *("ml_collections.config_dict.ConfigDict", "ml_collections.config_dict.config_dict.ConfigDict"),
+    *("mmengine.config.config.ConfigDict", "lightning_fabric.utilities.data.AttributeDict"),
+    *("pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
+    "lightning.fabric.utilities.data.AttributeDict",
+)
+STAND_INS: list[Any] = [(Unread, name) for name in VALUES] + [(Entries, name) for name in DICTIONARIES]
 
 
 class TorchFile:
@@ -87,15 +95,14 @@ def _load(path: Path) -> dict[str, Any]:
         ValueError: If it holds objects of other classes, or no dictionary.
     """
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
-    harmless: list[Any] = [(Unread, name) for name in HARMLESS]
-    with torch.serialization.safe_globals(harmless), warnings.catch_warnings(action="ignore"):
+    with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
         try:
             content = torch.load(path, **options)  # raises where its warnings matter
         except UnpicklingError as error:
             raise ValueError(_refusal(path, error)) from error
     if not isinstance(content, dict | list | tuple):
         raise ValueError(f"{path}: it holds a {type(content).__name__}, expected a state dict.")
-    return dict(_tensors_in(content, "", 0))
+    return dict(_tensors_in(content, "", set()))
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -123,18 +130,30 @@ def _refusal(path: Path, error: Exception) -> str:
     )
 
 
-def _tensors_in(content: Any, place: str, level: int) -> Iterator[tuple[str, Any]]:
+def _tensors_in(content: Any, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """Yield the tensors in nested dictionaries, lists and tuples, named by the keys on the way.
 
     What has a parameter's name, but is no tensor, is also yielded, so that it is not taken for missing.
+
+    Args:
+        content: The dictionary, list or tuple.
+        place: Beginning of the names.
+        seen: Identities of what was visited: a file can refer to the same dictionary several times.
     """
+    if id(content) in seen:
+        return
+    seen.add(id(content))
+    for module, metadata in getattr(content, "_metadata", {}).items():
+        if OWN_CONFIG in metadata:  # as bytes of JSON, so that it shares the names and prefixes of the tensors
+            stated = json.dumps(metadata[OWN_CONFIG]).encode()
+            yield f"{place}{module}{'.' if module else ''}{OWN_CONFIG}", torch.tensor(list(stated), dtype=torch.uint8)
     entries = content.items() if isinstance(content, dict) else enumerate(content)
     for key, value in entries:
         name = f"{place}{key}"
         if isinstance(value, Tensor) or str(key).endswith((".weight", ".bias")):
             yield name, value
-        elif isinstance(value, dict | list | tuple) and level < DEEPEST and not _is_of_training(str(key)):
-            yield from _tensors_in(value, f"{name}{BELOW}", level + 1)
+        elif isinstance(value, dict | list | tuple) and not _is_of_training(str(key)):
+            yield from _tensors_in(value, f"{name}{BELOW}", seen)
 
 
 def _is_of_training(key: str) -> bool:

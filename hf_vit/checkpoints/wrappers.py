@@ -171,7 +171,7 @@ def _renamed(tensors: Tensors, prefix: str) -> tuple[Tensors, dict[str, Stored]]
     for name, stored in tensors.items():
         if not name.startswith(prefix):
             start = next((start for start in shared if name.startswith(start)), "")
-            outside[name.removeprefix(start)] = stored
+            outside[name.removeprefix(start).replace(BELOW, ".")] = stored
     free = {name: stored for name, stored in outside.items() if BOUNDARY.split(name)[0] not in modules}
     return {**inside, **free}, outside
 

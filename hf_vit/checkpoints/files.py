@@ -23,6 +23,8 @@ __all__ = ["Source", "Stored", "Tensors", "open_source"]
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SIDE_FILES = ("config.json", *PROCESSOR_FILES)
+ADAPTER = "adapter_config.json"
+ENDINGS_OF_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".tar", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass
@@ -75,6 +77,8 @@ def open_source(name: str | Path, **hub: Any) -> Source:
     """
     path = Path(name)
     if path.is_file():
+        if path.name.startswith("adapter_model.") and (path.parent / ADAPTER).is_file():
+            raise ValueError(_adapter_of(str(path.parent), read_json(path.parent / ADAPTER)))
         names = () if format_of(path) == "npz" else SIDE_FILES
         beside = {file: path.parent / file for file in names if (path.parent / file).is_file()}
         for file in beside.values():
@@ -86,9 +90,22 @@ def open_source(name: str | Path, **hub: Any) -> Source:
     if read is None:
         if not path.is_dir():  # raises the reason: no such name, no connection, no permission
             _find(str(name), hub, WEIGHTS[0], is_optional=False)
-        raise ValueError(f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}, or the path of a file.")
+        if adapter := _find(str(name), hub, ADAPTER):
+            raise ValueError(_adapter_of(str(name), read_json(adapter)))
+        others = sorted(file.name for file in path.glob("*") if file.suffix in ENDINGS_OF_WEIGHTS)
+        remedy = f"pass the path of a file, such as {path / others[0]}" if others else "or the path of a file"
+        raise ValueError(f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}; {remedy}.")
     find = partial(_find, str(name), hub)
     return _source(str(name), *read, {file: found for file in SIDE_FILES if (found := find(file))})
+
+
+def _adapter_of(name: str, config: dict[str, Any]) -> str:
+    base = config.get("base_model_name_or_path") or "its base model"
+    return (
+        f"{name}: an adapter of {base}, not a whole model. Load both with peft, and save the result: "
+        f"PeftModel.from_pretrained(model, {name!r}).merge_and_unload().save_pretrained('merged'), where model is "
+        f"{base}."
+    )
 
 
 def read_weights(name: str, hub: dict[str, Any]) -> tuple[Tensors, Path] | None:

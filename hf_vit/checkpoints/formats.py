@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .other_formats import refused, refused_archive
 from .pickles import TorchFile
 
 # Bytes of a safetensors header; ten thousand tensors need fewer.
@@ -64,8 +65,8 @@ def read_tensors(path: Path) -> Tensors:
 
 def format_of(path: Path) -> str:
     with path.open("rb") as file:
-        head = file.read(9)
-    if head[8:] == b"{":  # eight bytes of length, then JSON
+        head = file.read(64)
+    if head[8:9] == b"{":  # eight bytes of length, then JSON
         return "safetensors"
     if head.startswith(b"PK"):
         try:
@@ -75,10 +76,14 @@ def format_of(path: Path) -> str:
         packed, unpacked = path.stat().st_size, sum(member.file_size for member in members)
         if unpacked > max(LARGEST_UNPACKED, MOST_UNPACKED * packed):
             raise ValueError(f"{path}: {packed} bytes unpack to {unpacked}, far more than any weights: not read.")
-        return "npz" if any(member.filename.endswith(".npy") for member in members) else "torch"
+        if any(member.filename.endswith(".npy") for member in members):
+            return "npz"
+        if reason := refused_archive(path, [member.filename for member in members]):
+            raise ValueError(reason)
+        return "torch"
     if head[:1] == b"\x80":  # pickle, as torch wrote it before version 1.6
         return "torch"
-    raise ValueError(f"{path}: not a checkpoint; expected safetensors, npz, or a file written by torch.save.")
+    raise ValueError(refused(path, head))
 
 
 def _of_safetensors(path: Path) -> Tensors:

@@ -26,14 +26,14 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
     """
     options = options or Options()
     opened = source if isinstance(source, Source) else open_source(source, **hub)
-    opened = unwrapped(opened, is_known, options.weights)
     try:
+        opened = unwrapped(opened, is_known, options.weights)
         family = _family_of(opened)
         return Checkpoint(family, with_head(opened, family.head) if family.head else opened, options)
     except AssertionError:
         raise
     except Exception as error:  # tensors that contradict config.json can fail in any way
-        raise ValueError(explain(opened, error)) from error
+        raise ValueError(options.spelled(explain(opened, error))) from error
 
 
 def is_known(source: Source) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..system.texts import counted, shortened
-from .endings import echo, read_size
+from .endings import echo, read_numbers, read_size
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint, Options
@@ -38,6 +38,12 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
     "weights": Annotated[
         str | None, typer.Option(metavar="NAME", help="Key of the weights in a file with several, such as teacher.")
     ],
+    "preprocessing": Annotated[
+        Literal["original", "timm", "center_crop"] | None,
+        typer.Option(help="Preset of the preprocessing, if the file has none."),
+    ],
+    "mean": Annotated[str | None, typer.Option(metavar="R,G,B", help="Mean of the pixels in [0, 1].")],
+    "std": Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation of the pixels.")],
 }
 
 
@@ -51,7 +57,9 @@ def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]
         fields = {name: given.pop(name) for name in CHECKPOINT_OPTIONS}
         for name in ("image_size", "patch_size"):
             fields[name] = read_size(f"--{name.replace('_', '-')}", fields[name])
-        command(**given, options=Options(**fields))
+        for name in ("mean", "std"):
+            fields[name] = read_numbers(f"--{name}", fields[name])
+        command(**given, options=Options(**fields, spelling="command"))
 
     parameters = []
     for parameter in introspection.signature(command).parameters.values():

@@ -130,7 +130,7 @@ def test_preprocessing_is_stated(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0 and "Preprocessing" not in result.output, result.output
     processor = open_checkpoint(tmp_path / "out").processor()
-    assert (processor.image_mean, processor.image_std, processor.crop_pct) == ([0.1, 0.2, 0.3], [0.5] * 3, 0.875)
+    assert [*processor.image_mean, *processor.image_std, processor.crop_pct] == [0.1, 0.2, 0.3, *[0.5] * 3, 0.875]
     for arguments, message in ((["--mean", "a"], "--mean expects numbers"), (["--std", "1,2"], "--std has 2 numbers")):
         assert message in CliRunner().invoke(app, ["inspect", str(tmp_path / "c.pth"), *arguments]).output
 

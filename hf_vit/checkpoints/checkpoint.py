@@ -86,13 +86,12 @@ class Options:
         if self.mlp_gate not in (None, "first", "last"):
             raise ValueError(f"mlp_gate must be first or last, got {self.mlp_gate!r}.")
 
-    def spelled(self, sentence: str) -> str:
+    def spelled(self, sentence: str, is_error: bool = False) -> str:
         """Return a sentence that names options as on the command line with the names that the user can type."""
-        if self.spelling == "command" or not OPTION.search(sentence):
-            return sentence
-        if self.spelling == "other":
-            return f"{sentence} hf-vit convert has this option."
-        return OPTION.sub(_as_keyword, sentence)
+        if self.spelling == "python":
+            return OPTION.sub(_as_keyword, sentence)
+        is_elsewhere = is_error and self.spelling == "other" and OPTION.search(sentence)
+        return f"{sentence} hf-vit convert has this option." if is_elsewhere else sentence
 
 
 @dataclass
@@ -126,14 +125,14 @@ class Family:
         name: Its name in reports.
         recognises: Whether a source has this layout.
         read: Read a source of this layout.
-        head: Module name of its classifier, a linear layer; a head of another name is renamed to it. `None` leaves
-            all names to `read`.
+        heads: Module names of its classifiers, linear layers. Without any of them, a head of another name gets the
+            first of these names; if there are none, `read` sees all names as they are.
     """
 
     name: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source, Options], Reading]
-    head: str | None = None
+    heads: tuple[str, ...] = ()
 
 
 class Checkpoint:

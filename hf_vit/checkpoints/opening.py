@@ -29,11 +29,11 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
     try:
         opened = unwrapped(opened, is_known, options.weights)
         family = _family_of(opened)
-        return Checkpoint(family, with_head(opened, family.head) if family.head else opened, options)
+        return Checkpoint(family, with_head(opened, family.heads) if family.heads else opened, options)
     except AssertionError:
         raise
     except Exception as error:  # tensors that contradict config.json can fail in any way
-        raise ValueError(options.spelled(explain(opened, error))) from error
+        raise ValueError(options.spelled(explain(opened, error), is_error=True)) from error
 
 
 def is_known(source: Source) -> bool:

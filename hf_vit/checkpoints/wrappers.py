@@ -6,7 +6,7 @@ removed from all names that share it or a part of it. Of several models, one is 
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -179,21 +179,21 @@ def _renamed(tensors: Tensors, prefix: str) -> tuple[Tensors, dict[str, Stored]]
 # ----------------------------------------------------------------------------------------------------------- heads
 
 
-def with_head(source: Source, name: str) -> Source:
-    """Give a head that is one linear layer the name that its family reads.
+def with_head(source: Source, names: Sequence[str]) -> Source:
+    """Give a head that is one linear layer the name that its family reads, the first of `names`.
 
     A head of several layers is left out, unless the family has a place for it.
 
     Args:
         source: Tensors below no prefix.
-        name: Module name of the family's classifier.
+        names: Module names of the family's classifiers.
     """
     tensors = source.tensors
     heads = {theirs: stored for theirs, stored in tensors.items() if HEADS.fullmatch(BOUNDARY.split(theirs)[0])}
     layers = [theirs.removesuffix(".weight") for theirs in heads if theirs.endswith((".weight", ".weight_v"))]
-    if not layers or f"{name}.weight" in tensors:
+    if not layers or any(f"{name}.weight" in tensors for name in names):
         return source
-    linear = layers[0]
+    linear, name = layers[0], names[0]
     width = _width(tensors)
     if len(layers) == 1 and f"{linear}.weight" in heads and heads[f"{linear}.weight"].shape[1:] == (width,):
         renamed = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..system.texts import counted, shortened
+from ..system.texts import counted, hanging, shortened
 from .endings import echo, read_numbers, read_size
 
 if TYPE_CHECKING:
@@ -227,9 +227,9 @@ def _open_and_describe(source: str, options: "Options", as_json: bool = False) -
         echo(f"{name:>21}  {fact}")
     for kind, sentences in {"Note": checkpoint.notes, "Assumed": checkpoint.assumed}.items():
         for sentence in sentences:
-            echo(f"{kind}: {sentence}")
+            echo("\n".join(hanging(f"{kind}: ", sentence)))
     if checkpoint.left_out:
         names = shortened(checkpoint.left_out)
         number = counted(len(checkpoint.left_out), "tensor")
-        echo(f"Skipped {number} outside of the encoder and its head: {names}")
+        echo("\n".join(hanging("", f"Skipped {number} outside of the encoder and its head: {names}")))
     return checkpoint

@@ -12,7 +12,7 @@ from family_models import answers, distance, pixels_of, randomized, written_back
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from hf_vit.checkpoints import Options, names_template, open_checkpoint, open_source
+from hf_vit.checkpoints import Options, names_template, open_checkpoint
 from hf_vit.cli.main import app
 
 D, HEADS, PATCH, SIDE = 32, 4, 8, 4
@@ -87,7 +87,7 @@ def saved(model: nn.Module, path: Path) -> Path:
 
 def filled(file: Path, path: Path, tensors: dict[str, str | None] | None = None, **changed: Any) -> Path:
     """Write the template for a file, with what a user would change."""
-    content = yaml.safe_load(names_template(open_source(file)))
+    content = yaml.safe_load(names_template(file))
     content["tensors"].update(tensors or {})
     content["config"].update(changed.pop("config", {}))
     (path / "names.yaml").write_text(yaml.safe_dump({**content, **changed}))
@@ -120,7 +120,7 @@ def test_a_filled_template_gives_the_model_s_logits(
 
 def test_the_template_asks_for_what_nothing_determines(tmp_path: Path) -> None:
     file = saved(OwnViT(order="part, head, dim"), tmp_path)
-    template = names_template(open_source(file))
+    template = names_template(file)
     lines = dict(re.findall(r'^  "(.+)": (\S+)  # \[', template, re.M))
     assert lines == {
         "cls": "embeddings.cls_token",
@@ -151,7 +151,7 @@ def test_an_encoder_of_torch(tmp_path: Path) -> None:
     model["patch"] = nn.Conv2d(3, D, PATCH, PATCH)
     randomized(model)
     file = saved(model, tmp_path)
-    template = names_template(open_source(file))
+    template = names_template(file)
     assert '"encoder.layers.{}.self_attn.in_proj_*": layers.{}.attention.qkv.*  # [96, 32]' in template
     assert '"?"  #' not in template
     config = {"num_attention_heads": HEADS, "position_embedding_type": "none", "pooling": "mean", "image_size": 32}

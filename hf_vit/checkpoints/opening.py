@@ -20,6 +20,7 @@ from .families import (
     vit_pytorch,
 )
 from .files import Source, open_source
+from .wrappers import unwrapped, with_head
 
 FAMILIES = (
     own.FAMILY,
@@ -48,15 +49,23 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
         ValueError: If the source is not a checkpoint of a known family, is corrupt, or leaves open what an option
             must state. The message names the file, and the tensor or the option.
     """
+    options = options or Options()
     opened = source if isinstance(source, Source) else open_source(source, **hub)
     try:
-        options = options or Options()
-        family = _family_of(opened) if options.names is None else named.FAMILY
-        return Checkpoint(family, opened, options)
+        opened = unwrapped(opened, is_known, options.weights)
+        if options.names is not None:
+            return Checkpoint(named.FAMILY, opened, options)
+        family = _family_of(opened)
+        return Checkpoint(family, with_head(opened, family.heads) if family.heads else opened, options)
     except AssertionError:
         raise
     except Exception as error:  # tensors that contradict config.json can fail in any way
-        raise ValueError(explain(opened, error)) from error
+        raise ValueError(options.spelled(explain(opened, error), is_error=True)) from error
+
+
+def is_known(source: Source) -> bool:
+    """Return whether any family recognises a source."""
+    return any(family.recognises(source) for family in FAMILIES)
 
 
 def _family_of(source: Source) -> Family:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ..files import Source
+from ..files import Source, open_source
+from ..opening import is_known
+from ..wrappers import unwrapped
 from .named import (
     ALL_POSITIONS,
     GATED,
@@ -52,8 +54,14 @@ def layer_prefix(tensors: Iterable[str]) -> str:
     return max(found, key=lambda prefix: len(found[prefix]), default="")
 
 
-def names_template(source: Source) -> str:
-    """Return a file of names for a source, with our names where shapes and names determine them, and "?" elsewhere."""
+def names_template(source: str | Path | Source, weights: str | None = None) -> str:
+    """Return a table of a file's names, with our names where shapes and names determine them, and "?" elsewhere.
+
+    Args:
+        source: A file, a folder, a name on the Hub, or an open source.
+        weights: Which weights of several in the file, as in `Options`.
+    """
+    source = unwrapped(source if isinstance(source, Source) else open_source(source), is_known, weights)
     prefix = layer_prefix(source.tensors)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # by the name without weight or bias
     for name, stored in source.tensors.items():

@@ -138,4 +138,4 @@ def _processor(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-FAMILY = Family(LIBRARY.name, LIBRARY.recognises, _read, head="head")
+FAMILY = Family(LIBRARY.name, LIBRARY.recognises, _read, heads=("head",))

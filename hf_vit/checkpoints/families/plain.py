@@ -45,7 +45,7 @@ class Library:
         table: Our names and theirs. Of several rows for the same names, those of the file are used.
         layer_norm_eps: Epsilon of its LayerNorms.
         preprocessing: The preprocessing of its models, from the fields of the config.
-        head: Module name of its classifier, as of `Family`.
+        head: Module name of its classifier, as in `heads` of `Family`.
         left_out: Regular expressions that match the names of tensors outside of the model.
         refused: What a file is that cannot be read, by regular expressions that match the name of one of its tensors.
         remarks: What a user must know about a file, by expressions as for `refused`.
@@ -76,7 +76,8 @@ class Library:
     @property
     def family(self) -> Family:
         """The family of files that only the tensors describe."""
-        return Family(self.name, self.recognises, lambda source, options: read(source, options, self), self.head)
+        heads = (self.head,) if self.head else ()
+        return Family(self.name, self.recognises, lambda source, options: read(source, options, self), heads)
 
 
 def read(

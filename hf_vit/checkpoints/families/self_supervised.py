@@ -226,4 +226,6 @@ def _base_of_periods(source: Source, assumed: list[str]) -> float:
     return float(base)
 
 
-FAMILIES = tuple(Family(origin.name, partial(_recognises, origin), partial(_read, origin)) for origin in ORIGINS)
+FAMILIES = tuple(
+    Family(origin.name, partial(_recognises, origin), partial(_read, origin), heads=("head",)) for origin in ORIGINS
+)

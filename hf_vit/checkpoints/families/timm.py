@@ -357,4 +357,4 @@ def _processor(stated: Stated, fields: dict[str, Any]) -> HFViTImageProcessorPil
     return HFViTImageProcessorPil.from_preset("center_crop", size, fields["num_channels"], **arguments)
 
 
-FAMILY = Family("timm", _recognises, _read)
+FAMILY = Family("timm", _recognises, _read, heads=("head",))

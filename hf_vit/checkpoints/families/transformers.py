@@ -416,4 +416,4 @@ def _read(source: Source, options: Options) -> Reading:
     return Reading(fields, architecture, rows, left_out, assumed, processor_beside(source))
 
 
-FAMILY = Family("transformers", _recognises, _read)
+FAMILY = Family("transformers", _recognises, _read, heads=("classifier", "cls_classifier"))

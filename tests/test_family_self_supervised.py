@@ -137,3 +137,48 @@ def test_heads_that_the_file_does_not_state(width: int, family: str, heads: int)
     checkpoint = open_checkpoint(Source("file.pth", tensors))
     assert (checkpoint.family, checkpoint.config.num_attention_heads) == (family, heads)
     assert any(sentence.startswith(f"{heads} heads") for sentence in checkpoint.assumed)
+
+
+# ------------------------------------------------------------------------------------------- training checkpoints
+
+
+def test_training_checkpoints_of_the_original_code(tmp_path: Path) -> None:
+    """DINO saves student and teacher with heads, MoCo v3 two encoders, I-JEPA an encoder and its target."""
+    model, other = encoder(), encoder()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.5)
+    head = {"head.mlp.0.weight": torch.ones(3, 48), "head.last_layer.weight_v": torch.ones(3, 3)}
+
+    def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {prefix + name: tensor for name, tensor in state.items()}
+
+    def of_dino(network: nn.Module) -> dict[str, Tensor]:
+        return {**prefixed("module.backbone.", network.state_dict()), **prefixed("module.", head)}
+
+    torch.save({"student": of_dino(other), "teacher": of_dino(model), "epoch": 3}, tmp_path / "dino.pth")
+    torch.save({"student": of_dino(model), "epoch": 3}, tmp_path / "student.pth")
+    for name in ("dino.pth", "student.pth"):
+        checkpoint = open_checkpoint(tmp_path / name, Options(num_heads=4))
+        assert checkpoint.family == "DINO"
+        assert distance(answers(checkpoint, pixels_of((32, 32))), model(pixels_of((32, 32)))) < 1e-5
+
+    for network in (model, other):
+        network.pos_embed.data = sines(48, 4, is_row_first=True)
+    predictor = {"head.0.weight": torch.ones(4, 48), "head.3.weight": torch.ones(4, 4)}
+    base = prefixed("module.base_encoder.", {**model.state_dict(), **predictor})
+    momentum = prefixed("module.momentum_encoder.", {**other.state_dict(), **predictor})
+    projection = {"module.predictor.0.weight": torch.ones(4, 4)}
+    torch.save({"arch": "vit_small", "state_dict": {**base, **momentum, **projection}}, tmp_path / "moco.pth")
+    checkpoint = open_checkpoint(tmp_path / "moco.pth", Options(num_heads=4))
+    assert checkpoint.family == "MoCo v3"
+    assert distance(answers(checkpoint, pixels_of((32, 32))), model(pixels_of((32, 32)))) < 1e-5
+
+
+def test_a_user_s_classifier_on_dinov2(tmp_path: Path) -> None:
+    model = encoder(**DINOV2, num_classes=5)
+    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items() if not name.startswith("head")}
+    state |= {"backbone.mask_token": torch.ones(1, 48), "fc.weight": model.head.weight, "fc.bias": model.head.bias}
+    torch.save(state, tmp_path / "finetuned.pth")
+    checkpoint = open_checkpoint(tmp_path / "finetuned.pth", Options(num_heads=4))
+    assert (checkpoint.family, checkpoint.config.num_labels) == ("DINOv2", 5)
+    assert distance(answers(checkpoint, pixels_of((32, 32))), model(pixels_of((32, 32)))) < 1e-5

@@ -20,7 +20,7 @@ from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
 from .checkpoint import CLASSIFIER, Checkpoint, Options
 from .families import own
-from .from_pretrained import config_for
+from .from_pretrained import config_for, options_from, warn_of_assumptions
 from .opening import open_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -88,7 +88,7 @@ def load_classifier(
         ValueError: If weights other than the head are missing, have another shape, or are NaN or infinite.
     """
     label_names = list(label_names)
-    checkpoint = _open_for(source, fields)
+    checkpoint, fields = _open_for(source, fields)
     stored = list((checkpoint.config.id2label or {}).values())
     of_model = {**fields_of_labels(label_names), **fields}
     is_kept = stored == label_names and (checkpoint.config.problem_type or SINGLE_LABEL) == of_model["problem_type"]
@@ -118,7 +118,7 @@ def load_for_masked_patches(
     Raises:
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
-    checkpoint = _open_for(source, fields)
+    checkpoint, fields = _open_for(source, fields)
     model, report = _fill(HFViTForMaskedImageModeling, checkpoint, **FINE_TUNING, **fields)
     _require_encoder(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
     return model, _processor(checkpoint, model.config.image_shape)
@@ -133,13 +133,12 @@ def fields_of_labels(label_names: Sequence[str], problem_type: str = SINGLE_LABE
     }
 
 
-def _open_for(source: str | Path, fields: dict[str, Any]) -> Checkpoint:
-    """Open a checkpoint to fine-tune it with other fields, and log how it is adapted to other channels."""
-    checkpoint = open_checkpoint(source, Options(num_channels=fields.get("num_channels")))
-    for sentence in checkpoint.assumed:
-        if sentence.startswith("num_channels="):
-            logger.warning(f"{source}, {sentence}")
-    return checkpoint
+def _open_for(source: str | Path, fields: dict[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
+    """Open a checkpoint to fine-tune it with other fields; return it and the fields of its config."""
+    options, rest = options_from(fields)
+    checkpoint = open_checkpoint(source, options)
+    warn_of_assumptions(checkpoint)
+    return checkpoint, rest
 
 
 def _fill(loaded: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:

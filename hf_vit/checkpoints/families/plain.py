@@ -251,7 +251,8 @@ def _heads(
     shapes: Shapes, library: Library, options: Options, fields: Mapping[str, Any], assumed: list[str]
 ) -> dict[str, Any]:
     """Return the number of heads, and their width if it is not the model's width divided by it."""
-    width, inner = fields["hidden_size"], shapes("layers.{}.attention.o_proj.weight", 2)[1]
+    width, o_proj = fields["hidden_size"], "layers.{}.attention.o_proj.weight"
+    inner = shapes(o_proj, 2)[1] if o_proj in shapes else width
     heads = options.num_heads or fields.get("num_attention_heads")
     if heads is None:
         known = library.num_heads.get((width, fields["num_hidden_layers"]))
@@ -276,9 +277,14 @@ def _heads(
 
 def _positions(shapes: Shapes, options: Options, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the grid of a table, `[1, P+N, D]` or `[P+N, D]`, and how many tokens before the patches it has."""
-    number, patch = shapes(TABLE)[-2], fields["patch_size"]
+    patch = fields["patch_size"]
     asked = options.image_size if options.patch_size in (None, patch) else None
     size = asked or fields.get("image_size")
+    if fields.get("position_embedding_type", "learned") != "learned":
+        if size is None:
+            raise ValueError(f"{shapes.source.name}: no tensor states the image size: pass --image-size HxW.")
+        return {"image_size": size}
+    number = shapes(TABLE)[-2]
     tokens = fields["use_cls_token"] + fields["use_distillation_token"]
     cells = size and (size[0] // patch[0]) * (size[1] // patch[1])
     fits = [number - placed == cells or is_square(number - placed) for placed in (tokens, 0)]

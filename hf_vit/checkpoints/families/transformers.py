@@ -1,4 +1,4 @@
-"""transformers' Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2, DINOv3, and the towers of SigLIP and CLIP.
+"""transformers' Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2, DINOv3, BEiT, data2vec, SigLIP, CLIP.
 
 Names and forwards are those of transformers 5.23, `models/*/modeling_*.py`. Files have the names of two eras, with or
 without the prefix of the class that saved them; the table has them all. Fields that are missing in `config.json` have
@@ -29,17 +29,19 @@ from ..layouts import (
     positions,
     token,
 )
+from .relative import BIASES, relative_rows
 
 # ----------------------------------------------------------------------------------------------------- the names
 
 PREFIXES = ("vit.", "", "deit.", "dinov2.", "dinov2_with_registers.", "vision_model.", "model.")
+PREFIXES += ("beit.", "data2vec_vision.", "ijepa.")
 LAYERS = ("encoder.layer.{}.", "layers.{}.", "encoder.layers.{}.", "layer.{}.")
 OF_A_LAYER = {
     "layernorm_before.*": ("layernorm_before.*", "norm1.*", "layer_norm1.*"),
     "layernorm_after.*": ("layernorm_after.*", "norm2.*", "layer_norm2.*"),
     "attention.o_proj.*": ("attention.output.dense.*", "attention.o_proj.*", "self_attn.out_proj.*"),
-    "attention_scale.weight": ("layer_scale1.lambda1",),
-    "mlp_scale.weight": ("layer_scale2.lambda1",),
+    "attention_scale.weight": ("layer_scale1.lambda1", "lambda_1"),
+    "mlp_scale.weight": ("layer_scale2.lambda1", "lambda_2"),
     "mlp.fc1.*": ("intermediate.dense.*", "mlp.fc1.*", "mlp.up_proj.*"),
     "mlp.fc2.*": ("output.dense.*", "mlp.fc2.*", "mlp.down_proj.*", "mlp.weights_out.*"),
     "mlp.gate.*": ("mlp.gate_proj.*",),
@@ -48,6 +50,11 @@ QUERIES_KEYS_VALUES = (
     ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
     ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+)
+# Modules of a layer and of all layers, in both eras of BEiT.
+RELATIVE_POSITIONS = (
+    ("encoder.layer.{}.attention.attention.relative_position_bias", "encoder.relative_position_bias"),
+    ("layers.{}.relative_position_bias", "shared_position_bias"),
 )
 
 
@@ -73,8 +80,14 @@ def pixel_decoder(config: HFViTConfig) -> Layout:
     )
 
 
-def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row]:
-    """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first."""
+def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES, layers: int = 0) -> list[Row]:
+    """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first.
+
+    Args:
+        key_bias: Whether keys have biases.
+        prefixes: Beginnings of the encoder's names.
+        layers: Number of layers with relative positions (BEiT).
+    """
     tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
     projection = "embeddings.patch_embeddings.projection"
     gate_and_fc1 = ("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*")
@@ -94,6 +107,7 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
             Row("layernorm.*", f"{prefix}post_layernorm.*"),
             Row("layernorm.*", f"{prefix}norm.*"),
             Row("pooler.layernorm.*", f"{prefix}post_layernorm.*"),
+            Row("pooler.layernorm.*", f"{prefix}pooler.layernorm.*"),
             Row("pooler.pre_logits.*", f"{prefix}pooler.dense.*"),
             Row("pooler.pooling.probe", f"{prefix}head.probe"),
             Row(query_key_value, f"{prefix}head.attention.in_proj_*", pooling_attention),
@@ -102,6 +116,9 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
             Row("pooler.pooling.mlp.fc1.*", f"{prefix}head.mlp.fc1.*"),
             Row("pooler.pooling.mlp.fc2.*", f"{prefix}head.mlp.fc2.*"),
         ]
+        for of_layer, of_all in RELATIVE_POSITIONS if layers else ():
+            biases = [f"{prefix}{of_layer.format(layer)}.{BIASES}" for layer in range(layers)]
+            rows += relative_rows(biases, f"{prefix}{of_all}.{BIASES}")
         for theirs in ("patch_embeddings.projection", "patch_embedding", "patch_embeddings"):
             rows.append(Row(f"{projection}.weight", f"{prefix}embeddings.{theirs}.weight", convolution))
             rows.append(Row(f"{projection}.bias", f"{prefix}embeddings.{theirs}.bias"))
@@ -228,6 +245,28 @@ def _dinov3(config: Any, source: Source) -> dict[str, Any]:
     }
 
 
+def _beit(config: Any, source: Source) -> dict[str, Any]:
+    is_relative = config.use_relative_position_bias or config.use_shared_relative_position_bias
+    if is_relative and config.use_absolute_position_embeddings:
+        raise ValueError(f"{source.name}: it has learned positions and relative ones: only one kind is supported.")
+    names = _stems(source)
+    kind = "relative" if is_relative else "learned" if config.use_absolute_position_embeddings else "none"
+    norms = {"pooled": "pooler.layernorm.weight", "tokens": "layernorm.weight"}
+    return {
+        "position_embedding_type": kind,
+        "position_interpolation": "bilinear" if is_relative else "bicubic",
+        **({"num_prefix_positions": 1} if is_relative else {}),
+        "use_cls_token": True,
+        "pooling": "mean" if config.use_mean_pooling else "cls",
+        "final_layernorm": next((where for where, name in norms.items() if name in names), "none"),
+        "layer_scale_init_value": config.layer_scale_init_value or None,
+    }
+
+
+def _ijepa(config: Any, source: Source) -> dict[str, Any]:
+    return {"position_interpolation": "bicubic", "pooling": "mean"}
+
+
 def _siglip(config: Any, source: Source) -> dict[str, Any]:
     has_head = (
         any(".head.probe" in f".{name}" for name in source.tensors) and "classifier.weight" not in source.tensors
@@ -269,6 +308,9 @@ MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]
     "dinov2": (_dinov2, (r".*embeddings\.mask_token",)),
     "dinov2_with_registers": (_dinov2, (r".*embeddings\.mask_token",)),
     "dinov3_vit": (_dinov3, (r".*embeddings\.mask_token", r".*rope_embeddings\.inv_freq")),
+    "beit": (_beit, (r"lm_head\..*", r".*embeddings\.mask_token", r".*relative_position_index")),
+    "data2vec-vision": (_beit, (r".*embeddings\.mask_token", r".*relative_position_index")),
+    "ijepa": (_ijepa, (r".*embeddings\.mask_token", r".*pooler\.dense\..*")),
     "siglip": (_siglip, (*TEXT, r".*head\..*")),
     "siglip_vision_model": (_siglip, (*TEXT, r".*head\..*")),
     "clip": (_clip, (*TEXT, r".*post_layernorm\..*")),
@@ -368,8 +410,10 @@ def _read(source: Source, options: Options) -> Reading:
     elif "decoder.0.weight" in source.tensors:
         architecture = MASKED
         fields["use_cls_token"] = True
-    rows = table(key_bias=getattr(config, "key_bias", True))
+    key_bias = any(name.endswith((".key.bias", ".k_proj.bias")) for name in source.tensors)
+    is_relative = fields.get("position_embedding_type") == "relative"
+    rows = table(key_bias, layers=config.num_hidden_layers if is_relative else 0)
     return Reading(fields, architecture, rows, left_out, assumed, processor_beside(source))
 
 
-FAMILY = Family("transformers", _recognises, _read)
+FAMILY = Family("transformers", _recognises, _read, heads=("classifier", "cls_classifier"))

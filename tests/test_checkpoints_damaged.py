@@ -103,7 +103,7 @@ SAFETENSORS: dict[str, tuple[Damage, str]] = {
         "F8_E4M3",
     ),
     "a name twice": (of_header(twice), "twice"),
-    "an empty file": (truncated(0), "not a checkpoint"),
+    "an empty file": (truncated(0), "an empty file, not a checkpoint"),
     "half a length": (truncated(5), "not a checkpoint"),
     "half a header": (truncated(700), "bytes"),
     "a byte less": (truncated(-1), "incomplete"),

@@ -71,6 +71,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIP, tower with projection": ("CLIPVisionModelWithProjection", {}),
     "CLIP, both towers": ("CLIPModel", {"text_config": TEXT}),
     "CLIP, classifier": ("CLIPForImageClassification", {"text_config": TEXT, **LABELS}),
+    "MetaCLIP 2, tower": ("MetaClip2VisionModel", {}),
+    "MetaCLIP 2, both towers": ("MetaClip2Model", {"text_config": TEXT}),
+    "MetaCLIP 2, classifier": ("MetaClip2ForImageClassification", {"text_config": TEXT, **LABELS}),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 

@@ -70,7 +70,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
         pytest.param(vit.ViT, {"image_size": (16, 40)}, {"image_size": (16, 40)}, id="ViT, rectangle"),
         pytest.param(vit.ViT, {"image_size": (16, 64)}, {"image_size": (16, 64)}, id="ViT, rectangle of a square"),
         pytest.param(vit.ViT, {"patch_size": (4, 16)}, {"patch_size": (4, 16), "image_size": (32, 32)}, id="4x16"),
-        pytest.param(vit.ViT, {"channels": 1}, {"patch_size": (8, 8)}, id="ViT, grey"),
+        pytest.param(vit.ViT, {"channels": 1}, {}, id="ViT, grey"),
+        pytest.param(vit.ViT, {"channels": 2}, {"patch_size": (8, 8)}, id="ViT, 2 channels"),
+        pytest.param(vit.ViT, {"channels": 4}, {"num_channels": 4}, id="ViT, 4 channels"),
         pytest.param(DistillableViT, {}, {}, id="DistillableViT without its token"),
         pytest.param(simple_vit.SimpleViT, {}, {"image_size": (32, 32)}, id="SimpleViT"),
         pytest.param(simple_vit.SimpleViT, {"image_size": (16, 40)}, {"image_size": (16, 40)}, id="SimpleViT, 16x40"),
@@ -236,6 +238,7 @@ def test_heads_are_assumed_to_be_64_wide(converted):
     with torch.no_grad():
         assert relative_error(ours(pixel_values).logits, theirs(pixel_values)) < 1e-5
     assert checkpoint.config.num_attention_heads == 3
+    assert any("--hidden-act" in sentence for sentence in checkpoint.assumed)
     assert any("3 heads" in sentence and "--num-heads" in sentence for sentence in checkpoint.assumed)
 
 
@@ -256,7 +259,7 @@ def test_what_an_option_says_is_not_assumed(converted):
         (vit.ViT, {"heads": 1, "dim_head": 48}, {"num_heads": 2}, "--num-heads"),
         (vit.ViT, {"image_size": (16, 40)}, {"num_heads": 2}, "--image-size"),
         (vit.ViT, {"patch_size": (4, 8)}, {"num_heads": 2}, "--patch-size"),
-        (vit.ViT, {"channels": 1}, {"num_heads": 2}, "--patch-size"),
+        (vit.ViT, {"channels": 2}, {"num_heads": 2}, "--patch-size"),
         (simple_vit.SimpleViT, {}, {"num_heads": 2}, "--image-size"),
         (
             simple_vit.SimpleViT,

@@ -95,15 +95,19 @@ def test_products_resample_as_torch_does(interpolation: str) -> None:
     for old, new in itertools.product((1, 2, 3, 5, 14, 27), (1, 2, 3, 4, 9, 14, 37)):
         cells = torch.randn(1, 4, old, old + 1)
         rows, columns = (resampling_weights(size, new, **how) for size in (old, old + 1))
-        expected = F.interpolate(cells, (new, new), **how)
+        if "offset" in how:
+            expected = F.interpolate(cells, scale_factor=((new + 0.1) / old, (new + 0.1) / (old + 1)), mode="bicubic")
+        else:
+            expected = F.interpolate(cells, (new, new), **how)
         torch.testing.assert_close(rows @ cells @ columns.T, expected, rtol=1e-5, atol=1e-5)
-        if old == new:
+        if old == new and "offset" not in how:
             assert torch.equal(rows, torch.eye(old))
 
 
 OTHERS: dict[str, dict[str, Any]] = {
     "attention": {"pooling": "attention", "position_interpolation": "bilinear_corners"},
     "class and mean": {"pooling": "cls_and_mean", "position_interpolation": "bicubic"},
+    "of DINO": {"position_interpolation": "bicubic_offset"},
     "distillation": {"pooling": "cls_and_distillation", "use_distillation_token": True},
     "every layer": {"position_placement": "every_layer", "num_register_tokens": 2, "final_layernorm": "pooled"},
     "2-D in every layer": {"position_placement": "every_layer", "position_embedding_type": "learned_2d"},

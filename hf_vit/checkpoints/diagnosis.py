@@ -11,11 +11,24 @@ def explain(source: Source, error: Exception) -> str:
     if not isinstance(error, ValueError):
         sentence = f"its tensors or the files beside them are not as expected ({type(error).__name__}: {sentence})."
     sentences = [sentence if source.name in sentence else f"{source.name}: {sentence}"]
+    if sentence := hint(source):
+        return " ".join([*sentences, sentence])
     missing = [name for name in _missing(source.tensors) if repr(name) not in sentences[0]]
     if missing:
         sentences.append(f"Judging by the other tensors, {', '.join(map(repr, missing[:4]))} is missing.")
     sentences += [f"The shapes of {pair} contradict each other." for pair in _contradictions(source.tensors)[:4]]
     return " ".join(sentences)
+
+
+# Names of CLIP, SigLIP and DINOv2 in transformers, whose config states what the tensors do not.
+OF_TRANSFORMERS = re.compile(r"(.*\.)?(embeddings\.position_embedding\.weight|layer_scale1\.lambda1)")
+
+
+def hint(source: Source) -> str:
+    """Return what is needed to read tensors with the names of transformers without `config.json`; or nothing."""
+    if "model_type" in source.config or not any(map(OF_TRANSFORMERS.fullmatch, source.tensors)):
+        return ""
+    return "The tensors have the names of transformers: put the config.json of the model beside the file."
 
 
 # A tensor of a layer: prefix, number of the layer, rest of the name.

@@ -1,18 +1,22 @@
 """`from_pretrained` of our models on checkpoints from other libraries: a folder, a file, or a name on the Hub."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
-from .checkpoint import CLASSIFIER, ENCODER, Checkpoint, Options
+from .checkpoint import CLASSIFIER, ENCODER, KEYWORDS, Checkpoint, Options
 from .families import own
 from .files import read_json, read_weights
 from .opening import open_checkpoint
 
+logger = logging.get_logger(__name__)
+
+OF_THE_HEAD = ("num_labels", "spelling")  # transformers builds a new head
 OF_ALL_CONFIGS = ("num_labels", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states")
 OTHER_WEIGHTS = {"variant", "gguf_file", "use_safetensors"}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -32,7 +36,7 @@ def read_foreign(
         Config, state dict, processor and the remaining keywords; `None` if the checkpoint is our own and for images of
         as many channels, or does not exist, so that transformers reads it or raises.
     """
-    num_channels = options.get("num_channels", getattr(options.get("config"), "num_channels", None))
+    stated, rest = options_from(options)
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     if not Path(name).is_file():
         found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
@@ -40,12 +44,19 @@ def read_foreign(
             return None
         stored = read_json(Path(found))
         is_own = stored.get("model_type") == HFViTConfig.model_type
-        if is_own and num_channels in (None, stored.get("num_channels", HFViTConfig.num_channels)):
+        if is_own and stated.num_channels in (None, stored.get("num_channels", HFViTConfig.num_channels)):
             if Path(name).is_dir() and not OTHER_WEIGHTS.intersection(options):
                 read_weights(name, hub)  # rejects corrupt files that transformers accepts or reports without a name
             return None
-    checkpoint = open_checkpoint(name, Options(num_channels=num_channels), **hub)
-    rest = {option: value for option, value in options.items() if option not in hub}
+        if is_own:  # all other fields need no conversion
+            stated = Options(num_channels=stated.num_channels, spelling="python")
+    checkpoint = open_checkpoint(name, stated, **hub)
+    warn_of_assumptions(checkpoint)
+    if class_name == CLASSIFIER and checkpoint.lost_head and not {"num_labels", "id2label"}.intersection(options):
+        raise ValueError(
+            f"{name}: {checkpoint.lost_head} Load it as HFViTModel, or pass num_labels for a new classifier."
+        )
+    rest = {option: value for option, value in rest.items() if option not in hub}
     config = rest.pop("config", None)
     if not isinstance(config, HFViTConfig):
         config, rest = config_for(checkpoint, class_name, rest)
@@ -55,6 +66,29 @@ def read_foreign(
     return config, checkpoint.state_dict(), processor, rest
 
 
+def options_from(keywords: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """Divide keywords of `from_pretrained` into what a checkpoint's conversion needs, and the others.
+
+    Fields of `HFViTConfig` are among both. Of a given `config`, the conversion needs the channels and the heads.
+    """
+    config = keywords.get("config")
+    given = {name: getattr(config, name, None) for name in ("num_channels", "num_attention_heads")} | keywords
+    named = {field.name: KEYWORDS.get(field.name, field.name) for field in fields(Options)}
+    stated = {name: given[keyword] for name, keyword in named.items() if keyword in given and name not in OF_THE_HEAD}
+    rest = {
+        keyword: value
+        for keyword, value in keywords.items()
+        if keyword not in stated or keyword in HFViTConfig.__annotations__
+    }
+    return Options(**{**stated, "spelling": "python"}), rest
+
+
+def warn_of_assumptions(checkpoint: Checkpoint) -> None:
+    """Log what neither the file nor an option stated."""
+    for sentence in checkpoint.assumed:
+        logger.warning_once(f"{checkpoint.source.name}, assumed: {sentence}")
+
+
 def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any]) -> tuple[HFViTConfig, dict[str, Any]]:
     """Return the config of a model class filled from a checkpoint, and the options that are not config fields."""
     stored, config = checkpoint.config.to_dict(), checkpoint.config
@@ -62,7 +96,7 @@ def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any])
     is_new_head = checkpoint.architecture == ENCODER or labels != config.num_labels
     if class_name == CLASSIFIER and is_new_head and checkpoint.family != own.FAMILY.name:
         stored["representation_size"] = None  # pre-logits belong to the head of the pre-training
-    fields = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(options)
-    config = HFViTConfig.from_dict(stored, **{name: options[name] for name in fields})
+    names = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(options)
+    config = HFViTConfig.from_dict(stored, **{name: options[name] for name in names})
     config.dtype = checkpoint.dtype
-    return config, {option: value for option, value in options.items() if option not in fields}
+    return config, {option: value for option, value in options.items() if option not in names}

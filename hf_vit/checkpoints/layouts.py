@@ -56,6 +56,20 @@ def convolution(config: HFViTConfig) -> Layout:
     return each(lambda kernel: kernel.flatten(1), lambda matrix: matrix.unflatten(1, (-1, *config.patch_shape)))
 
 
+def channels_first(config: HFViTConfig) -> Layout:
+    """Pixels of a patch in the last dimension, from (row, column, channel) to our order (channel, row, column)."""
+    patch, channels = config.patch_shape, config.num_channels
+    return each(
+        lambda theirs: theirs.unflatten(-1, (*patch, channels)).movedim(-1, -3).flatten(-3),
+        lambda ours: ours.unflatten(-1, (channels, *patch)).movedim(-3, -1).flatten(-3),
+    )
+
+
+def token(config: HFViTConfig) -> Layout:
+    """A token `[1, 1, D]`, stored as `[D]`."""
+    return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
+
+
 def heads_first(config: HFViTConfig, parts: int = 3) -> Layout:
     """Queries, keys and values concatenated, `[parts*A*d, ...]`, to rows ordered (head, part, d)."""
     return packed(parts).then(heads_together(config, parts))
@@ -103,6 +117,12 @@ def positions(config: HFViTConfig) -> Layout:
         return [torch.cat([*ours[:-1], ours[-1].flatten(1, 2)], dim=1)]
 
     return Layout(read, write)
+
+
+def flat_positions(config: HFViTConfig) -> Layout:
+    """All positions, stored as `[P+N, D]`."""
+    width = config.hidden_size
+    return reshaped((1, -1, width), (-1, width)).then(positions(config))
 
 
 # --------------------------------------------------------------------------------------------------- tables of names

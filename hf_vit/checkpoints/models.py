@@ -21,7 +21,7 @@ from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
 from .checkpoint import CLASSIFIER, Checkpoint, Options
 from .families import own
-from .from_pretrained import config_for
+from .from_pretrained import config_for, options_from, warn_of_assumptions
 from .opening import open_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -83,13 +83,14 @@ def load_classifier(
         label_names: Names of the classes, by class index, or of the targets of a regression.
         fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`. `problem_type` is one
             label per image by default; `target_mean` and `target_scale` are for a new head. The patch projection and
-            the processor are adapted to another `num_channels`.
+            the processor are adapted to another `num_channels`. Also what the file does not state, as in
+            `from_pretrained`, such as `weights="teacher"`.
 
     Raises:
         ValueError: If weights other than the head are missing, have another shape, or are NaN or infinite.
     """
     label_names = list(label_names)
-    checkpoint = _open_for(source, fields)
+    checkpoint, fields = _open_for(source, fields)
     stored = list((checkpoint.config.id2label or {}).values())
     of_model = {**fields_of_labels(label_names), **fields}
     is_kept = stored == label_names and (checkpoint.config.problem_type or SINGLE_LABEL) == of_model["problem_type"]
@@ -119,7 +120,7 @@ def load_for_masked_patches(
     Raises:
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
-    checkpoint = _open_for(source, fields)
+    checkpoint, fields = _open_for(source, fields)
     model, report = _fill(HFViTForMaskedImageModeling, checkpoint, **FINE_TUNING, **fields)
     _require_encoder(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
     return model, _processor(checkpoint, model.config.image_shape)
@@ -134,13 +135,12 @@ def fields_of_labels(label_names: Sequence[str], problem_type: str = SINGLE_LABE
     }
 
 
-def _open_for(source: str | Path, fields: dict[str, Any]) -> Checkpoint:
-    """Open a checkpoint to fine-tune it with other fields, and log how it is adapted to other channels."""
-    checkpoint = open_checkpoint(source, Options(num_channels=fields.get("num_channels")))
-    for sentence in checkpoint.assumed:
-        if sentence.startswith("num_channels="):
-            logger.warning(f"{source}, {sentence}")
-    return checkpoint
+def _open_for(source: str | Path, fields: dict[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
+    """Open a checkpoint to fine-tune it with other fields; return it and the fields of its config."""
+    options, rest = options_from(fields)
+    checkpoint = open_checkpoint(source, options)
+    warn_of_assumptions(checkpoint)
+    return checkpoint, rest
 
 
 def _fill(loaded: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,14 +1,40 @@
 """Open a checkpoint of any known family, which is found by the names of its tensors, never by the name of the file."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, Family, Options
 from .diagnosis import explain
-from .families import google, own, timm, transformers, vit_pytorch
+from .families import (
+    google,
+    mmpretrain,
+    named,
+    open_clip,
+    own,
+    self_supervised,
+    timm,
+    torchvision,
+    transformers,
+    tutorials,
+    vit_pytorch,
+)
 from .files import Source, open_source
+from .wrappers import unwrapped, with_head
 
-FAMILIES = (own.FAMILY, google.FAMILY, transformers.FAMILY, timm.FAMILY, vit_pytorch.FAMILY)
+FAMILIES = (
+    own.FAMILY,
+    google.FAMILY,
+    torchvision.FAMILY,
+    open_clip.FAMILY,
+    mmpretrain.FAMILY,
+    *tutorials.FAMILIES,
+    transformers.FAMILY,
+    *self_supervised.FAMILIES,
+    timm.FAMILY,
+    vit_pytorch.FAMILY,
+    tutorials.TRANSFORMER_ENCODER,
+)
 
 
 def open_checkpoint(source: str | Path | Source, options: Options | None = None, **hub: Any) -> Checkpoint:
@@ -23,13 +49,23 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
         ValueError: If the source is not a checkpoint of a known family, is corrupt, or leaves open what an option
             must state. The message names the file, and the tensor or the option.
     """
+    options = options or Options()
     opened = source if isinstance(source, Source) else open_source(source, **hub)
     try:
-        return Checkpoint(_family_of(opened), opened, options or Options())
+        opened = unwrapped(opened, is_known, options.weights)
+        if options.names is not None:
+            return Checkpoint(named.FAMILY, opened, options)
+        family = _family_of(opened)
+        return Checkpoint(family, with_head(opened, family.heads) if family.heads else opened, options)
     except AssertionError:
         raise
     except Exception as error:  # tensors that contradict config.json can fail in any way
-        raise ValueError(explain(opened, error)) from error
+        raise ValueError(options.spelled(explain(opened, error), is_error=True)) from error
+
+
+def is_known(source: Source) -> bool:
+    """Return whether any family recognises a source."""
+    return any(family.recognises(source) for family in FAMILIES)
 
 
 def _family_of(source: Source) -> Family:
@@ -40,5 +76,6 @@ def _family_of(source: Source) -> Family:
     known = ", ".join(family.name for family in FAMILIES)
     raise ValueError(
         f"{source.name}: not a Vision Transformer of a known family ({known}). It holds {len(source.tensors)} "
-        f"tensors: {names}, ..."
+        f"tensors: {names}, ... If it is a ViT with other names, "
+        f"run: hf-vit inspect {shlex.quote(source.name)} --names-template names.yaml"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Options
-from .files import SAFETENSORS_DTYPES
+from .formats import SAFETENSORS_DTYPES
 from .layouts import Row, Rule
 from .opening import open_checkpoint
 

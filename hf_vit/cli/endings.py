@@ -64,6 +64,16 @@ def read_size(option: str, text: str | None) -> tuple[int, int] | None:
     return None if text is None else texts.read_size(option, text)
 
 
+def read_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Read numbers separated by commas, if they are given."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} expects numbers separated by commas, got {text!r}.") from None
+
+
 @contextmanager
 def clear_endings() -> Iterator[None]:
     """Turn an interruption, and an error that the user can fix, into a message and an exit code.

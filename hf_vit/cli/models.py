@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..system.places import check_exist
-from ..system.texts import counted, shortened
-from .endings import echo, read_size
+from ..system.texts import counted, hanging, shortened
+from .endings import echo, read_numbers, read_size
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint, Options
@@ -36,6 +36,18 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="Half of the packed projection that is the gate: first or last."),
     ],
+    "names": Annotated[
+        str | None, typer.Option(metavar="FILE", help="Table of tensor names (YAML), for a ViT of no known library.")
+    ],
+    "weights": Annotated[
+        str | None, typer.Option(metavar="NAME", help="Key of the weights in a file with several, such as teacher.")
+    ],
+    "preprocessing": Annotated[
+        Literal["original", "timm", "center_crop"] | None,
+        typer.Option(help="Preset of the preprocessing, if the file has none."),
+    ],
+    "mean": Annotated[str | None, typer.Option(metavar="R,G,B", help="Mean of the pixels in [0, 1].")],
+    "std": Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation of the pixels.")],
 }
 
 
@@ -50,7 +62,9 @@ def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]
         fields = {name: given.pop(name) for name in CHECKPOINT_OPTIONS}
         for name in ("image_size", "patch_size"):
             fields[name] = read_size(f"--{name.replace('_', '-')}", fields[name])
-        command(**given, options=Options(**fields))
+        for name in ("mean", "std"):
+            fields[name] = read_numbers(f"--{name}", fields[name])
+        command(**given, options=Options(**fields, spelling="command"))
 
     parameters = []
     for parameter in introspection.signature(command).parameters.values():
@@ -103,6 +117,9 @@ def inspect(
     form: Annotated[Literal["png", "svg"], typer.Option("--format", help="Format of the figures.")] = "png",
     html: Annotated[bool, typer.Option("--html", help="Also write an HTML page of all figures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one line of JSON.")] = False,
+    names_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write a table of tensor names to, for --names.")
+    ] = None,
 ) -> None:
     """Describe a checkpoint, and draw what it learned.
 
@@ -110,8 +127,13 @@ def inspect(
     also draws filters and position embeddings; for the images, attention distance; and for the first eight of them,
     attention, rollout, features and norms.
 
+    A ViT of no known library needs a table of names: --names-template writes one to fill in, for --names.
+
     Example: hf-vit inspect ViT-B_16.npz photos/ --html
     """
+    if names_template is not None:
+        _write_template(model, names_template, options.weights)
+        return
     _open_and_describe(model, options, as_json)
     if not (images or output_dir or html):
         return
@@ -200,6 +222,19 @@ def push(
     echo(f"Published at {push(folder, repo_id, private=private, license=license)}")
 
 
+def _write_template(source: str, path: Path, weights: str | None) -> None:
+    """Write a table of names to fill in."""
+    from ..checkpoints.families.named import UNKNOWN
+    from ..checkpoints.families.names_template import names_template
+
+    if path.exists():
+        raise ValueError(f"{path} exists: choose another name for the table.")
+    template = names_template(source, weights)
+    path.write_text(template, encoding="utf-8")
+    left = counted(template.count(f'"{UNKNOWN}"  #'), "name")
+    echo(f"Wrote {path} with {left} to fill in. Edit it, then run:\n  hf-vit inspect {source} --names {path}")
+
+
 def _open_and_describe(source: str, options: "Options", as_json: bool = False) -> "Checkpoint":
     """Open a checkpoint, and print what it is."""
     from ..checkpoints.opening import open_checkpoint
@@ -207,15 +242,21 @@ def _open_and_describe(source: str, options: "Options", as_json: bool = False) -
 
     checkpoint = open_checkpoint(source, options)
     if as_json:
-        rest = {"assumed": checkpoint.assumed, "left_out": checkpoint.left_out, "config": checkpoint.config.to_dict()}
+        rest = {
+            "notes": checkpoint.notes,
+            "assumed": checkpoint.assumed,
+            "left_out": checkpoint.left_out,
+            "config": checkpoint.config.to_dict(),
+        }
         echo(json.dumps({**facts(checkpoint), **rest}))
         return checkpoint
     for name, fact in facts(checkpoint).items():
         echo(f"{name:>21}  {fact}")
-    for sentence in checkpoint.assumed:
-        echo(f"Assumed: {sentence}")
+    for kind, sentences in {"Note": checkpoint.notes, "Assumed": checkpoint.assumed}.items():
+        for sentence in sentences:
+            echo("\n".join(hanging(f"{kind}: ", sentence)))
     if checkpoint.left_out:
         names = shortened(checkpoint.left_out)
         number = counted(len(checkpoint.left_out), "tensor")
-        echo(f"Skipped {number} outside of the encoder and its head: {names}")
+        echo("\n".join(hanging("", f"Skipped {number} outside of the encoder and its head: {names}")))
     return checkpoint

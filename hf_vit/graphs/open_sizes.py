@@ -19,15 +19,22 @@ Model = HFViTForImageClassification | HFViTModel
 KEYS = {True: -0.5, False: -0.75}  # coefficient of torch's bicubic kernel with and without antialiasing
 
 
-def resampling_weights(old: int, new: int, mode: str, antialias: bool = False, align_corners: bool = False) -> Tensor:
+def resampling_weights(
+    old: int,
+    new: int,
+    mode: str,
+    antialias: bool = False,
+    align_corners: bool = False,
+    offset: float | Tensor = 0.0,
+) -> Tensor:
     """Return the matrix `[new, old]` that resamples one dimension as `torch.nn.functional.interpolate` does.
 
-    `new` may be symbolic. The arguments are those of `interpolate`.
+    `new` may be symbolic. The arguments are those of `POSITION_INTERPOLATIONS`.
     """
     points = torch.arange(new, dtype=torch.float32)  # [new]
-    number = points[-1:] + 1  # `new` as a tensor: not every runtime has a minimum of symbolic sizes
+    number = as_tensor(new)
     corners = points * (old - 1) / (number - 1).clamp(min=1)
-    centers = corners if align_corners else (points + 0.5) * old / number - 0.5
+    centers = corners if align_corners else (points + 0.5) * old / (number + offset) - 0.5
     taps = torch.arange(-2, old + 2)
     distances = (centers.unsqueeze(1) - taps).abs()  # [new, old + 4]
     if antialias:
@@ -35,6 +42,11 @@ def resampling_weights(old: int, new: int, mode: str, antialias: bool = False, a
         return weights / weights.sum(dim=1, keepdim=True)
     outside_in = nn.functional.one_hot(taps.clamp(0, old - 1), old).float()  # the border is repeated
     return (outside_in.T @ kernel(distances, mode, antialias).T).T
+
+
+def as_tensor(size: int) -> Tensor:
+    """Return a symbolic size as a float tensor `[1]`: not every runtime can compute with symbolic sizes."""
+    return torch.arange(size, dtype=torch.float32)[-1:] + 1
 
 
 def kernel(distances: Tensor, mode: str, antialias: bool) -> Tensor:
@@ -52,7 +64,10 @@ class OpenPositionTable(HFViTPositionTable):
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         table = self.weight.permute(0, 3, 1, 2)  # [K, D, rows, columns]
-        how = POSITION_INTERPOLATIONS[self.interpolation]
+        how = dict(POSITION_INTERPOLATIONS[self.interpolation])
+        if "offset" in how:  # the table's own grid is not resampled
+            is_other = (as_tensor(grid[0]) != table.shape[2]) | (as_tensor(grid[1]) != table.shape[3])
+            how["offset"] = how["offset"] * is_other.float()
         # All constants are left factors: int8 quantizes constant right factors as weights.
         if table.shape[3] > 1:
             table = table @ resampling_weights(table.shape[3], grid[1], **how).T

@@ -208,8 +208,10 @@ class HFViTImageProcessing(BaseImageProcessor):
         """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-        channels = options_for_channels(num_channels, PRESETS[name]) if num_channels != 3 else {}
-        return cls(**{"size": size, **PRESETS[name], **channels, **kwargs})
+        options = {"size": size, **PRESETS[name], **kwargs}
+        if num_channels != 3:
+            options |= options_for_channels(num_channels, options)
+        return cls(**options)
 
     def set_output_size(self, size: int | tuple[int, int]) -> None:
         """Set the size of the output, one number or (height, width); the margin of a centre crop scales with it."""
@@ -477,10 +479,10 @@ def per_channel(values: float | Sequence[float], num_channels: int, name: str) -
 
 def options_for_channels(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a processor for images of `number` channels, given its mean and std."""
-    averages = {
-        name: old if len(old) == number else [sum(old) / len(old)] * number
-        for name, old in ((name, values[name]) for name in ("image_mean", "image_std"))
-    }
+    averages = {}
+    for name in ("image_mean", "image_std"):
+        old = np.atleast_1d(values[name]).tolist()
+        averages[name] = old if len(old) == number else [sum(old) / len(old)] * number
     return {"do_convert_rgb": number in (1, 3), "do_grayscale": True if number == 1 else None, **averages}
 
 

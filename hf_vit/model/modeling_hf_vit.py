@@ -303,6 +303,13 @@ class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: igno
         elif isinstance(module, HFViTLayerScale):
             init.constant_(module.weight, cast(float, self.config.layer_scale_init_value))
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Also save the config, as metadata, without which `torch.save(model.state_dict(), path)` has no heads."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            architecture = {"architectures": [type(self).__name__]}
+            destination._metadata[prefix[:-1]]["hf_vit_config"] = {**self.config.to_dict(), **architecture}
+
 
 class HFViTModel(HFViTPreTrainedModel):
     """The encoder, with the pooling that a head reads.

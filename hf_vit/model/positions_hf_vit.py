@@ -40,7 +40,12 @@ def resample_position_embeddings(
     if new_grid == old_grid:
         return table
     cells = table.float().unflatten(1, old_grid).permute(0, 3, 1, 2)  # [K, D, rows, columns]
-    cells = F.interpolate(cells, size=new_grid, **POSITION_INTERPOLATIONS[interpolation])
+    how = dict(POSITION_INTERPOLATIONS[interpolation])
+    if offset := how.pop("offset", 0):
+        how["scale_factor"] = tuple((new + offset) / old for new, old in zip(new_grid, old_grid, strict=True))
+    else:
+        how["size"] = new_grid
+    cells = F.interpolate(cells, **how)
     return cells.flatten(2).transpose(1, 2).to(table.dtype)
 
 

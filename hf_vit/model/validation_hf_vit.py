@@ -21,10 +21,12 @@ MIM_OBJECTIVES = ("pixels", "mean_color")
 ACTIVATIONS = sorted(set(ACT2FN) - {"prelu", "xielu"})
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
-# Arguments of `torch.nn.functional.interpolate` that resample a position table to another grid.
+# Arguments of `torch.nn.functional.interpolate` that resample a position table to another grid. An "offset" is added
+# to the size of the new grid to get the scale: DINO's way to avoid a grid that is one patch too small.
 POSITION_INTERPOLATIONS: dict[str, dict[str, Any]] = {
     "bicubic_antialias": {"mode": "bicubic", "antialias": True},  # timm; the default here
-    "bicubic": {"mode": "bicubic"},  # transformers' ViT, DeiT, DINO
+    "bicubic": {"mode": "bicubic"},  # transformers' ViT, DeiT, DINOv2; MAE
+    "bicubic_offset": {"mode": "bicubic", "offset": 0.1},  # the original code of DINO and DINOv2
     "bilinear_antialias": {"mode": "bilinear", "antialias": True},  # big_vision
     "bilinear": {"mode": "bilinear"},
     "bilinear_corners": {"mode": "bilinear", "align_corners": True},  # the paper's code: scipy.ndimage.zoom, order 1

@@ -1,20 +1,27 @@
-"""timm's plain Vision Transformers: VisionTransformer, VisionTransformerDistilled (DeiT) and VisionTransformerRelPos.
+"""timm's VisionTransformer, VisionTransformerDistilled (DeiT), VisionTransformerRelPos, Beit; Eva's giant and DINOv3.
 
 Forwards are those of timm 1.0.31. The tensors determine most of an architecture; `Stated` has the rest.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
+from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from ..files import Source
 from ..layouts import count, is_square
+from .plain import HEAD_DIMS
 from .timm_facts import ACTIVATIONS, EPSILONS, POOLINGS, Stated
 from .timm_names import LEFT_OUT, table
+
+REGISTERS = ("reg_token", "register_tokens", "storage_tokens")  # timm, DINOv2, DINOv3
+# Modules with relative positions of one layer or of all: timm's VisionTransformerRelPos, then BEiT
+RELATIVE = ("blocks.0.attn.rel_pos", "shared_rel_pos", "blocks.0.attn", "rel_pos_bias")
+DINOV2_SIZE = (518, 518)  # of the positions; its authors evaluate at 224 pixels
 
 
 def _recognises(source: Source) -> bool:
@@ -27,7 +34,12 @@ def _recognises(source: Source) -> bool:
 
 
 def _read(source: Source, options: Options) -> Reading:
-    stated = Stated(source, options)
+    return read(Stated(source, options))
+
+
+def read(stated: Stated) -> Reading:
+    """Read a checkpoint with timm's names, given what is known about it."""
+    source, options = stated.source, stated.options
     names, shape = source.tensors, source.shape
     projection = shape("patch_embed.proj.weight")
     if len(projection) != 4:
@@ -42,7 +54,7 @@ def _read(source: Source, options: Options) -> Reading:
         "patch_size": tuple(patch),
         "intermediate_size": shape(_fc2(source), 2)[1],
         "patch_bias": "norm_pre.weight" not in names,  # timm builds it without bias before LayerNorm
-        "qkv_bias": "blocks.0.attn.qkv.bias" in names,
+        "qkv_bias": bool({"blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias"} & set(names)),
         "proj_bias": "blocks.0.attn.proj.bias" in names,
         "mlp_bias": _fc2(source).replace("weight", "bias") in names,
         "use_qk_norm": "blocks.0.attn.q_norm.weight" in names,
@@ -50,7 +62,7 @@ def _read(source: Source, options: Options) -> Reading:
         "final_layernorm": "tokens" if "norm.weight" in names else "pooled" if "fc_norm.weight" in names else "none",
         "use_cls_token": "cls_token" in names,
         "use_distillation_token": "dist_token" in names,
-        "num_register_tokens": next((shape(name)[1] for name in ("reg_token", "register_tokens") if name in names), 0),
+        "num_register_tokens": next((shape(name)[1] for name in REGISTERS if name in names), 0),
         "position_interpolation": "bicubic_antialias",
     }
     if {"blocks.0.ls1.gamma", "blocks.0.gamma_1"} & set(names):
@@ -59,9 +71,13 @@ def _read(source: Source, options: Options) -> Reading:
     fields.update(_mlp(source, stated))
     fields.update(_pooling(source, stated, fields))
     fields.update(_positions(source, stated, fields))
+    is_bare_clip = "norm_pre.weight" in names and not stated.config
+    if is_bare_clip and "attn_pool.latent" in names:
+        raise ValueError(f"{source.name}: a Perception Encoder is not supported: it has rotary positions.")
     eps = options.layer_norm_eps
     if eps is None:
-        eps = stated.named("norm_layer", EPSILONS, "--layer-norm-eps") or stated.facts["layer_norm_eps"]
+        eps = stated.named("norm_layer", EPSILONS, "--layer-norm-eps")
+        eps = eps or (1e-5 if is_bare_clip else stated.facts["layer_norm_eps"])
         stated.assume(
             f"layer_norm_eps {eps:g}, LayerNorm before attention and MLP, and no rotary positions: the tensors do not "
             "determine them (--layer-norm-eps)."
@@ -70,10 +86,12 @@ def _read(source: Source, options: Options) -> Reading:
     architecture = ENCODER
     if "head.weight" in names:
         architecture = CLASSIFIER
-        fields["num_labels"] = shape("head.weight", 2)[0]
+        fields["num_labels"], width = shape("head.weight", 2)
+        if "pre_logits.fc.weight" in names:
+            fields["representation_size"] = width
         fields.update(_labels(stated, fields["num_labels"]))
     is_gate_first = (options.mlp_gate or stated.facts.get("mlp_gate")) != "last"
-    rows = table(HFViTConfig(**fields), is_gate_first)
+    rows = table(HFViTConfig(**fields), is_gate_first, "blocks.0.attn.qkv.bias_mask" in names)
     processor = _processor(stated, fields)
     return Reading(fields, architecture, rows, LEFT_OUT, stated.assumed, processor)
 
@@ -90,15 +108,18 @@ def _heads(source: Source, stated: Stated) -> dict[str, Any]:
     if heads is None:
         heads = _heads_in_tensors(source, inner)
     if heads is None:
-        head_dim = stated.facts["head_dim"]
+        head_dim = stated.facts.get("head_dim") or HEAD_DIMS.get(inner, 64)
+        heads = stated.facts.get("num_heads", inner // head_dim)
         # With another width the architecture keeps its number of heads, which is unknown here.
         if inner % head_dim or "embed_dim" in stated.arguments:
             raise ValueError(
                 f"{source.name}: nothing states the number of heads for a width of {inner}, and the usual width of "
                 f"{head_dim} per head cannot be assumed: pass --num-heads."
             )
-        heads = inner // head_dim
-        stated.assume(f"{heads} heads: nothing states the number, and 64 dimensions per head are usual (--num-heads).")
+        stated.assume(
+            f"{counted(heads, 'head')}: nothing states the number, and {inner // heads} dimensions per head are usual "
+            "(--num-heads)."
+        )
     if inner % heads:
         raise ValueError(f"{source.name}: {heads} heads do not divide a width of {inner}: pass another --num-heads.")
     return {"num_attention_heads": heads, **({"head_dim": inner // heads} if inner != width else {})}
@@ -107,7 +128,9 @@ def _heads(source: Source, stated: Stated) -> dict[str, Any]:
 def _heads_in_tensors(source: Source, inner: int) -> int | None:
     if "blocks.0.attn.q_norm.weight" in source.tensors:
         return inner // source.shape("blocks.0.attn.q_norm.weight")[0]
-    for module in ("blocks.0.attn.rel_pos", "shared_rel_pos"):
+    if "rope_embed.periods" in source.tensors:
+        return inner // (4 * source.shape("rope_embed.periods")[0])
+    for module in RELATIVE:
         for kind, axis in (("relative_position_bias_table", 1), ("mlp.fc2.weight", 0)):
             if f"{module}.{kind}" in source.tensors:
                 return source.shape(f"{module}.{kind}")[axis]
@@ -115,7 +138,7 @@ def _heads_in_tensors(source: Source, inner: int) -> int | None:
 
 
 def _fc2(source: Source) -> str:
-    return "blocks.0.mlp.w3.weight" if "blocks.0.mlp.w12.weight" in source.tensors else "blocks.0.mlp.fc2.weight"
+    return "blocks.0.mlp.w3.weight" if "blocks.0.mlp.w3.weight" in source.tensors else "blocks.0.mlp.fc2.weight"
 
 
 def _mlp(source: Source, stated: Stated) -> dict[str, Any]:
@@ -125,13 +148,15 @@ def _mlp(source: Source, stated: Stated) -> dict[str, Any]:
         ValueError: If it is gated and nothing states the activation, or which half is the gate.
     """
     options, names = stated.options, source.tensors
-    if "blocks.0.mlp.w12.weight" in names:
+    if "blocks.0.mlp.w3.weight" in names:
         return {"hidden_act": options.hidden_act or "silu", "use_gated_mlp": True}
     activation = options.hidden_act or stated.named("act_layer", ACTIVATIONS, "--hidden-act")
     activation = activation or stated.facts.get("hidden_act")
     is_split = "blocks.0.mlp.fc1_g.weight" in names
     hidden = source.shape("blocks.0.mlp.fc2.weight", 2)[1]
     is_packed = not is_split and source.shape("blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden
+    if is_split:
+        activation = activation or stated.facts.get("gated_act")
     if (is_split or is_packed) and activation is None:
         raise ValueError(
             f"{source.name}: the MLP is gated, and nothing states its activation: pass --hidden-act, which is silu "
@@ -144,7 +169,8 @@ def _mlp(source: Source, stated: Stated) -> dict[str, Any]:
         )
     if activation is None:
         activation = "gelu"
-        stated.assume("hidden_act gelu, timm's default: nothing states it (--hidden-act).")
+        quick = "; CLIP models of OpenAI, Meta and Apple have quick_gelu" if "norm_pre.weight" in names else ""
+        stated.assume(f"hidden_act gelu, timm's default: nothing states it{quick} (--hidden-act).")
     return {"hidden_act": activation, "use_gated_mlp": is_split or is_packed}
 
 
@@ -161,7 +187,7 @@ def _pooling(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[str
     if "dist_token" in names and ("head_dist.weight" in names or "head.weight" not in names):
         return {"pooling": "cls_and_distillation"}
     # An empty name means no pooling; the pooling that the tensors allow is used.
-    name = arguments.get("global_pool") or stated.config.get("global_pool") or None
+    name = arguments.get("global_pool") or stated.config.get("global_pool") or stated.facts.get("global_pool")
     if name is not None and name not in POOLINGS:
         raise ValueError(f"{source.name}: global_pool={name!r}, expected one of {', '.join(POOLINGS)}.")
     pooling = POOLINGS[name] if name else None
@@ -191,7 +217,15 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
     """
     patch, names = fields["patch_size"], source.tensors
     prefix = fields["use_cls_token"] + fields["use_distillation_token"] + fields["num_register_tokens"]
-    modules = [module for module in ("blocks.0.attn.rel_pos", "shared_rel_pos") if _has(names, f"{module}.")]
+    kinds = ("relative_position_bias_table", "mlp.fc1.weight")
+    modules = [module for module in RELATIVE if any(f"{module}.{kind}" in names for kind in kinds)]
+    is_rotary = stated.facts.get("position_embedding_type") == "rotary"
+    is_eva02 = "blocks.0.attn.q_bias" in names and fields["use_gated_mlp"]
+    if "pos_embed" in names and (modules or is_rotary or is_eva02):
+        others = "relative" if modules else "rotary (EVA-02)"
+        raise ValueError(
+            f"{source.name}: it has learned positions, 'pos_embed', and {others} ones: only one kind is supported."
+        )
     biases = f"{modules[0]}.relative_position_bias_table" if modules else ""
     if "pos_embed" in names:
         stored = source.shape("pos_embed")
@@ -208,12 +242,12 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
         _, (rows, columns) = _grid(stated, biases, {placed: rest}, patch, is_relative=True)
         found = {"position_embedding_type": "relative", "num_prefix_positions": prefix}
     else:
-        if not modules and "blocks.0.gamma_1" in names:
+        if not modules and not is_rotary and "blocks.0.gamma_1" in names:
             raise ValueError(
-                f"{source.name}: it has no positions, and a LayerScale named 'blocks.0.gamma_1': it is timm's BEiT or "
-                "Eva, which are not supported."
+                f"{source.name}: it has no positions, and a LayerScale named 'blocks.0.gamma_1': it is timm's Eva "
+                "with rotary positions other than DINOv3's, which are not supported."
             )
-        if not modules and stated.config and stated.arguments.get("pos_embed") != "none":
+        if not modules and not is_rotary and stated.config and stated.arguments.get("pos_embed") != "none":
             raise ValueError(
                 f"{source.name}: the tensor 'pos_embed' is missing, and config.json does not have pos_embed='none'."
             )
@@ -228,12 +262,9 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
         rows, columns = grids[0]
         if not asked:
             stated.note_margin(next(iter(stated.sizes)), (rows, columns), patch)
-        found = {"position_embedding_type": "relative" if modules else "none", "num_prefix_positions": 0}
+        kind = "relative" if modules else "rotary" if is_rotary else "none"
+        found = {"position_embedding_type": kind, "num_prefix_positions": 0}
     return {**found, "image_size": (rows * patch[0], columns * patch[1])}
-
-
-def _has(names: Iterable[str], beginning: str) -> bool:
-    return any(name.startswith(beginning) for name in names)
 
 
 def _divide(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
@@ -296,10 +327,18 @@ def _processor(stated: Stated, fields: dict[str, Any]) -> HFViTImageProcessorPil
     """Return the preprocessing of `timm.data.create_transform` in evaluation."""
     size, config = fields["image_size"], stated.preprocessing
     if not config:
+        if fields["use_pre_layernorm"]:
+            stated.assumed.append(
+                "Preprocessing of CLIP: bicubic, crop_pct 0.9, OpenAI's mean and standard deviation."
+            )
+            clip = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+            return HFViTImageProcessorPil.from_preset("timm", size, fields["num_channels"], **clip)
         stated.assumed.append("Preprocessing of timm's first ViTs: bicubic, crop_pct 0.9, pixels in [-1, 1].")
         return HFViTImageProcessorPil.from_preset("timm", size, fields["num_channels"])
     if stated.arguments.get("dynamic_img_size") and len(config.get("input_size", ())) == 3:
         size = (config["input_size"][1], config["input_size"][2])  # the model resamples its positions
+    if size == DINOV2_SIZE:
+        size = stated.facts.get("processed_size", size)
     names = {"image_mean": "mean", "image_std": "std", "crop_pct": "crop_pct"}
     arguments = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs)}
     if interpolation := config.get("interpolation"):
@@ -318,4 +357,4 @@ def _processor(stated: Stated, fields: dict[str, Any]) -> HFViTImageProcessorPil
     return HFViTImageProcessorPil.from_preset("center_crop", size, fields["num_channels"], **arguments)
 
 
-FAMILY = Family("timm", _recognises, _read)
+FAMILY = Family("timm", _recognises, _read, heads=("head",))

@@ -12,15 +12,15 @@ from typing import Any
 from ..checkpoint import Options
 from ..files import Source
 
-KNOWN = r"(vit|deit3?|flexivit|eva_large|test_vit\d?)_\w+|test_vit\d?"
+KNOWN = r"(vit|deit3?|flexivit|eva_large|eva_giant|beit(v2)?|test_vit\d?)_\w+|test_vit\d?"
 
 # Architectures that have the tensor names of a plain ViT but another forward, and what differs.
 OTHERS = {
     r"_rpn_": "LayerNorm after attention and MLP (residual post-norm)",
-    r"_rope|_dinov3|_pe_|^eva02": "rotary positions of timm's Eva",
+    r"_rope|_pe_|^eva02": "rotary positions of timm's Eva",
     r"^aimv2|_xp_|^test_vit4": "RMSNorm",
     r"^beit3": "LayerNorm inside attention and MLP",
-    r"^beit|^samvit": "another block",
+    r"^samvit": "another block",
     r"_18x2_|_d?pwee_|_xp_": "attention and MLP in parallel",
     r"_dwee_|_dlittle_": "differential attention",
     r"^naflex|_naflex": "NaFlex",
@@ -39,12 +39,23 @@ FACTS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"^vit_base_patch16_gap_", {"head_dim": 48}),
     (r"^test_vit", {"head_dim": 32}),
     (r"^test_vit3", {"pooling": "attention"}),  # over all tokens: its pool_include_prefix is true
-    (r"_clip_", {"layer_norm_eps": 1e-5}),
+    (r"^vit.*_clip_", {"layer_norm_eps": 1e-5}),
     (r"_clip_quickgelu_", {"hidden_act": "quick_gelu"}),
     (
         r"_(patch32|giantopt_patch16|so400m_patch16)_siglip_|_large_patch16_siglip_(gap_)?512",
         {"hidden_act": "gelu_pytorch_tanh"},
     ),
+    (
+        r"_dinov3",
+        {
+            "position_embedding_type": "rotary",
+            "head_dim": 64,
+            "layer_norm_eps": 1e-5,
+            "gated_act": "silu",
+            "global_pool": "avg",
+        },
+    ),
+    (r"_7b_.*_dinov3", {"head_dim": 128}),
     (r"_giant_patch14(_reg\d)?_(dinov2|tipsv2)", {"hidden_act": "silu", "mlp_gate": "first"}),
 )
 
@@ -65,7 +76,7 @@ class Stated:
         self.preprocessing = self.config.get("pretrained_cfg") or self.config
         self.arguments = self.config.get("model_args") or {}
         self.is_known = re.fullmatch(KNOWN, self.architecture) is not None
-        self.facts: dict[str, Any] = {"head_dim": 64, "layer_norm_eps": 1e-6}
+        self.facts: dict[str, Any] = {"layer_norm_eps": 1e-6} | ({"head_dim": 64} if self.is_known else {})
         for pattern, known in FACTS:
             if self.is_known and re.search(pattern, self.architecture):
                 self.facts.update(known)

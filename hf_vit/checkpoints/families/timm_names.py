@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ...model.configuration_hf_vit import HFViTConfig
-from ..layouts import Layout, Row, convolution, halves, heads_first, packed, positions
+from ..layouts import Layout, Row, convolution, halves, heads_first, heads_together, packed, positions
+from .relative import BIASES, RELATIVE, offsets, relative_rows, shared_offsets
+from .transformers import without_key_bias
 
 POSITIONS = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
-RELATIVE = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.offsets.weight")
 OF_A_LAYER = {
     "layernorm_before.*": ("norm1.*",),
     "layernorm_after.*": ("norm2.*",),
@@ -24,7 +25,7 @@ OF_A_LAYER = {
     "attention.o_proj.*": ("attn.proj.*",),
     "attention_scale.weight": ("ls1.gamma", "gamma_1"),  # the second: DeiT III
     "mlp_scale.weight": ("ls2.gamma", "gamma_2"),
-    "mlp.fc2.*": ("mlp.fc2.*", "mlp.w3.*"),  # the second: DINOv2
+    "mlp.fc2.*": ("mlp.fc2.*", "mlp.w3.*"),  # the second: DINOv2 and DINOv3
 }
 OF_THE_POOLING = {
     "probe": "latent",
@@ -38,27 +39,33 @@ OF_THE_POOLING = {
 LEFT_OUT = (r".*\.relative_position_index", r".*\.rel_coords_log", r"mask_token", r"decoder_.*")
 
 
-def table(config: HFViTConfig, is_gate_first: bool = True) -> list[Row]:
+def table(config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool = False) -> list[Row]:
     """Return our names and timm's; of several rows for the same names, timm writes the first today.
 
     Args:
         config: The architecture; its positions and MLP determine some of the rows.
         is_gate_first: Whether the first half of a packed projection is the gate.
+        has_bias_mask: Whether a mask sets the biases of keys to 0 (DINOv3).
     """
+    of_queries_and_values = ("blocks.{}.attn.q_bias", "blocks.{}.attn.v_bias")
     rows = [
         Row("embeddings.cls_token", "cls_token"),
         Row("embeddings.distillation_token", "dist_token"),
         Row("embeddings.register_tokens", "reg_token"),
         Row("embeddings.register_tokens", "register_tokens"),  # DINOv2
+        Row("embeddings.register_tokens", "storage_tokens"),  # DINOv3
         Row("embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight", convolution),
         Row("embeddings.patch_embeddings.projection.bias", "patch_embed.proj.bias"),
         Row("pre_layernorm.*", "norm_pre.*"),
         Row("layernorm.*", "norm.*"),
         Row("pooler.layernorm.*", "fc_norm.*"),
+        Row("pooler.pre_logits.*", "pre_logits.fc.*"),  # ImageNet-21k of timm before 0.6
         Row("classifier.*", "head.*"),
         Row("classifier.cls.*", "head.*"),
         Row("classifier.distillation.*", "head_dist.*"),
-        Row("layers.{}.attention.qkv.*", "blocks.{}.attn.qkv.*", heads_first),
+        Row("layers.{}.attention.qkv.weight", "blocks.{}.attn.qkv.weight", heads_first),
+        Row("layers.{}.attention.qkv.bias", "blocks.{}.attn.qkv.bias", masked_bias if has_bias_mask else heads_first),
+        Row("layers.{}.attention.qkv.bias", of_queries_and_values, without_key_bias),  # BEiT and EVA
         Row("pooler.pooling.key_value.*", "attn_pool.kv.*", partial(heads_first, parts=2)),
     ]
     rows += [Row(f"pooler.pooling.{ours}", f"attn_pool.{theirs}") for ours, theirs in OF_THE_POOLING.items()]
@@ -71,6 +78,8 @@ def table(config: HFViTConfig, is_gate_first: bool = True) -> list[Row]:
             Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.fc1_x.*"),
             Row(both, "blocks.{}.mlp.fc1.*", halves if is_gate_first else gate_last),
             Row(both, "blocks.{}.mlp.w12.*", halves),  # DINOv2
+            Row("layers.{}.mlp.gate.*", "blocks.{}.mlp.w1.*"),  # DINOv3
+            Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.w2.*"),
         ]
     else:
         rows.append(Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.fc1.*"))
@@ -79,13 +88,15 @@ def table(config: HFViTConfig, is_gate_first: bool = True) -> list[Row]:
     if config.position_embedding_type == "relative":
         of_layers = tuple(f"blocks.{layer}.attn.rel_pos" for layer in range(config.num_hidden_layers))
         rows += _relative_rows(of_layers, offsets) + _relative_rows(("shared_rel_pos",), shared_offsets)
+        biases = [f"blocks.{layer}.attn.{BIASES}" for layer in range(config.num_hidden_layers)]
+        rows += relative_rows(biases, f"rel_pos_bias.{BIASES}")
     return rows
 
 
 def _relative_rows(modules: tuple[str, ...], biases: Callable[[HFViTConfig], Layout]) -> list[Row]:
     """Return the rows of relative positions stored in `modules`: a table, or one of two kinds of MLP."""
     layouts = {
-        ("relative_position_bias_table",): biases,
+        (BIASES,): biases,
         ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"): continuous_offsets,
         ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight"): swin_offsets,
     }
@@ -101,41 +112,15 @@ def gate_last(config: HFViTConfig) -> Layout:
     return packed(2).then(swapped)
 
 
-def offsets(config: HFViTConfig) -> Layout:
-    """Biases per offset `[(2h-1)*(2w-1) + 3, A]`, one table per layer or one for all, to `[layers, 2h-1, 2w-1, A]`.
-
-    With a class token there are three more rows, in our order: class token to patches, patches to it, and to itself.
-    """
-    rows, columns = config.grid_size
-    layers, prefix = config.num_hidden_layers, 3 if config.num_prefix_positions else 0
+def masked_bias(config: HFViTConfig) -> Layout:
+    """Biases of queries, keys and values, of which those of keys are not used: ours are zeros."""
+    together = heads_together(config)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
-        tables = torch.stack(theirs).expand(layers, -1, -1)
-        number = tables.shape[1] - prefix
-        of_grid = tables[:, :number].unflatten(1, (2 * rows - 1, 2 * columns - 1))
-        return [tables[:, number:], of_grid] if prefix else [of_grid]
+        query, key, value = theirs[0].chunk(3)
+        return together.read([query, torch.zeros_like(key), value])
 
-    def write(ours: list[Tensor]) -> list[Tensor]:
-        return list(torch.cat([ours[-1].flatten(1, 2), *ours[:-1]], dim=1).unbind(0))
-
-    return Layout(read, write)
-
-
-def shared_offsets(config: HFViTConfig) -> Layout:
-    """Biases per offset that all layers share.
-
-    Raises:
-        ValueError: When writing layers with different biases.
-    """
-    joined = offsets(config)
-
-    def write(ours: list[Tensor]) -> list[Tensor]:
-        first, *others = joined.write(ours)
-        if any(not torch.equal(first, other) for other in others):
-            raise ValueError("Relative positions differ between layers, so they are no shared table.")
-        return [first]
-
-    return Layout(joined.read, write)
+    return Layout(read, heads_first(config).write)
 
 
 def continuous_offsets(config: HFViTConfig, is_swin: bool = False) -> Layout:

@@ -1,4 +1,4 @@
-"""transformers' Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2, DINOv3, and the towers of SigLIP and CLIP.
+"""transformers' Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2, DINOv3, BEiT, data2vec, SigLIP, CLIP.
 
 Names and forwards are those of transformers 5.23, `models/*/modeling_*.py`. Files have the names of two eras, with or
 without the prefix of the class that saved them; the table has them all. Fields that are missing in `config.json` have
@@ -13,31 +13,35 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from ...model.configuration_hf_vit import HFViTConfig
+from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading, processor_beside
-from ..files import Source
+from ..files import Source, Stored
 from ..layouts import (
     Layout,
     Row,
     convolution,
     count,
+    flat_positions,
     grid_of_table,
     halves,
     heads_first,
     heads_together,
     positions,
-    reshaped,
+    token,
 )
+from .relative import BIASES, relative_rows
 
 # ----------------------------------------------------------------------------------------------------- the names
 
 PREFIXES = ("vit.", "", "deit.", "dinov2.", "dinov2_with_registers.", "vision_model.", "model.")
+PREFIXES += ("beit.", "data2vec_vision.", "ijepa.")
 LAYERS = ("encoder.layer.{}.", "layers.{}.", "encoder.layers.{}.", "layer.{}.")
 OF_A_LAYER = {
     "layernorm_before.*": ("layernorm_before.*", "norm1.*", "layer_norm1.*"),
     "layernorm_after.*": ("layernorm_after.*", "norm2.*", "layer_norm2.*"),
     "attention.o_proj.*": ("attention.output.dense.*", "attention.o_proj.*", "self_attn.out_proj.*"),
-    "attention_scale.weight": ("layer_scale1.lambda1",),
-    "mlp_scale.weight": ("layer_scale2.lambda1",),
+    "attention_scale.weight": ("layer_scale1.lambda1", "lambda_1"),
+    "mlp_scale.weight": ("layer_scale2.lambda1", "lambda_2"),
     "mlp.fc1.*": ("intermediate.dense.*", "mlp.fc1.*", "mlp.up_proj.*"),
     "mlp.fc2.*": ("output.dense.*", "mlp.fc2.*", "mlp.down_proj.*", "mlp.weights_out.*"),
     "mlp.gate.*": ("mlp.gate_proj.*",),
@@ -47,17 +51,11 @@ QUERIES_KEYS_VALUES = (
     ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
-
-
-def token(config: HFViTConfig) -> Layout:
-    """A token `[1, 1, D]`, stored as `[D]`."""
-    return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
-
-
-def flat_positions(config: HFViTConfig) -> Layout:
-    """All positions, stored as `[P+N, D]`."""
-    width = config.hidden_size
-    return reshaped((1, -1, width), (-1, width)).then(positions(config))
+# Modules of a layer and of all layers, in both eras of BEiT.
+RELATIVE_POSITIONS = (
+    ("encoder.layer.{}.attention.attention.relative_position_bias", "encoder.relative_position_bias"),
+    ("layers.{}.relative_position_bias", "shared_position_bias"),
+)
 
 
 def without_key_bias(config: HFViTConfig) -> Layout:
@@ -82,8 +80,14 @@ def pixel_decoder(config: HFViTConfig) -> Layout:
     )
 
 
-def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row]:
-    """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first."""
+def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES, layers: int = 0) -> list[Row]:
+    """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first.
+
+    Args:
+        key_bias: Whether keys have biases.
+        prefixes: Beginnings of the encoder's names.
+        layers: Number of layers with relative positions (BEiT).
+    """
     tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
     projection = "embeddings.patch_embeddings.projection"
     gate_and_fc1 = ("layers.{}.mlp.gate.*", "layers.{}.mlp.fc1.*")
@@ -103,6 +107,7 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
             Row("layernorm.*", f"{prefix}post_layernorm.*"),
             Row("layernorm.*", f"{prefix}norm.*"),
             Row("pooler.layernorm.*", f"{prefix}post_layernorm.*"),
+            Row("pooler.layernorm.*", f"{prefix}pooler.layernorm.*"),
             Row("pooler.pre_logits.*", f"{prefix}pooler.dense.*"),
             Row("pooler.pooling.probe", f"{prefix}head.probe"),
             Row(query_key_value, f"{prefix}head.attention.in_proj_*", pooling_attention),
@@ -111,6 +116,9 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES) -> list[Row
             Row("pooler.pooling.mlp.fc1.*", f"{prefix}head.mlp.fc1.*"),
             Row("pooler.pooling.mlp.fc2.*", f"{prefix}head.mlp.fc2.*"),
         ]
+        for of_layer, of_all in RELATIVE_POSITIONS if layers else ():
+            biases = [f"{prefix}{of_layer.format(layer)}.{BIASES}" for layer in range(layers)]
+            rows += relative_rows(biases, f"{prefix}{of_all}.{BIASES}")
         for theirs in ("patch_embeddings.projection", "patch_embedding", "patch_embeddings"):
             rows.append(Row(f"{projection}.weight", f"{prefix}embeddings.{theirs}.weight", convolution))
             rows.append(Row(f"{projection}.bias", f"{prefix}embeddings.{theirs}.bias"))
@@ -164,12 +172,38 @@ def _vit(config: Any, source: Source) -> dict[str, Any]:
         fields["use_distillation_token"] = True
     if any(name.startswith("cls_classifier.") for name in source.tensors):
         fields["pooling"] = "cls_and_distillation"
-    dense = next((stored for name, stored in source.tensors.items() if name.endswith("pooler.dense.weight")), None)
-    if dense is not None and not any("classifier." in name for name in source.tensors):
+    dense = _pooler(source, "weight")
+    if dense is not None:
         if config.pooler_act != "tanh":
             raise ValueError(f"{source.name}: pooler_act={config.pooler_act!r} is not supported, only 'tanh'.")
         fields["representation_size"] = dense.shape[0]
     return fields
+
+
+def _pooler(source: Source, kind: str) -> Stored | None:
+    """Return the weight or bias of the dense layer of `ViTModel`, which computes `pooler_output`."""
+    return next((stored for name, stored in source.tensors.items() if name.endswith(f"pooler.dense.{kind}")), None)
+
+
+def _input_of_the_head(source: Source, fields: dict[str, Any], assumed: list[str]) -> None:
+    """Decide whether a classifier beside a pooler reads `pooler_output` or the class token, and state it.
+
+    Stock classifiers have no pooler, so that both belong to a user's own head. A pooler that no loss has reached has
+    the biases of its initialization, zeros.
+    """
+    weight, bias = _pooler(source, "weight"), _pooler(source, "bias")
+    classifier = source.tensors.get("classifier.weight")
+    if weight is None or bias is None or classifier is None:
+        return
+    other = "the class token of last_hidden_state"
+    if classifier.shape[-1] != weight.shape[0] or not bias.read().any():
+        del fields["representation_size"]
+        assumed.append(f"The classifier reads {other}: the pooler beside it was never trained.")
+    else:
+        assumed.append(
+            "The classifier reads pooler_output, since a trained pooler is beside it: the tensors are the same if it "
+            f"reads {other} (--pooling cls)."
+        )
 
 
 def _plain(config: Any, source: Source) -> dict[str, Any]:
@@ -185,8 +219,19 @@ def _dinov2(config: Any, source: Source) -> dict[str, Any]:
         # transformers uses two thirds of the width for a gated MLP, rounded up to a multiple of 8
         "intermediate_size": (int(width * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else int(width),
         **({"hidden_act": "silu"} if config.use_swiglu_ffn else {}),
-        **({"pooling": "cls_and_mean"} if "classifier.weight" in source.tensors else {}),
+        **({"pooling": "cls_and_mean"} if _width_of_head(source) == 2 * config.hidden_size else {}),
     }
+
+
+def _labels(source: Source, config: Any) -> dict[str, Any]:
+    """Return the label names, or only their number if the config names none: that of an encoder has two by default."""
+    rows = next((stored.shape[0] for name, stored in source.tensors.items() if name.endswith("classifier.weight")), 2)
+    is_unnamed = config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    return {"num_labels": rows} if is_unnamed else {"id2label": config.id2label, "label2id": config.label2id}
+
+
+def _width_of_head(source: Source) -> int | None:
+    return source.shape("classifier.weight", 2)[1] if "classifier.weight" in source.tensors else None
 
 
 def _dinov3(config: Any, source: Source) -> dict[str, Any]:
@@ -198,6 +243,28 @@ def _dinov3(config: Any, source: Source) -> dict[str, Any]:
         "qkv_bias": config.query_bias,
         "attention_probs_dropout_prob": config.attention_dropout,
     }
+
+
+def _beit(config: Any, source: Source) -> dict[str, Any]:
+    is_relative = config.use_relative_position_bias or config.use_shared_relative_position_bias
+    if is_relative and config.use_absolute_position_embeddings:
+        raise ValueError(f"{source.name}: it has learned positions and relative ones: only one kind is supported.")
+    names = _stems(source)
+    kind = "relative" if is_relative else "learned" if config.use_absolute_position_embeddings else "none"
+    norms = {"pooled": "pooler.layernorm.weight", "tokens": "layernorm.weight"}
+    return {
+        "position_embedding_type": kind,
+        "position_interpolation": "bilinear" if is_relative else "bicubic",
+        **({"num_prefix_positions": 1} if is_relative else {}),
+        "use_cls_token": True,
+        "pooling": "mean" if config.use_mean_pooling else "cls",
+        "final_layernorm": next((where for where, name in norms.items() if name in names), "none"),
+        "layer_scale_init_value": config.layer_scale_init_value or None,
+    }
+
+
+def _ijepa(config: Any, source: Source) -> dict[str, Any]:
+    return {"position_interpolation": "bicubic", "pooling": "mean"}
 
 
 def _siglip(config: Any, source: Source) -> dict[str, Any]:
@@ -241,16 +308,22 @@ MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]
     "dinov2": (_dinov2, (r".*embeddings\.mask_token",)),
     "dinov2_with_registers": (_dinov2, (r".*embeddings\.mask_token",)),
     "dinov3_vit": (_dinov3, (r".*embeddings\.mask_token", r".*rope_embeddings\.inv_freq")),
+    "beit": (_beit, (r"lm_head\..*", r".*embeddings\.mask_token", r".*relative_position_index")),
+    "data2vec-vision": (_beit, (r".*embeddings\.mask_token", r".*relative_position_index")),
+    "ijepa": (_ijepa, (r".*embeddings\.mask_token", r".*pooler\.dense\..*")),
     "siglip": (_siglip, (*TEXT, r".*head\..*")),
     "siglip_vision_model": (_siglip, (*TEXT, r".*head\..*")),
     "clip": (_clip, (*TEXT, r".*post_layernorm\..*")),
     "clip_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
+    "metaclip_2": (_clip, (*TEXT, r".*post_layernorm\..*")),
+    "metaclip_2_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
 }
 
 
 def _recognises(source: Source) -> bool:
     if source.config.get("model_type") in MODELS:
-        return True
+        # Repositories of CLIP hold its weights under the names of open_clip, too.
+        return any("embeddings." in name for name in source.tensors)
     return "model_type" not in source.config and _type_of_bare(source) is not None
 
 
@@ -291,7 +364,9 @@ def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[s
         if width % 64:
             raise ValueError(f"{source.name}: there is no config.json with the number of heads: pass --num-heads.")
         heads = width // 64
-        assumed.append(f"{heads} heads: there is no config.json, and 64 dimensions per head are usual (--num-heads).")
+        assumed.append(
+            f"{counted(heads, 'head')}: there is no config.json, and 64 dimensions per head are usual (--num-heads)."
+        )
     assumed.append("hidden_act gelu and layer_norm_eps 1e-12, transformers' defaults: there is no config.json.")
     label = next(
         (stored.shape[0] for name, stored in source.tensors.items() if name.endswith("classifier.weight")), None
@@ -322,15 +397,23 @@ def _read(source: Source, options: Options) -> Reading:
     for name in ("hidden_act", "layer_norm_eps"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
+    if options.pooling is not None:
+        fields["pooling"] = options.pooling
     architecture = ENCODER
     if any(name.startswith(("classifier.", "cls_classifier.")) for name in source.tensors):
         architecture = CLASSIFIER
-        fields.update(id2label=outer.id2label, label2id=outer.label2id, problem_type=outer.problem_type)
+        if options.pooling is None:
+            _input_of_the_head(source, fields, assumed)
+        else:
+            fields.pop("representation_size", None)
+        fields.update(problem_type=outer.problem_type, **_labels(source, outer))
     elif "decoder.0.weight" in source.tensors:
         architecture = MASKED
         fields["use_cls_token"] = True
-    rows = table(key_bias=getattr(config, "key_bias", True))
+    key_bias = any(name.endswith((".key.bias", ".k_proj.bias")) for name in source.tensors)
+    is_relative = fields.get("position_embedding_type") == "relative"
+    rows = table(key_bias, layers=config.num_hidden_layers if is_relative else 0)
     return Reading(fields, architecture, rows, left_out, assumed, processor_beside(source))
 
 
-FAMILY = Family("transformers", _recognises, _read)
+FAMILY = Family("transformers", _recognises, _read, heads=("classifier", "cls_classifier"))

@@ -4,13 +4,14 @@ Files are bare state dicts. They do not determine the heads, the pooling of olde
 an option does, or the library's default, which `assumed` then names.
 """
 
-from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from ...model.configuration_hf_vit import HFViTConfig
+from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from ..files import Source
-from ..layouts import Layout, Row, count, each, grid_of_table, heads_first, positions, reshaped
+from ..layouts import Layout, Row, channels_first, count, grid_of_table, heads_first, positions, reshaped
+from .plain import check_pooling, patch_of
 
 HEAD_DIM = 64  # the library's default `dim_head`
 
@@ -83,15 +84,6 @@ def table(era: Era, is_pooled: bool, has_patch_layernorm: bool, leading: tuple[i
     ]
 
 
-def channels_first(config: HFViTConfig) -> Layout:
-    """Pixels of a patch in the last dimension, from (row, column, channel) to our order (channel, row, column)."""
-    patch, channels = config.patch_shape, config.num_channels
-    return each(
-        lambda theirs: theirs.unflatten(-1, (*patch, channels)).movedim(-1, -3).flatten(-3),
-        lambda ours: ours.unflatten(-1, (channels, *patch)).movedim(-3, -1).flatten(-3),
-    )
-
-
 # ----------------------------------------------------------------------------------------------------- the config
 
 
@@ -102,6 +94,7 @@ def _recognises(source: Source) -> bool:
 
 def _read(source: Source, options: Options) -> Reading:
     assumed = ["The images' mean and standard deviation are 0.5: the file does not store them (processor 'original')."]
+    check_pooling(source, options)
     era = _era(source)
     is_simple = era.head.startswith("linear_head")
     is_pooled = era.final_layernorm != "transformer.norm"
@@ -110,7 +103,7 @@ def _read(source: Source, options: Options) -> Reading:
     if len(projection) != 2:
         raise ValueError(f"{source.name}: the patch projection has the shape {list(projection)}, expected a matrix.")
     width, pixels = projection
-    patch_size, channels = _patch(source, pixels, options)
+    patch_size, channels = patch_of(source, pixels, options, assumed)
     leading: tuple[int, ...] = ()
     use_cls_token = False
     if not is_simple:
@@ -139,6 +132,10 @@ def _read(source: Source, options: Options) -> Reading:
         "pooling": options.pooling or ("cls" if use_cls_token else "mean"),
         **_heads(source, era, width, options, assumed),
     }
+    if options.hidden_act is None:
+        assumed.append(
+            "hidden_act gelu, the library's: copies with another activation have the same tensors (--hidden-act)."
+        )
     if use_cls_token and leading and options.pooling is None:
         assumed.append(
             "pooling cls: in older releases, models that average all tokens have the same tensors "
@@ -176,8 +173,8 @@ def _heads(source: Source, era: Era, width: int, options: Options, assumed: list
     if heads is None and inner % HEAD_DIM == 0:
         heads = inner // HEAD_DIM
         assumed.append(
-            f"{heads} heads: the file does not store the number, and {HEAD_DIM} dimensions per head are the default "
-            "(--num-heads)."
+            f"{counted(heads, 'head')}: the file does not store the number, and {HEAD_DIM} dimensions per head are "
+            "the default (--num-heads)."
         )
     if heads is None or inner % heads:
         divisor = f"{HEAD_DIM}, the default width of a head" if heads is None else f"{heads}, the heads given"
@@ -185,18 +182,6 @@ def _heads(source: Source, era: Era, width: int, options: Options, assumed: list
             f"{source.name}: the attention's width of {inner} is no multiple of {divisor}: pass another --num-heads."
         )
     return {"num_attention_heads": heads, "head_dim": None if inner == width else inner // heads}
-
-
-def _patch(source: Source, pixels: int, options: Options) -> tuple[tuple[int, int], int]:
-    """Return size and channels of a patch; the file only has their product."""
-    stated, side = options.patch_size, isqrt(pixels // 3)
-    if stated is not None and 3 * prod(stated) == pixels:
-        return stated, 3
-    if 3 * side * side == pixels:
-        return (side, side), 3
-    if stated is not None and pixels % prod(stated) == 0:
-        return stated, pixels // prod(stated)
-    raise ValueError(f"{source.name}: a patch of {pixels} values is no square with 3 channels: pass --patch-size HxW.")
 
 
 def _image_size(source: Source, patch_size: tuple[int, int], use_cls_token: bool, options: Options) -> tuple[int, int]:

@@ -1,0 +1,215 @@
+"""Find the encoder in what training scripts save around it: dictionaries, copies, prefixes, counters and heads.
+
+The names of all tensors in a file are searched for prefixes below which a family recognises a model. The prefix is
+removed from all names that share it or a part of it. Of several models, one is taken, and the others are named.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
+import torch
+
+from ..system.texts import counted
+from .files import Source
+from .formats import Stored, Tensors
+from .pickles import BELOW
+
+BOUNDARY = re.compile(r" > |[./]")
+DEEPEST = 8  # parts of a prefix
+FEWEST = 6  # tensors of a model
+# What wrappers insert anywhere in a name: torch.compile, FSDP, activation checkpointing, and DeepSpeed.
+INSERTED = re.compile(r"(?<![^./ ])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+# Counters of AveragedModel, of thop and of BatchNorm.
+COUNTERS = re.compile(r"(.*[./ ])?(n_averaged|total_ops|total_params|num_batches_tracked)")
+# Keys of running averages of the weights, and of networks that only the training needs.
+AVERAGED = re.compile(
+    r"(.*_)?(ema|swa|averaged?|avg|shadow|momentum|teacher|target)(_.*)?(model|encoder)?", re.IGNORECASE
+)
+# Module names of a head outside of the encoder.
+HEADS = re.compile(
+    r"((cls|class|classification|mlp|lin|linear|final|last)_?)?(heads?|classifiers?|fc|linear|logits)|\d+"
+)
+
+
+def unwrapped(source: Source, is_model: Callable[[Source], bool], wanted: str | None = None) -> Source:
+    """Return a source with the names of one model, and without the rest of a training checkpoint.
+
+    Args:
+        source: The tensors by their names in the file.
+        is_model: Whether a family recognises the tensors of a source by their names alone.
+        wanted: Key or part of the prefix of the model to take; by default the trained one, not its running average.
+
+    Raises:
+        ValueError: If nothing has the key `wanted`; lists what there is.
+    """
+    tensors = {
+        INSERTED.sub("", name): stored for name, stored in source.tensors.items() if not COUNTERS.fullmatch(name)
+    }
+    below = {
+        prefix: {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        for prefix in _prefixes(tensors)
+    }
+    models = [
+        prefix
+        for prefix in below
+        if is_model(Source(source.name, {name: tensors[prefix + name] for name in below[prefix]}))
+    ]
+    places = _separate(models, below) or _dictionaries(tensors)
+    labels = _labels(places)
+    chosen = _choose(source, places, labels, below, wanted)
+    sentences = []
+    if others := [label for place, label in labels.items() if place != chosen]:
+        quoted = ", ".join(f"{label!r}" for label in others)
+        sentences.append(
+            f"The weights are those of {labels[chosen]!r}; the file also has {quoted} (--weights {others[0]})."
+        )
+    # Tensors of the other models are dropped.
+    other = tuple(_up_to(place, label) for place, label in labels.items() if place != chosen and place)
+    result, outside = _renamed({name: tensors[name] for name in tensors if not name.startswith(other)}, chosen)
+    number = len(below.get(chosen, ()))
+    notes = []
+    if chosen.replace("module.", ""):
+        shown = chosen.replace(BELOW, ".")
+        notes.append(f"The prefix {shown!r} is removed from the names of {counted(number, 'tensor')}.")
+    return replace(source, tensors=result, outside=outside, assumed=sentences, notes=notes)
+
+
+def _prefixes(tensors: Tensors) -> list[str]:
+    """Return the prefixes of enough names for a model, the shortest first."""
+    counts = Counter(
+        name[: boundary.end()] for name in tensors for boundary in islice(BOUNDARY.finditer(name), DEEPEST)
+    )
+    return ["", *sorted((prefix for prefix, count in counts.items() if count >= FEWEST), key=len)]
+
+
+def _separate(models: list[str], below: dict[str, set[str]]) -> list[str]:
+    """Return the prefixes without those that lie below another one and belong to the same model."""
+    places: list[str] = []
+    for prefix in models:
+        above = [place for place in places if prefix.startswith(place)]
+        if all(2 * len(below[prefix] & below[place]) >= len(below[prefix]) for place in above):
+            places.append(prefix)
+    return places
+
+
+def _dictionaries(tensors: Tensors) -> list[str]:
+    """Return the prefixes of nested dictionaries, whose tensors no family recognises by their names alone."""
+    counts = Counter("".join(name.rpartition(BELOW)[:2]) for name in tensors)
+    most = max(counts.values(), default=0)
+    places = [place for place, count in counts.items() if 2 * count > most]
+    return [
+        f"{place}module." if all(n.startswith(f"{place}module.") for n in tensors if n.startswith(place)) else place
+        for place in places
+    ]
+
+
+def _parts(place: str) -> list[str]:
+    return [part for part in BOUNDARY.split(place) if part]
+
+
+def _labels(places: list[str]) -> dict[str, str]:
+    """Return for every place the first part of it that the others do not share."""
+    parts = {place: _parts(place) for place in places}
+    shared = set.intersection(*map(set, parts.values())) if len(places) > 1 else set()
+    return {
+        place: next((part for part in own if part not in shared), "the model itself") for place, own in parts.items()
+    }
+
+
+def _up_to(place: str, label: str) -> str:
+    """Return the beginning of a place that ends with its label."""
+    for boundary in BOUNDARY.finditer(place):
+        if _parts(place[: boundary.end()])[-1:] == [label]:
+            return place[: boundary.end()]
+    return place
+
+
+def _choose(
+    source: Source, places: list[str], labels: dict[str, str], below: dict[str, set[str]], wanted: str | None
+) -> str:
+    """Return the place of the model that is asked for, or that the code that wrote the file evaluates."""
+    candidates = places or [""]
+    if wanted is not None:
+        candidates = [place for place in places if wanted in (*_parts(place), place.strip(" >./"))]
+        if not candidates:
+            there = ", ".join(dict.fromkeys(map(repr, labels.values()))) or "nothing"
+            raise ValueError(f"{source.name}: it has no weights named {wanted!r} for --weights, but {there}.")
+    parts = {place: set(_parts(place)) for place in candidates}
+    known = set().union(*parts.values())
+
+    def rank(place: str) -> tuple[bool, bool, int]:
+        evaluated = (
+            "state_dict_ema" in parts[place]  # timm/models/_helpers.py, load_state_dict
+            or ("target_encoder" in parts[place] and "encoder" in known)  # I-JEPA, MSN
+            or ("teacher" in parts[place] and "student" in known and _is_self_supervised(source))  # DINO, iBOT, DINOv2
+        )
+        is_averaged = any(AVERAGED.fullmatch(part) for part in parts[place])
+        return not evaluated, is_averaged, -len(below.get(place, ()))
+
+    return min(candidates, key=rank)
+
+
+def _is_self_supervised(source: Source) -> bool:
+    return any("last_layer" in name or "dino_loss" in name for name in source.tensors)
+
+
+def _renamed(tensors: Tensors, prefix: str) -> tuple[Tensors, dict[str, Stored]]:
+    """Remove a prefix, and from other names the part of it that they share.
+
+    Returns:
+        The tensors by their new names; and those outside of the prefix. The latter are also among the former if no
+        name below the prefix begins like theirs: a text tower has names of the image tower.
+    """
+    shared = [prefix[: boundary.end()] for boundary in BOUNDARY.finditer(prefix)][::-1]
+    inside = {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
+    modules = {BOUNDARY.split(name)[0] for name in inside}
+    outside = {}
+    for name, stored in tensors.items():
+        if not name.startswith(prefix):
+            start = next((start for start in shared if name.startswith(start)), "")
+            outside[name.removeprefix(start).replace(BELOW, ".")] = stored
+    free = {name: stored for name, stored in outside.items() if BOUNDARY.split(name)[0] not in modules}
+    return {**inside, **free}, outside
+
+
+# ----------------------------------------------------------------------------------------------------------- heads
+
+
+def with_head(source: Source, names: Sequence[str]) -> Source:
+    """Give a head that is one linear layer the name that its family reads, the first of `names`.
+
+    A head of several layers is left out, unless the family has a place for it.
+
+    Args:
+        source: Tensors below no prefix.
+        names: Module names of the family's classifiers.
+    """
+    tensors = source.tensors
+    heads = {theirs: stored for theirs, stored in tensors.items() if HEADS.fullmatch(BOUNDARY.split(theirs)[0])}
+    layers = [theirs.removesuffix(".weight") for theirs in heads if theirs.endswith((".weight", ".weight_v"))]
+    if not layers or any(f"{name}.weight" in tensors for name in names):
+        return source
+    linear, name = layers[0], names[0]
+    width = _width(tensors)
+    if len(layers) == 1 and f"{linear}.weight" in heads and heads[f"{linear}.weight"].shape[1:] == (width,):
+        renamed = {
+            theirs.replace(f"{linear}.", f"{name}.") if theirs in heads else theirs: stored
+            for theirs, stored in tensors.items()
+        }
+        number = heads[f"{linear}.weight"].shape[0]
+        renamed.setdefault(
+            f"{name}.bias", Stored((number,), renamed[f"{name}.weight"].dtype, partial(torch.zeros, number))
+        )
+        note = f"The head is the linear layer {linear!r}; layers without weights before it are assumed to be dropout."
+        return replace(source, tensors=renamed, notes=[*source.notes, note])
+    return replace(source, outside={**source.outside, **heads}, head_layers=layers)
+
+
+def _width(tensors: Tensors) -> int:
+    """Return the most common size of vectors, which is the width of the model."""
+    sizes = Counter(stored.shape[0] for stored in tensors.values() if len(stored.shape) == 1)
+    return max(sizes, key=lambda size: sizes[size], default=0)

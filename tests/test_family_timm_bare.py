@@ -1,0 +1,74 @@
+"""Bare files with timm's names: what the tensors determine is read, the rest is stated."""
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from hf_vit.checkpoints import open_checkpoint
+from hf_vit.model import model_class
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 5}
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Save the state dict of a model whose tensors are all random, and open it."""
+
+    def open_it(state):
+        for tensor in state.values():
+            nn.init.normal_(tensor, std=0.2)
+        torch.save(state, tmp_path / "model.pth")
+        checkpoint = open_checkpoint(tmp_path / "model.pth")
+        ours = model_class(checkpoint.architecture)(checkpoint.config).eval()
+        ours.load_state_dict(checkpoint.state_dict(), strict=True)
+        return checkpoint, ours
+
+    torch.manual_seed(0)
+    return open_it
+
+
+def test_the_epsilon_and_the_pixels_of_clip(opened):
+    theirs = VisionTransformer(
+        **TINY, pre_norm=True, norm_layer=lambda width, **_: nn.LayerNorm(width, eps=1e-5)
+    ).eval()
+    checkpoint, ours = opened(theirs.state_dict())
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(pixel_values)
+        assert (ours(pixel_values).logits - expected).norm() / expected.norm() < 1e-5
+    assert checkpoint.config.layer_norm_eps == 1e-5
+    assert list(checkpoint.processor().image_mean) == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)
+    assert "quick_gelu" in " ".join(checkpoint.assumed)
+
+
+def test_a_perception_encoder_is_refused(opened):
+    theirs = VisionTransformer(**TINY, pre_norm=True, global_pool="map", class_token=True)
+    with pytest.raises(ValueError, match="Perception Encoder"):
+        opened(theirs.state_dict())
+
+
+def test_pre_logits_of_imagenet_21k(opened):
+    theirs = VisionTransformer(**TINY).eval()
+    pre_logits = nn.Linear(64, 48)
+    theirs.head = nn.Linear(48, 5)
+    fc = {f"pre_logits.fc.{name}": tensor for name, tensor in pre_logits.state_dict().items()}
+    checkpoint, ours = opened({**theirs.state_dict(), **fc})
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.head(pre_logits(theirs.forward_features(pixel_values)[:, 0]).tanh())
+        assert (ours(pixel_values).logits - expected).norm() / expected.norm() < 1e-5
+    assert checkpoint.config.representation_size == 48
+
+
+def test_one_head_is_singular(opened):
+    model = timm.create_model("test_vit")
+    checkpoint, _ = opened(model.state_dict())
+    assert any(sentence.startswith("1 head:") for sentence in checkpoint.assumed)
+
+
+def test_grey_images_have_the_average_of_clip_s_pixels(opened):
+    theirs = VisionTransformer(**TINY, in_chans=1, pre_norm=True)
+    checkpoint, _ = opened(theirs.state_dict())
+    assert list(checkpoint.processor().image_mean) == pytest.approx([0.45], abs=0.01)

@@ -76,13 +76,15 @@ def options_from(keywords: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     config = keywords.get("config")
     given = {name: getattr(config, name, None) for name in ("num_channels", "num_attention_heads")} | keywords
     named = {field.name: KEYWORDS.get(field.name, field.name) for field in fields(Options)}
-    stated = {name: given[keyword] for name, keyword in named.items() if keyword in given and name not in OF_THE_HEAD}
+    stated: dict[str, Any] = {
+        name: given[keyword] for name, keyword in named.items() if keyword in given and name not in OF_THE_HEAD
+    }
     rest = {
         keyword: value
         for keyword, value in keywords.items()
         if keyword not in stated or keyword in HFViTConfig.__annotations__
     }
-    return Options(**{**stated, "spelling": "python"}), rest
+    return Options(**stated, spelling="python"), rest
 
 
 def warn_of_assumptions(checkpoint: Checkpoint) -> None:

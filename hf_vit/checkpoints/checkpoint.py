@@ -145,6 +145,7 @@ class Checkpoint:
         family: Name of the layout.
         config: The resulting architecture, with the sizes and the head that the options ask for.
         architecture: Name of the model class.
+        options: What the user stated.
         assumed: Sentences about what neither the file nor an option stated.
         notes: Sentences about how names in the file were changed.
         left_out: Names of tensors in the file that do not belong to the model.
@@ -156,7 +157,7 @@ class Checkpoint:
 
     def __init__(self, family: Family, source: Source, options: Options) -> None:
         reading = family.read(source, options)
-        self._options = options
+        self.options = options
         has_preprocessing = any((options.preprocessing, options.mean, options.std))
         self.family = family.name
         self.source = reading.source or source
@@ -382,7 +383,7 @@ class Checkpoint:
 
     def processor(self) -> HFViTImageProcessorPil:
         """Return the preprocessing that the source states, at the resulting image size."""
-        stated, own, options = self._reading.processor, self._own_config, self._options
+        stated, own, options = self._reading.processor, self._own_config, self.options
         if options.preprocessing is not None:
             stated = {"name": options.preprocessing}
         if isinstance(stated, HFViTImageProcessorPil):

@@ -97,8 +97,10 @@ def open_source(name: str | Path, **hub: Any) -> Source:
         if adapter := _find(str(name), hub, ADAPTER):
             raise ValueError(_adapter_of(str(name), read_json(adapter)))
         others = sorted(file.name for file in path.glob("*") if file.suffix in ENDINGS_OF_WEIGHTS)
-        remedy = f"pass the path of a file, such as {path / others[0]}" if others else "or the path of a file"
-        raise ValueError(f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}; {remedy}.")
+        example = f", such as {path / others[0]}" if others else ""
+        raise ValueError(
+            f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}, or the path of a file{example}."
+        )
     find = partial(_find, str(name), hub)
     side_files = (*SIDE_FILES, OPEN_CLIP_CONFIG) if read[1].name.startswith("open_clip") else SIDE_FILES
     return _source(str(name), *read, {file: found for file in side_files if (found := find(file))})

@@ -1,5 +1,6 @@
 """`from_pretrained` of our models on checkpoints from other libraries: a folder, a file, or a name on the Hub."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from transformers.utils import cached_file, logging
 
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
+from ..system.texts import hanging
 from .checkpoint import CLASSIFIER, ENCODER, KEYWORDS, Checkpoint, Options
 from .families import own
 from .files import read_json, read_weights
@@ -74,19 +76,24 @@ def options_from(keywords: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     config = keywords.get("config")
     given = {name: getattr(config, name, None) for name in ("num_channels", "num_attention_heads")} | keywords
     named = {field.name: KEYWORDS.get(field.name, field.name) for field in fields(Options)}
-    stated = {name: given[keyword] for name, keyword in named.items() if keyword in given and name not in OF_THE_HEAD}
+    stated: dict[str, Any] = {
+        name: given[keyword] for name, keyword in named.items() if keyword in given and name not in OF_THE_HEAD
+    }
     rest = {
         keyword: value
         for keyword, value in keywords.items()
         if keyword not in stated or keyword in HFViTConfig.__annotations__
     }
-    return Options(**{**stated, "spelling": "python"}), rest
+    return Options(**stated, spelling="python"), rest
 
 
 def warn_of_assumptions(checkpoint: Checkpoint) -> None:
-    """Log what neither the file nor an option stated."""
-    for sentence in checkpoint.assumed:
-        logger.warning_once(f"{checkpoint.source.name}, assumed: {sentence}")
+    """Log what neither the file nor an option stated, in the first of several processes."""
+    if checkpoint.assumed and os.environ.get("RANK", "0") == "0":
+        where = " The options are those of hf-vit convert." if checkpoint.options.spelling == "other" else ""
+        lines = [line for sentence in checkpoint.assumed for line in hanging("- ", sentence)]
+        start = f"{checkpoint.source.name} does not state everything.{where} Assumed:"
+        logger.warning_once("\n".join([*hanging("", start), *lines]))
 
 
 def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any]) -> tuple[HFViTConfig, dict[str, Any]]:

@@ -39,12 +39,15 @@ def load(
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
         image_size: `(height, width)` in pixels; the checkpoint's own by default.
-        checkpoint: The result of `open_checkpoint` for `source`, if it is open already.
+        checkpoint: The result of `open_checkpoint` for `source`, if it is open already. Otherwise what it assumes is
+            logged.
 
     Raises:
         ValueError: If weights are missing, NaN or infinite.
     """
-    checkpoint = checkpoint or open_checkpoint(source, Options(image_size=image_size))
+    if checkpoint is None:
+        checkpoint = open_checkpoint(source, Options(image_size=image_size))
+        warn_of_assumptions(checkpoint)
     loaded: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
     model, report = _fill(loaded, checkpoint)
     if missing := sorted(report["missing_keys"]):

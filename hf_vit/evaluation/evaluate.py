@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint, Options
+from ..checkpoints.from_pretrained import warn_of_assumptions
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..data.classes import MULTI, REGRESSION, SINGLE
@@ -86,6 +87,7 @@ def evaluate_checkpoint(
     accelerator = Accelerator()  # without mixed precision: the model itself is cast
     batch_size = batch_size or default_batch_size(accelerator.device.type)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
+    warn_of_assumptions(checkpoint)
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
     with accelerator.local_main_process_first():  # the others read what it has cached
         data, classes, note = _load_aligned(

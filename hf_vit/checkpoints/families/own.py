@@ -29,8 +29,8 @@ def _config(source: Source) -> dict[str, Any]:
         return source.config
     if OWN_CONFIG not in source.tensors:
         raise ValueError(
-            f"{source.name}: weights of this package without their config: put the model's config.json "
-            "beside the file."
+            f"{source.name}: it holds weights of an hf_vit model without the config: put the model's "
+            "config.json beside the file."
         )
     return json.loads(bytes(source.tensors[OWN_CONFIG].read().tolist()))
 

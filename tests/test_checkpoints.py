@@ -250,12 +250,17 @@ def test_code_is_not_run(kind: Kind, tmp_path: Path) -> None:
 
 @every_kind
 @pytest.mark.parametrize(
-    "content", ["a text\n", "<!DOCTYPE html><html></html>\n", "version https://git-lfs.github.com/"]
+    ("content", "message"),
+    [
+        ("a text\n", "not a checkpoint; expected safetensors, npz"),
+        ("<!DOCTYPE html><html></html>\n", "a web page, as a failed download leaves it, not a checkpoint"),
+        ("version https://git-lfs.github.com/", "a Git LFS pointer, which stands for the weights, not a checkpoint"),
+    ],
 )
-def test_texts_are_refused(kind: Kind, content: str, tmp_path: Path) -> None:
+def test_texts_are_refused(kind: Kind, content: str, message: str, tmp_path: Path) -> None:
     path = kind.write(kind.state, tmp_path / "model")
     weights_of(path).write_text(content)
-    assert "not a checkpoint; expected safetensors, npz" in assert_refused(tmp_path, path)
+    assert message in assert_refused(tmp_path, path)
 
 
 def test_places_without_weights_are_refused(kinds: dict[str, Kind], tmp_path: Path) -> None:

@@ -217,13 +217,11 @@ def test_the_command_line_writes_a_template_and_reads_it(tmp_path: Path) -> None
     assert "--names-template" in unknown.output
     written = runner.invoke(app, ["inspect", str(file), "--names-template", str(names)])
     assert "with 1 name to fill in" in written.output
-    text = (
-        names.read_text()
-        .replace('"?"', "null")
-        .replace("1.0e-5", "1e-5")
-        .replace("num_attention_heads:", "num_attention_heads: 4")
-    )
-    names.write_text(text.replace("qkv: part, head, dim", "qkv: head, part, dim").replace("act: gelu", "act: relu"))
+    text = names.read_text()
+    edits = {'"?"': "null", "1.0e-5": "1e-5", "act: gelu": "act: relu", "qkv: part, head, dim": "qkv: head, part, dim"}
+    for old, new in {**edits, "num_attention_heads:": "num_attention_heads: 4"}.items():
+        text = text.replace(old, new)
+    names.write_text(text)
     converted = runner.invoke(app, ["convert", str(file), str(tmp_path / "out"), "--names", str(names)])
     assert converted.exit_code == 0, converted.output
     checkpoint = open_checkpoint(tmp_path / "out")

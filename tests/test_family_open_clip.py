@@ -173,3 +173,16 @@ def test_names_of_open_clip_beside_a_config_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     checkpoint, error = pooled_error(tmp_path / "open_clip_pytorch_model.bin", theirs)
     assert checkpoint.family == "open_clip" and error < 1e-5
+
+
+def test_a_head_is_read_where_it_reads_the_encoder(tmp_path):
+    theirs, head = filled(Tower()), {"head.weight": torch.randn(5, 64), "head.bias": torch.randn(5)}
+    checkpoint, _ = opened(tmp_path / "clip.pt", {**theirs.state_dict(), **head})
+    assert checkpoint.architecture == "HFViTModel"
+    assert any("head reads the projection" in sentence for sentence in checkpoint.assumed)
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "proj"}
+    checkpoint, ours = opened(tmp_path / "clip.pt", {**state, **head})
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = nn.functional.linear(theirs(pixel_values), head["head.weight"], head["head.bias"])
+        torch.testing.assert_close(ours(pixel_values).logits, expected, rtol=1e-4, atol=1e-4)

@@ -66,3 +66,9 @@ def test_one_head_is_singular(opened):
     model = timm.create_model("test_vit")
     checkpoint, _ = opened(model.state_dict())
     assert any(sentence.startswith("1 head:") for sentence in checkpoint.assumed)
+
+
+def test_grey_images_have_the_average_of_clip_s_pixels(opened):
+    theirs = VisionTransformer(**TINY, in_chans=1, pre_norm=True)
+    checkpoint, _ = opened(theirs.state_dict())
+    assert list(checkpoint.processor().image_mean) == pytest.approx([0.45], abs=0.01)

@@ -388,3 +388,9 @@ def test_heads_that_do_not_divide_the_width_are_an_error(tmp_path):
     torch.save(Lightning().state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="--num-heads"):
         open_checkpoint(tmp_path / "model.pt", Options(num_heads=5))
+
+
+def test_a_pooling_with_weights_of_its_own_is_an_error(tmp_path):
+    torch.save(Lightning().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="--pooling"):
+        open_checkpoint(tmp_path / "model.pt", Options(num_heads=HEADS, pooling="attention"))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_vit import HFViTForImageClassification
+from hf_vit.checkpoints import Options, open_checkpoint
 from hf_vit.checkpoints.models import load_classifier, load_for_masked_patches
 from hf_vit.training.trainer import add_lora
 
@@ -54,8 +55,13 @@ def test_half_precision_is_learned_in_whole(folder: Path, tmp_path: Path) -> Non
 def test_nothing_but_the_head_is_made_up(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks weights.*vit\.layers\.3\..*num_hidden_layers"):
         load_classifier(folder, ["a", "b"], num_hidden_layers=4)
-    with pytest.raises(ValueError, match=r"vit\.embeddings\.patch_embeddings\.projection\.weight"):
-        load_classifier(folder, ["a", "b"], patch_size=16)
+
+
+def test_another_patch_size_resamples_the_projection(folder: Path) -> None:
+    model, _ = load_classifier(folder, ["a", "b"], patch_size=16)
+    expected = open_checkpoint(folder, Options(patch_size=(16, 16))).state_dict()
+    name = "vit.embeddings.patch_embeddings.projection.weight"
+    assert torch.equal(model.state_dict()[name], expected[name])
 
 
 # peft 0.21 asks for a property that transformers 5.23 has renamed.

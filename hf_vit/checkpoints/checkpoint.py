@@ -191,6 +191,8 @@ class Checkpoint:
             )
             self.notes.append(self.lost_head)
         self._head_scale: tuple[Tensor, Tensor] | None = None
+        if has_preprocessing:
+            self.processor()  # raises for numbers that do not fit the channels
         self._check_tensors(parameters)
 
     # ------------------------------------------------------------------------------------------------ architecture

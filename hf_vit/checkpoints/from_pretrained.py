@@ -48,10 +48,8 @@ def read_foreign(
             if Path(name).is_dir() and not OTHER_WEIGHTS.intersection(options):
                 read_weights(name, hub)  # rejects corrupt files that transformers accepts or reports without a name
             return None
-        if is_own:
-            stated = Options(
-                num_channels=stated.num_channels, spelling="python"
-            )  # transformers reads all other fields
+        if is_own:  # all other fields need no conversion
+            stated = Options(num_channels=stated.num_channels, spelling="python")
     checkpoint = open_checkpoint(name, stated, **hub)
     warn_of_assumptions(checkpoint)
     if class_name == CLASSIFIER and checkpoint.lost_head and not {"num_labels", "id2label"}.intersection(options):

@@ -82,7 +82,8 @@ def load_classifier(
         label_names: Names of the classes, by class index, or of the targets of a regression.
         fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`. `problem_type` is one
             label per image by default; `target_mean` and `target_scale` are for a new head. The patch projection and
-            the processor are adapted to another `num_channels`.
+            the processor are adapted to another `num_channels`. Also what the file does not state, as in
+            `from_pretrained`, such as `weights="teacher"`.
 
     Raises:
         ValueError: If weights other than the head are missing, have another shape, or are NaN or infinite.

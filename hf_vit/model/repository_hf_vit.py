@@ -60,7 +60,8 @@ class HFViTRepositoryMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
         """Load a model as `PreTrainedModel` does; with the package installed, also from other libraries' checkpoints.
 
-        If `image_size` is given, positions are resampled. All arguments are those of `PreTrainedModel`.
+        If `image_size` is given, positions are resampled. All arguments are those of `PreTrainedModel`; for other
+        libraries' checkpoints also those of `hf_vit.checkpoints.Options`, where `num_heads` is `num_attention_heads`.
         """
         parent: Any = super()
         name, read = pretrained_model_name_or_path, cls.checkpoint_reader

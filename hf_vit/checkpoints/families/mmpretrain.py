@@ -54,6 +54,7 @@ FAMILY = Library(
     table=TABLE,
     layer_norm_eps=1e-6,
     preprocessing=preprocessing,
+    heads=("head.layers.head", "head.fc"),
     num_heads={(768, 8): 8},  # its ViT-S
     pooling="mean",
     fields={"position_interpolation": "bicubic"},

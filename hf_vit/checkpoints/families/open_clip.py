@@ -6,6 +6,7 @@ weights states what the tensors do not determine.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,13 +65,15 @@ LIBRARY = Library(
 def _read(source: Source, options: Options) -> Reading:
     path = source.folder / CONFIG if source.folder is not None else None
     config = read_json(path) if path is not None and path.is_file() else {}
+    library, assumed = LIBRARY, []
+    if {"proj", "head.weight"} <= source.tensors.keys():
+        assumed.append("The head reads the projection to the space of the texts; both are left out.")
+        library = replace(LIBRARY, table=TABLE[:-1], left_out=(*LIBRARY.left_out, r"head\..*"))
     if config:
-        notes = ["Images are centre-cropped; open_clip would add borders instead (resize_mode longest)."]
-        is_padded = config.get("preprocess_cfg", {}).get("resize_mode") == "longest"
-        fields, processor = _stated(source, config), _processor(source, config)
-        return read(source, options, LIBRARY, fields, processor, assumed=notes if is_padded else ())
+        if config.get("preprocess_cfg", {}).get("resize_mode") == "longest":
+            assumed.append("Images are centre-cropped; open_clip would add borders instead (resize_mode longest).")
+        return read(source, options, library, _stated(source, config), _processor(source, config), assumed)
     stated: dict[str, Any] = {}
-    assumed: list[str] = []
     has_pre_layernorm = "ln_pre.weight" in source.tensors
     if not has_pre_layernorm and options.pooling is None:
         stated["pooling"] = "mean"
@@ -84,7 +87,7 @@ def _read(source: Source, options: Options) -> Reading:
             else "hidden_act gelu: the file does not store it, and models of OpenAI and DFN, of MetaCLIP 1, and those "
             "called quickgelu have another (--hidden-act quick_gelu)."
         )
-    return read(source, options, LIBRARY, stated, assumed=assumed)
+    return read(source, options, library, stated, assumed=assumed)
 
 
 def _is_openai(source: Source) -> bool:

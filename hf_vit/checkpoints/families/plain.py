@@ -23,6 +23,8 @@ POSITIONS = ("embeddings.position_embeddings.prefix", TABLE)
 # Width of a head in the published models in which it is not 64, by the width of the model: H, g, So400m, G and e.
 HEAD_DIMS = {1280: 80, 1408: 88, 1152: 72, 1664: 104, 1792: 112}
 
+POOLINGS = ("cls", "mean", "mean_all", "cls_and_mean")  # those without weights
+
 # Arguments of an image processor, and the same in words.
 Preprocessing = tuple[dict[str, Any], str]
 
@@ -45,7 +47,7 @@ class Library:
         table: Our names and theirs. Of several rows for the same names, those of the file are used.
         layer_norm_eps: Epsilon of its LayerNorms.
         preprocessing: The preprocessing of its models, from the fields of the config.
-        head: Module name of its classifier, as in `heads` of `Family`.
+        heads: Module names of its classifiers, as of `Family`.
         left_out: Regular expressions that match the names of tensors outside of the model.
         refused: What a file is that cannot be read, by regular expressions that match the name of one of its tensors.
         remarks: What a user must know about a file, by expressions as for `refused`.
@@ -60,7 +62,7 @@ class Library:
     table: Sequence[Row]
     layer_norm_eps: float
     preprocessing: Callable[[Mapping[str, Any]], Preprocessing]
-    head: str | None = None
+    heads: tuple[str, ...] = ()
     left_out: Sequence[str] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
@@ -76,8 +78,7 @@ class Library:
     @property
     def family(self) -> Family:
         """The family of files that only the tensors describe."""
-        heads = (self.head,) if self.head else ()
-        return Family(self.name, self.recognises, lambda source, options: read(source, options, self), heads)
+        return Family(self.name, self.recognises, lambda source, options: read(source, options, self), self.heads)
 
 
 def read(
@@ -109,6 +110,7 @@ def read(
     }
     fields.update(_patches(shapes, options, sentences))
     fields.update(_heads(shapes, library, options, fields, sentences))
+    check_pooling(source, options)
     for name in ("hidden_act", "layer_norm_eps", "pooling"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
@@ -236,6 +238,15 @@ def patch_of(source: Source, pixels: int, options: Options, assumed: list[str]) 
     )
 
 
+def check_pooling(source: Source, options: Options) -> None:
+    """Raise `ValueError` for a pooling with weights of its own, which files of the class token or the mean lack."""
+    if options.pooling not in (None, *POOLINGS):
+        raise ValueError(
+            f"{source.name}: pooling {options.pooling!r} needs weights that the file does not have: choose one of "
+            f"{', '.join(POOLINGS)} for --pooling."
+        )
+
+
 def _heads(
     shapes: Shapes, library: Library, options: Options, fields: Mapping[str, Any], assumed: list[str]
 ) -> dict[str, Any]:
@@ -276,7 +287,7 @@ def _positions(shapes: Shapes, options: Options, fields: Mapping[str, Any]) -> d
     number = shapes(TABLE)[-2]
     tokens = fields["use_cls_token"] + fields["use_distillation_token"]
     cells = size and (size[0] // patch[0]) * (size[1] // patch[1])
-    # In some models only the patches have positions.
-    placed = 0 if cells == number or (cells != number - tokens and is_square(number)) else tokens
+    fits = [number - placed == cells or is_square(number - placed) for placed in (tokens, 0)]
+    placed = tokens if fits != [False, True] else 0  # in some models only the patches have positions
     grid = grid_of_table(number - placed, patch, size, f"{shapes.source.name}: the table of positions")
     return {"num_prefix_positions": placed, "image_size": (grid[0] * patch[0], grid[1] * patch[1])}

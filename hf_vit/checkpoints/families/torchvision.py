@@ -49,6 +49,6 @@ FAMILY = Library(
     table=TABLE,
     layer_norm_eps=1e-6,
     preprocessing=preprocessing,
-    head="heads.head",
+    heads=("heads.head",),
     refused={r"conv_proj\.conv_.*": "a convolutional stem"},
 ).family

@@ -50,7 +50,7 @@ JEONSWORLD = Library(
     ],
     layer_norm_eps=1e-6,
     preprocessing=_of_the_paper,
-    head="head",
+    heads=("head",),
     refused={
         r"transformer\.embeddings\.hybrid_model\..*": "a ResNet stem",
         r"part_head\..*|transformer\.encoder\.part_.*": "a last layer that reads selected patches (TransFG)",
@@ -80,6 +80,7 @@ MONAI = Library(
     ],
     layer_norm_eps=1e-5,
     preprocessing=_of_the_paper,
+    heads=("classification_head", "classification_head.0"),
     left_out=(r"blocks\.\d+\.(cross_attn|norm_cross_attn)\..*",),  # built, but without a context not used
     remarks={
         r"classification_head\.0\.weight": "The logits are those before MONAI's tanh, which keeps their order: its "
@@ -141,7 +142,8 @@ def _has_torch_s_layers(source: Source) -> bool:
 def _refuse_torch_s_layers(source: Source, options: Options) -> NoReturn:
     raise ValueError(
         f"{source.name}: a torch.nn.TransformerEncoder is not supported. It applies LayerNorm after attention and MLP "
-        "unless it was built with norm_first=True, and the file does not store that."
+        "unless it was built with norm_first=True, and the file does not store that. If it was, pass a table of its "
+        "names (--names)."
     )
 
 

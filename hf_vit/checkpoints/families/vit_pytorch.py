@@ -11,7 +11,7 @@ from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from ..files import Source
 from ..layouts import Layout, Row, channels_first, count, grid_of_table, heads_first, positions, reshaped
-from .plain import patch_of
+from .plain import check_pooling, patch_of
 
 HEAD_DIM = 64  # the library's default `dim_head`
 
@@ -94,6 +94,7 @@ def _recognises(source: Source) -> bool:
 
 def _read(source: Source, options: Options) -> Reading:
     assumed = ["The images' mean and standard deviation are 0.5: the file does not store them (processor 'original')."]
+    check_pooling(source, options)
     era = _era(source)
     is_simple = era.head.startswith("linear_head")
     is_pooled = era.final_layernorm != "transformer.norm"

@@ -168,6 +168,8 @@ def test_from_pretrained_reads_a_table_below_a_wrapper(tmp_path: Path) -> None:
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"model_state_dict": state, "epoch": 1}, tmp_path / "own.pth")
     names = filled(tmp_path / "own.pth", tmp_path, {"counter": None}, config=CONFIG)
+    with pytest.raises(ValueError, match=r"hf-vit inspect \S+ --names-template names.yaml$"):
+        HFViTForImageClassification.from_pretrained(tmp_path / "own.pth")
     ours = HFViTForImageClassification.from_pretrained(tmp_path / "own.pth", names=names).eval()
     with torch.no_grad():
         assert distance(ours(pixels_of((32, 32))).logits, model(pixels_of((32, 32)))) < 1e-5

@@ -237,7 +237,7 @@ def _read(source: Source, options: Options) -> Reading:
     if absent := [name for name in required if name not in shapes]:
         raise ValueError(f"{names.path}: no tensor is named {', '.join(map(repr, absent))}.")
     pooling = "cls" if CLS_TOKEN in shapes else "mean"
-    usual = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "pooling": pooling}
+    usual: dict[str, Any] = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "pooling": pooling}
     assumed = [
         f"{name} {value}: neither {names.path.name} nor an option states it (--{name.replace('_', '-')})."
         for name, value in usual.items()

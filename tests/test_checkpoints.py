@@ -330,7 +330,8 @@ def test_a_config_that_contradicts_is_refused(kind: Kind, changed: Any, message:
 
 def facts(output: str) -> dict[str, str]:
     """Read what `inspect` and `convert` print of a model."""
-    pairs = (line.strip().split("  ", 1) for line in output.splitlines() if line.startswith(" "))
+    lines = (line.strip() for line in output.splitlines() if line.startswith(" "))
+    pairs = (line.split("  ", 1) for line in lines if "  " in line)  # without continued sentences
     return {name: fact.strip() for name, fact in pairs}
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_vit.checkpoints import Options, names_template, open_checkpoint
 from hf_vit.cli.main import app
+from hf_vit.model.modeling_hf_vit import HFViTForImageClassification
 
 D, HEADS, PATCH, SIDE = 32, 4, 8, 4
 ORDERS = {
@@ -162,6 +163,18 @@ def test_an_encoder_of_torch(tmp_path: Path) -> None:
     assert distance(answers(checkpoint, pixels_of((32, 32))), expected) < 1e-5
 
 
+def test_from_pretrained_reads_a_table_below_a_wrapper(tmp_path: Path) -> None:
+    model = randomized(OwnViT())
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model_state_dict": state, "epoch": 1}, tmp_path / "own.pth")
+    names = filled(tmp_path / "own.pth", tmp_path, {"counter": None}, config=CONFIG)
+    with pytest.raises(ValueError, match=r"hf-vit inspect \S+ --names-template names.yaml$"):
+        HFViTForImageClassification.from_pretrained(tmp_path / "own.pth")
+    ours = HFViTForImageClassification.from_pretrained(tmp_path / "own.pth", names=names).eval()
+    with torch.no_grad():
+        assert distance(ours(pixels_of((32, 32))).logits, model(pixels_of((32, 32)))) < 1e-5
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name of ours": ({"tensors": {"cls": "class_token"}}, "nearest is 'embeddings.cls_token'"),
     "unknown name of theirs": ({"tensors": {"clz": None}}, "no tensor 'clz'; the nearest is 'cls'"),
@@ -206,8 +219,11 @@ def test_the_command_line_writes_a_template_and_reads_it(tmp_path: Path) -> None
     assert "--names-template" in unknown.output
     written = runner.invoke(app, ["inspect", str(file), "--names-template", str(names)])
     assert "with 1 name to fill in" in written.output
-    text = names.read_text().replace('"?"', "null").replace("num_attention_heads:", "num_attention_heads: 4")
-    names.write_text(text.replace("qkv: part, head, dim", "qkv: head, part, dim").replace("act: gelu", "act: relu"))
+    text = names.read_text()
+    edits = {'"?"': "null", "1.0e-5": "1e-5", "act: gelu": "act: relu", "qkv: part, head, dim": "qkv: head, part, dim"}
+    for old, new in {**edits, "num_attention_heads:": "num_attention_heads: 4"}.items():
+        text = text.replace(old, new)
+    names.write_text(text)
     converted = runner.invoke(app, ["convert", str(file), str(tmp_path / "out"), "--names", str(names)])
     assert converted.exit_code == 0, converted.output
     checkpoint = open_checkpoint(tmp_path / "out")

@@ -25,9 +25,9 @@ OF_PREPROCESSING = re.compile(r"[Pp]reprocess|mean and standard deviation|[Ii]ma
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-# An option as messages name it, with a value that they suggest.
+# An option as messages name it, with a value that they suggest; not that of another command.
 OPTION = re.compile(
-    r"(?<![^\s(])--(?:(?P<word>weights|pooling|mlp-gate|preprocessing) (?P<value>\w[\w-]*)"
+    r"(?<![^\s(])--(?!names-template)(?:(?P<word>weights|pooling|mlp-gate|preprocessing) (?P<value>\w[\w-]*)"
     r"|(?P<name>[a-z]+(?:-[a-z]+)*)(?P<size> HxW)?)"
 )
 KEYWORDS = {"num_heads": "num_attention_heads"}  # config fields that the options call otherwise

@@ -73,9 +73,8 @@ def _family_of(source: Source) -> Family:
         if family.recognises(source):
             return family
     names = ", ".join(map(repr, list(source.tensors)[:4]))
-    known = ", ".join(family.name for family in FAMILIES)
     raise ValueError(
-        f"{source.name}: not a Vision Transformer of a known family ({known}). It holds {len(source.tensors)} "
-        f"tensors: {names}, ... If it is a ViT with other names, "
-        f"run: hf-vit inspect {shlex.quote(source.name)} --names-template names.yaml"
+        f"{source.name}: not a Vision Transformer of a known family. It holds {len(source.tensors)} tensors: {names}, "
+        "... For a ViT with other names, write a table of them to fill in: hf-vit inspect "
+        f"{shlex.quote(source.name)} --names-template names.yaml"
     )

@@ -10,7 +10,8 @@
       teacher_head.weight: null
 
 Any encoder with LayerNorm before attention and MLP can be described. Our names are those of the parameters of
-`HFViTModel`, except for those in `JOINED`, which are parts of one parameter or several in one tensor.
+`HFViTModel`; further names are attention.query, key and value for separate projections, mlp.gate_and_fc1 for both in
+one tensor, and embeddings.position_embeddings for all positions in one.
 """
 
 import difflib
@@ -47,7 +48,6 @@ from .transformers import without_key_bias
 QKV, GATED = "layers.{}.attention.qkv", "layers.{}.mlp.gate_and_fc1"
 PARTS = tuple(f"layers.{{}}.attention.{part}" for part in ("query", "key", "value"))
 ALL_POSITIONS = "embeddings.position_embeddings"
-JOINED = (*PARTS, GATED, ALL_POSITIONS)
 TOKENS = (CLS_TOKEN, "embeddings.distillation_token", "embeddings.register_tokens")
 WITHOUT_KIND = (*TOKENS, ALL_POSITIONS)
 SCALES = ("layers.{}.attention_scale", "layers.{}.mlp_scale")
@@ -73,8 +73,6 @@ UNKNOWN = "?"  # in a template: not filled in yet
 KEYS = {"config": dict, "qkv": str, "patch": str, "tensors": dict}
 QKV_ORDER, PATCH_ORDER = "part, head, dim", "channel, row, column"
 PATCH_LAYOUTS: dict[str, Callable[[HFViTConfig], Layout]] = {PATCH_ORDER: same, "row, column, channel": channels_first}
-
-
 LAYER = re.compile(r"(.*?[._]|)(\d+)(\..+)")  # of a tensor of a layer: prefix, number, rest
 
 
@@ -82,6 +80,14 @@ def collapsed(name: str, prefix: str | None = None) -> str:
     """Return a name with `{}` for its first number, if that follows `prefix`."""
     match = LAYER.fullmatch(name)
     return f"{match[1]}{{}}{match[3]}" if match and prefix in (None, match[1]) else name
+
+
+def _number(value: Any) -> Any:
+    """Return a value of a YAML file, in which 1e-6 without a point is a text, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 class Names:
@@ -108,7 +114,8 @@ class Names:
         for key, value in content.items():
             if key not in KEYS or not isinstance(value, KEYS[key] | None):
                 raise ValueError(f"{path}: {key!r} is not one of {', '.join(KEYS)}, or has the wrong type.")
-        self.config = {name: value for name, value in (content.get("config") or {}).items() if value is not None}
+        stated = content.get("config") or {}
+        self.config = {name: _number(value) for name, value in stated.items() if value is not None}
         if unknown := [name for name in self.config if name not in HFViTConfig.__annotations__]:
             near = difflib.get_close_matches(unknown[0], HFViTConfig.__annotations__, 1, 0)
             raise ValueError(f"{path}: {unknown[0]!r} is no field of HFViTConfig; the nearest is {near[0]!r}.")
@@ -230,7 +237,7 @@ def _read(source: Source, options: Options) -> Reading:
     if absent := [name for name in required if name not in shapes]:
         raise ValueError(f"{names.path}: no tensor is named {', '.join(map(repr, absent))}.")
     pooling = "cls" if CLS_TOKEN in shapes else "mean"
-    usual = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "pooling": pooling}
+    usual: dict[str, Any] = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "pooling": pooling}
     assumed = [
         f"{name} {value}: neither {names.path.name} nor an option states it (--{name.replace('_', '-')})."
         for name, value in usual.items()

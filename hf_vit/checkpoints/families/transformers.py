@@ -33,8 +33,10 @@ from .relative import BIASES, relative_rows
 
 # ----------------------------------------------------------------------------------------------------- the names
 
-PREFIXES = ("vit.", "", "deit.", "dinov2.", "dinov2_with_registers.", "vision_model.", "model.")
-PREFIXES += ("beit.", "data2vec_vision.", "ijepa.")
+PREFIXES = (
+    *("vit.", "", "deit.", "dinov2.", "dinov2_with_registers.", "vision_model.", "model."),
+    *("beit.", "data2vec_vision.", "ijepa."),
+)
 LAYERS = ("encoder.layer.{}.", "layers.{}.", "encoder.layers.{}.", "layer.{}.")
 OF_A_LAYER = {
     "layernorm_before.*": ("layernorm_before.*", "norm1.*", "layer_norm1.*"),
@@ -117,8 +119,8 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES, layers: int
             Row("pooler.pooling.mlp.fc2.*", f"{prefix}head.mlp.fc2.*"),
         ]
         for of_layer, of_all in RELATIVE_POSITIONS if layers else ():
-            biases = [f"{prefix}{of_layer.format(layer)}.{BIASES}" for layer in range(layers)]
-            rows += relative_rows(biases, f"{prefix}{of_all}.{BIASES}")
+            tables_of_layers = [f"{prefix}{of_layer.format(layer)}.{BIASES}" for layer in range(layers)]
+            rows += relative_rows(tables_of_layers, f"{prefix}{of_all}.{BIASES}")
         for theirs in ("patch_embeddings.projection", "patch_embedding", "patch_embeddings"):
             rows.append(Row(f"{projection}.weight", f"{prefix}embeddings.{theirs}.weight", convolution))
             rows.append(Row(f"{projection}.bias", f"{prefix}embeddings.{theirs}.bias"))

@@ -34,8 +34,9 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""
-        for parameter, average in self.pairs:
-            average.lerp_(parameter, 1 - (self.decay or 0.0))
+        if self.decay is not None and self.pairs:
+            parameters, averages = (list(tensors) for tensors in zip(*self.pairs, strict=True))
+            torch._foreach_lerp_(averages, parameters, 1 - self.decay)  # few launches, where one tensor needs one
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -257,8 +258,9 @@ class TrainingState:
             return torch.zeros(0, device=self.accelerator.device)
         losses = torch.stack(self.pending_losses)
         if self.accelerator.num_processes > 1:
-            # In float64, the mean of equal numbers is that number to the bit: loaded losses are means already.
-            losses = self.accelerator.reduce(losses.double(), "mean").float()
+            # In float64, the mean of equal numbers is that number to the bit: loaded losses are means already. It is
+            # computed on the CPU, since some accelerators have no float64.
+            losses = self.accelerator.gather(losses[None]).cpu().double().mean(dim=0).float()
         if nonfinite := (~losses.isfinite()).nonzero().flatten().tolist():
             raise FloatingPointError(
                 f"The loss or gradient of step {self.step - len(losses) + 1 + nonfinite[0]} is not finite. The run "

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..system.disk import writing
 from .best import BestModel
@@ -34,9 +35,11 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""
-        if self.decay is not None and self.pairs:
-            parameters, averages = (list(tensors) for tensors in zip(*self.pairs, strict=True))
-            torch._foreach_lerp_(averages, parameters, 1 - self.decay)  # few launches, where one tensor needs one
+        for is_sharded in (False, True):  # one operation takes either kind
+            pairs = [pair for pair in self.pairs if isinstance(pair[0], DTensor) == is_sharded]
+            if pairs and self.decay is not None:
+                parameters, averages = (list(tensors) for tensors in zip(*pairs, strict=True))
+                torch._foreach_lerp_(averages, parameters, 1 - self.decay)  # one launch for many tensors
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

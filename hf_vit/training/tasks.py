@@ -293,7 +293,8 @@ class MaskedPatches:
         return {"loss": loss_sum / max(1, counted), "count": round(counted)}, sorted(broken), None
 
     def _loss(self, model: nn.Module, pixel_values: Tensor, masks: Tensor) -> Tensor:
-        masks = send_to_device(masks, pixel_values.device, non_blocking=True)
+        masks = masks.pin_memory() if pixel_values.is_cuda else masks  # so that copying does not wait
+        masks = masks.to(pixel_values.device, non_blocking=True)
         return model(pixel_values=pixel_values, bool_masked_pos=masks).loss
 
     def _masks(self, model: Any, pixel_values: Tensor, generators: list[torch.Generator]) -> Tensor:

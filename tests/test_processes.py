@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from isolated import python
 from process_of_a_run import ends, free_port, start, start_all
 from tiny_run import RECIPE, colored_dataset, colored_images, log_of, save_photos, spoil_loss, stop_at, tiny_recipe
 
 from hf_vit import HFViTForImageClassification
 from hf_vit.hub.folder import check_folder
+from hf_vit.system.locking import LONGEST_WAIT
 from hf_vit.system.stopping import StopSignals
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.run import CHECKPOINTS, LOG, METRICS
@@ -202,6 +205,8 @@ def report_with_a_hub(config: TrainConfig) -> None:
         def __init__(self, *arguments: Any) -> None: ...
 
         def submit(self, write: Any, what: str) -> None:
+            if dist.is_initialized():  # the others wait in a collective while the first process prepares data
+                assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == LONGEST_WAIT
             folder = Path(f"{config.output_dir}-pushed")
             folder.mkdir(exist_ok=True)
             write(folder)

@@ -1,5 +1,7 @@
 """A model made ready to answer gives the outputs of the model, of every architecture."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -85,11 +87,36 @@ def test_it_compiles_as_one_graph(tiny_config):
 
 
 def test_auto_is_bf16_where_it_is_fast(monkeypatch):
+    device = None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
     for is_fast, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda is_fast=is_fast: is_fast)
-        assert inference.inference_precision("auto") == expected
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, is_fast=is_fast: is_fast)
+        monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda emulated, is_fast=is_fast: is_fast)
+        for kind in (None, "cuda", "xpu"):
+            device = None if kind is None else torch.device(kind)
+            assert inference.inference_precision("auto") == expected
+        device = torch.device("mps")
+        assert inference.inference_precision("auto") == "fp32"
     assert inference.inference_precision("fp8") == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "is_able"),
+    [
+        (None, (8, 6), False),
+        (None, (8, 9), True),
+        (None, (9, 0), True),
+        ("gfx90a:sramecc+:xnack-", (9, 0), False),  # MI250
+        ("gfx942:sramecc+:xnack-", (9, 4), True),  # MI300
+    ],
+)
+def test_fp8_is_for_gpus_that_have_it(monkeypatch, architecture, capability, is_able):
+    monkeypatch.setattr(torch.version, "hip", architecture and "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert inference._multiplies_in_8_bits(torch.device("cuda", 0)) == is_able
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -19,6 +19,7 @@ from PIL import ImageOps
 from tiny_run import colored_dataset
 
 from hf_vit import HFViTImageProcessor, HFViTImageProcessorPil
+from hf_vit.data import cache
 from hf_vit.data.augmentation import build_augmentation
 from hf_vit.data.images import EvaluationImages, TrainingImages, Visit, normalize
 from hf_vit.data.labelled import load_data
@@ -87,14 +88,37 @@ def test_augmentation_depends_on_epoch_and_image_alone() -> None:
     assert torch.equal(images[Visit(2, 5)]["pixel_values"], first)
     assert torch.equal(torch.get_rng_state(), before)  # dropout draws the same, whatever images were loaded between
     assert not torch.equal(images[Visit(3, 5)]["pixel_values"], first)
-    for cache in ("ram", torch.device("cpu")):
-        assert torch.equal(training_images(cache=cache)[Visit(2, 5)]["pixel_values"], first)
+    for place in ("ram", torch.device("cpu")):
+        assert torch.equal(training_images(cache=place)[Visit(2, 5)]["pixel_values"], first)
 
 
 def test_larger_images_are_reduced_first() -> None:
     for side, shape in {5: (3, 7, 5), 50: (3, 14, 10)}.items():
-        (kept, *_) = training_images(cache="ram", shorter_side=side).cached or ()
+        kept = (training_images(cache="ram", shorter_side=side).cached or [])[0]
         assert kept is not None and kept.shape == shape
+
+
+def test_a_cache_is_a_few_tensors_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LEAST_BLOCK", 1000)
+    draw = torch.Generator().manual_seed(0)
+    images: list[torch.Tensor | None] = [None]
+    for number in range(1, 300):
+        levels = torch.randint(256, (3, 1 + number % 5, 2 + number % 3), generator=draw)
+        images.append(levels.to(torch.float32 if number % 7 == 0 else torch.uint8))
+        if number % 2:
+            images[-1] = images[-1].contiguous(memory_format=torch.contiguous_format).permute(0, 2, 1)
+    images.append(torch.zeros(3, 40, 40, dtype=torch.uint8)[:, 5:9, ::2])  # not dense
+    cached = cache.CachedImages(iter(images), torch.device("cpu"))
+    assert len(cached) == len(images) and cached.nbytes == sum(image.nbytes for image in images if image is not None)
+    assert 1 < len(cached.blocks) < 30
+    assert sum(block.nbytes for block in cached.blocks) < cached.nbytes + 8 * len(images)
+    for copy in (cached, pickle.loads(pickle.dumps(cached))):
+        for index, image in enumerate(images):
+            kept = copy[index]
+            assert (kept is None) == (image is None)
+            assert image is None or (kept.dtype == image.dtype and torch.equal(kept, image))
+    with pytest.raises(MemoryError):
+        cache.CachedImages(iter(images), torch.device("cpu"), cached.nbytes - 1)
 
 
 # -------------------------------------------------------------------------------------------------------- order

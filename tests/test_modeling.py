@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_vit
 from hf_vit import HFViTBackbone, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
-from hf_vit.model import layers_hf_vit, repository_hf_vit
+from hf_vit.model import layers_hf_vit, positions_hf_vit, repository_hf_vit
 from hf_vit.model import modeling_hf_vit as modeling
 from hf_vit.model.layers_hf_vit import HFViTPaperCorruption, HFViTProductAttention, patchify, unpatchify
 from hf_vit.model.positions_hf_vit import (
@@ -680,6 +681,24 @@ def test_a_meta_device_computes_shapes(tiny_config, positions):
     with torch.device("meta"):
         model = HFViTForImageClassification(tiny_config(position_embedding_type=positions))
         assert model(torch.empty(2, 3, 64, 64)).logits.shape == (2, 5)
+
+
+def test_devices_without_float64_compute_the_same_positions(tiny_config, monkeypatch):
+    class WithoutFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert not (isinstance(out, torch.Tensor) and out.is_meta and out.dtype == torch.float64), func
+            return out
+
+    positions = positions_hf_vit.POSITIONS["sincos_2d"](tiny_config(position_embedding_type="sincos_2d"))
+    patches = torch.randn(2, 24, positions.config.hidden_size)
+    monkeypatch.setattr(positions_hf_vit, "WITHOUT_FLOAT64", ("meta",))
+    with WithoutFloat64():
+        assert positions(patches.to("meta"), (4, 6)).is_meta
+    monkeypatch.setattr(positions_hf_vit, "WITHOUT_FLOAT64", ())
+    assert torch.equal(positions(patches, (4, 6)), patches + positions.on_grid((4, 6)))
+    with WithoutFloat64(), pytest.raises(AssertionError):
+        positions(patches.to("meta"), (4, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from isolated import python
 from process_of_a_run import ends, free_port, start, start_all
 from tiny_run import RECIPE, colored_dataset, colored_images, log_of, save_photos, spoil_loss, stop_at, tiny_recipe
 
 from hf_vit import HFViTForImageClassification
 from hf_vit.hub.folder import check_folder
+from hf_vit.system.locking import LONGEST_WAIT
 from hf_vit.system.stopping import StopSignals
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.run import CHECKPOINTS, LOG, METRICS
@@ -173,6 +177,61 @@ def test_one_process_and_two_learn_alike(photos: Path, tmp_path: Path) -> None:
     check_folder(tmp_path / "fsdp2")
     printed = python(READER, tmp_path / "fsdp2", home=tmp_path / "home")
     assert printed.stdout.split() == ["HFViTForImageClassification", "(1,", "3)"]
+
+
+def test_a_sharded_run_gets_a_new_head_and_pushes(photos: Path, tmp_path: Path) -> None:
+    # As under `accelerate launch --use_fsdp`, which has the first process alone load a checkpoint.
+    environment = {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    finish(tiny_recipe(photos, tmp_path / "start", max_steps=2))
+    config_file = tmp_path / "start" / "config.json"
+    config_file.write_text(config_file.read_text().replace('"red"', '"pink"'))  # so the head is replaced
+    fields: dict[str, Any] = {"model": str(tmp_path / "start"), "model_config": {"hidden_dropout_prob": 0.0}}
+    fields |= {"log_every": 1, "preprocessing": "original"}
+    finish(tiny_recipe(photos, tmp_path / "one", **fields))
+    config = tiny_recipe(photos, tmp_path / "two", **fields, push_to_hub="me/two", push_every=3)
+    processes = start_all(partial(report_with_a_hub, config), tmp_path / "two.txt", **environment)
+    printed = ends(processes, tmp_path / "two.txt")
+    assert "New head" in printed and printed.count("pushed Step") == 2 and "pushed Trained model" in printed
+    assert_close_run(tmp_path / "one", tmp_path / "two")
+
+
+def report_with_a_hub(config: TrainConfig) -> None:
+    """Train and report, with a Hub that takes a folder and prints what it was told."""
+    from hf_vit.training import report
+
+    class Hub:
+        url = "https://hub"
+
+        def __init__(self, *arguments: Any) -> None: ...
+
+        def submit(self, write: Any, what: str) -> None:
+            if dist.is_initialized():  # the others wait in a collective while the first process prepares data
+                assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == LONGEST_WAIT
+            folder = Path(f"{config.output_dir}-pushed")
+            folder.mkdir(exist_ok=True)
+            write(folder)
+            print("pushed", what, flush=True)
+
+        def finish(self, timeout: float) -> bool:
+            return True
+
+    report.BackgroundPush = Hub  # type: ignore[assignment, misc]
+    report.train_and_report(config, "hf-vit train", print)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"task": "masked_patches"}, pytest.param({"trained": "lora", "lora_rank": 2}, marks=full)],
+    ids=["classification", "masked", "lora"],
+)
+def test_shards_compute_in_the_precision_of_the_recipe(photos: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    fields = {"model_config": WITHOUT_DROPOUT, "log_every": 1, "max_steps": 4, **fields}
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        finish(tiny_recipe(photos, tmp_path / precision, **{**fields, "precision": precision}), 2, **FSDP)
+        losses[precision] = [row["loss"] for row in log_of(tmp_path / precision) if "loss" in row]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
 
 
 READER = """

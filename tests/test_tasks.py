@@ -91,7 +91,7 @@ def masks_of(ratio: float, block: int, number: int = 1, seed: int = 0) -> list[T
     """Return masks over a grid of 4x6."""
     task, model, _ = built(task="masked_patches", mask_ratio=ratio, mask_block=block, image_size=[16, 24])
     generator = torch.Generator().manual_seed(seed)
-    return [task._mask(model, torch.zeros(1, 3, 16, 24), generator).view(4, 6) for _ in range(number)]
+    return list(task._masks(model, torch.zeros(number, 3, 16, 24), [generator] * number).view(-1, 4, 6))
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 9])
@@ -104,6 +104,15 @@ def test_the_share_of_hidden_patches_is_exact(ratio: float, block: int) -> None:
     squares = [square for mask in masks for band in mask.split(block) for square in band.split(block, dim=1)]
     partly = [square for square in squares if 0 < square.sum() < square.numel()]
     assert len(partly) <= len(masks)  # one square of a mask, where the share is reached within it
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 9])
+def test_masks_are_those_of_earlier_versions(block: int) -> None:
+    generator, grid = torch.Generator().manual_seed(7), torch.arange(24).reshape(4, 6)
+    squares = [square.flatten() for band in grid.split(block) for square in band.split(block, dim=1)]
+    for mask in masks_of(0.4, block, number=3, seed=7):
+        order = torch.cat([squares[index] for index in torch.randperm(len(squares), generator=generator)])
+        assert mask.flatten().nonzero().squeeze(1).tolist() == order[:10].sort().values.tolist()
 
 
 def test_masks_differ_and_hide_every_patch_as_often() -> None:
@@ -121,7 +130,7 @@ def test_the_loss_is_of_hidden_patches_alone() -> None:
     )
     assert torch.equal(loss, same) and not torch.equal(loss, other)
     generator = torch.Generator().manual_seed(3)
-    masks = torch.stack([task._mask(model, pixel_values, generator) for _ in range(5)])
+    masks = task._masks(model, pixel_values, [generator] * 5)
     assert masks.sum(dim=1).tolist() == [2] * 5
     predictions = model(pixel_values=pixel_values, bool_masked_pos=masks).predictions
     patches = pixel_values.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(5, 4, 48)
@@ -155,9 +164,9 @@ def test_masked_patches_are_measured_the_same_however_they_are_divided(objective
     losses = []
     for index in set(range(11)) - {4}:
         pixel_values = to_model(images[index]["pixel_values"][None])
-        mask = task._mask(model, pixel_values, torch.Generator().manual_seed(derive_seed("mask", index)))
+        mask = task._masks(model, pixel_values, [torch.Generator().manual_seed(derive_seed("mask", index))])
         with torch.no_grad():
-            losses.append(model(pixel_values=pixel_values, bool_masked_pos=mask[None]).loss.item())
+            losses.append(model(pixel_values=pixel_values, bool_masked_pos=mask).loss.item())
     expected = sum(losses) / 10
 
     model.train()

@@ -3,13 +3,17 @@
 import json
 import shutil
 import signal
+import unittest.mock
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from tiny_run import (
+    RECIPE,
     assert_same_weights,
     at_step,
     colored_dataset,
@@ -21,11 +25,13 @@ from tiny_run import (
     tiny_recipe,
     weights,
 )
+from torch._dynamo.testing import CompileCounter
 
-from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.system.stopping import StopSignals
 from hf_vit.training.loop import train
 from hf_vit.training.optim import Schedule
+from hf_vit.training.parallel import compile_layers
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.run import CHECKPOINTS, METRICS, TIMING
 from hf_vit.training.tasks import Classification
@@ -277,6 +283,55 @@ def test_a_tracker_that_is_not_installed_is_refused(photos: Path, tmp_path: Path
     monkeypatch.setattr("hf_vit.training.parallel.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="tracker: wandb is not installed: pip install wandb"):
         train(tiny_recipe(photos, tmp_path, tracker="wandb"))
+
+
+def test_half_precision_of_gpus_is_refused_on_the_cpu(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision: fp16 needs a GPU, and this run is on the CPU: set precision to"):
+        train(tiny_recipe(photos, tmp_path / "run", precision="fp16"))
+
+
+def test_a_step_that_the_gradient_scaler_skips_is_in_the_log(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
+    run = train(tiny_recipe(photos, tmp_path / "run", max_steps=2))
+    assert [row["step"] for row in run.log if row.get("skipped")] == [1, 2]
+
+
+def test_deterministic_algorithms_are_used_in_the_run_alone(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    plain = train(tiny_recipe(photos, tmp_path / "plain"))
+    seen: list[bool] = []
+    at_step(2, lambda: seen.append(torch.are_deterministic_algorithms_enabled()), monkeypatch)
+    run = train(tiny_recipe(photos, tmp_path / "run", deterministic=True))
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+    assert_same_weights(weights(run.model), weights(plain.model))
+    assert train(tiny_recipe(photos, tmp_path / "plain", deterministic=True)).state.step == 9  # may be turned on later
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_one_compiled_graph_serves_all_layers() -> None:
+    torch._dynamo.reset()
+    fields = {**RECIPE["model_config"], "num_hidden_layers": 12, "drop_path_rate": 0.3, "hidden_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    model = HFViTForImageClassification(HFViTConfig(**fields, image_size=8, num_labels=3)).train()
+    pixel_values, counter = torch.randn(64, 3, 8, 8), CompileCounter()
+    expected = model.eval()(pixel_values).logits
+    with unittest.mock.patch.object(
+        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=counter)
+    ):
+        compile_layers(model, torch.device("cpu"))
+    for _ in range(2):
+        model.train()(pixel_values).logits.sum().backward()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(model.eval()(pixel_values).logits, expected)
+    # The last layer drops its branches for three of ten images, and scales the others.
+    dropped = model.train().vit.layers[-1].drop_path(torch.ones(10_000, 1, 1))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.03)
 
 
 def test_a_run_is_published_as_it_goes(photos: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..model.image_conversion_hf_vit import pixels_of_file
 from ..model.image_reading_hf_vit import LeastSize, read_image
 from ..system.texts import one_line, without_tokens
+from .cache import CachedImages
 
 NO_IMAGE: dict[str, Any] = {"bytes": None, "path": None}  # what a row without an image is stored as
 
@@ -135,13 +137,20 @@ def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
 def normalize(pixels: Tensor, processor: Any) -> Tensor:
     """Normalize levels `[B, C, H, W]`, the results of `preprocess`, as an image processor does, on their device."""
     mean, std = (
-        # Equal values for three channels also fit the single channel of a grayscale model.
-        torch.tensor(values[:1] if len(set(values)) == 1 else values, device=pixels.device).view(-1, 1, 1)
-        / processor.rescale_factor
+        _levels(tuple(values), processor.rescale_factor, pixels.device)
         for values in (processor.image_mean, processor.image_std)
     )
     # In place on a copy: allocation costs more than the arithmetic.
     return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _levels(values: tuple[float, ...], rescale_factor: float, device: torch.device) -> Tensor:
+    """Return values of [0, 1] as levels, `[C, 1, 1]`; kept, since copying them to a GPU waits for it."""
+    # Equal values for three channels also fit the single channel of a grayscale model.
+    values = values[:1] if len(set(values)) == 1 else values
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(-1, 1, 1) / rescale_factor
 
 
 class EvaluationImages(torch.utils.data.Dataset):
@@ -166,7 +175,7 @@ class EvaluationImages(torch.utils.data.Dataset):
         from .opening import as_stored
 
         self.split, self.columns, self.processor = as_stored(split, columns), columns, processor
-        self.cached: list[Tensor | None] | None = None
+        self.cached: CachedImages | None = None
         self.labels: list[int] = []
         self.cache_seconds = 0.0
         if not hasattr(split, "__len__"):
@@ -179,26 +188,23 @@ class EvaluationImages(torch.utils.data.Dataset):
         if cache != "none":
             self.cached = self._fill_cache(torch.device("cpu" if cache == "ram" else cache), cache_limit)
 
-    def _fill_cache(self, device: torch.device, limit: float) -> list[Tensor | None] | None:
+    def _fill_cache(self, device: torch.device, limit: float) -> CachedImages | None:
         """Return all images, or `None` if they need more bytes than the limit."""
-        cached: list[Tensor | None] = []
         began = time.perf_counter()
-        size, threads = 0, ThreadPoolExecutor(os.cpu_count())  # decoding releases the GIL
+        threads = ThreadPoolExecutor(os.cpu_count())  # decoding releases the GIL
         try:
-            for pixels in threads.map(lambda index: self._read(Visit(0, index)), range(len(self))):
-                size += 0 if pixels is None else pixels.nbytes
-                if size > limit:
-                    return None
-                cached.append(None if pixels is None else pixels.to(device))
+            images = threads.map(lambda index: self._read(Visit(0, index)), range(len(self)))
+            return CachedImages(images, device, limit)
+        except MemoryError:
+            return None
         finally:
             threads.shutdown(cancel_futures=True)
             self.cache_seconds = time.perf_counter() - began
-        return cached
 
     @property
     def cached_bytes(self) -> int:
         """The size of the cache."""
-        return sum(pixels.nbytes for pixels in self.cached or () if pixels is not None)
+        return 0 if self.cached is None else self.cached.nbytes
 
     def __len__(self) -> int:
         return len(self.split)
@@ -209,7 +215,7 @@ class EvaluationImages(torch.utils.data.Dataset):
 
     @property
     def is_on_device(self) -> bool:
-        return any(pixels is not None and pixels.device.type != "cpu" for pixels in self.cached or ())
+        return self.cached is not None and any(block.device.type != "cpu" for block in self.cached.blocks)
 
     def least_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the smallest (height, width) at which an image of `size` may be decoded."""

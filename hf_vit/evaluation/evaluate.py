@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint, Options
@@ -24,6 +25,7 @@ from ..data.loaders import evaluation_loader, naming_dead_workers
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
 from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
+from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
 from . import probing
 from .labels import align, contradiction, labels_for_model, labels_of
@@ -84,7 +86,8 @@ def evaluate_checkpoint(
     if unknown := set(probes) - set(PROBES):
         raise ValueError(f"Unknown probe {', '.join(sorted(unknown))}: choose one of {', '.join(PROBES)}.")
     precision = inference_precision(precision)
-    accelerator = Accelerator()  # without mixed precision: the model itself is cast
+    # Without mixed precision: the model itself is cast.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
     batch_size = batch_size or default_batch_size(accelerator.device.type)
     checkpoint = open_checkpoint(source, Options(image_size=image_size))
     warn_of_assumptions(checkpoint)

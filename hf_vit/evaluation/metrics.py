@@ -19,6 +19,7 @@ from .results import ImageResults, LabelResults, Results, TargetResults
 
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
 
+MOST_ON_DEVICE = 256 << 20  # bytes of the results of batches, before they are copied to the CPU
 # From a model, a loader, and what maps a batch to `pixel_values`, to every batch with its outputs.
 Forward = Callable[[Any, Any, Callable[[Any], Tensor]], Iterator[tuple[Any, Any]]]
 
@@ -216,22 +217,31 @@ def _of_each_image(
     to_device = partial(send_to_device, device=accelerator.device, non_blocking=True)
     was_training = model.training
     model.eval()
-    rows: list[Any] = []
+    gathered: list[list[Tensor]] = []  # on the CPU
+    rows: list[tuple[Tensor, ...]] = []  # of batches, on the device: a copy would wait for it
     broken: list[str] = []
     try:
         for batch, outputs in forward(model, loader, lambda batch: normalize(to_device(batch["pixel_values"]))):
             broken += batch["broken"]
             labels, index = to_device((batch["labels"], batch["index"]))
-            rows.append(accelerator.gather((index, *measure(outputs, labels))))
-            if len(rows) > 1:  # one batch late: copying waits for the device, which then has the next batch to compute
-                rows[-2] = send_to_device(rows[-2], "cpu")
+            rows.append((index, *measure(outputs, labels)))
+            if sum(column.nbytes for column in rows[0]) * len(rows) > MOST_ON_DEVICE:
+                gathered.append(_gathered(rows, accelerator))
+                rows.clear()
+        if rows:
+            gathered.append(_gathered(rows, accelerator))
     finally:
         model.train(was_training)
     if accelerator.num_processes > 1:
         broken = gather_object(broken)
-    columns = [torch.cat(column) for column in zip(*send_to_device(rows, "cpu"), strict=True)]
+    columns = [torch.cat(column) for column in zip(*gathered, strict=True)]
     index = columns[0]
     order = index.argsort()[int((index < 0).sum()) :]
     if len(order) == 0:
         raise ValueError(f"No image to evaluate: {len(broken)} could not be read ({', '.join(broken[:3])}).")
     return [column[order] for column in columns], sorted(broken)  # the same for any number of processes
+
+
+def _gathered(rows: list[tuple[Tensor, ...]], accelerator: Any) -> list[Tensor]:
+    """Return the quantities of some batches of all processes on the CPU, a tensor each."""
+    return [accelerator.gather(torch.cat(column)).cpu() for column in zip(*rows, strict=True)]

@@ -39,14 +39,14 @@ def feature_components(model: Any, pixel_values: Tensor, layer: int | None = Non
     tokens = at_layer(model, pixel_values, -1 if layer is None else layer).tokens
     if layer is None:
         tokens = model.base_model.layernorm(tokens)
-    patches = tokens[:, model.config.num_prefix_tokens :].double()  # [B, N, D]
+    patches = tokens[:, model.config.num_prefix_tokens :].cpu().double()  # [B, N, D]
     rows = patches.flatten(0, 1)
     directions, _ = principal_components(rows, components)
     projected = (rows - rows.mean(dim=0)) @ directions.T  # [B*N, components]
-    low, high = projected.quantile(torch.tensor(SPREAD, dtype=rows.dtype, device=rows.device), dim=0)
+    low, high = projected.quantile(torch.tensor(SPREAD, dtype=rows.dtype), dim=0)
     spread = (high - low).clamp(min=1e-9)
     scaled = ((projected - (low + high) / 2) / spread + 0.5).clamp(0, 1)
-    return scaled.unflatten(0, (len(patches), *grid_of(model, pixel_values))).float().cpu().numpy()
+    return scaled.unflatten(0, (len(patches), *grid_of(model, pixel_values))).float().numpy()
 
 
 @torch.no_grad()

@@ -14,9 +14,11 @@ from .tiles import Tile, plot_tiles, rgb
 def principal_components(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Return the principal components of rows `[n, D]`, float64 `[number, D]`, and their shares of the variance.
 
-    The largest entry of each component is positive, so that the result is unique.
+    The largest entry of each component is positive, so that the result is unique. Both are on the CPU: some
+    accelerators have no float64.
     """
-    centred = rows.double() - rows.double().mean(dim=0)
+    rows = rows.cpu().double()
+    centred = rows - rows.mean(dim=0)
     variances, directions = torch.linalg.eigh(centred.T @ centred)  # in ascending order, directions in columns
     variances, directions = variances.flip(0).clamp(min=0), directions.T.flip(0)[:number]
     largest = directions.take_along_dim(directions.abs().argmax(dim=1, keepdim=True), dim=1)
@@ -43,7 +45,7 @@ def patch_filters(model: Any, components: int = 28) -> tuple[np.ndarray, np.ndar
     weight = projection.projection.weight  # [D, C*ph*pw]
     directions, shares = principal_components(weight, min(components, max(1, len(weight) - 1)))
     filters = directions.unflatten(1, (-1, *projection.patch_shape)).permute(0, 2, 3, 1)
-    return filters.float().cpu().numpy(), shares.float().cpu().numpy()
+    return filters.float().numpy(), shares.float().numpy()
 
 
 @torch.no_grad()

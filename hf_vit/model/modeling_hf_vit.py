@@ -277,7 +277,9 @@ class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: igno
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HFViTEmbeddings", "HFViTLayer", "HFViTPooler"]
+    # Accelerate's FSDP shards each of these alone, and the patch embeddings (`_input_embed_layer`), which it could not
+    # within another shard. A pooler is not part of every model.
+    _no_split_modules = ["HFViTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

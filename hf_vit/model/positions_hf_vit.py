@@ -15,6 +15,8 @@ from transformers.core_model_loading import ConversionOps
 
 from .configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 
+WITHOUT_FLOAT64 = ("mps", "xpu")  # devices, on XPU some of them
+
 
 def resample_position_embeddings(
     table: Tensor,
@@ -207,7 +209,8 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
     ANGLES = torch.float64
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return patches + self.on_grid(grid, patches.device).to(patches.dtype)
+        device = torch.device("cpu") if patches.device.type in WITHOUT_FLOAT64 else patches.device
+        return patches + self.on_grid(grid, device).to(patches.device, patches.dtype)
 
     def on_grid(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """Return the embeddings of all patches, float32 `[1, N, D]`."""

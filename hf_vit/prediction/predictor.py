@@ -6,6 +6,7 @@ pixels, and the GPU normalizes and classifies them.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -97,9 +98,9 @@ class LabelAnswers:
         probabilities = logits.sigmoid()
         if self.top_k is not None:
             return most_likely(probabilities, self.top_k)
-        numbers = (probabilities > self.thresholds.to(logits.device)).sum(dim=-1).tolist()
+        numbers = (probabilities > self.thresholds).sum(dim=-1).tolist()
         # Those above their thresholds come first in the order, since others count as less than any probability.
-        kept = probabilities.where(probabilities > self.thresholds.to(logits.device), -1.0)
+        kept = probabilities.where(probabilities > self.thresholds, -1.0)
         return [
             (classes[:number], scores[:number])
             for number, (classes, scores) in zip(numbers, most_likely(kept, kept.shape[-1]), strict=True)
@@ -239,20 +240,36 @@ class Predictor:
             yield from on_every_core(
                 lambda item: (item[0], self._predict(*self._read(item[1]))), batches, self.workers
             )
-        else:  # in one thread: CUDA graphs belong to the thread that captured them
-            for tag, read in on_every_core(lambda item: (item[0], self._read(item[1])), batches, self.workers):
-                yield tag, self._predict(*read)
+            return
+        # In one thread: CUDA graphs belong to the thread that captured them. The results of a batch are read when the
+        # device has the next one to compute.
+        waiting: deque[tuple[Tag, Callable[[], list[Prediction]]]] = deque()
+        for tag, read in on_every_core(lambda item: (item[0], self._read(item[1])), batches, self.workers):
+            waiting.append((tag, self._start(*read)))
+            if len(waiting) > 1:
+                first, finish = waiting.popleft()
+                yield first, finish()
+        for first, finish in waiting:
+            yield first, finish()
 
-    def _read(self, sources: Sequence[Source]) -> tuple[list[Prediction], dict[int, Tensor]]:
-        """Return empty predictions, and the pixels of readable images by index, uint8 `[C, H, W]`."""
+    def _read(self, sources: Sequence[Source]) -> tuple[list[Prediction], list[tuple[list[int], Tensor]]]:
+        """Return empty predictions, and the readable images as batches, uint8 `[B, C, H, W]`, with their indices."""
         predictions = [Prediction(source) for source in sources]
-        pixels = {}
+        by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # one shape, unless the processor keeps the aspect ratio
         for index, prediction in enumerate(predictions):
             try:
-                pixels[index] = self._pixels(prediction.source)
+                pixels = self._pixels(prediction.source)
             except (ValueError, OSError) as error:
                 prediction.error = str(error)
-        return predictions, pixels
+            else:
+                by_shape.setdefault(pixels.shape, {})[index] = pixels
+        return predictions, [(list(images), self._batch(list(images.values()))) for images in by_shape.values()]
+
+    def _batch(self, images: list[Tensor]) -> Tensor:
+        batch = torch.stack(images)
+        if self.is_compiled:  # for one batch size
+            batch = torch.cat([batch, batch[:1].expand(self.batch_size - len(batch), -1, -1, -1)])
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _pixels(self, source: Source) -> Tensor:
         image: Any = source
@@ -261,27 +278,44 @@ class Predictor:
             image = read(source, self.processor.least_size)
         return preprocess(image, self.processor)
 
-    @torch.inference_mode()
-    def _predict(self, predictions: list[Prediction], pixels: dict[int, Tensor]) -> list[Prediction]:
-        by_shape: dict[torch.Size, list[int]] = {}  # one shape, unless the processor keeps the aspect ratio
-        for index, image in pixels.items():
-            by_shape.setdefault(image.shape, []).append(index)
-        for indices in by_shape.values():
-            batch = torch.stack([pixels[index] for index in indices])
-            if self.is_compiled:  # for one batch size
-                batch = torch.cat([batch, batch[:1].expand(self.batch_size - len(batch), -1, -1, -1)])
-            outputs = self.model(normalize(batch.to(self.device), self.processor))
-            self._fill([predictions[index] for index in indices], outputs)
-        return predictions
+    def _predict(self, predictions: list[Prediction], batches: list[tuple[list[int], Tensor]]) -> list[Prediction]:
+        return self._start(predictions, batches)()
 
-    def _fill(self, predictions: list[Prediction], outputs: Any) -> None:
-        if self.labels:
-            answers = self.answers(outputs.logits[: len(predictions)].float())
-            for prediction, (classes, scores) in zip(predictions, answers, strict=True):
+    @torch.inference_mode()
+    def _start(
+        self, predictions: list[Prediction], batches: list[tuple[list[int], Tensor]]
+    ) -> Callable[[], list[Prediction]]:
+        """Start to compute batches; return a function that waits for the results and returns the predictions."""
+        is_late = self.device.type == "cuda"
+        wanted = ["logits"] * bool(self.labels) + ["pooler_output"] * self.has_features
+        results: list[tuple[list[Prediction], dict[str, Tensor]]] = []
+        for indices, batch in batches:
+            outputs = self.model(normalize(batch.to(self.device, non_blocking=is_late), self.processor))
+            on_cpu = {
+                name: getattr(outputs, name)[: len(indices)].float().to("cpu", non_blocking=is_late) for name in wanted
+            }
+            results.append(([predictions[index] for index in indices], on_cpu))
+        copied = torch.cuda.Event() if is_late else None
+        if copied is not None:
+            copied.record()
+
+        def finish() -> list[Prediction]:
+            if copied is not None:
+                copied.synchronize()
+            for images, tensors in results:
+                self._fill(images, **tensors)
+            return predictions
+
+        return finish
+
+    def _fill(
+        self, predictions: list[Prediction], logits: Tensor | None = None, pooler_output: Tensor | None = None
+    ) -> None:
+        if logits is not None:
+            for prediction, (classes, scores) in zip(predictions, self.answers(logits), strict=True):
                 prediction.labels, prediction.scores = [self.labels[index] for index in classes], scores
                 prediction.are_values = self.answers.are_values
-        if self.has_features:
+        if pooler_output is not None:
             # Contiguous: a view would keep the tokens of all images in memory.
-            features = outputs.pooler_output[: len(predictions)].float().cpu().contiguous().numpy()
-            for prediction, row in zip(predictions, features, strict=True):
+            for prediction, row in zip(predictions, pooler_output.contiguous().numpy(), strict=True):
                 prediction.features = row

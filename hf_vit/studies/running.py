@@ -254,8 +254,8 @@ def _work(connection: Connection, number: int, log: str) -> None:
     for target in (sys.stdout, sys.stderr):
         target.flush()
         os.dup2(stream, target.fileno())
-    if gpus := torch.cuda.device_count():
-        torch.cuda.set_device(number % gpus)
+    if (gpus := torch.accelerator.device_count()) > 1:
+        torch.accelerator.set_device_index(number % gpus)
     try:
         while True:
             run: PlannedRun = connection.recv()
@@ -342,7 +342,7 @@ def _plan(every: list[PlannedRun], file: ResultsFile) -> list[PlannedRun]:
 
 
 def _execute(plan: list[PlannedRun], file: ResultsFile, jobs: int | None, say: Say) -> None:
-    jobs = min(jobs or RUNS_PER_GPU * torch.cuda.device_count() or cores(), len(plan))
+    jobs = min(jobs or RUNS_PER_GPU * torch.accelerator.device_count() or cores(), len(plan))
     threads = max(1, cores() // jobs)
     parents = {run.parent_key for run in plan}
     waiting, undone, errors = list(plan), {run.key for run in plan}, []

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
@@ -134,6 +135,9 @@ def without_locks(folder: Path) -> str:
     return f"{folder} is on a file system without locks: make sure that no other process writes there."
 
 
+# Time-out of a process that waits for the others: the first one may prepare data for hours, and NCCL's own time-out is
+# 10 minutes.
+LONGEST_WAIT = timedelta(days=1)
 # When another process of the run has died: how often to look, how long to wait for an error of our own, and how long
 # the lock of a process may outlive its connections.
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_SEE = 2.0, 10.0, 5.0

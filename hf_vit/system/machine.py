@@ -9,7 +9,8 @@ import os
 import platform
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +36,43 @@ def resolve_precision(precision: str) -> str:
         return PRECISIONS[precision]
     import torch
 
-    is_fast = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()
-    return "bf16" if is_fast else "no"
+    is_fast: dict[str, Callable[[], bool]] = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(False),
+        "xpu": lambda: torch.xpu.is_bf16_supported(False),
+        "cpu": torch.cpu._is_amx_tile_supported,
+    }
+    device = torch.accelerator.current_accelerator(True)
+    return "bf16" if is_fast.get("cpu" if device is None else device.type, lambda: False)() else "no"
 
 
 def precision_name(mixed_precision: str) -> str:
     """Return the name in recipes of the precision that Accelerate calls `mixed_precision`."""
     return next(name for name, theirs in PRECISIONS.items() if theirs == mixed_precision)
+
+
+@contextmanager
+def deterministic_algorithms(is_on: bool = True) -> Iterator[None]:
+    """Have torch compute the same bits every time on the same device, if it is on.
+
+    On GPUs, the fastest algorithms add in the order in which threads happen to finish, for example in the backward of
+    attention. An operation without a deterministic algorithm raises `RuntimeError`.
+    """
+    if not is_on:
+        yield
+        return
+    import torch
+    from torch._inductor import config as inductor
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        # The other backends have no deterministic backward.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), inductor.patch(deterministic=True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def cores() -> int:

@@ -27,7 +27,9 @@ def compute_gradients(run: "Run", batches: list[dict[str, Any]], seed: int) -> T
     Raises:
         ValueError: If a single image does not fit into memory, or if memory runs out in one of several processes.
     """
-    _agree_on_split(run, batches[0], seed)
+    if not run.is_tried:
+        _try_out(run, batches[0], seed)
+        run.is_tried = True
     while True:
         try:
             return _compute(run, batches, seed)
@@ -94,35 +96,40 @@ def _halve(run: "Run", batch_size: int) -> None:
     )
 
 
-def _agree_on_split(run: "Run", batch: dict[str, Any], seed: int) -> None:
-    """Split the batches of all processes of an accelerator until each can compute a part, before the first step.
+def _try_out(run: "Run", batch: dict[str, Any], seed: int) -> None:
+    """Have all processes compute and discard the gradients of a part, before the first step.
 
-    A process on its own, and processes that share a model, need or allow no trial.
+    First, they split the batches of an accelerator until each can compute a part. A process on its own, and processes
+    that share a model, need or allow no trial.
     """
     accelerator = run.accelerator
     is_replicated = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.NO)
-    is_replicated &= run.division.processes == accelerator.num_processes
-    if run.is_tried or accelerator.device.type == "cpu" or not is_replicated:
-        run.is_tried = True
+    if not is_replicated or run.division.processes < accelerator.num_processes:
         return
-    while not run.is_tried:
+    while accelerator.device.type != "cpu":
         fits = torch.tensor(float(_fits(run, batch, seed)), device=accelerator.device)
-        run.is_tried = accelerator.reduce(fits).item() == accelerator.num_processes
-        if not run.is_tried:
-            _halve(run, len(batch["labels"]))
+        if accelerator.reduce(fits).item() == accelerator.num_processes:
+            break
+        _halve(run, len(batch["labels"]))
+    # DDP sums gradients in buckets, and changes these after its first backward. With more than two processes, the
+    # order of summation follows from the buckets, so a resumed run must not begin with other ones.
+    _discarded_gradients(run, batch, seed)
     run.state.optimizer.zero_grad()
 
 
 def _fits(run: "Run", batch: dict[str, Any], seed: int) -> bool:
-    """Compute and discard the gradients of one part, without synchronization."""
-    part = split_batch(send_to_device(batch, run.accelerator.device), run.state.split)[0]
+    """Return whether this process can compute a part; a process that cannot must not leave others waiting."""
     try:
         with run.accelerator.no_sync(run.state.model):
-            generator = torch.Generator().manual_seed(seed)
-            loss = run.task.loss(run.state.model, run.to_model(part["pixel_values"]), part["labels"], generator)
-            loss.backward()
+            _discarded_gradients(run, batch, seed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return False
     return True
+
+
+def _discarded_gradients(run: "Run", batch: dict[str, Any], seed: int) -> None:
+    part = split_batch(send_to_device(batch, run.accelerator.device), run.state.split)[0]
+    generator = torch.Generator().manual_seed(seed)
+    run.task.loss(run.state.model, run.to_model(part["pixel_values"]), part["labels"], generator).backward()

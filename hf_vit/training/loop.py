@@ -3,7 +3,7 @@
 All randomness follows from the seed and the position in the run: initial weights from the seed; the order of images
 from (seed, epoch); augmentation from (seed, epoch, image); mixing, masks and dropout from (seed, step). The learning
 rate follows from the step. So a checkpoint holds no random state, and a resumed run gives the same bits as an
-uninterrupted one.
+uninterrupted one; on GPUs, with `deterministic`.
 """
 
 import math
@@ -21,6 +21,7 @@ from ..data.loaders import naming_dead_workers, training_loader
 from ..data.orders import StreamOrder, training_order
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.locking import lock_folder_together
+from ..system.machine import deterministic_algorithms
 from ..system.progress import TimeLeft, progress_bar
 from ..system.stopping import StopSignals
 from .gradients import compute_gradients
@@ -68,7 +69,11 @@ def train(
     check_output_dir(config)
     with StopSignals() as signals:
         accelerator = build_accelerator(config)
-        with lock_folder_together(accelerator, Path(config.output_dir)), naming_dead_workers():
+        with (
+            lock_folder_together(accelerator, Path(config.output_dir)),
+            naming_dead_workers(),
+            deterministic_algorithms(config.deterministic),
+        ):
             return _train(config, publish, steps, build, data, signals, accelerator)
 
 
@@ -139,6 +144,8 @@ def _train(
                     optimizer.step()
             else:
                 optimizer.step()
+                if optimizer.step_was_skipped:  # by the gradient scaler, which lowers its scale
+                    state.log.add(step + 1, epoch=epoch, skipped=True)
                 state.average.update()
                 state.pending_losses.append(step_loss)  # not read here: reading waits for the device
             optimizer.zero_grad()

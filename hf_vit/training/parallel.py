@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
 )
 from safetensors.torch import save_file
@@ -30,7 +30,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from ..model.modeling_hf_vit import HFViTLayer
+from ..system.locking import LONGEST_WAIT
 from ..system.machine import resolve_precision
 from .recipe import TrainConfig
 
@@ -38,28 +41,51 @@ COMPLETE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the Accelerator of a run; raise `ValueError` if its tracker is not installed."""
+    """Return the Accelerator of a run.
+
+    Raises:
+        ValueError: If its tracker is not installed, or the device does not compute in its precision.
+    """
     if config.tracker != "none" and find_spec(config.tracker) is None:  # Accelerate would ignore it
         raise ValueError(f"tracker: {config.tracker} is not installed: pip install {config.tracker}")
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
+    precision = resolve_precision(config.precision)
+    sharding = _sharding(precision)
     accelerator = Accelerator(
-        mixed_precision=resolve_precision(config.precision),
+        mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation_steps,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         step_scheduler_with_optimizer=False,  # the learning rate follows from the step
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(_tracker_folder(config))),
+        fsdp_plugin=sharding,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
-    if accelerator.device.type == "cpu" and accelerator.num_processes > 2:
-        # DDP changes its buckets after the first step, and with more than two processes the order of summation follows
-        # from the buckets: a resumed run would differ in the last bits. This option keeps the first buckets.
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    is_fsdp_requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if is_fsdp_requested and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would compute in float32
+        raise ValueError("precision: fp16 needs a GPU, and this run is on the CPU: set precision to bf16 or fp32.")
+    if sharding is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate ignores the request on CPUs, though its FSDP2 works there.
         accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        accelerator.state.fsdp_plugin = sharding
     return accelerator
+
+
+def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """Return how a model is sharded, if the launcher asks for FSDP: by layer, unless it states another policy.
+
+    Layers are gathered while others compute. Gradients are summed in float32.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy=os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        # Otherwise transformers leaves new weights, such as those of a head, without values on all but the first
+        # process. `accelerate launch` asks for that by default.
+        cpu_ram_efficient_loading=False,
+    )
 
 
 def _tracker_folder(config: TrainConfig) -> Path:
@@ -109,6 +135,38 @@ def shard_matrices(model: Any, accelerator: Accelerator) -> Any:
     # With this attribute, saving waits for all processes; here the main process alone saves the complete weights.
     del sharded.config.distributed_config
     return sharded
+
+
+class _DropPath(torch.nn.Module):
+    """Drop a residual branch per sample, as `HFViTDropPath` does, but with the probability as a tensor.
+
+    As a number, it would be part of a compiled graph, so that every layer needed its own.
+    """
+
+    def __init__(self, probability: float, device: torch.device) -> None:
+        super().__init__()
+        self.keep = torch.tensor(1 - probability, device=device)  # not a buffer, which DDP would send in every step
+
+    def forward(self, hidden_states: Tensor, packing: None = None) -> Tensor:
+        if not self.training:
+            return hidden_states
+        kept = torch.rand(len(hidden_states), 1, 1, device=hidden_states.device) < self.keep
+        return hidden_states * kept / self.keep
+
+
+def compile_layers(model: Any, device: torch.device) -> None:
+    """Compile the layers of a model, or a model without layers as a whole.
+
+    One graph serves all layers. DDP and FSDP communicate the gradients of a layer while earlier ones compute theirs:
+    those of a graph are all ready at its end.
+    """
+    layers = getattr(getattr(model, model.base_model_prefix, model), "layers", [])
+    drop_paths = [layer.drop_path for layer in layers if isinstance(layer, HFViTLayer)]
+    if any(drop_path.probability for drop_path in drop_paths):
+        for layer in layers:
+            layer.drop_path = _DropPath(layer.drop_path.probability, device)
+    for part in layers or [model]:
+        part.compile()
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:

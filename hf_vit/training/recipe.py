@@ -22,7 +22,7 @@ RECIPES = Path(__file__).with_name("recipes")
 # Fields that may differ when a run resumes: none of them changes the weights, but for rounding.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "num_workers", "cache", "save_every", "keep_checkpoints", "tracker", "push_to_hub",
-    "push_every", "private", "auto", "keep_last", "accumulation_steps",
+    "push_every", "private", "auto", "keep_last", "accumulation_steps", "deterministic",
 }  # fmt: skip
 # Fields that may be `auto`: they are chosen from the data, the model and the machine when a run starts.
 AUTO = (
@@ -147,7 +147,10 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "Precision: fp32, bf16, fp16, or auto for bf16 on hardware that is fast at it."
     )
-    compile: bool = option(False, "Whether to compile the model with torch.compile.")
+    compile: bool = option(False, "Whether to compile the layers with torch.compile.")
+    deterministic: bool = option(
+        False, "Whether to use algorithms that give the same bits in every run, which is slower on GPUs."
+    )
     gradient_checkpointing: bool = option(False, "Whether to recompute activations instead of storing them.")
 
     # run

@@ -62,7 +62,8 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
         if hub is not None:
             hub.submit(write, f"Step {step}")
 
-    run = train(config, publish if hub is not None else None)
+    # All processes of a sharded model gather its weights, so `publish` does not depend on the rank.
+    run = train(config, None if config.push_to_hub is None else publish)
     if not run.is_main_process:
         return run
     write_report(run, command)

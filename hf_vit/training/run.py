@@ -37,6 +37,7 @@ from .fitting.state import FIT, STATE
 from .lora import add_low_rank_updates, merge_low_rank_updates, merged
 from .optim import Schedule, build_optimizer, parameter_groups
 from .parallel import (
+    compile_layers,
     counts_in_evaluation,
     data_parts,
     load_weights_of_main,
@@ -157,7 +158,7 @@ class Run:
         self.is_main_process, self.output_dir = accelerator.is_main_process, Path(config.output_dir)
         self.predictions: Results | None = None
         self.shown: dict[str, str] = {}  # by the progress bar
-        self.is_tried = False  # whether a part of a batch fits into the memory of every process
+        self.is_tried = False  # whether all processes have computed a part of a batch
         self.checkpoints = CheckpointFolder(self.output_dir / CHECKPOINTS, config.keep_checkpoints)
         self.checkpoint, self.saved = self._newest_checkpoint()
         if self.saved is not None:
@@ -192,7 +193,7 @@ class Run:
             # transformers renamed the method; the oldest version that we support has the old name only.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if config.compile:
-            model.compile()
+            compile_layers(model, accelerator.device)
         groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
         optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
 
@@ -379,7 +380,11 @@ class Run:
                 for name, values in ((METRICS, self.metrics), (TIMING, self.timing)):
                     (output_dir / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
-        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            # The group of processes that holds the shards ends with the run.
+            with no_bars_of_transformers():
+                self.model = self.model_class.from_pretrained(output_dir).to(self.accelerator.device)
+        else:
             merge_low_rank_updates(self.model)
         self.model.eval()
 

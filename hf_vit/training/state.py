@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..system.disk import writing
 from .best import BestModel
@@ -34,8 +35,11 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""
-        for parameter, average in self.pairs:
-            average.lerp_(parameter, 1 - (self.decay or 0.0))
+        for is_sharded in (False, True):  # one operation takes either kind
+            pairs = [pair for pair in self.pairs if isinstance(pair[0], DTensor) == is_sharded]
+            if pairs and self.decay is not None:
+                parameters, averages = (list(tensors) for tensors in zip(*pairs, strict=True))
+                torch._foreach_lerp_(averages, parameters, 1 - self.decay)  # one launch for many tensors
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -257,8 +261,9 @@ class TrainingState:
             return torch.zeros(0, device=self.accelerator.device)
         losses = torch.stack(self.pending_losses)
         if self.accelerator.num_processes > 1:
-            # In float64, the mean of equal numbers is that number to the bit: loaded losses are means already.
-            losses = self.accelerator.reduce(losses.double(), "mean").float()
+            # In float64, the mean of equal numbers is that number to the bit: loaded losses are means already. It is
+            # computed on the CPU, since some accelerators have no float64.
+            losses = self.accelerator.gather(losses[None]).cpu().double().mean(dim=0).float()
         if nonfinite := (~losses.isfinite()).nonzero().flatten().tolist():
             raise FloatingPointError(
                 f"The loss or gradient of step {self.step - len(losses) + 1 + nonfinite[0]} is not finite. The run "

@@ -1,5 +1,6 @@
 """Training objectives: one label, several labels, numbers, and masked patches. The loop is the same for all."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -258,7 +259,7 @@ class MaskedPatches:
 
     def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean loss over masked patches, which `generator` chooses."""
-        return self._loss(model, pixel_values, [generator] * len(pixel_values))
+        return self._loss(model, pixel_values, self._masks(model, pixel_values, [generator] * len(pixel_values)))
 
     @torch.no_grad()
     def evaluate(
@@ -270,46 +271,47 @@ class MaskedPatches:
         """
         was_training = model.training
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64)  # loss, images
+        losses: list[Tensor] = []  # on the device: reading each would wait for it
+        numbers: list[int] = []
         broken: list[str] = []
         for batch in loader:
             broken += batch["broken"]
-            pixel_values = normalize(send_to_device(batch["pixel_values"], accelerator.device))
+            pixel_values = normalize(send_to_device(batch["pixel_values"], accelerator.device, non_blocking=True))
             generators = [
                 torch.Generator().manual_seed(derive_seed("mask", index)) for index in batch["index"].tolist()
             ]
             is_counted = batch["index"].cpu() >= 0
+            masks = self._masks(model, pixel_values, generators) & is_counted[:, None]
             # Each image has the same number of masked patches, so the mean over patches is the mean over images.
-            loss = self._loss(model, pixel_values, generators, is_counted)
-            counted = is_counted.sum()
-            total += torch.stack([loss.double().cpu() * counted, counted.double()])
+            losses.append(self._loss(model, pixel_values, masks))
+            numbers.append(int(is_counted.sum()))
         model.train(was_training)
-        loss_sum, count = accelerator.reduce(total.float().to(accelerator.device), "sum").tolist()
+        loss_sum = torch.stack(losses).cpu().double() @ torch.tensor(numbers).double()
+        total = torch.tensor([loss_sum, sum(numbers)], dtype=torch.float32, device=accelerator.device)
+        loss_sum, counted = accelerator.reduce(total, "sum").tolist()
         broken = gather_object(broken) if accelerator.num_processes > 1 else broken
-        return {"loss": loss_sum / max(1, count), "count": round(count)}, sorted(broken), None
+        return {"loss": loss_sum / max(1, counted), "count": round(counted)}, sorted(broken), None
 
-    def _loss(
-        self,
-        model: nn.Module,
-        pixel_values: Tensor,
-        generators: list[torch.Generator],
-        is_counted: Tensor | None = None,
-    ) -> Tensor:
-        masks = torch.stack([self._mask(model, pixel_values, generator) for generator in generators])
-        if is_counted is not None:
-            masks &= is_counted[:, None]
-        return model(pixel_values=pixel_values, bool_masked_pos=masks.to(pixel_values.device)).loss
+    def _loss(self, model: nn.Module, pixel_values: Tensor, masks: Tensor) -> Tensor:
+        masks = masks.pin_memory() if pixel_values.is_cuda else masks  # so that copying does not wait
+        masks = masks.to(pixel_values.device, non_blocking=True)
+        return model(pixel_values=pixel_values, bool_masked_pos=masks).loss
 
-    def _mask(self, model: Any, pixel_values: Tensor, generator: torch.Generator) -> Tensor:
-        """Return which patches are masked, `[N]`: random squares of `mask_block`, up to exactly `mask_ratio`."""
-        config = _config_of(model)
-        rows, columns = config.grid_of(*pixel_values.shape[-2:])
+    def _masks(self, model: Any, pixel_values: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Return which patches are masked, `[B, N]` on the CPU: random squares, up to exactly `mask_ratio`.
+
+        The squares have sides of `mask_block` patches; each image draws their order from its generator.
+        """
+        rows, columns = _config_of(model).grid_of(*pixel_values.shape[-2:])
         side = self.config.mask_block
-        grid = torch.arange(rows * columns).reshape(rows, columns)
-        squares = [square.flatten() for band in grid.split(side, dim=0) for square in band.split(side, dim=1)]
+        across = math.ceil(columns / side)
+        number = math.ceil(rows / side) * across
+        square_of = torch.arange(rows)[:, None] // side * across + torch.arange(columns) // side  # [h, w]
+        orders = torch.stack([torch.randperm(number, generator=generator) for generator in generators])
+        turns = orders.argsort(dim=1)[:, square_of.flatten()]  # when the square of a patch is masked
         masked = max(1, round(self.config.mask_ratio * rows * columns))
-        order = torch.cat([squares[index] for index in torch.randperm(len(squares), generator=generator)])
-        return torch.zeros(rows * columns, dtype=torch.bool).index_fill_(0, order[:masked], True)
+        first = turns.sort(dim=1, stable=True).indices[:, :masked]  # within the last square, in reading order
+        return torch.zeros_like(turns, dtype=torch.bool).scatter_(1, first, True)
 
 
 TASKS: dict[str, type[Classification | MaskedPatches]] = {

@@ -252,3 +252,23 @@ def test_a_dictionary_that_contains_itself(tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": STATE}
     content["again"] = content
     assert_is(opened(tmp_path, content))
+
+
+# ---------------------------------------------------------------------------------------- beside the encoder
+
+
+def test_what_is_beside_an_encoder_decides_what_it_is(tmp_path: Path) -> None:
+    """A file with nothing but DINO's names is DINO; with a text tower or a user's head it is another model of timm."""
+    headless = {name: tensor for name, tensor in STATE.items() if not name.startswith("head.")}
+    width = headless["norm.weight"].shape[0]
+    assert opened(tmp_path, headless).family == "DINO"
+    tower = {f"visual.trunk.{name}": tensor for name, tensor in headless.items()}
+    both = opened(
+        tmp_path, {**tower, "visual.head.proj.weight": torch.ones(8, width), "text.a.weight": torch.ones(2, 2)}
+    )
+    assert (both.family, both.architecture) == ("timm", "HFViTModel")
+    assert both.left_out == ["head.proj.weight", "text.a.weight"]
+    own = {f"backbone.{name}": tensor for name, tensor in headless.items()}
+    classifier = opened(tmp_path, {**own, "fc.weight": torch.ones(5, width), "fc.bias": torch.ones(5)})
+    assert (classifier.family, classifier.architecture) == ("timm", "HFViTForImageClassification")
+    assert classifier.left_out == [] and classifier.config.num_labels == 5

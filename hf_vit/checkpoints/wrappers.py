@@ -34,6 +34,9 @@ HEADS = re.compile(
     r"((cls|class|classification|mlp|lin|linear|final|last)_?)?(heads?|classifiers?|fc|linear|logits)|\d+"
 )
 
+# Layers below a head that map to the space of another modality, and give no labels.
+PROJECTIONS = ("proj", "projection")
+
 
 def unwrapped(source: Source, is_model: Callable[[Source], bool], wanted: str | None = None) -> Source:
     """Return a source with the names of one model, and without the rest of a training checkpoint.
@@ -194,6 +197,8 @@ def with_head(source: Source, names: Sequence[str]) -> Source:
     if not layers or any(f"{name}.weight" in tensors for name in names):
         return source
     linear, name = layers[0], names[0]
+    if BOUNDARY.split(linear)[-1] in PROJECTIONS:
+        return replace(source, outside={**source.outside, **heads})
     width = _width(tensors)
     if len(layers) == 1 and f"{linear}.weight" in heads and heads[f"{linear}.weight"].shape[1:] == (width,):
         renamed = {
@@ -205,7 +210,8 @@ def with_head(source: Source, names: Sequence[str]) -> Source:
             f"{name}.bias", Stored((number,), renamed[f"{name}.weight"].dtype, partial(torch.zeros, number))
         )
         note = f"The head is the linear layer {linear!r}; layers without weights before it are assumed to be dropout."
-        return replace(source, tensors=renamed, notes=[*source.notes, note])
+        outside = {theirs: stored for theirs, stored in source.outside.items() if theirs not in heads}
+        return replace(source, tensors=renamed, outside=outside, notes=[*source.notes, note])
     return replace(source, outside={**source.outside, **heads}, head_layers=layers)
 
 

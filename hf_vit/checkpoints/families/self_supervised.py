@@ -20,6 +20,8 @@ from . import timm
 
 # A block of training code that shards blocks in chunks: blocks.CHUNK.LAYER.rest
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.(.+)")
+# All names in a file of DINO. With others, such as a user's head or a text tower, it is another model of timm.
+OF_DINO = re.compile(r"cls_token|pos_embed|masked_embed|(patch_embed|blocks|norm|head\.(mlp|last_layer))\..*")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}
 INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 0.875, "interpolation": "bicubic"}
 SQUASHED = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}  # resized to the size, without a crop
@@ -166,7 +168,7 @@ ORIGINS = (
     Origin("I-JEPA", partial(_is_fixed, first="column", has_cls_token=False), "bicubic"),
     Origin(
         "DINO",
-        lambda source: _is_headless(source) and "cls_token" in source.tensors and "dist_token" not in source.tensors,
+        lambda source: _is_headless(source) and all(map(OF_DINO.fullmatch, source.tensors)),
         "bicubic_offset",
         left_out=(r"head\.(mlp|last_layer)\..*", "masked_embed"),
     ),

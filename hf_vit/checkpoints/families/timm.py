@@ -306,7 +306,8 @@ def _grid(
         )
     ((placed, side),) = squares.items()
     stated.assumed.append(
-        f"A square grid of {side}x{side} patches after {placed} other positions: nothing states it (--image-size)."
+        f"A square grid of {side}x{side} patches after {counted(placed, 'other position')}: nothing states it "
+        "(--image-size)."
     )
     return placed, (side, side)
 

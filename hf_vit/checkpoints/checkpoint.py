@@ -28,7 +28,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # An option as messages name it, with a value that they suggest; not that of another command.
 OPTION = re.compile(
     r"(?<![^\s(])--(?!names-template)(?:"
-    r"(?P<word>weights|pooling|hidden-act|mlp-gate|preprocessing) (?P<value>\w[\w-]*)|(?P<name>[a-z]+(?:-[a-z]+)*)(?P<size> HxW)?)"
+    r"(?P<word>weights|pooling|hidden-act|mlp-gate|preprocessing) (?P<value>\w[\w-]*)"
+    r"|(?P<name>[a-z]+(?:-[a-z]+)*)(?P<size> HxW)?)"
 )
 KEYWORDS = {"num_heads": "num_attention_heads"}  # config fields that the options call otherwise
 

@@ -6,6 +6,7 @@ The launcher decides how the work is divided: `accelerate launch` and its config
 
 import os
 import tempfile
+import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,6 +166,8 @@ def compile_layers(model: Any, device: torch.device) -> None:
     if any(drop_path.probability for drop_path in drop_paths):
         for layer in layers:
             layer.drop_path = _DropPath(layer.drop_path.probability, device)
+    # Dynamo looks at `.grad` of what a layer gets, which torch warns about.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for part in layers or [model]:
         part.compile()
 

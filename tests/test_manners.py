@@ -16,7 +16,7 @@ from hf_vit.cli.endings import clear_endings, typed_command
 from hf_vit.data.loaders import evaluation_loader, training_loader
 from hf_vit.registration import when_imported
 from hf_vit.system.machine import cores
-from hf_vit.system.progress import TimeLeft, no_bars_of_transformers, progress_bar
+from hf_vit.system.progress import TimeLeft, no_bars_of_transformers, progress_bar, show
 
 
 def by_import_error() -> None:
@@ -92,7 +92,7 @@ def test_a_bar_fits_80_columns_and_keeps_the_accuracy() -> None:
     for total in (123_456, None):
         bar = progress_bar(total, "steps", "Features", file=(file := io.StringIO()), mininterval=0)
         bar.update(98_765)
-        bar.set_postfix(shown)
+        show(bar, shown)
         bar.close()
         lines = file.getvalue().replace("\n", "\r").split("\r")
         assert max(map(len, lines)) <= 80 and any("Features" in line and "98.7%" in line for line in lines)

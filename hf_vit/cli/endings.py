@@ -24,6 +24,12 @@ def echo(text: str, err: bool = False, nl: bool = True) -> None:
     typer.echo(visible(without_tokens(text)), err=err, nl=nl)
 
 
+def announce(text: str) -> None:
+    """Print what a command begins to do, before its imports, once for all processes and beside its results."""
+    if os.environ.get("RANK", "0") == "0":
+        echo(text, err=True)
+
+
 def typed_command() -> str:
     """Return the command that the user typed, without tokens."""
     return without_tokens(shlex.join([*program(), *sys.argv[1:]]))

@@ -49,7 +49,8 @@ def fit(
     Example: hf-vit fit photos/ --model facebook/dinov2-small -o my-classifier
     """
     check_exist([*data, model])
-    beginning = f"Fitting a classifier to {shortened(data)}, starting from {model}, in {minutes:g} min."
+    what = f"a classifier in {minutes:g} min" if minutes else "a linear classifier"
+    beginning = f"Fitting {what} to {shortened(data)}, starting from {model}."
     echo("\n".join(hanging("", beginning)))
     from ..training.fitting.fit import fit
 

@@ -99,6 +99,7 @@ def convert(
     from ..checkpoints.folder import write_checkpoint
 
     checkpoint = _open_and_describe(model, options)
+    echo(f"Writing {out_dir} ...")
     write_checkpoint(checkpoint, out_dir, force)
     echo(f"Wrote {out_dir}, and read its {len(checkpoint.shapes)} tensors back: they are equal bit for bit.")
 

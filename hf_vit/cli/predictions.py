@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..system.places import check_exist
-from ..system.texts import counted, one_line
-from .endings import echo, read_size, typed_command
+from ..system.texts import counted, one_line, shortened
+from .endings import announce, echo, read_size, typed_command
 from .models import Model
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def evaluate(
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
     check_exist([model, *data])
+    announce(f"Evaluating {model} on {shortened(data)}.")
     from ..evaluation.evaluate import evaluate_checkpoint
     from ..evaluation.report import report_lines
 
@@ -140,6 +141,7 @@ def predict(
         needing["a launch with more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if given := [name for name, is_given in needing.items() if is_given]:
             raise ValueError(f"Expected a file to write to, since you use {given[0]}: add --output labels.parquet.")
+    announce(f"Predicting labels of {shortened(words)} by {model}.")
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
     settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)

@@ -15,7 +15,7 @@ import torch
 from ..data.sources import Part, Sources
 from ..inference.optimize import inference_precision
 from ..inference.threads import default_batch_size
-from ..system.progress import progress_bar
+from ..system.progress import progress_bar, show
 from .predictor import Prediction, Predictor
 from .shards import Settings, jobs_of
 
@@ -118,7 +118,7 @@ def predict_to_file(
                     for in_batch, broken_in_batch in workers.predict(jobs_of(read, finished, shard_size), table):
                         images, broken = images + in_batch, broken + broken_in_batch
                         bar.update(in_batch)
-                        bar.set_postfix({"broken": broken}, refresh=False)
+                        show(bar, {"broken": f"{broken:,}"})
                 speed = (images, time.perf_counter() - began)
                 if read.digest.digest() != planned.digest.digest():
                     raise ValueError("The sources changed during the run: start again with --restart.")

@@ -23,6 +23,16 @@ def progress_bar(total: int | None, unit: str, what: str = "", **options: Any) -
     return tqdm(total=total, unit=unit, bar_format=shape, desc=what and f"{what}: ", **{**width, **options})
 
 
+def show(bar: Any, values: dict[str, str]) -> None:
+    """Show values beside a bar, the first ones only if there is no room for all of them."""
+    parts = [f"{name}={value}" for name, value in values.items()]
+    width = bar.format_dict["ncols"] or COLUMNS
+    for number in range(len(parts), -1, -1):
+        bar.set_postfix_str(", ".join(parts[:number]), refresh=False)
+        if len(bar.format_meter(**{**bar.format_dict, "ncols": None})) <= width:
+            return
+
+
 class TimeLeft:
     """States once how long a run will take, as soon as some of its steps have been timed.
 

@@ -22,7 +22,7 @@ from ..data.orders import StreamOrder, training_order
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.locking import lock_folder_together
 from ..system.machine import deterministic_algorithms
-from ..system.progress import TimeLeft, progress_bar
+from ..system.progress import TimeLeft, progress_bar, show
 from ..system.stopping import StopSignals
 from .gradients import compute_gradients
 from .parallel import build_accelerator
@@ -163,12 +163,13 @@ def _train(
                     state.log.add(state.step, epoch=epoch, loss=losses.mean().item(), learning_rate=learning_rate)
                 state.broken.gather()
                 run.shown.update(_progress(losses, learning_rate, state.throughput.summary()))
-                run.bar.set_postfix(run.shown, refresh=False)
+                show(run.bar, run.shown)
 
             # evaluate
             if state.step % plan.eval_every == 0 or is_last:
                 run.evaluate()
-                run.bar.set_postfix(run.shown)
+                show(run.bar, run.shown)
+                run.bar.refresh()
 
             # save
             # All processes agree on a signal at the same step, or one would wait for the others forever. The last

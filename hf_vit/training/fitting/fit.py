@@ -101,13 +101,18 @@ def fit(
         if "finished" in state:
             metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
             say(f"{output_dir} holds the finished result of this command. To fit again, choose another --output-dir.")
-            for line in (*summary(metrics), *next_commands(output_dir, sources)):
+            for line in (*summary(metrics), *next_commands(output_dir, _measured(sources, metrics))):
                 say(line)
             return TrainedModel(output_dir)
         fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, candidates, say)
         stated = {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}
         fitting.run(output_dir, command or call_of("fit", stated))
     return TrainedModel(output_dir)
+
+
+def _measured(sources: Any, metrics: dict[str, Any]) -> Any:
+    """Return the data of a fit if it has an evaluation split; all other images were trained on."""
+    return sources if "eval_count" in metrics else "NEW_IMAGES"
 
 
 def _check_output_dir(output_dir: Path, model: str, sources: str | list[str]) -> None:
@@ -204,7 +209,7 @@ class _Fitting:
             "",
             f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s.",
         )
-        for line in (*summary(metrics), *written, *next_commands(output_dir, self.sources)):
+        for line in (*summary(metrics), *written, *next_commands(output_dir, _measured(self.sources, metrics))):
             self.say(line)
 
     def read(self) -> None:
@@ -215,7 +220,7 @@ class _Fitting:
         labels = counted(len(data.label_names), "label")
         self.say(f"{data.name}: {len(data.train):,} training images, {evaluation}, {labels}.")
         for line in describe_data(data):
-            self.say(line)
+            self.say("\n".join(hanging("", line)))
         self.channels = channels_of(data.train, data.columns)
         self.encoder = Encoder.from_pretrained(self.source, self.size, channels=self.channels)
         self.lap("read")
@@ -274,11 +279,14 @@ class _Fitting:
 
     def race(self, head: FittedHead) -> Verdict:
         """Race fine-tuning against the probe."""
-        self.entrants, held_out = self._entrants(), head.folds == 0
-        start = partial(self.starting_points, head, held_out)
-        candidates = tuple(self.candidates or candidates_for(self.encoder.config.hidden_size))
-        verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, candidates)
-        self.say(verdict.why if verdict.why.endswith(".") else f"{verdict.why}.")
+        if self.minutes == 0:
+            verdict = Verdict(None, "Fine-tuning was not tried, since 0 minutes ask for a linear classifier", [])
+        else:
+            self.entrants, held_out = self._entrants(), head.folds == 0
+            start = partial(self.starting_points, head, held_out)
+            candidates = tuple(self.candidates or candidates_for(self.encoder.config.hidden_size))
+            verdict = race(self.entrants, start, held_out, head.logits[held_out], self.left, self.say, candidates)
+        self.say("\n".join(hanging("", f"{verdict.why}.")))
         self.lap("race")
         return verdict
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...checkpoints.models import load
 from ...data.labelled import ImageData
-from ...system.texts import counted
+from ...system.texts import counted, hanging
 from ..defaults import WIDTH_OF_RATE
 from ..loop import remaining_steps, train
 from ..recipe import TrainConfig
@@ -34,6 +34,8 @@ from .state import FitState
 GROWTH = 3  # how many times more steps the finalists get
 FINALISTS = 2
 SHARE = 0.9  # of the time that is left is planned; the rest is for the report and for other users of the machine
+# A race ends without a result if it exceeds the time that was left for all training by this share.
+OVERTIME = 0.25
 # A candidate trains at least for 2 epochs, if these are 10 to 40 steps: fewer say little about it.
 LEAST_EPOCHS, FEWEST_STEPS, LEAST_STEPS = 2, 10, 40
 MOST_EPOCHS = 20  # of the final training
@@ -196,6 +198,10 @@ def _fewest_steps(epoch: int) -> int:
     return min(LEAST_STEPS, max(FEWEST_STEPS, LEAST_EPOCHS * epoch))
 
 
+class _TimeIsOver(Exception):
+    """A race has taken longer than it may."""
+
+
 @dataclass
 class Verdict:
     """The result of a race.
@@ -244,22 +250,34 @@ def race(
     if "budget" not in state:
         state.put(budget=_budget(entrants, start, trained, rows, seconds, candidates))
     if "why" in state["budget"]:
-        return Verdict(None, f"No fine-tuning was tried: {state['budget']['why']}.", [])
+        return Verdict(None, f"No fine-tuning was tried: {state['budget']['why']}", [])
     saved: dict[str, Any] = state["budget"]
     budget = Budget(saved["candidates"], tuple(saved["steps"]), saved["final"])
+    latest = -OVERTIME * saved.get("seconds", 0.0)
+
+    def in_time(run: Run) -> Iterator[int]:
+        for step in remaining_steps(run):
+            if seconds() < latest:
+                raise _TimeIsOver
+            yield step
+
     racing = candidates[: budget.candidates]
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
-    say(
-        f"Racing {', '.join(candidate.title for candidate in racing)}: {budget.steps[0]} steps each "
-        f"({budget.steps[0] / epoch:.1f} epochs)"
-        + (f", then {budget.steps[1]} for the best {FINALISTS}." if len(budget.steps) > 1 else ".")
-    )
+    then = f", then {budget.steps[1]} for the best {FINALISTS}" if len(budget.steps) > 1 else ""
+    titles = ", ".join(candidate.title for candidate in racing)
+    plan_of_race = f"Trying {titles}: {budget.steps[0]} steps each ({budget.steps[0] / epoch:.1f} epochs){then}."
+    say("\n".join(hanging("", plan_of_race)))
     table: list[dict[str, Any]] = []
     for rung, steps in enumerate(budget.steps):
-        results = [
-            _run(entrants, candidate, start(), trained, rows, steps, _name(candidate, rung), budget.final == 0, say)
-            for candidate in racing
-        ]
+        keeps = budget.final == 0
+        try:
+            results = [
+                _run(entrants, candidate, start(), trained, rows, steps, _name(candidate, rung), keeps, in_time, say)
+                for candidate in racing
+            ]
+        except _TimeIsOver:
+            why = "The time is over, since training became slower than measured: no fine-tuned model is compared"
+            return Verdict(None, why, table)
         table += results
         ranked = sorted(zip(racing, results, strict=True), key=lambda pair: (-pair[1]["score"], pair[1]["loss"]))
         racing = tuple(candidate for candidate, _ in ranked[:FINALISTS])
@@ -284,7 +302,7 @@ def _budget(
 ) -> dict[str, Any]:
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
-        return {"why": f"only {max(0.0, seconds()):.0f} s are left"}
+        return {"why": f"{max(0.0, seconds()):.0f} s are left of the given minutes"}
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
     longest = seconds() / _fewest_steps(epoch)
     marks: list[float] = []
@@ -309,7 +327,7 @@ def _budget(
     share = len(entrants.labels) / len(trained)
     found = plan(seconds(), steps_per_second, overhead, epoch, share, len(candidates))
     entrants.state.put(steps_per_second=steps_per_second, overhead=overhead)
-    return {"why": found} if isinstance(found, str) else asdict(found)
+    return {"why": found} if isinstance(found, str) else {**asdict(found), "seconds": seconds()}
 
 
 def _name(candidate: Candidate, rung: int) -> str:
@@ -325,13 +343,14 @@ def _run(
     steps: int,
     name: str,
     keeps: bool,
+    taken: Callable[[Run], Iterable[int]],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train a candidate, or return its saved result."""
     if name in entrants.state:
         return entrants.state[name]
     began = time.perf_counter()
-    entrants.train(candidate, start, trained, steps, name)
+    entrants.train(candidate, start, trained, steps, name, taken)
     model, processor = load(entrants.folder / name)
     logits = logits_of(model, processor, entrants.data.train.select(rows.tolist()), entrants.data.columns)
     targets, problem = entrants.labels[rows], entrants.problem

@@ -262,7 +262,7 @@ def _tried_section(report: Report) -> str:
     ]
     fold = head.folds == 0
     probe = report.problem.score(head.logits[fold], head.targets[fold])
-    lines.append(f"| linear probe ({head.pooling}, strength {head.strength:g}) | | | | {shown(metric, probe)} | |")
+    lines.append(f"| linear probe ({head.pooling}) | | | | {shown(metric, probe)} | |")
     for row in report.verdict.rows:
         lines.append(
             f"| {row['method']} | {row['learning_rate']:g} | {row['steps']} | {row['epochs']} | "
@@ -273,9 +273,10 @@ def _tried_section(report: Report) -> str:
     folds = len(head.folds.unique())
     return (
         "\n".join(lines)
-        + f"\n\nThe held-out fold is one of {folds} parts of the training images. {markdown(report.verdict.why)}.\n\n"
-        f"Poolings and inverse regularization strengths of the probe in cross-validation ({folds} folds): "
-        f"{markdown(settings)}."
+        + f"\n\nThe held-out fold is one of {folds} parts of the training images, on which all methods are compared. "
+        f"{markdown(report.verdict.why)}.\n\n"
+        f"The probe has the best pooling and regularization in cross-validation, over all {folds} parts. By pooling "
+        f"and inverse strength of the regularization: {markdown(settings)}."
     ).replace("..", ".")
 
 

@@ -160,6 +160,17 @@ def test_without_time_for_more_the_model_of_the_race_is_kept(
     assert not [path for path in (tmp_path / "mine" / "fit").iterdir() if path.is_dir()]
 
 
+def test_a_race_that_takes_too_long_is_given_up(
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter([3.0, 2.0])  # before two steps
+    monkeypatch.setattr(fit_module._Fitting, "left", lambda self: next(left, -26.0))
+    plan = {"steps": [4], "final": 6, "seconds": 100.0}
+    fitted = fit_with_a_race(photos, options, tmp_path / "mine", monkeypatch, ("all",), **plan)
+    assert fitted.metrics["method"] == "probe" and fitted.metrics["race"] == [] and not list(left)
+    assert "training became slower than measured" in (tmp_path / "mine" / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_best_candidates_get_more_steps(
     photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

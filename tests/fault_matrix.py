@@ -141,7 +141,7 @@ class Case:
         printed = self.printed
         assert codes == [code] * len(processes), f"{codes}\n{printed[-6000:]}"
         assert "Traceback" not in printed, printed[-6000:]
-        errors = re.findall(r"(?<!\w)Error: ", printed)  # a bar of a killed process ends no line
+        errors = re.findall(r"(?<![A-Za-z])Error: ", printed)  # a bar of a killed process ends no line
         assert len(errors) == (code == 2), printed[-6000:]
         assert sentence in printed, printed[-6000:]
         return printed

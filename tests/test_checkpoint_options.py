@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import ViTConfig
+from transformers import ViTConfig, ViTModel
 from transformers import ViTForImageClassification as StockClassifier
 from typer.testing import CliRunner
 from vit_pytorch import ViT
@@ -145,3 +145,15 @@ def test_a_head_of_several_layers_is_no_classifier(tmp_path: Path) -> None:
         HFViTForImageClassification.from_pretrained(tmp_path / "c.pth")
     assert isinstance(HFViTModel.from_pretrained(tmp_path / "c.pth").config, HFViTConfig)
     assert load_classifier(tmp_path / "c.pth", ["a", "b"])[0].config.num_labels == 2
+
+
+def test_another_pooling_does_not_change_how_a_file_is_read(tmp_path: Path) -> None:
+    """The class token and the pooler of a stock ViT stay theirs; the model of another pooling has no pre-logits."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(**small, image_size=16, patch_size=8)).save_pretrained(tmp_path)
+    for pooling, width in (("cls", 16), ("mean", 16), ("cls_and_mean", 32)):
+        encoder = HFViTModel.from_pretrained(tmp_path, pooling=pooling)
+        assert encoder(torch.randn(1, 3, 16, 16)).pooler_output.shape == (1, width)
+        assert encoder.config.use_cls_token and encoder.config.pooling == pooling
+        classifier = HFViTForImageClassification.from_pretrained(tmp_path, pooling=pooling, num_labels=3)
+        assert classifier.classifier.weight.shape == (3, width)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +157,7 @@ class Checkpoint:
     """
 
     def __init__(self, family: Family, source: Source, options: Options) -> None:
-        reading = family.read(source, options)
+        reading = _read(family, source, options)
         self.options = options
         has_preprocessing = any((options.preprocessing, options.mean, options.std))
         self.family = family.name
@@ -204,6 +204,10 @@ class Checkpoint:
         sizes = {"image_size": options.image_size, "patch_size": options.patch_size, "num_labels": options.num_labels}
         changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         own, labels = self._own_config, options.num_labels
+        if options.pooling not in (None, own.pooling):
+            changed["pooling"] = options.pooling
+            if HFViTConfig.from_dict(own.to_dict(), pooling=options.pooling).pooled_width != own.pooled_width:
+                changed["representation_size"] = None  # the file's pre-logits have another width
         if labels is not None:
             if labels < 1:
                 raise ValueError(f"num_labels must be at least 1, got {labels}.")
@@ -401,6 +405,18 @@ class Checkpoint:
         if self.config.num_channels != own.num_channels:
             processor.set_num_channels(self.config.num_channels)
         return processor
+
+
+def _read(family: Family, source: Source, options: Options) -> Reading:
+    """Read a source, with the pooling that is asked for only if the file leaves its own open."""
+    if options.pooling is None:
+        return family.read(source, options)
+    try:
+        own = family.read(source, replace(options, pooling=None))
+    except ValueError:  # some files need the option
+        return family.read(source, options)
+    is_open = any("--pooling" in sentence for sentence in own.assumed)
+    return family.read(source, options) if is_open else own
 
 
 def _per_channel(name: str, values: float | Sequence[float], number: int) -> list[float]:

@@ -481,8 +481,9 @@ def options_for_channels(number: int, values: Mapping[str, Any]) -> dict[str, An
     """Return the options of a processor for images of `number` channels, given its mean and std."""
     averages = {}
     for name in ("image_mean", "image_std"):
-        old = np.atleast_1d(values[name]).tolist()
-        averages[name] = old if len(old) == number else [sum(old) / len(old)] * number
+        old = values[name]
+        is_kept = np.ndim(old) == 1 and len(old) == number
+        averages[name] = old if is_kept else [float(np.mean(old))] * number
     return {"do_convert_rgb": number in (1, 3), "do_grayscale": True if number == 1 else None, **averages}
 
 

@@ -204,7 +204,12 @@ class Checkpoint:
         sizes = {"image_size": options.image_size, "patch_size": options.patch_size, "num_labels": options.num_labels}
         changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         own, labels = self._own_config, options.num_labels
-        if options.pooling not in (None, own.pooling):
+        if options.pooling is not None and options.pooling != own.pooling:
+            if options.pooling.startswith("attention") and not own.pooling.startswith("attention"):
+                raise ValueError(
+                    f"{self.source.name}: pooling {options.pooling} needs weights that the file does not have: choose "
+                    "another --pooling."
+                )
             changed["pooling"] = options.pooling
             if HFViTConfig.from_dict(own.to_dict(), pooling=options.pooling).pooled_width != own.pooled_width:
                 changed["representation_size"] = None  # the file's pre-logits have another width

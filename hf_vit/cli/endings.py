@@ -25,8 +25,8 @@ def echo(text: str, err: bool = False, nl: bool = True) -> None:
 
 
 def announce(text: str) -> None:
-    """Print what a command begins to do, before its imports, once for all processes and beside its results."""
-    if os.environ.get("RANK", "0") == "0":
+    """Tell a user at a terminal what a command begins to do, since its imports take seconds."""
+    if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
         echo(text, err=True)
 
 

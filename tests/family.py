@@ -9,6 +9,16 @@ from torch import Tensor, nn
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint
 from hf_vit.model import model_class
 
+# Sizes of a tiny model, by the names in the configs of transformers.
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
 
 def filled(model: nn.Module) -> nn.Module:
     """Make every tensor random, LayerNorms too, so that none can be swapped or left out unseen."""

@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import transformers
+from family import TINY
 from isolated import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -448,19 +449,10 @@ def test_what_is_interrupted_leaves_nothing(
 
 # --------------------------------------------------------------------------------------------------- from_pretrained
 
-STOCK = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
 
 def stock(class_name: str = "ViTForImageClassification", **fields: Any) -> Any:
     model_class = getattr(transformers, class_name)
-    return filled(model_class(ViTConfig(**{**STOCK, **fields})))
+    return filled(model_class(ViTConfig(**{**TINY, **fields})))
 
 
 def assert_equal(got: Tensor, expected: Tensor) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from family import TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,14 +16,6 @@ from torch import Tensor, nn
 from hf_vit.checkpoints import Checkpoint, Options, open_checkpoint
 from hf_vit.model import model_class
 
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
 TEXT = {
     "hidden_size": 32,
     "num_hidden_layers": 1,

@@ -2,20 +2,12 @@
 
 import pytest
 import torch
+from family import TINY
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_vit import HFViTForImageClassification
 from hf_vit.checkpoints import Options, open_checkpoint
-
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
 
 
 class UserModel(nn.Module):

@@ -49,8 +49,9 @@ def fit(
     Example: hf-vit fit photos/ --model facebook/dinov2-small -o my-classifier
     """
     check_exist([*data, model])
-    what = f"a classifier in {minutes:g} min" if minutes else "a linear classifier"
-    beginning = f"Fitting {what} to {shortened(data)}, starting from {model}."
+    time = f" within about {minutes:g} min" if minutes else ""
+    kind = "classifier" if minutes else "linear classifier"
+    beginning = f"Fitting a {kind} to {shortened(data)}{time}, starting from {model}."
     echo("\n".join(hanging("", beginning)))
     from ..training.fitting.fit import fit
 

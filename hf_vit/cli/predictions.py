@@ -141,7 +141,7 @@ def predict(
         needing["a launch with more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if given := [name for name, is_given in needing.items() if is_given]:
             raise ValueError(f"Expected a file to write to, since you use {given[0]}: add --output labels.parquet.")
-    announce(f"Predicting labels of {shortened(words)} by {model}.")
+    announce(f"Predicting labels of {shortened(words)} with {model}.")
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
     settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)

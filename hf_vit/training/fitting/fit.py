@@ -101,7 +101,7 @@ def fit(
         if "finished" in state:
             metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
             say(f"{output_dir} holds the finished result of this command. To fit again, choose another --output-dir.")
-            for line in (*summary(metrics), *next_commands(output_dir, _measured(sources, metrics))):
+            for line in (*summary(metrics), *next_commands(output_dir, _data_to_use(sources, metrics))):
                 say(line)
             return TrainedModel(output_dir)
         fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, candidates, say)
@@ -110,9 +110,9 @@ def fit(
     return TrainedModel(output_dir)
 
 
-def _measured(sources: Any, metrics: dict[str, Any]) -> Any:
-    """Return the data of a fit if it has an evaluation split; all other images were trained on."""
-    return sources if "eval_count" in metrics else "NEW_IMAGES"
+def _data_to_use(sources: Any, metrics: dict[str, Any]) -> Any:
+    """Return the data for the next commands: that of the fit only if it has images that were not trained on."""
+    return sources if "eval_count" in metrics else "IMAGES"
 
 
 def _check_output_dir(output_dir: Path, model: str, sources: str | list[str]) -> None:
@@ -209,7 +209,7 @@ class _Fitting:
             "",
             f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s.",
         )
-        for line in (*summary(metrics), *written, *next_commands(output_dir, _measured(self.sources, metrics))):
+        for line in (*summary(metrics), *written, *next_commands(output_dir, _data_to_use(self.sources, metrics))):
             self.say(line)
 
     def read(self) -> None:
@@ -280,7 +280,7 @@ class _Fitting:
     def race(self, head: FittedHead) -> Verdict:
         """Race fine-tuning against the probe."""
         if self.minutes == 0:
-            verdict = Verdict(None, "Fine-tuning was not tried, since 0 minutes ask for a linear classifier", [])
+            verdict = Verdict(None, "Fine-tuning was not tried: 0 minutes mean a linear classifier only", [])
         else:
             self.entrants, held_out = self._entrants(), head.folds == 0
             start = partial(self.starting_points, head, held_out)

@@ -276,7 +276,7 @@ def race(
                 for candidate in racing
             ]
         except _TimeIsOver:
-            why = "The time is over, since training became slower than measured: no fine-tuned model is compared"
+            why = "Fine-tuning was stopped when its time was over, since training became slower than measured"
             return Verdict(None, why, table)
         table += results
         ranked = sorted(zip(racing, results, strict=True), key=lambda pair: (-pair[1]["score"], pair[1]["loss"]))

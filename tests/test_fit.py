@@ -171,6 +171,14 @@ def test_a_race_that_takes_too_long_is_given_up(
     assert "training became slower than measured" in (tmp_path / "mine" / "README.md").read_text()
 
 
+def test_a_machine_that_is_too_slow_for_a_race_is_noticed_after_one_step(
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race_module, "_fewest_steps", lambda epoch: 10**9)
+    fitted = fit(str(photos), output_dir=tmp_path / "mine", say=lambda line: None, **{**options, "minutes": 1})
+    assert fitted.metrics["method"] == "probe" and fitted.metrics["race"] == []
+
+
 @pytest.mark.slow
 def test_the_best_candidates_get_more_steps(
     photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

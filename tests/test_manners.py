@@ -98,6 +98,14 @@ def test_a_bar_fits_80_columns_and_keeps_the_accuracy() -> None:
         assert max(map(len, lines)) <= 80 and any("Features" in line and "98.7%" in line for line in lines)
 
 
+def test_bars_in_a_file_are_lines(capsys: pytest.CaptureFixture) -> None:
+    with progress_bar(3, "steps") as bar:
+        for _ in range(3):
+            bar.update()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("0/3 steps") and last.startswith("3/3 steps")
+
+
 def test_the_time_of_a_long_run_is_stated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, expected in ((1.0, "About 16 min left: 989 steps of 1 s"), (30.0, "About 8.3 hours left"), (0.1, "")):
         now, said = [0.0], list[str]()

@@ -5,6 +5,7 @@ import shutil
 import signal
 import unittest.mock
 from functools import partialmethod
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch._dynamo.testing import CompileCounter
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.system.stopping import StopSignals
-from hf_vit.training.loop import train
+from hf_vit.training.loop import remaining_steps, train
 from hf_vit.training.optim import Schedule
 from hf_vit.training.parallel import compile_layers
 from hf_vit.training.recipe import TrainConfig
@@ -74,6 +75,14 @@ def test_the_recipe_that_is_saved_is_the_run(photos: Path, tmp_path: Path) -> No
     assert TrainConfig.from_recipe(tmp_path / "run" / "recipe.yaml") == run.config
     assert run.config.mixup == 0.2  # what the augmentation's set brings is stated
     assert run.metrics["steps"] == 2
+
+
+def test_steps_may_end_before_the_plan(photos: Path, tmp_path: Path) -> None:
+    run = train(
+        tiny_recipe(photos, tmp_path, max_steps=4, eval_every=100),
+        steps=lambda run: islice(remaining_steps(run), 1),
+    )
+    assert run.metrics["steps"] == 1 and run.state.log.rows[-1]["step"] == 1 and "eval_accuracy" in run.metrics
 
 
 def test_every_checkpoint_is_a_model(photos: Path, tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ class Command(TyperCommand):
             ctx.fail(f"There is no option {name}: {ANSWERS[name]}.")
         if (of_recipe := ALIASES.get(name, name)) in FIELDS:
             ctx.fail(f"There is no option {name}: {of_recipe} is an option of hf-vit train.")
-        plain = {option.removeprefix("--"): option for option in known if option.startswith("--")}
+        plain = {option[2:]: option for option in sorted(known) if option.startswith("--")}
+        plain = {word.partition("-")[0]: option for word, option in plain.items()} | plain  # first words too
         meant = nearest(name.removeprefix("--"), plain)
         return ctx.fail(f"There is no option {name}" + (f": did you mean {plain[meant]}?" if meant else "."))
 

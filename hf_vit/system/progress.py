@@ -12,15 +12,35 @@ from .texts import COLUMNS
 FORMAT = "{desc}{n_fmt}/{total_fmt} {unit} |{bar:10}| {elapsed}<{remaining}{postfix}"
 FORMAT_WITHOUT_TOTAL = "{desc}{n_fmt} {unit}, {elapsed}{postfix}{bar:0}"  # tqdm cuts only what has a bar
 
+EVERY_LOG_LINE = {"mininterval": 30, "maxinterval": 60}  # seconds between lines of a file
+
 
 def progress_bar(total: int | None, unit: str, what: str = "", **options: Any) -> Any:
     """Return a bar of tqdm for `total` units, named in the plural; `options` are tqdm's."""
     from tqdm.auto import tqdm
 
-    is_notebook = any("notebook" in kind.__module__ for kind in tqdm.__mro__)
-    width = {} if is_notebook else {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": COLUMNS}
+    if any("notebook" in kind.__module__ for kind in tqdm.__mro__):
+        where: dict[str, Any] = {}
+    elif sys.stderr.isatty():
+        where = {"dynamic_ncols": True}
+    else:
+        where = {"ncols": COLUMNS, "file": _LogFile(sys.stderr), **EVERY_LOG_LINE}
     shape = FORMAT_WITHOUT_TOTAL if total is None else FORMAT
-    return tqdm(total=total, unit=unit, bar_format=shape, desc=what and f"{what}: ", **{**width, **options})
+    return tqdm(total=total, unit=unit, bar_format=shape, desc=what and f"{what}: ", **{**where, **options})
+
+
+class _LogFile:
+    """Writes each state of a bar as a line of its own, for a file or a pipe."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            self.file.write(f"{state}\n")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def show(bar: Any, values: dict[str, str]) -> None:

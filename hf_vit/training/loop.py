@@ -184,6 +184,8 @@ def _train(
                 run.interrupt(stop)
 
     # ---- finish
+    if not run.is_evaluated:  # `steps` ended before the plan
+        run.evaluate()
     del run.batches  # ends data loader processes
     run.finish()
     return run

@@ -258,6 +258,14 @@ class Run:
         return checkpoint, None if checkpoint is None else load_state(checkpoint)
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the model of this step was evaluated."""
+        return any(row["step"] == self.state.step for row in self._evaluations())
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.state.log.rows if any(name.startswith("eval_") for name in row)]
+
+    @property
     def is_over(self) -> bool:
         """Whether the run ends before its last step, since it does not improve any more."""
         return self.state.best is not None and self.state.best.is_over
@@ -397,8 +405,7 @@ class Run:
     def _final_metrics(self) -> dict[str, Any]:
         """Return the metrics of the final model, and facts of the run."""
         state, best = self.state, self.state.best
-        rows = [row for row in state.log.rows if any(name.startswith("eval_") for name in row)]
-        row = next(row for row in reversed(rows) if best is None or row["step"] == best.step)
+        row = next(row for row in reversed(self._evaluations()) if best is None or row["step"] == best.step)
         chosen = (
             {}
             if best is None

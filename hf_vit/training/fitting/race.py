@@ -248,7 +248,7 @@ def race(
     trained, rows = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
     targets = entrants.labels[held_out]
     if "budget" not in state:
-        state.put(budget=_budget(entrants, start, trained, rows, seconds, candidates))
+        state.put(budget=_budget(entrants, start, trained, rows, seconds, candidates, say))
     if "why" in state["budget"]:
         return Verdict(None, f"No fine-tuning was tried: {state['budget']['why']}", [])
     saved: dict[str, Any] = state["budget"]
@@ -262,6 +262,7 @@ def race(
             yield step
 
     racing = candidates[: budget.candidates]
+    say(f"Measuring the speed of training: up to {REHEARSED_STEPS} steps.")
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
     then = f", then {budget.steps[1]} for the best {FINALISTS}" if len(budget.steps) > 1 else ""
     titles = ", ".join(candidate.title for candidate in racing)
@@ -299,10 +300,12 @@ def _budget(
     rows: Tensor,
     seconds: Callable[[], float],
     candidates: tuple[Candidate, ...],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
         return {"why": f"{max(0.0, seconds()):.0f} s are left of the given minutes"}
+    say(f"Measuring the speed of training: up to {REHEARSED_STEPS} steps.")
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
     longest = seconds() / _fewest_steps(epoch)
     marks: list[float] = []

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import datetime
+import json
 import os
 import pickle
 import types
@@ -160,6 +161,19 @@ def test_an_image_tower_beside_text(tmp_path: Path) -> None:
     assert_is(checkpoint, BODY)
     assert checkpoint.config.num_hidden_layers == 1
     assert sorted(checkpoint.left_out) == [*text, "logit_scale"]
+
+
+def test_open_clip_states_the_preprocessing_of_a_tower_of_timm(tmp_path: Path) -> None:
+    config = {
+        "model_cfg": {"vision_cfg": {"timm_model_name": "vit_tiny_patch8", "timm_pool": "avg", "image_size": 16}},
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": 0.3, "resize_mode": "squash"},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(below("visual.trunk.", BODY), tmp_path / "open_clip_pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    processor = checkpoint.processor()
+    assert checkpoint.config.pooling == "mean" and checkpoint.assumed == []
+    assert (processor.image_mean, processor.image_std, processor.crop_pct) == ((0.4, 0.5, 0.6), 0.3, None)
 
 
 # ----------------------------------------------------------------------------------------------------------- heads

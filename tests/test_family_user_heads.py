@@ -63,6 +63,19 @@ def test_a_head_beside_an_untrained_pooler_reads_the_class_token(user_model, tmp
     assert "never trained" in assumed
 
 
+@pytest.mark.parametrize(
+    ("norm", "eps"), [(nn.BatchNorm1d(32, affine=False, eps=1e-6), "1e-06"), (nn.BatchNorm1d(32), "1e-05")]
+)
+def test_a_batch_norm_before_the_head_is_folded_into_it(norm, eps, user_model, tmp_path):
+    nn.init.zeros_(user_model.vit.pooler.dense.bias)
+    for _, tensor in [*norm.named_parameters(), ("mean", norm.running_mean)]:
+        nn.init.normal_(tensor)
+    nn.init.uniform_(norm.running_var, 0.01, 2)
+    user_model.classifier = nn.Sequential(norm.eval(), user_model.classifier)
+    error, assumed = error_and_assumptions(user_model, tmp_path / "model.pt", "class token")
+    assert error < 1e-5 and f"eps {eps} of the BatchNorm" in assumed
+
+
 def test_a_head_on_the_class_token_of_dinov2(tmp_path):
     torch.manual_seed(0)
     model = UserModel(Dinov2Model(Dinov2Config(**TINY, mlp_ratio=2))).eval()

@@ -19,6 +19,7 @@ from .families import (
     tutorials,
     vit_pytorch,
 )
+from .families.timm_facts import with_config_of_open_clip
 from .files import Source, open_source
 from .wrappers import unwrapped, with_head
 
@@ -52,7 +53,7 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
     options = options or Options()
     opened = source if isinstance(source, Source) else open_source(source, **hub)
     try:
-        opened = unwrapped(opened, is_known, options.weights)
+        opened = unwrapped(with_config_of_open_clip(opened), is_known, options.weights)
         if options.names is not None:
             return Checkpoint(named.FAMILY, opened, options)
         family = _family_of(opened)

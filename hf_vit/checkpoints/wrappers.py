@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from ..system.texts import counted
 from .files import Source
@@ -36,6 +37,7 @@ HEADS = re.compile(
 
 # Layers below a head that map to the space of another modality, and give no labels.
 PROJECTIONS = ("proj", "projection")
+NOTHING = Stored((), torch.float32, partial(torch.zeros, ()))
 
 
 def unwrapped(source: Source, is_model: Callable[[Source], bool], wanted: str | None = None) -> Source:
@@ -196,23 +198,52 @@ def with_head(source: Source, names: Sequence[str]) -> Source:
     layers = [theirs.removesuffix(".weight") for theirs in heads if theirs.endswith((".weight", ".weight_v"))]
     if not layers or any(f"{name}.weight" in tensors for name in names):
         return source
-    linear, name = layers[0], names[0]
-    if BOUNDARY.split(linear)[-1] in PROJECTIONS:
+    norms = [theirs.removesuffix(".running_mean") for theirs in heads if theirs.endswith(".running_mean")]
+    linears = [layer for layer in layers if layer not in norms]
+    if not linears or BOUNDARY.split(linears[0])[-1] in PROJECTIONS:
         return replace(source, outside={**source.outside, **heads})
-    width = _width(tensors)
-    if len(layers) == 1 and f"{linear}.weight" in heads and heads[f"{linear}.weight"].shape[1:] == (width,):
-        renamed = {
-            theirs.replace(f"{linear}.", f"{name}.") if theirs in heads else theirs: stored
-            for theirs, stored in tensors.items()
-        }
-        number = heads[f"{linear}.weight"].shape[0]
-        renamed.setdefault(
-            f"{name}.bias", Stored((number,), renamed[f"{name}.weight"].dtype, partial(torch.zeros, number))
-        )
-        note = f"The head is the linear layer {linear!r}; layers without weights before it are assumed to be dropout."
-        outside = {theirs: stored for theirs, stored in source.outside.items() if theirs not in heads}
-        return replace(source, tensors=renamed, outside=outside, notes=[*source.notes, note])
-    return replace(source, outside={**source.outside, **heads}, head_layers=layers)
+    linear, name, width = linears[0], names[0], _width(tensors)
+    is_linear = len(linears) == 1 and heads.get(f"{linear}.weight", NOTHING).shape[1:] == (width,)
+    if not is_linear or len(norms) > 1:
+        return replace(source, outside={**source.outside, **heads}, head_layers=layers)
+    weight = heads[f"{linear}.weight"]
+    bias = heads.get(f"{linear}.bias", Stored(weight.shape[:1], weight.dtype, partial(torch.zeros, weight.shape[0])))
+    notes = [f"The head is the linear layer {linear!r}; layers without weights before it are assumed to be dropout."]
+    assumed = list(source.assumed)
+    if norms:
+        has_weights = norms[0] in layers
+        eps = 1e-5 if has_weights else 1e-6
+        weight, bias = _after_batch_norm(weight, bias, heads, norms[0], eps)
+        usual = "torch's default" if has_weights else "that of MAE's linear probes"
+        assumed.append(f"eps {eps:g} of the BatchNorm {norms[0]!r}, {usual}; it is folded into the linear layer.")
+    encoder = {theirs: stored for theirs, stored in tensors.items() if theirs not in heads}
+    return replace(
+        source,
+        tensors={**encoder, f"{name}.weight": weight, f"{name}.bias": bias},
+        outside={theirs: stored for theirs, stored in source.outside.items() if theirs not in heads},
+        notes=[*source.notes, *notes],
+        assumed=assumed,
+    )
+
+
+def _after_batch_norm(weight: Stored, bias: Stored, heads: Tensors, norm: str, eps: float) -> tuple[Stored, Stored]:
+    """Return weight and bias of a linear layer with the BatchNorm before it, as in evaluation."""
+
+    def statistic(name: str, default: float) -> Tensor:
+        stored = heads.get(f"{norm}.{name}")
+        return torch.tensor(default, dtype=torch.float64) if stored is None else stored.read().double()
+
+    def factor() -> Tensor:
+        return statistic("weight", 1) / (statistic("running_var", 1) + eps).sqrt()
+
+    def folded_weight() -> Tensor:
+        return (weight.read().double() * factor()).to(weight.dtype)
+
+    def folded_bias() -> Tensor:
+        shift = statistic("bias", 0) - statistic("running_mean", 0) * factor()
+        return (bias.read().double() + weight.read().double() @ shift).to(bias.dtype)
+
+    return weight._replace(read=folded_weight), bias._replace(read=folded_bias)
 
 
 def _width(tensors: Tensors) -> int:

@@ -252,7 +252,7 @@ def _open_and_describe(source: str, options: "Options", as_json: bool = False) -
         echo(json.dumps({**facts(checkpoint), **rest}))
         return checkpoint
     for name, fact in facts(checkpoint).items():
-        echo(f"{name:>21}  {fact}")
+        echo("\n".join(hanging(f"{name:>21}  ", str(fact))))
     for kind, sentences in {"Note": checkpoint.notes, "Assumed": checkpoint.assumed}.items():
         for sentence in sentences:
             echo("\n".join(hanging(f"{kind}: ", sentence)))

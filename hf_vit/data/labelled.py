@@ -232,8 +232,8 @@ class _Choice:
             found = label_columns(features)
             if not found and not self.label_columns:
                 raise ValueError(
-                    f"Found images without labels in {name}: expected one subfolder per class, or a metadata.csv beside "
-                    "them with the columns file_name and label. For another column, set label_column. "
+                    f"Found images without labels in {name}: expected one subfolder per class, or a metadata.csv "
+                    "beside them with the columns file_name and label. For another column, set label_column. "
                     f"{' '.join([_seen(split, image), *self.notes])}".rstrip()
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)

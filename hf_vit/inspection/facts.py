@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
+
 from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
 from ..model.configuration_hf_vit import HFViTConfig
+from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..variants import variant_of
 
 # Config fields that have a line in `facts`, or that follow from fields that do.
@@ -33,6 +36,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokens before patches": _prefix(config),
         "pooling": config.pooling,
         "LayerNorm eps": f"{config.layer_norm_eps:g}",
+        "preprocessing": _preprocessing(checkpoint.processor()),
         "labels": config.num_labels if checkpoint.architecture == CLASSIFIER else "no head",
         "parameters": f"{checkpoint.num_parameters:,} ({str(checkpoint.dtype).removeprefix('torch.')})",
     }
@@ -53,6 +57,33 @@ def _positions(config: HFViTConfig) -> str:
     kind = config.position_embedding_type
     has_table = kind in ("learned", "learned_2d", "relative")
     return f"{kind}, resampled {config.position_interpolation}" if has_table else kind
+
+
+def _preprocessing(processor: HFViTImageProcessorPil) -> str:
+    """Return the steps from an image to pixel values."""
+    steps = []
+    if processor.do_resize:
+        share = processor.crop_pct
+        kept = "" if share is None else f", center {share:.4g}"
+        steps.append(f"{Image.Resampling(processor.resample).name.lower()} to {_pixels(processor.size)}{kept}")
+    if processor.do_center_crop:
+        steps.append(f"center {_pixels(processor.crop_size)}")
+    if processor.do_normalize:
+        mean, std = (_numbers(values) for values in (processor.image_mean, processor.image_std))
+        steps.append(f"mean {mean}, std {std}")
+    return "; ".join(steps)
+
+
+def _pixels(size: Any) -> str:
+    """Return a size of an image processor."""
+    stated = {name: pixels for name, pixels in dict(size).items() if pixels}
+    return dimensions([size.height, size.width]) if size.height else " ".join(map(str, *stated.items()))
+
+
+def _numbers(values: float | Sequence[float]) -> str:
+    """Return the values of the channels, one if they are all equal."""
+    values = [values] if isinstance(values, int | float) else list(values)
+    return " ".join(f"{value:.4g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _prefix(config: HFViTConfig) -> str:

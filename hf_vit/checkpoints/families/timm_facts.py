@@ -7,10 +7,13 @@ A config.json names an architecture. What neither tensors nor config.json state 
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
 from ..checkpoint import Options
-from ..files import Source
+from ..files import OPEN_CLIP_CONFIG, Source, read_json
 
 KNOWN = r"(vit|deit3?|flexivit|eva_large|eva_giant|beit(v2)?|test_vit\d?)_\w+|test_vit\d?"
 
@@ -64,6 +67,34 @@ SAME_NAME = ("gelu", "quick_gelu", "silu", "relu", "relu6", "leaky_relu", "mish"
 ACTIVATIONS = {**{name: name for name in SAME_NAME}, "gelu_tanh": "gelu_pytorch_tanh", "swish": "silu"}
 EPSILONS = {"layernorm": 1e-6}
 POOLINGS = {"token": "cls", "avg": "mean", "map": "attention"}
+
+
+# How open_clip resizes images, timm's equivalent.
+CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}
+
+
+def with_config_of_open_clip(source: Source) -> Source:
+    """Give a model of open_clip whose image tower is timm's the config.json that timm would write for the tower."""
+    path = source.folder / OPEN_CLIP_CONFIG if source.folder is not None else None
+    config = read_json(path) if path is not None and path.is_file() and not source.config else {}
+    vision = config.get("model_cfg", {}).get("vision_cfg", {})
+    if "timm_model_name" not in vision:
+        return source
+    size, preprocessing = vision.get("image_size", 224), config.get("preprocess_cfg", {})
+    height, width = (size, size) if isinstance(size, int) else size
+    stated = {
+        "architecture": vision["timm_model_name"],
+        "global_pool": vision.get("timm_pool") or None,
+        "pretrained_cfg": {
+            "input_size": (3, height, width),
+            "mean": preprocessing.get("mean", OPENAI_CLIP_MEAN),
+            "std": preprocessing.get("std", OPENAI_CLIP_STD),
+            "interpolation": preprocessing.get("interpolation", "bicubic"),
+            "crop_pct": 1.0,
+            "crop_mode": CROP_MODES.get(preprocessing.get("resize_mode"), "center"),
+        },
+    }
+    return replace(source, config=stated)
 
 
 class Stated:

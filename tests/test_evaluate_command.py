@@ -101,7 +101,7 @@ def test_everything_is_measured_and_said(model: Path, photos: Path, tmp_path: Pa
         "20-NN",
         "10-shot",
         "'blue' has 18 training images",
-        "for the model alone",
+        "with image decoding",
         "  green",
     ):
         assert words in output, (words, output)

@@ -143,7 +143,7 @@ def test_the_winner_is_fine_tuned_on_everything(
     [row] = fitted.metrics["race"]
     assert row["steps"] == 4 and 0 <= row["score"] <= 1
     assert fitted.metrics["expected"]["images"] == 9  # the held-out fold
-    assert "all | 0.001 | 4" in (tmp_path / "mine" / "README.md").read_text()
+    assert "full fine-tuning | 0.001 | 4" in (tmp_path / "mine" / "README.md").read_text()
     recipe = (tmp_path / "mine" / "recipe.yaml").read_text()
     assert "max_steps: 6" in recipe and "learning_rate: 0.001" in recipe
     assert (tmp_path / "mine" / "fit" / "probe" / "model.safetensors").is_file()

@@ -254,7 +254,7 @@ def predictions(hits: list[bool]) -> Tensor:
         ([True] * 38 + [False] * 2, True, "8 images better and 0 worse"),
         ([True] * 31 + [False] * 9, True, "1 image better and 0 worse"),
         ([False] * 8 + [True] * 32, True, "10 images better and 8 worse"),
-        ([True] * 30 + [False] * 10, False, "p = 1.00), so the probe is kept"),
+        ([True] * 30 + [False] * 10, False, "0 images better and 0 worse after fine-tuning, so the probe is kept"),
     ),
 )
 def test_the_better_score_is_chosen(hits: list[bool], is_better: bool, words: str) -> None:

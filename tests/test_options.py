@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 import hf_vit.training.report
 from hf_vit.cli.main import app
 from hf_vit.cli.options import ALIASES, ANSWERS, FIRST, GROUPS
-from hf_vit.system.places import missing
+from hf_vit.system.places import check_exist, missing
 from hf_vit.system.texts import COLUMNS
 from hf_vit.training.recipe import TrainConfig, default_recipe
 from hf_vit.variants import VARIANTS, config_of, variant_name
@@ -146,6 +146,9 @@ def test_a_missing_path_names_the_most_similar_one(tmp_path: Path, monkeypatch: 
     assert missing("my-vti") == "No such file or folder: my-vti (did you mean my-vit?)"
     assert missing("elsewhere/x") == "No such file or folder: elsewhere/x"
     assert missing("./my-vti").endswith("(did you mean my-vit?)")
+    with pytest.raises(ValueError, match="did you mean my-vit"):
+        check_exist([], model="my-vti")
+    check_exist(["my-vti"], model="google/vit")  # may be on the Hub
 
 
 PATHS = """

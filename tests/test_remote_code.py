@@ -27,6 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_classifier(tmp_path_factory.mktemp("saved") / "tiny-vit")
 
 
+def test_all_files_have_the_same_permissions(folder: Path) -> None:
+    assert len({file.stat().st_mode for file in folder.iterdir() if file.is_file()}) == 1
+
+
 class Session(NamedTuple):
     """What a user without the package had of a folder, and what that user saved."""
 

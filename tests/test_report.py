@@ -82,8 +82,8 @@ def test_card_of_a_classifier(photos: Path, tmp_path: Path) -> None:
     assert f"Wrote to {folder}:" in " ".join(said[:-1]) and "predictions.png" in " ".join(said[:-1])
     commands = [line.strip() for line in said[-1].splitlines()[1:]]
     assert commands == [
-        f"hf-vit predict {folder} {photos}",
-        f"hf-vit evaluate {folder} {photos}",
+        f"hf-vit predict {folder} IMAGES",
+        f"hf-vit evaluate {folder} LABELED_IMAGES",
         f"hf-vit push {folder} YOUR_NAME/tiny",
     ]
 

@@ -63,6 +63,7 @@ def test_predictions_are_shown_with_their_images(fitted: TrainedModel, photos: P
     for predictions in (by_path, by_glob, opened):
         assert len(predictions) == len(files)
         assert [each.labels for each in predictions] == [each.labels for each in by_path]
+    assert sorted(each.source for each in by_glob) == files
     assert repr(by_path).splitlines()[0].startswith(files[0])
     assert by_path._repr_html_().count("<img") == min(24, len(files))
     (tmp_path / "broken.jpg").write_bytes(b"no image")

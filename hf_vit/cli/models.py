@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint, Options
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint of any layout: file, folder, or name on the Hub.")
+    str, typer.Argument(metavar="MODEL", help="Model: a folder, a file of weights, or a name on the Hub.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
@@ -56,7 +56,7 @@ def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]
 
     @wraps(command)
     def run(**given: Any) -> None:
-        check_exist([given["model"]])
+        check_exist((), given["model"])
         from ..checkpoints.checkpoint import Options
 
         fields = {name: given.pop(name) for name in CHECKPOINT_OPTIONS}

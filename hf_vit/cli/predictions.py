@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..prediction.output import check_output
+from ..system.extras import need
 from ..system.places import check_exist
 from ..system.texts import counted, one_line, shortened
 from .endings import announce, echo, read_size, typed_command
@@ -65,7 +67,7 @@ def evaluate(
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
-    check_exist([model, *data])
+    check_exist(data, model)
     announce(f"Evaluating {model} on {shortened(data)}.")
     from ..evaluation.evaluate import evaluate_checkpoint
     from ..evaluation.report import report_lines
@@ -132,7 +134,9 @@ def predict(
 
     On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
-    check_exist([model, *words])
+    check_exist(words, model)
+    if output is not None:
+        check_output(output, features)
     from ..data.sources import Sources
     from ..prediction.shards import Settings
 
@@ -197,7 +201,8 @@ def demo(
 
     Example: hf-vit demo my-vit --compare google/vit-base-patch16-224
     """
-    check_exist([model, compare])
+    check_exist([compare], model)
+    need("demo", "gradio")
     if space is None:
         from ..demo.serving import serve
 

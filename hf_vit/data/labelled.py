@@ -233,7 +233,8 @@ class _Choice:
             if not found and not self.label_columns:
                 raise ValueError(
                     f"Found images without labels in {name}: expected one subfolder per class, or a metadata.csv "
-                    "beside them with the columns file_name and label. For another column, set label_column. "
+                    "beside them with the columns file_name and label. For another column, set label_column "
+                    "(--label-column). "
                     f"{' '.join([_seen(split, image), *self.notes])}".rstrip()
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on labelled images: the measurements of `hf-vit evaluate`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,10 @@ from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
 from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
+from ..system.progress import progress_bar
 from . import probing
 from .labels import align, contradiction, labels_for_model, labels_of
-from .metrics import evaluate_images, extract_features, forward_in_turn, forward_on_cores
+from .metrics import Forward, evaluate_images, extract_features, forward_in_turn, forward_on_cores
 from .mistakes import write_mistakes
 from .results import ImageResults, Results
 from .throughput import throughputs
@@ -115,7 +116,7 @@ def evaluate_checkpoint(
         results = run.results(is_stateless=not merged_per_layer)
         broken = results.broken
     seconds = time.perf_counter() - began
-    speed, merged = run.speed(merged_per_layer)
+    speed, merged = run.speed(merged_per_layer) if merged_per_layer else ({}, {})
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -137,7 +138,7 @@ def evaluate_checkpoint(
         "assumed": checkpoint.assumed,
         **({} if results is None else _by_class(results, label_names)),
         "probes": {name: _probe(name, features, label_names) for name in probes},
-        "images_per_second": {"pipeline": count / seconds, "model": speed},
+        "images_per_second": {"pipeline": count / seconds, **speed},
         **merged,
         "precision": precision,
         **run.conditions(),
@@ -205,7 +206,8 @@ class _Run:
     def features(self, split: Any) -> tuple[Tensor, Tensor, list[str]]:
         """Return the features, the labels and the names of broken images of a split."""
         to_model, pooled = partial(normalize, processor=self.processor), self.model.base_model.pooler
-        return extract_features(self.model, self.loader(split), self.accelerator, to_model, pooled)
+        forward = self.with_bar(forward_in_turn, split, "Features")
+        return extract_features(self.model, self.loader(split), self.accelerator, to_model, pooled, forward)
 
     def results(self, is_stateless: bool) -> Results:
         """Return the results on the evaluation split; CPU cores may share a stateless model."""
@@ -213,8 +215,22 @@ class _Run:
         is_shared = is_stateless and is_alone and self.accelerator.device.type == "cpu"
         forward = forward_on_cores if is_shared else forward_in_turn
         to_model = partial(normalize, processor=self.processor)
-        loader = self.loader(self.data.evaluation)
-        return evaluate_images(self.model, loader, self.accelerator, to_model, self.model.config, forward)
+        split = self.data.evaluation
+        forward = self.with_bar(forward, split, "Evaluation")
+        return evaluate_images(self.model, self.loader(split), self.accelerator, to_model, self.model.config, forward)
+
+    def with_bar(self, forward: Forward, split: Any, what: str) -> Forward:
+        """Return a forward that shows a progress bar on the main process."""
+        is_shown = self.accelerator.is_main_process
+        total = -(-len(split) // self.accelerator.num_processes)
+
+        def forward_with_bar(*arguments: Any) -> Iterator[tuple[Any, Any]]:
+            with progress_bar(total, "images", what, disable=None if is_shown else True) as bar:
+                for batch, outputs in forward(*arguments):
+                    bar.update(int((batch["index"] >= 0).sum()))
+                    yield batch, outputs
+
+        return forward_with_bar
 
     def conditions(self) -> dict[str, Any]:
         """Return under which conditions was measured."""
@@ -227,13 +243,11 @@ class _Run:
             "versions": versions(),
         }
 
-    def speed(self, merged_per_layer: int) -> tuple[float, dict[str, Any]]:
-        """Return images/s of the model, and if tokens are to be merged, metrics and images/s with merging."""
+    def speed(self, merged_per_layer: int) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return images/s of the model without image decoding, and metrics and images/s with merged tokens."""
         model, config = self.model, self.model.config
         shape = (min(self.batch_size, len(self.data.evaluation)), config.num_channels, *config.image_shape)
         pixel_values = torch.zeros(shape, device=self.accelerator.device)
-        if not merged_per_layer:
-            return median(throughputs({0: lambda: model}, pixel_values, self.accelerator)[0]), {}
         merge_tokens(model, merged_per_layer)
         metrics = self.results(is_stateless=False).metrics()
         prepare: dict[int, Callable[[], Any]] = {
@@ -241,7 +255,7 @@ class _Run:
         }
         speeds = throughputs(prepare, pixel_values, self.accelerator)
         merged = {"figures": metrics, "images_per_second": {"model": median(speeds[merged_per_layer])}}
-        return median(speeds[0]), {"merged": {"per_layer": merged_per_layer, **merged}}
+        return {"model": median(speeds[0])}, {"merged": {"per_layer": merged_per_layer, **merged}}
 
 
 def _by_class(results: Results, label_names: list[str]) -> dict[str, Any]:

@@ -159,11 +159,12 @@ def extract_features(
     accelerator: Any,
     normalize: Callable[[Tensor], Tensor],
     pooled: nn.Module,
+    forward: Forward = forward_in_turn,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Compute the features of every image of a loader; all processes get those of all.
 
     Args:
-        model, loader, accelerator, normalize: As for `classify`; the model may have any head or none.
+        model, loader, accelerator, normalize, forward: As for `classify`; the model may have any head or none.
         pooled: Module of the model whose output is the features. The pooler, `vit.pooler` of a classifier, gives the
             input of the classifier, after the pre-logits layer if there is one.
 
@@ -178,7 +179,7 @@ def extract_features(
         return outputs_of_pooled.pop().float(), labels
 
     try:
-        (_, features, labels), broken = _of_each_image(model, loader, accelerator, normalize, measure, forward_in_turn)
+        (_, features, labels), broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
     finally:
         hook.remove()
     return features, labels, broken

@@ -30,7 +30,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "patch size": f"{dimensions(config.patch_shape)}, a grid of {dimensions(config.grid_size)}",
         "width": config.hidden_size,
         "layers": config.num_hidden_layers,
-        "heads": f"{config.num_attention_heads} of {config.head_width}",
+        "heads": f"{config.num_attention_heads}, width {config.head_width} each",
         "MLP": f"{config.intermediate_size}, {'gated ' if config.use_gated_mlp else ''}{config.hidden_act}",
         "positions": _positions(config),
         "tokens before patches": _prefix(config),

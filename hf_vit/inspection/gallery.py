@@ -23,6 +23,7 @@ from ..data.sources import files_of
 from ..inference.threads import BATCH_OF_CPU
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
+from ..system.progress import progress_bar
 from ..system.texts import counted, one_line
 from .attention import (
     READ_BY,
@@ -186,7 +187,11 @@ def draw(
         pictures = chain(pictures, _of_images(subject, _read(subject, processor, images)))
 
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [Entry(each.save(folder, form), each.heading, each.reading, each.caption) for each in pictures]
+    entries = []
+    with progress_bar(None, "figures", disable=None) as bar:
+        for each in pictures:
+            entries.append(Entry(each.save(folder, form), each.heading, each.reading, each.caption))
+            bar.update()
     for note in subject.notes:
         say(note)
     np.savez_compressed(folder / ARRAYS, **subject.arrays)  # type: ignore[arg-type] # mypy: its flag is no array

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..system.disk import UNFINISHED, sync, writing
+from .output import check_output
 from .predictor import Prediction
 from .shards import Shard
 
@@ -126,16 +127,11 @@ class PredictionTable:
         has_features: Whether the table has the features column.
 
     Raises:
-        ValueError: If the suffix is unknown or has no features, or the folder of the file does not exist.
+        ValueError: As for `check_output`.
     """
 
     def __init__(self, output: Path, has_features: bool) -> None:
-        if output.suffix not in WRITERS:
-            raise ValueError(f"Expected --output to end in one of {', '.join(WRITERS)}; got {output}.")
-        if has_features and output.suffix in (".csv", ".tsv"):
-            raise ValueError(f"Features are written to .parquet or .jsonl files only; got --output {output}.")
-        if not output.absolute().parent.is_dir():
-            raise ValueError(f"The folder of --output {output} does not exist: create it first.")
+        check_output(output, has_features)
         self.output, self.schema = output, schema_of(has_features)
         self.folder = output.with_name(f"{output.name}.parts")
 

@@ -37,13 +37,21 @@ def missing(name: str) -> str:
     return f"No such file or folder: {name}" + (f" (did you mean {path.parent / near}?)" if near else "")
 
 
-def check_exist(names: Iterable[str | None]) -> None:
+def check_exist(names: Iterable[str | None], model: str | None = None) -> None:
     """Raise `ValueError` for the first name that can only be that of a file or folder, and does not exist.
 
     A command calls this before it imports the libraries that would find it out much later.
+
+    Args:
+        names: Names of data or models.
+        model: Name of a trained model. Without a slash it is a misspelled folder if a similar one exists, since all
+            names on the Hub have one.
     """
-    for name in names:
-        if name and is_path(name) and not glob.has_magic(name) and not os.path.exists(os.path.expanduser(name)):
+    for name in filter(None, (*names, model)):
+        if glob.has_magic(name) or os.path.exists(os.path.expanduser(name)):
+            continue
+        is_misspelled = name == model and "/" not in name and "did you mean" in missing(name)
+        if is_misspelled or is_path(name):
             raise ValueError(f"{missing(name)}.")
 
 

@@ -17,12 +17,14 @@ from ..hub.folder import copy_of_ours
 from ..hub.upload import BackgroundPush
 from ..inspection.drawing import save
 from ..system.machine import machine
-from ..system.texts import code, fenced, hanging, markdown
+from ..system.texts import code, counted, fenced, hanging, markdown
 from ..variants import is_from_scratch
 from .loop import train
 from .recipe import TrainConfig
 from .run import METRICS, Run
 from .views import VIEWS, Unlabelled, describe_data
+
+LARGE = 100 << 20  # bytes of checkpoints that are worth a word
 
 # An absolute path, or one that begins with ~, . or ..; its last part. Not the address of a page.
 LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^\s'\"=,:]*/)?([^\s'\"=,:/]+)/?")
@@ -70,7 +72,7 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     for line in summary(run):
         say(line)
     config = run.config
-    say("\n".join(next_commands(run.output_dir, config.data, config.push_to_hub is not None, run.task.needs_labels)))
+    say("\n".join(next_commands(run.output_dir, config.push_to_hub is not None, run.task.needs_labels)))
     if hub is not None:
         skipped: list[str] = []
         hub.submit(lambda folder: skipped.extend(copy_of_ours(run.output_dir, folder)), "Trained model")
@@ -87,28 +89,31 @@ def summary(run: Run) -> list[str]:
     """Return the result of a run in two or three lines."""
     metrics, timing = run.metrics, run.timing
     result = view_of(run).headline.format(**metrics)
+    steps, best = counted(metrics["steps"], "step"), metrics.get("best_step", metrics["steps"])
+    which = "" if best == metrics["steps"] else f" for the model of step {best:,},"
     lines = [
-        f"{result} on {metrics['eval_count']:,} evaluation images ({run.data.eval_split}) after {metrics['steps']:,} "
-        f"steps in {timing['seconds']:.0f} s ({timing['images_per_second']:,.0f} images/s)."
+        f"{result} on {metrics['eval_count']:,} evaluation images ({run.data.eval_split}){which} after {steps} in "
+        f"{timing['seconds']:.0f} s ({timing['images_per_second']:,.0f} images/s)."
     ]
     if broken := metrics["broken_images"]:
         lines.append(f"{_unreadable(len(broken))}; metrics.json lists them.")
     figures = sorted(path.name for path in run.output_dir.glob("*.png"))
     files = ["model.safetensors", "README.md (model card)", METRICS, RECIPE, *figures]
-    return [*lines, *hanging("", f"Wrote to {run.output_dir}: {', '.join(files)}.")]
+    lines += hanging("", f"Wrote to {run.output_dir}: {', '.join(files)}.")
+    size = sum(file.stat().st_size for file in run.checkpoints.folder.rglob("*") if file.is_file())
+    if size > LARGE:
+        folder = f"{run.checkpoints.folder} ({size / 2**20:,.0f} MiB)"
+        lines += hanging("", f"{folder} is only needed to continue the training; otherwise you can delete it.")
+    return lines
 
 
-def next_commands(
-    output_dir: Path, sources: str | list[str], is_pushed: bool = False, is_classifier: bool = True
-) -> list[str]:
-    """Return lines with commands that use the model in a folder, on its data where that is a path."""
+def next_commands(output_dir: Path, is_pushed: bool = False, is_classifier: bool = True) -> list[str]:
+    """Return lines with commands that use the model in a folder."""
     folder = shlex.quote(str(output_dir))
-    first = sources if isinstance(sources, str) else sources[0]
-    data = shlex.quote(first) if Path(first).exists() else "IMAGES"
     if not is_classifier:
         tuned = shlex.quote(f"{output_dir}-tuned")
         return ["Next:", f"  hf-vit train LABELED_IMAGES --model {folder} --output-dir {tuned}"]
-    uses = [f"  hf-vit predict {folder} {data}", f"  hf-vit evaluate {folder} {data}"]
+    uses = [f"  hf-vit predict {folder} IMAGES", f"  hf-vit evaluate {folder} LABELED_IMAGES"]
     push = f"  hf-vit push {folder} YOUR_NAME/{shlex.quote(output_dir.resolve().name)}"
     return ["Next:", *uses, *([] if is_pushed else [push])]
 

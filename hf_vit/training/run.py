@@ -373,7 +373,7 @@ class Run:
             self.say(f"The last model, of step {state.step}, is in {output_dir / LAST}.")
         if best is not None and best.step != state.step:
             load_weights_of_main(state.model, best.weights)
-            self.say(f"The saved model is from step {best.step}, with the best {best.metric}: {best.value:.4g}.")
+            self.say(f"The saved model is that of step {best.step}, which has the best {best.metric}.")
         if self.predictions is None and self.task.needs_labels:  # the log of an earlier part has the metrics only
             try:
                 _, self.predictions = self._measure()

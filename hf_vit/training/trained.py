@@ -126,7 +126,7 @@ class TrainedModel:
         if output is not None:
             return predict_to_file(Path(output), sources, settings, restart=restart)
         predictor = Predictor.from_pretrained(self.source, image_size=image_size, **settings.options)
-        found = Predictions(predictor(sources.rows()))
+        found = Predictions(map(_with_path, predictor(sources.rows())))
         if not found:
             raise ValueError(f"Found no images in {', '.join(sources.words)}.")
         return found
@@ -167,6 +167,14 @@ class TrainedModel:
         figures = [self.folder / name for name in names if (self.folder / name).is_file()]
         images = "".join(_image(path.read_bytes()) for path in figures)
         return f"<p><code>{html.escape(repr(self))}</code></p>{images}"
+
+
+def _with_path(prediction: Prediction) -> Prediction:
+    """Replace a file as `datasets` stores it by its path."""
+    stored = prediction.source
+    if stored["bytes"] is None:
+        prediction.source = stored["path"]
+    return prediction
 
 
 class Predictions(UserList[Prediction]):

@@ -125,11 +125,14 @@ class OfClasses(Unlabelled):
         if len(known) < len(names):
             without = counted(len(names) - len(known), "class", "classes")
             lines.append(f"The accuracy on {without} is unknown: there are no evaluation images of them.")
-        worst = min(known, key=lambda row: row["recall"])
-        if worst["recall"] < 1:
+        lowest = min(row["recall"] for row in known)
+        worst = [row for row in known if row["recall"] == lowest]
+        if lowest < 1:
+            images = counted(sum(row["count"] for row in worst), "image")
             lines.append(
-                f"Its worst class is {worst['label']}, with an accuracy of {worst['recall']:.1%} on "
-                f"{counted(worst['count'], 'image')}."
+                f"Its worst class is {worst[0]['label']}, with an accuracy of {lowest:.1%} on {images}."
+                if len(worst) == 1
+                else f"Its worst {len(worst)} classes have an accuracy of {lowest:.1%} on {images}."
             )
         mistakes = [pair for pair in predictions.pairs() if pair[0] != pair[1]]
         if mistakes:
@@ -254,6 +257,7 @@ def image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Call
 # ---------------------------------------------------------------------------------------------- the training images
 
 
+FEW_IMAGES = 1000  # for a model from scratch
 LISTED_COUNTS, EXTREME_COUNTS = 12, 3
 SHOWN_COUNTS = 3  # in the summary before a run
 
@@ -297,6 +301,11 @@ def summary_of_run(run: Any) -> list[str]:
         "Steps": f"{run.plan.total_steps:,} of {counted(config.batch_size, 'image')} "
         f"({run.plan.total_steps / epoch:.3g} epochs of {counted(epoch, 'step')})",
     }
+    if run.data.train_length < FEW_IMAGES and run.task.needs_labels and is_from_scratch(config.model):
+        rows["Note"] = (
+            "These are few images to train from scratch: fine-tuning a checkpoint, such as "
+            "--model facebook/dinov2-small, is usually much better."
+        )
     return [line for name, text in rows.items() for line in hanging(f"{name:8}", text)]
 
 

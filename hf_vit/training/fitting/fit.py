@@ -101,18 +101,13 @@ def fit(
         if "finished" in state:
             metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
             say(f"{output_dir} holds the finished result of this command. To fit again, choose another --output-dir.")
-            for line in (*summary(metrics), *next_commands(output_dir, _data_to_use(sources, metrics))):
+            for line in (*summary(metrics), *next_commands(output_dir)):
                 say(line)
             return TrainedModel(output_dir)
         fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, candidates, say)
         stated = {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}
         fitting.run(output_dir, command or call_of("fit", stated))
     return TrainedModel(output_dir)
-
-
-def _data_to_use(sources: Any, metrics: dict[str, Any]) -> Any:
-    """Return the data for the next commands: that of the fit only if it has images that were not trained on."""
-    return sources if "eval_count" in metrics else "IMAGES"
 
 
 def _check_output_dir(output_dir: Path, model: str, sources: str | list[str]) -> None:
@@ -180,6 +175,7 @@ class _Fitting:
         verdict = self.race(head)
         logits, targets, is_fold = self.held_out(head, verdict)
         temperature = fit_temperature(logits, targets) if self.problem.metric != "r2" else 1.0
+        self.say("Writing the model, its card and its figures.")
         evaluated = self.train_winner(output_dir, head, verdict, logits, targets, temperature, embedded)
         self.lap("final")
         report = Report(
@@ -209,7 +205,7 @@ class _Fitting:
             "",
             f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s.",
         )
-        for line in (*summary(metrics), *written, *next_commands(output_dir, _data_to_use(self.sources, metrics))):
+        for line in (*summary(metrics), *written, *next_commands(output_dir)):
             self.say(line)
 
     def read(self) -> None:
@@ -235,7 +231,10 @@ class _Fitting:
             each = seconds / computed if computed else 0.0
             self.state.put(evaluation_seconds=round(each * (len(splits[1]) if evaluation else 0), 1))
         total = sum(len(part.rows) for part in results)
-        self.say(f"Features of {total:,} images in {seconds:.0f} s, {max(0, total - computed):,} of them cached.")
+        cached = total - computed
+        some = f" ({cached:,} from the cache)" if cached > 0 else ""
+        made = f"Features of {total:,} images computed in {seconds:.0f} s{some}."
+        self.say(made if computed else f"Features of {total:,} images loaded from the cache.")
         name = JOINED if JOINED in train.features else next(iter(train.features))
         features = train.features[name], None if evaluation is None else evaluation.features[name]
         contents = train.contents, None if evaluation is None else evaluation.contents
@@ -280,7 +279,7 @@ class _Fitting:
     def race(self, head: FittedHead) -> Verdict:
         """Race fine-tuning against the probe."""
         if self.minutes == 0:
-            verdict = Verdict(None, "Fine-tuning was not tried: 0 minutes mean a linear classifier only", [])
+            verdict = Verdict(None, "No fine-tuning was tried: with 0 minutes, only a linear classifier is fitted", [])
         else:
             self.entrants, held_out = self._entrants(), head.folds == 0
             start = partial(self.starting_points, head, held_out)

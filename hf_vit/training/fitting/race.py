@@ -31,6 +31,7 @@ from .embedding import logits_of
 from .heads import SingleLabel, shown
 from .state import FitState
 
+SIGNIFICANT = 0.05  # probability of a difference by chance
 GROWTH = 3  # how many times more steps the finalists get
 FINALISTS = 2
 SHARE = 0.9  # of the time that is left is planned; the rest is for the report and for other users of the machine
@@ -43,7 +44,7 @@ REHEARSED_STEPS = 3
 SECONDS_BETWEEN_SAVES = 60  # what a kill loses; other signals save first
 
 
-TITLES = {"all": "full fine-tuning", "lora": "LoRA", "head": "the head alone"}  # of what is trained
+METHODS = {"all": "full fine-tuning", "lora": "LoRA", "head": "the head alone"}  # of what is trained
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Candidate:
     @property
     def title(self) -> str:
         """A name for sentences, such as `"full fine-tuning (learning rate 1e-04)"`."""
-        return f"{TITLES[self.trained]} (learning rate {self.learning_rate:.0e})"
+        return f"{METHODS[self.trained]} (learning rate {self.learning_rate:.0e})"
 
 
 def candidates_for(width: int) -> tuple[Candidate, ...]:
@@ -190,8 +191,14 @@ def plan(
             first = min(steps, max(least, most // growth))
             race = tuple(first * growth**rung for rung in range(rungs))
             return Budget(number, race, finals * max(1, round(race[-1] * share)))
-    needed = (least / steps_per_second + overhead) / SHARE
-    return f"{least} steps would take about {needed:.0f} s, and {max(0.0, seconds):.0f} s are left"
+    return _too_few_steps(least, 1 / steps_per_second / SHARE, overhead / SHARE, seconds)
+
+
+def _too_few_steps(least: int, step_seconds: float, overhead: float, left: float) -> str:
+    """Return the sentence why fine-tuning is not tried."""
+    needed, left = least * step_seconds + overhead, max(0.0, left)
+    minutes = counted(max(1, math.ceil((needed - left) / 60)), "more minute")
+    return f"{least} steps would take about {needed:.0f} s, and {left:.0f} s are left (it needs {minutes})"
 
 
 def _fewest_steps(epoch: int) -> int:
@@ -304,26 +311,30 @@ def _budget(
 ) -> dict[str, Any]:
     """Measure the speed of training, and return the plan as plain values."""
     if seconds() < 10:
-        return {"why": f"{max(0.0, seconds()):.0f} s are left of the given minutes"}
+        return {"why": f"only {max(0.0, seconds()):.0f} s are left of the given minutes"}
     say(f"Measuring the speed of training: up to {REHEARSED_STEPS} steps.")
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
-    longest = seconds() / _fewest_steps(epoch)
+    longest = SHARE * seconds() / _fewest_steps(epoch)
     marks: list[float] = []
 
     def marked(run: Run) -> Iterator[int]:
         for step in remaining_steps(run):
             marks.append(time.perf_counter())
-            if len(marks) == 2 and marks[1] - marks[0] > 2 * longest:
-                break
+            # The first step also allocates memory.
+            if len(marks) > 1 and marks[-1] - marks[-2] > longest * (2 if len(marks) == 2 else 1):
+                raise _TimeIsOver
             yield step
         marks.append(time.perf_counter())
 
     began = time.perf_counter()
-    run = entrants.train(candidates[0], start(), trained, REHEARSED_STEPS, "rehearsal", marked)
+    try:
+        run = entrants.train(candidates[0], start(), trained, REHEARSED_STEPS, "rehearsal", marked)
+    except _TimeIsOver:
+        return {"why": _too_few_steps(_fewest_steps(epoch), (marks[-1] - marks[-2]) / SHARE, 0.0, seconds())}
     wall = time.perf_counter() - began
     # The first step allocates memory, and the last one evaluates and saves, so neither shows the speed.
-    step_seconds = max(1e-6, marks[2] - marks[1] if len(marks) > REHEARSED_STEPS else marks[1] - marks[0])
-    steps_per_second, training = 1 / step_seconds, (len(marks) - 1) * step_seconds
+    step_seconds = max(1e-6, marks[2] - marks[1])
+    steps_per_second, training = 1 / step_seconds, REHEARSED_STEPS * step_seconds
     shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
     # A forward is about a third of a step.
     overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3
@@ -388,11 +399,11 @@ def beats(problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: T
     score, of_probe = problem.score(logits, targets), problem.score(probe_logits, targets)
     is_better = score > of_probe
     counts = f"{counted(wins, 'image')} better and {losses} worse after fine-tuning"
-    verdict = "fine-tuning is chosen" if is_better else "the probe is kept"
-    return is_better, (
-        f"the probe scores {shown(problem.metric, of_probe)}, {counts} (one-sided sign test: "
-        f"p = {probability:.2f}), so {verdict}"
-    )
+    verdict = "so the probe is kept"
+    if is_better:
+        significance = "significant" if probability < SIGNIFICANT else "not significant"
+        verdict = f"so fine-tuning is chosen (the difference is {significance}, p = {probability:.2g})"
+    return is_better, f"the probe scores {shown(problem.metric, of_probe)}, {counts}, {verdict}"
 
 
 def _chance_of(wins: int, total: int) -> float:

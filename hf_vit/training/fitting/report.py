@@ -22,7 +22,7 @@ from ..report import base_model_of, fenced_command, for_others, license_of_base,
 from ..run import METRICS
 from ..views import VIEWS
 from .heads import FittedHead, SingleLabel, shown
-from .race import Verdict
+from .race import METHODS, Verdict
 from .state import FitState
 
 TITLES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision", "r2": "R²"}
@@ -238,11 +238,11 @@ def _sections(report: Report, metrics: dict[str, Any], finished: Finished) -> di
 def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
     choices = report.expected["choices"]
     how = {
-        "accuracy": "The interval is Wilson's, from images that the model was not trained on",
+        "accuracy": "The interval is Wilson's score interval over images that the model was not trained on",
     }.get(metrics["metric"], "The interval is from a bootstrap over images that the model was not trained on")
     chosen = "poolings" if report.verdict.winner is None else "methods"
-    widened = f"; it is wider because the best of {choices} {chosen} was chosen on them" if choices > 1 else ""
-    lines = [_expectation(metrics), f"{how}{widened}."]
+    widened = f" It allows for the choice of the best of {choices} {chosen} on the same images." if choices > 1 else ""
+    lines = [_expectation(metrics), f"{how}.{widened}"]
     if f"eval_{metrics['metric']}" in metrics:
         lines.append(
             f"Measured on the evaluation split, which was used for nothing else: "
@@ -255,29 +255,34 @@ def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
 
 def _tried_section(report: Report) -> str:
     head, metric = report.head, report.problem.metric
-    where = "held-out fold"
-    lines = [
-        f"| method | learning rate | steps | epochs | {metric} on the {where} | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    fold = head.folds == 0
-    probe = report.problem.score(head.logits[fold], head.targets[fold])
-    lines.append(f"| linear probe ({head.pooling}) | | | | {shown(metric, probe)} | |")
-    for row in report.verdict.rows:
-        lines.append(
-            f"| {row['method']} | {row['learning_rate']:g} | {row['steps']} | {row['epochs']} | "
-            f"{shown(metric, row['score'])} | {row['seconds']:.0f} |"
-        )
-    tried = sorted(head.tried, key=lambda row: (row["pooling"], row["strength"]))
-    settings = ", ".join(f"{row['pooling']} {row['strength']:.2g}: {shown(metric, row['score'])}" for row in tried)
     folds = len(head.folds.unique())
-    return (
-        "\n".join(lines)
-        + f"\n\nThe held-out fold is one of {folds} parts of the training images, on which all methods are compared. "
-        f"{markdown(report.verdict.why)}.\n\n"
-        f"The probe has the best pooling and regularization in cross-validation, over all {folds} parts. By pooling "
-        f"and inverse strength of the regularization: {markdown(settings)}."
-    ).replace("..", ".")
+    parts = [f"{markdown(report.verdict.why)}.".replace("..", ".")]
+    if report.verdict.rows:
+        fold = head.folds == 0
+        probe = report.problem.score(head.logits[fold], head.targets[fold])
+        methods = [
+            f"| method | learning rate | steps | epochs | {metric} on the held-out fold | seconds |",
+            "|---|---|---|---|---|---|",
+            f"| linear probe ({head.pooling}) | | | | {shown(metric, probe)} | |",
+        ]
+        for row in report.verdict.rows:
+            methods.append(
+                f"| {METHODS[row['method']]} | {row['learning_rate']:g} | {row['steps']} | {row['epochs']} | "
+                f"{shown(metric, row['score'])} | {row['seconds']:.0f} |"
+            )
+        parts += [
+            "\n".join(methods),
+            f"The held-out fold is one of {folds} parts of the training images. It is small, so expect the "
+            f"{metric} above, and use these numbers only to compare the methods.",
+        ]
+    best_first = sorted(head.tried, key=lambda row: -row["score"])
+    settings = [f"| pooling | C | {metric} |", "|---|---|---|"]
+    settings += [f"| {row['pooling']} | {row['strength']:.2g} | {shown(metric, row['score'])} |" for row in best_first]
+    parts += [
+        f"Settings of the linear probe, in {folds}-fold cross-validation (C: inverse strength of the regularization):",
+        "\n".join(settings),
+    ]
+    return "\n\n".join(parts)
 
 
 def _training_section(report: Report) -> str:

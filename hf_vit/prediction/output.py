@@ -1,0 +1,16 @@
+"""Files that predictions can be written to. Imports nothing heavy, so that a command can check its arguments first."""
+
+from pathlib import Path
+
+WITH_FEATURES = (".jsonl", ".parquet")
+FORMATS = (".csv", ".tsv", *WITH_FEATURES)
+
+
+def check_output(output: Path, has_features: bool) -> None:
+    """Raise `ValueError` if the suffix is unknown or has no features, or the folder of the file does not exist."""
+    if output.suffix not in FORMATS:
+        raise ValueError(f"Expected --output to end in one of {', '.join(FORMATS)}; got {output}.")
+    if has_features and output.suffix not in WITH_FEATURES:
+        raise ValueError(f"Features are written to {' or '.join(WITH_FEATURES)} files only; got --output {output}.")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"The folder of --output {output} does not exist: create it first.")

@@ -60,18 +60,16 @@ RELATIVE_POSITIONS = (
 )
 
 
+# Biases of queries and values only; our biases of keys are zeros.
+ZERO_KEY_BIAS = Layout(
+    lambda theirs: [theirs[0], torch.zeros_like(theirs[0]), theirs[1]],
+    lambda ours: [ours[0], ours[2]],
+)
+
+
 def without_key_bias(config: HFViTConfig) -> Layout:
-    """Biases of queries and values only; our biases of keys are zeros."""
-    joined = heads_together(config)
-
-    def read(theirs: list[Tensor]) -> list[Tensor]:
-        return joined.read([theirs[0], torch.zeros_like(theirs[0]), theirs[1]])
-
-    def write(ours: list[Tensor]) -> list[Tensor]:
-        query, _, value = joined.write(ours)
-        return [query, value]
-
-    return Layout(read, write)
+    """Biases of queries and values only, to rows ordered (head, part, d)."""
+    return ZERO_KEY_BIAS.then(heads_together(config))
 
 
 def pixel_decoder(config: HFViTConfig) -> Layout:

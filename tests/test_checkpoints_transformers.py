@@ -391,10 +391,11 @@ def test_siglip_2_packs_images_of_any_size(name, tmp_path):
     stock.save_pretrained(tmp_path)
     transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=20).save_pretrained(tmp_path)
     checkpoint, ours = opened(tmp_path)
-    assert any("grids of at most 20 patches" in sentence for sentence in checkpoint.assumed)
+    assert any("set packing=20" in sentence for sentence in checkpoint.assumed)
     assert checkpoint.config.image_shape == (32, 32)
     processor = checkpoint.processor()
-    processor.do_resize = False
+    assert (processor.packing, processor.size["height"], processor.image_mean[0]) == (None, 32, 0.5)
+    processor.do_resize, processor.packing = False, 20
     images = [np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (40, 16))]
     theirs = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=20, do_resize=False)
     with torch.no_grad():

@@ -1,12 +1,13 @@
 """EVA-02, Perception Encoder, RoPE-ViT and BEiT-3 of timm: rotary positions by index, and LayerNorms inside."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from family_models import TINY, answers, distance, pixels_of, randomized, written_back
+from family_models import TINY, answers, distance, pixels_of, randomized, resampled, written_back
 from timm.layers import RotaryEmbeddingCat
 from timm.models._hub import save_for_hf
 
@@ -128,3 +129,41 @@ def test_arguments_replace_the_facts_of_an_architecture(tmp_path: Path) -> None:
     save_for_hf(model, str(tmp_path), model_args=arguments, safe_serialization=True)
     checkpoint = open_checkpoint(tmp_path, Options(num_heads=4))
     assert distance(answers(checkpoint, pixels_of((32, 32))), model(pixels_of((32, 32)))) < 1e-5
+
+
+def with_the_names_of_its_authors(model: Any) -> dict[str, Any]:
+    """Return the state of a Perception Encoder with the names of facebookresearch/perception_models."""
+    names = {"patch_embed.proj": "conv1", "norm_pre": "ln_pre", "blocks.": "transformer.resblocks."}
+    names |= {r"^norm\.": "ln_post.", r"(?<=\d)\.norm": ".ln_", r"gamma_(\d)": r"ls_\1.gamma"}
+    names |= {r"(\d\.attn\.)qkv\.": r"\1in_proj_", r"(\d\.attn\.)proj": r"\1out_proj", "fc1": "c_fc", "fc2": "c_proj"}
+    names |= {"attn_pool.latent": "attn_pool.probe", "attn_pool.norm": "attn_pool.layernorm"}
+    names |= {"attn_pool.proj": "attn_pool.attn.out_proj", "pos_embed": "positional_embedding"}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for theirs, authors in names.items():
+            name = re.sub(theirs, authors, name)
+        state[name] = tensor[0] if name == "positional_embedding" else tensor
+    if "cls_token" in state:
+        state["class_embedding"] = state.pop("cls_token").flatten()
+    for kind in ("weight", "bias"):
+        if f"attn_pool.q.{kind}" in state:
+            parts = [state.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+            state[f"attn_pool.attn.in_proj_{kind}"] = torch.cat(parts)
+    return {f"visual.{name}": tensor for name, tensor in state.items()} | {"visual.proj": torch.ones(48, 8)}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "_pe_" in name])
+def test_a_perception_encoder_with_the_names_of_its_authors(tmp_path: Path, name: str) -> None:
+    model = foreign(name, num_classes=0, ref_feat_shape=4)
+    state = with_the_names_of_its_authors(model)
+    torch.save(state, tmp_path / "PE.pt")
+    checkpoint = open_checkpoint(tmp_path / "PE.pt", Options(num_heads=4))
+    assert (checkpoint.family, checkpoint.left_out) == ("Perception Encoder", ["proj"])
+    assert distance(answers(checkpoint, pixels_of((32, 32))), model(pixels_of((32, 32)))) < 1e-5
+    assert written_back(checkpoint).keys() == {name.removeprefix("visual.") for name in state} - {"proj"}
+    # The authors count rows and columns on without scaling, and resample learned positions bilinearly.
+    table = resampled(model.pos_embed, (5, 7), "cls_token" in model.state_dict(), size=(5, 7), mode="bilinear")
+    model.rope.ref_feat_shape = None
+    model.set_input_size((40, 56))
+    model.pos_embed = torch.nn.Parameter(table)
+    assert distance(answers(checkpoint, pixels_of((40, 56))), model(pixels_of((40, 56)))) < 1e-5

@@ -295,14 +295,16 @@ def _siglip2(config: Any, source: Source) -> dict[str, Any]:
     return {**_siglip(config, source), **sizes, "position_interpolation": "bilinear_antialias"}
 
 
-def _packing(source: Source, config: Any, assumed: list[str]) -> HFViTImageProcessorPil | None:
-    """Return the processor beside SigLIP 2, which gives packs."""
+def _processor_of_packs(source: Source, fields: dict[str, Any], assumed: list[str]) -> HFViTImageProcessorPil | None:
+    """Return the processor beside SigLIP 2, with images of one size instead of packs, which few commands accept."""
     processor = processor_beside(source)
     if processor is not None:
-        processor.packing, processor.patch_size = vars(processor).pop("max_num_patches", 256), config.patch_size
+        number = vars(processor).pop("max_num_patches", 256)
+        processor.patch_size = fields["patch_size"]
+        processor.set_output_size(fields["image_size"])
         assumed.append(
-            f"Images are resized to grids of at most {processor.packing} patches by this package's rule. That of "
-            "transformers chooses another grid for some sizes, and enlarges small images."
+            "Preprocessing to one size, without regard to the aspect ratio. SigLIP 2 keeps it, in grids of at most "
+            f"{number} patches: set packing={number} of the image processor for that."
         )
     return processor
 
@@ -445,7 +447,7 @@ def _read(source: Source, options: Options) -> Reading:
     is_packed = model_type.startswith("siglip2")
     patches = channels_first if is_packed else convolution
     rows = table(key_bias, layers=config.num_hidden_layers if is_relative else 0, patches=patches)
-    processor = _packing(source, config, assumed) if is_packed else processor_beside(source)
+    processor = _processor_of_packs(source, fields, assumed) if is_packed else processor_beside(source)
     return Reading(fields, architecture, rows, left_out, assumed, processor)
 
 

@@ -127,7 +127,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             the class and distillation tokens with learned positions, and for 0 otherwise. Relative: 0 or all.
         rope_theta (`float`, *optional*, defaults to 100.0): Base of the wavelengths of rotary positions.
         rope_coordinates (`str`, *optional*, defaults to `"centered"`): What rotary positions are computed from:
-            `"centered"` (centers of the patches, from -1 to 1 along each side of the image, arXiv:2508.10104) or
+            `"centered"` (centres of the patches, from -1 to 1 along each side of the image, arXiv:2508.10104) or
             `"index"` (numbers of row and column, arXiv:2403.13298).
         rope_grid (`int` or `(rows, columns)`, *optional*): Grid of the pre-training, to which `"index"` coordinates on
             other grids are scaled; `None` for no scaling.

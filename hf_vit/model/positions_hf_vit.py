@@ -299,10 +299,7 @@ class HFViTRotaryPositions(HFViTNoPositions):
         return torch.cat([row_angles, column_angles] * 2, dim=-1).flatten(0, 1)
 
     def coordinates(self, grid: tuple[int, int], device: torch.device) -> list[Tensor]:
-        """Return the coordinates of rows `[h]` and of columns `[w]`.
-
-        On another grid, centers still lie in [-1, 1], and indices are those of the same place on `rope_grid`.
-        """
+        """Return the coordinates of rows `[h]` and of columns `[w]`: centres in [-1, 1], or indices on `rope_grid`."""
         numbers = [torch.arange(size, device=device) for size in grid]
         if self.config.rope_coordinates == "centered":
             return [(2 * number + 1) / size - 1 for number, size in zip(numbers, grid, strict=True)]

@@ -1,9 +1,9 @@
 """Bare files with timm's names: DINO, DINOv2, DINOv3, MAE, MoCo v3, I-JEPA, BEiT; DeiT; rotary positions.
 
-The files hold no config.json. Each model has its own preprocessing and its own way to resample
-positions, and some have other heads than timm assumes. `ORIGINS` has these facts, from the original code:
+The files hold no config.json. Each model has its own preprocessing and its own way to resample positions, and some
+have other heads than timm assumes. `ORIGINS` has these facts, from the original code:
 github.com/facebookresearch/{dino,dinov2,dinov3,mae,moco-v3,ijepa,deit}, github.com/bytedance/ibot and
-github.com/microsoft/unilm (beit, beit2), or from timm's models/eva.py.
+github.com/microsoft/unilm (beit, beit2); those of rotary positions and of BEiT-3 are from timm.
 """
 
 import re

@@ -157,7 +157,7 @@ class Stated:
             if self.is_known and re.search(pattern, self.architecture):
                 self.facts.update(known)
         for theirs, ours in ROPE_ARGUMENTS.items():
-            if theirs in self.arguments:
+            if theirs in self.arguments and "rope_axes" in self.facts:
                 self.facts[ours] = self.arguments[theirs]
         self.options = options
         self.source = source

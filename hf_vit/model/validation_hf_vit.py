@@ -90,7 +90,11 @@ OTHER_NAMES = {
         "use_pre_layernorm": ("pre_norm",),
         "use_distillation_token": ("distilled",),
         "use_gated_mlp": ("use_swiglu_ffn",),
-        "rope_theta": ("base",),
+        "rope_theta": ("base", "rope_temperature"),
+        "rope_grid": ("ref_feat_shape",),
+        "rope_offset": ("rope_grid_offset",),
+        "use_attention_layernorm": ("scale_attn_norm", "scale_attn_inner"),
+        "use_mlp_layernorm": ("scale_mlp_norm", "scale_mlp"),
     }.items()
     for name in names
 }

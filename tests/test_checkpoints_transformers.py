@@ -378,3 +378,28 @@ def test_without_a_processor_the_paper_s_preprocessing_is_taken(tmp_path):
     processor = open_checkpoint(tmp_path).processor()
     assert (list(processor.image_mean), list(processor.image_std)) == ([0.5] * 3, [0.5] * 3)
     assert (processor.size["height"], processor.size["width"]) == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["Siglip2VisionModel", "Siglip2ForImageClassification"])
+def test_siglip_2_packs_images_of_any_size(name, tmp_path):
+    tower = {**{key: TINY[key] for key in TINY if key != "image_size"}, "num_patches": 16}
+    outer = {"text_config": TEXT, "vision_config": tower, **LABELS} if name.endswith("Classification") else tower
+    stock = getattr(transformers, name)(getattr(transformers, name).config_class(**outer)).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.normal_(std=0.3)
+    stock.save_pretrained(tmp_path)
+    transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=20).save_pretrained(tmp_path)
+    checkpoint, ours = opened(tmp_path)
+    assert any("set packing=20" in sentence for sentence in checkpoint.assumed)
+    assert checkpoint.config.image_shape == (32, 32)
+    processor = checkpoint.processor()
+    assert (processor.packing, processor.size["height"], processor.image_mean[0]) == (None, 32, 0.5)
+    processor.do_resize, processor.packing = False, 20
+    images = [np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (40, 16))]
+    theirs = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=20, do_resize=False)
+    with torch.no_grad():
+        expected = stock(**theirs(images, return_tensors="pt"))
+        got = ours(**processor(images, return_tensors="pt"))
+    key = "logits" if "logits" in expected else "pooler_output"
+    assert (got[key] - expected[key]).norm() / expected[key].norm() < 1e-5

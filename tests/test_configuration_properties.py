@@ -25,6 +25,7 @@ from hf_vit.model.validation_hf_vit import (
     POSITION_INTERPOLATIONS,
     POSITION_PLACEMENTS,
     RANGES,
+    ROPE_COORDINATES,
 )
 
 REFUSALS = (ValueError, StrictDataclassError)
@@ -65,6 +66,8 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "use_qk_norm": flags,
     "use_output_projection": flags,
     "use_gated_mlp": flags,
+    "use_attention_layernorm": flags,
+    "use_mlp_layernorm": flags,
     "use_patch_layernorm": flags,
     "use_pre_layernorm": flags,
     "final_layernorm": st.sampled_from(FINAL_LAYERNORMS),
@@ -77,6 +80,10 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "position_placement": st.sampled_from(POSITION_PLACEMENTS),
     "num_prefix_positions": st.none() | few(4, least=0),
     "rope_theta": st.floats(*RANGES["rope_theta"]),
+    "rope_coordinates": st.sampled_from(ROPE_COORDINATES),
+    "rope_grid": st.none() | few(4) | st.tuples(few(4), few(4)),
+    "rope_offset": st.floats(-2, 2),
+    "num_pooling_heads": st.none() | few(4),
     "position_interpolation": st.sampled_from(sorted(POSITION_INTERPOLATIONS)),
     "pooling": st.sampled_from(POOLINGS),
     "representation_size": st.none() | few(7),

@@ -135,13 +135,6 @@ def test_facts_of_an_architecture_are_timm_s(name: str) -> None:
     assert config.pooling == {"avg": "mean", "token": "cls"}[model.global_pool]
 
 
-def test_eva02_has_two_kinds_of_positions(tmp_path: Path) -> None:
-    model = foreign("eva02_tiny_patch14_224", swiglu_mlp=True)
-    torch.save(model.state_dict(), tmp_path / "eva02.pth")
-    with pytest.raises(ValueError, match=r"EVA-02.*only one kind"):
-        open_checkpoint(tmp_path / "eva02.pth", Options(num_heads=4, hidden_act="silu", mlp_gate="first"))
-
-
 # --------------------------------------------------------------------------------------------------- transformers
 
 HF: dict[str, Any] = {

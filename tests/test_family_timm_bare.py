@@ -43,12 +43,6 @@ def test_the_epsilon_and_the_pixels_of_clip(opened):
     assert "quick_gelu" in " ".join(checkpoint.assumed)
 
 
-def test_a_perception_encoder_is_refused(opened):
-    theirs = VisionTransformer(**TINY, pre_norm=True, global_pool="map", class_token=True)
-    with pytest.raises(ValueError, match="Perception Encoder"):
-        opened(theirs.state_dict())
-
-
 def test_pre_logits_of_imagenet_21k(opened):
     theirs = VisionTransformer(**TINY).eval()
     pre_logits = nn.Linear(64, 48)

@@ -70,7 +70,7 @@ def assert_same_answers(answer: Run, model: Any, shapes: list[tuple[int, ...]] =
 slow, full = pytest.mark.slow, pytest.mark.full
 # The export to ONNX runs torch.export first: learned and rotary positions prove the latter.
 POSITIONS = [
-    *(pytest.param("onnx", each, marks=[full] * (each == "none")) for each in POSITION_EMBEDDINGS),
+    *(pytest.param("onnx", each, marks=[full] * (each in ("none", "learned_rotary"))) for each in POSITION_EMBEDDINGS),
     *(
         pytest.param("torch-export", each, marks=[slow] if each in ("learned", "rotary") else [slow, full])
         for each in POSITION_EMBEDDINGS

@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "tanh": {"hidden_act": "gelu_pytorch_tanh"},
     "of transformers": {"hidden_act": "quick_gelu"},
     "normed and scaled": {"use_qk_norm": True, "layer_scale_init_value": 0.5, "use_pre_layernorm": True},
+    "norms inside": {"use_attention_layernorm": True, "use_mlp_layernorm": True, "use_gated_mlp": True},
     "rotary": {"position_embedding_type": "rotary", "num_register_tokens": 2},
     "relative": {"position_embedding_type": "relative", "pooling": "mean", "final_layernorm": "pooled"},
     "positions of layers": {"position_placement": "every_layer"},

@@ -193,6 +193,7 @@ def test_other_families(undrawn: None, tmp_path: Path) -> None:
     [
         ({"position_embedding_type": "relative"}, "position_bias", None),
         ({"position_embedding_type": "sincos_2d"}, "position_similarity", None),
+        ({"position_embedding_type": "learned_rotary"}, "position_similarity", None),
         ({"position_placement": "every_layer"}, "position_similarity", None),
         ({"position_embedding_type": "rotary"}, None, "Positions are not drawn: rotary positions are not learned"),
         ({"position_embedding_type": "none"}, None, "Positions are not drawn: the model has none."),

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head width": {"head_dim": 12},
     "gated": {"use_gated_mlp": True, "hidden_act": "silu"},
     "layer scale": {"layer_scale_init_value": 0.3},
+    "norms inside": {"use_attention_layernorm": True, "use_mlp_layernorm": True},
     "norms": {"use_pre_layernorm": True, "use_patch_layernorm": True, "final_layernorm": "pooled"},
     "no projection": {"use_output_projection": False, "qkv_bias": False},
     "hybrid": {"stem_layers": [1], "stem_width": 32},

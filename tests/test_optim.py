@@ -19,6 +19,11 @@ ZOO: dict[str, dict[str, Any]] = {
     "paper": {"representation_size": 8},
     "dino": {"layer_scale_init_value": 0.1, "num_register_tokens": 2, "use_gated_mlp": True, "use_qk_norm": True},
     "dino_v3": {"position_embedding_type": "rotary", "num_register_tokens": 4, "pooling": "cls_and_mean"},
+    "eva_02": {
+        "position_embedding_type": "learned_rotary",
+        "use_attention_layernorm": True,
+        "use_mlp_layernorm": True,
+    },
     "beit": {"position_embedding_type": "relative", "layer_scale_init_value": 0.1},
     "clip": {"use_pre_layernorm": True, "patch_bias": False, "final_layernorm": "pooled"},
     "siglip": {"use_cls_token": False, "pooling": "attention"},

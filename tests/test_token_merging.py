@@ -211,7 +211,8 @@ def test_a_number_that_is_none_is_refused(build, number):
 
 
 @pytest.mark.parametrize(
-    ("positions", "placement"), [("relative", "input"), ("rotary", "input"), ("learned", "every_layer")]
+    ("positions", "placement"),
+    [("relative", "input"), ("rotary", "input"), ("learned_rotary", "input"), ("learned", "every_layer")],
 )
 def test_layers_that_ask_for_places_are_refused(build, positions, placement):
     with pytest.raises(ValueError, match=f"With '{positions}' positions at '{placement}'"):

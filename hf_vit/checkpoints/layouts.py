@@ -85,13 +85,36 @@ def packed(parts: int) -> Layout:
 
 def heads_together(config: HFViTConfig, parts: int = 3) -> Layout:
     """Queries, keys and values in separate tensors, `[A*d, ...]` each, to rows ordered (head, part, d)."""
-    heads = config.num_attention_heads
+    heads = config.num_attention_heads if parts == 3 else config.pooling_heads  # attention pooling has no queries here
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
         return [torch.stack([part.unflatten(0, (heads, -1)) for part in theirs], dim=1).flatten(0, 2)]
 
     def write(ours: list[Tensor]) -> list[Tensor]:
         return [part.flatten(0, 1) for part in ours[0].unflatten(0, (heads, parts, -1)).unbind(1)]
+
+    return Layout(read, write)
+
+
+def rotated_pairs(config: HFViTConfig, columns_first: bool = False) -> Layout:
+    """Queries, keys and values for rotary positions of adjacent pairs, to our order: pairs (i, i + d/2), rows first.
+
+    Each half of a head, for the row and for the column, has one angle per pair. Attention does not depend on the order
+    of the dimensions of queries and keys.
+    """
+    heads = config.num_attention_heads
+
+    def read(theirs: list[Tensor]) -> list[Tensor]:
+        query, key, value = theirs
+        cells = [part.unflatten(0, (heads, 2, -1, 2)) for part in (query, key)]  # [A, axis, angle, pair, ...]
+        cells = [part.flip(1) for part in cells] if columns_first else cells
+        return [*(part.movedim(3, 1).flatten(0, 3) for part in cells), value]
+
+    def write(ours: list[Tensor]) -> list[Tensor]:
+        query, key, value = ours
+        cells = [part.unflatten(0, (heads, 2, 2, -1)).movedim(1, 3) for part in (query, key)]
+        cells = [part.flip(1) for part in cells] if columns_first else cells
+        return [*(part.flatten(0, 3) for part in cells), value]
 
     return Layout(read, write)
 

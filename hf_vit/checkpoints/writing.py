@@ -23,9 +23,10 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "pooling": ("cls",),
     "final_layernorm": ("tokens",),
     "num_register_tokens": (0,),
-    **dict.fromkeys(("stem_layers", "representation_size", "layer_scale_init_value"), (None,)),
+    **dict.fromkeys(("stem_layers", "representation_size", "layer_scale_init_value", "num_pooling_heads"), (None,)),
     **dict.fromkeys(("use_distillation_token", "use_qk_norm", "use_gated_mlp"), (False,)),
     **dict.fromkeys(("use_pre_layernorm", "use_patch_layernorm"), (False,)),
+    **dict.fromkeys(("use_attention_layernorm", "use_mlp_layernorm"), (False,)),
     **dict.fromkeys(("use_output_projection", "patch_bias", "qkv_bias", "proj_bias", "mlp_bias"), (True,)),
 }
 # Further fields that must be the same when a written checkpoint is read back.

@@ -55,6 +55,11 @@ def linear_kind(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Linear
     return lambda linear: linear
 
 
+def _after(norm: nn.Module, projection: nn.Module) -> nn.Module:
+    """Return a projection with the LayerNorm before it, if there is one."""
+    return projection if isinstance(norm, nn.Identity) else nn.Sequential(norm, projection)
+
+
 class InferenceLayer(nn.Module):
     """Compute `HFViTLayer` in evaluation mode: equations (2) and (3), with sums in place."""
 
@@ -67,8 +72,9 @@ class InferenceLayer(nn.Module):
         self.qk_norms: Any = (
             nn.ModuleList([attention.q_norm, attention.k_norm]) if attention.config.use_qk_norm else None
         )
-        self.o_proj = kind(attention.o_proj) if isinstance(attention.o_proj, nn.Linear) else attention.o_proj
-        self.fc1, self.fc2 = kind(mlp.fc1), kind(mlp.fc2)
+        o_proj = kind(attention.o_proj) if isinstance(attention.o_proj, nn.Linear) else attention.o_proj
+        self.o_proj = _after(attention.layernorm, o_proj)
+        self.fc1, self.fc2 = kind(mlp.fc1), _after(mlp.layernorm, kind(mlp.fc2))
         self.gate = kind(mlp.gate) if isinstance(mlp, HFViTGatedMLP) else None
         self.activation = IN_PLACE.get(attention.config.hidden_act, mlp.activation)
         scales = [layer.attention_scale, layer.mlp_scale]

@@ -24,6 +24,7 @@ from ..model.pooling_hf_vit import (
     HFViTMeanPooling,
     HFViTPatchAttentionPooling,
 )
+from ..model.validation_hf_vit import ROTARY
 
 # Arguments and outputs of a forward that refer to single patches, and remedies.
 REMEDIES = {
@@ -258,7 +259,7 @@ def _check_model(model: Any) -> None:
             "HFViTForImageClassification, or HFViTModel with its pooling layer."
         )
     placement = model.config.position_placement
-    if positions in ("relative", "rotary") or placement != "input":
+    if positions in ("relative", *ROTARY) or placement != "input":
         raise ValueError(
             f"With {positions!r} positions at {placement!r} every layer uses the position of each patch, but merged "
             "patches have several: use a model that adds positions at the input only."

@@ -55,7 +55,7 @@ def dimensions(size: Sequence[int]) -> str:
 
 def _positions(config: HFViTConfig) -> str:
     kind = config.position_embedding_type
-    has_table = kind in ("learned", "learned_2d", "relative")
+    has_table = kind in ("learned", "learned_2d", "learned_rotary", "relative")
     return f"{kind}, resampled {config.position_interpolation}" if has_table else kind
 
 

@@ -96,6 +96,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         use_qk_norm (`bool`, *optional*, defaults to `False`): Whether a LayerNorm is applied to queries and to keys
             (arXiv:2302.05442).
         use_output_projection (`bool`, *optional*, defaults to `True`): Whether the attention has an output projection.
+        use_attention_layernorm (`bool`, *optional*, defaults to `False`): Whether a LayerNorm precedes the output
+            projection of the attention (Sub-LN, arXiv:2210.06423).
+        use_mlp_layernorm (`bool`, *optional*, defaults to `False`): Whether a LayerNorm precedes the second projection
+            of the MLP (NormFormer, arXiv:2110.09456).
         use_gated_mlp (`bool`, *optional*, defaults to `False`): Whether a second projection gates the hidden layer of
             the MLP (GLU, arXiv:2002.05202); SwiGLU with `hidden_act="silu"`. `intermediate_size` excludes the gates.
         use_patch_layernorm (`bool`, *optional*, defaults to `False`): Whether a LayerNorm precedes and another follows
@@ -114,19 +118,28 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         stem_width (`int`, *optional*, defaults to 64): Number of channels of the root of that ResNet.
         position_embedding_type (`str`, *optional*, defaults to `"learned"`): `"learned"` (the paper's), `"learned_2d"`
             (rows and columns, D/2 each), `"sincos_2d"` (arXiv:2205.01580), `"relative"` (a bias per head and offset in
-            every layer), `"rotary"` (rotated queries and keys, arXiv:2508.10104) or `"none"`.
+            every layer), `"rotary"` (rotated queries and keys, arXiv:2508.10104), `"learned_rotary"` (learned and
+            rotary ones, EVA-02, arXiv:2303.11331) or `"none"`.
         position_placement (`str`, *optional*, defaults to `"input"`): Where learned positions are added: `"input"`
             (once, as in the paper), `"every_layer"` (a table per layer) or `"every_layer_shared"` (one table for all
             layers; the paper's appendix D.4).
         num_prefix_positions (`int`, *optional*): Number of tokens before the patches that have a position; `None` for
             the class and distillation tokens with learned positions, and for 0 otherwise. Relative: 0 or all.
-        rope_theta (`float`, *optional*, defaults to 100.0): Base of the wavelengths of `"rotary"`.
+        rope_theta (`float`, *optional*, defaults to 100.0): Base of the wavelengths of rotary positions.
+        rope_coordinates (`str`, *optional*, defaults to `"centered"`): What rotary positions are computed from:
+            `"centered"` (centres of the patches, from -1 to 1 along each side of the image, arXiv:2508.10104) or
+            `"index"` (numbers of row and column, arXiv:2403.13298).
+        rope_grid (`int` or `(rows, columns)`, *optional*): Grid of the pre-training, to which `"index"` coordinates on
+            other grids are scaled; `None` for no scaling.
+        rope_offset (`float`, *optional*, defaults to 0.0): Index of the first row and column; the tokens before the
+            patches have 0.
         position_interpolation (`str`, *optional*, defaults to `"bicubic_antialias"`): Resampling of positions to
             another grid, a key of `POSITION_INTERPOLATIONS`.
         pooling (`str`, *optional*, defaults to `"cls"`): Input of the head: `"cls"` (the class token), `"mean"` (mean
             of the patches), `"mean_all"` (mean of all tokens), `"attention"` (multi-head attention pooling of all
             tokens, arXiv:2106.04560), `"attention_patches"` (of the patches), `"cls_and_mean"` (concatenated: DINOv2)
             or `"cls_and_distillation"` (one classifier for each token, averaged: DeiT).
+        num_pooling_heads (`int`, *optional*): Number of heads of attention pooling; `None` for `num_attention_heads`.
         representation_size (`int`, *optional*): Width of the pre-logits layer with tanh of the paper's pre-training
             head; `None` for none.
         zero_init_head (`bool`, *optional*, defaults to `False`): Whether a new classifier starts at zero, as in the
@@ -188,6 +201,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     head_dim: int | None = None
     use_qk_norm: bool = False
     use_output_projection: bool = True
+    use_attention_layernorm: bool = False
+    use_mlp_layernorm: bool = False
     use_gated_mlp: bool = False
     use_patch_layernorm: bool = False
     use_pre_layernorm: bool = False
@@ -201,8 +216,12 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     position_placement: str = "input"
     num_prefix_positions: int | None = None
     rope_theta: float | int = 100.0
+    rope_coordinates: str = "centered"
+    rope_grid: int | list[int] | tuple[int, int] | None = None
+    rope_offset: float | int = 0.0
     position_interpolation: str = "bicubic_antialias"
     pooling: str = "cls"
+    num_pooling_heads: int | None = None
     representation_size: int | None = None
     zero_init_head: bool = False
     temperature: float | int = 1.0
@@ -257,10 +276,14 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             plan["layers.*.mlp.gate"] = "colwise"
         if self.use_qk_norm:
             plan |= {f"layers.*.attention.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
-        if self.position_embedding_type == "relative":
-            # Its biases cover all heads: every rank computes the whole attention, and only the MLPs are sharded.
-            plan = {name: style for name, style in plan.items() if ".mlp." in name}
-        return plan
+        # Relative biases cover all heads, and a LayerNorm before the second projection all of its inputs: every rank
+        # computes that part of the layer as a whole.
+        whole = {
+            ".attention.": self.position_embedding_type == "relative" or self.use_attention_layernorm,
+            ".mlp.": self.use_mlp_layernorm,
+        }
+        parts = [part for part, is_whole in whole.items() if is_whole]
+        return {name: style for name, style in plan.items() if not any(part in name for part in parts)}
 
     def _set_stages(self, out_features: list[str] | None, out_indices: list[int] | None) -> None:
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
@@ -338,6 +361,11 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def head_width(self) -> int:
         """Width of an attention head, given or derived."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def pooling_heads(self) -> int:
+        """Number of heads of attention pooling, given or derived."""
+        return self.num_attention_heads if self.num_pooling_heads is None else self.num_pooling_heads
 
     @property
     def num_prefix_tokens(self) -> int:

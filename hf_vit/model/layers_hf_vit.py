@@ -165,28 +165,33 @@ def sdpa_attention(
 
 
 class HFViTMLP(nn.Module):
-    """Two linear layers with an activation between them, GELU in the paper."""
+    """Two linear layers with an activation between them, GELU in the paper; a LayerNorm may precede the second."""
 
-    def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
+    def __init__(self, config: HFViTConfig, bias: bool = True, use_layernorm: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        norm = nn.LayerNorm if use_layernorm else nn.Identity
+        self.layernorm = norm(config.intermediate_size, eps=config.layer_norm_eps)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
+        return self.fc2(self.layernorm(self.dropout(self.hidden_layer(hidden_states))))
+
+    def hidden_layer(self, hidden_states: Tensor) -> Tensor:
+        return self.activation(self.fc1(hidden_states))
 
 
 class HFViTGatedMLP(HFViTMLP):
     """An MLP with a second projection that gates the hidden layer (arXiv:2002.05202); SwiGLU with SiLU."""
 
-    def __init__(self, config: HFViTConfig, bias: bool = True) -> None:
-        super().__init__(config, bias)
+    def __init__(self, config: HFViTConfig, bias: bool = True, use_layernorm: bool = False) -> None:
+        super().__init__(config, bias, use_layernorm)
         self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.activation(self.gate(hidden_states)) * self.fc1(hidden_states)))
+    def hidden_layer(self, hidden_states: Tensor) -> Tensor:
+        return self.activation(self.gate(hidden_states)) * self.fc1(hidden_states)
 
 
 class HFViTLayerScale(nn.Module):

@@ -189,6 +189,8 @@ class HFViTAttention(nn.Module):
         norm = nn.LayerNorm if config.use_qk_norm else nn.Identity
         self.q_norm = norm(self.head_dim, eps=config.layer_norm_eps)
         self.k_norm = norm(self.head_dim, eps=config.layer_norm_eps)
+        norm = nn.LayerNorm if config.use_attention_layernorm else nn.Identity
+        self.layernorm = norm(inner, eps=config.layer_norm_eps)
         self.o_proj: nn.Module = nn.Identity()
         if config.use_output_projection:
             self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.proj_bias)
@@ -220,7 +222,7 @@ class HFViTAttention(nn.Module):
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(attended.flatten(2)), weights
+        return self.o_proj(self.layernorm(attended.flatten(2))), weights
 
     def _attention_function(self, kwargs: Any) -> Callable:
         implementation = self.config._attn_implementation
@@ -246,7 +248,8 @@ class HFViTLayer(GradientCheckpointingLayer):
         self.attention = HFViTAttention(config)
         self.attention_scale = scale(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = (HFViTGatedMLP if config.use_gated_mlp else HFViTMLP)(config, bias=config.mlp_bias)
+        mlp = HFViTGatedMLP if config.use_gated_mlp else HFViTMLP
+        self.mlp = mlp(config, bias=config.mlp_bias, use_layernorm=config.use_mlp_layernorm)
         self.mlp_scale = scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = HFViTDropPath(drop_path)

@@ -57,7 +57,7 @@ class HFViTAttentionPooling(nn.Module):
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.head_dim = width // config.num_attention_heads
+        self.head_dim = width // config.pooling_heads
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)  # rows ordered (head, k/v, head_dim)

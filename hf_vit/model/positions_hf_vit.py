@@ -1,8 +1,8 @@
 """Position embeddings, resampled to any grid of patches.
 
 Learned (the paper's, and its ablations in appendix D.4), sine-cosine (arXiv:2205.01580), relative (arXiv:2106.08254)
-and rotary (arXiv:2508.10104). Each kind is one class; `POSITIONS` maps the config's names to them. The letters in
-shapes are those of modeling_hf_vit.py.
+and rotary (arXiv:2508.10104, arXiv:2403.13298). Each kind is one class; `POSITIONS` maps the config's names to them.
+The letters in shapes are those of modeling_hf_vit.py.
 """
 
 from operator import index
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from .configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
+from .validation_hf_vit import pair
 
 WITHOUT_FLOAT64 = ("mps", "xpu")  # devices, on XPU some of them
 
@@ -273,10 +274,9 @@ class HFViTRelativePositions(HFViTNoPositions):
 
 
 class HFViTRotaryPositions(HFViTNoPositions):
-    """Rotate queries and keys by angles that grow with the position: two-dimensional RoPE, as in DINOv3.
+    """Rotate queries and keys by angles that grow with the position: two-dimensional RoPE.
 
-    A position is the centre of the patch in [-1, 1] along each side of the image, on any grid. Half of the angles
-    depend on the row, half on the column (arXiv:2508.10104, section 3.2).
+    Half of the angles depend on the row, half on the column (arXiv:2508.10104, section 3.2).
     """
 
     def placed(self, patches: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> HFViTPositions:
@@ -291,11 +291,27 @@ class HFViTRotaryPositions(HFViTNoPositions):
     def angles(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Return the angles of all patches, float32 `[N, d]`."""
         exponents = torch.arange(0, 1, 4 / self.config.head_width, device=device)
-        frequencies = 2 * torch.pi / self.config.rope_theta**exponents  # [d/4]
-        rows, columns = ((2 * torch.arange(size, device=device) + 1) / size - 1 for size in grid)
+        turn = 2 * torch.pi if self.config.rope_coordinates == "centered" else 1.0
+        frequencies = turn / self.config.rope_theta**exponents  # [d/4]
+        rows, columns = self.coordinates(grid, device)
         row_angles = torch.outer(rows, frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # [h, w, d/4]
         column_angles = torch.outer(columns, frequencies).unsqueeze(0).expand(grid[0], -1, -1)
         return torch.cat([row_angles, column_angles] * 2, dim=-1).flatten(0, 1)
+
+    def coordinates(self, grid: tuple[int, int], device: torch.device) -> list[Tensor]:
+        """Return the coordinates of rows `[h]` and of columns `[w]`: centres in [-1, 1], or indices on `rope_grid`."""
+        numbers = [torch.arange(size, device=device) for size in grid]
+        if self.config.rope_coordinates == "centered":
+            return [(2 * number + 1) / size - 1 for number, size in zip(numbers, grid, strict=True)]
+        indices = [number + float(self.config.rope_offset) for number in numbers]
+        if self.config.rope_grid is None:
+            return indices
+        own_grid = pair("rope_grid", self.config.rope_grid)
+        return [index / size * own for index, size, own in zip(indices, grid, own_grid, strict=True)]
+
+
+class HFViTLearnedRotaryPositions(HFViTRotaryPositions, HFViTLearnedPositions):
+    """Add learned vectors at the input, and rotate queries and keys (EVA-02, arXiv:2303.11331)."""
 
 
 def rotate(states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -311,6 +327,7 @@ POSITIONS: dict[str, type[HFViTNoPositions]] = {
     "sincos_2d": HFViTSinCos2DPositions,
     "relative": HFViTRelativePositions,
     "rotary": HFViTRotaryPositions,
+    "learned_rotary": HFViTLearnedRotaryPositions,
     "none": HFViTNoPositions,
 }
 POSITIONS_OF_LAYERS: dict[str, type[HFViTNoPositions]] = {

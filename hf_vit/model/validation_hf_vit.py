@@ -11,7 +11,9 @@ from typing import Any, Literal, TypedDict
 from huggingface_hub.dataclasses import validate_typed_dict
 from transformers.activations import ACT2FN
 
-POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "rotary", "none")
+POSITION_EMBEDDINGS = ("learned", "learned_2d", "sincos_2d", "relative", "rotary", "learned_rotary", "none")
+ROTARY = ("rotary", "learned_rotary")
+ROPE_COORDINATES = ("centered", "index")
 POSITION_PLACEMENTS = ("input", "every_layer", "every_layer_shared")
 POOLINGS = ("cls", "mean", "mean_all", "attention", "attention_patches", "cls_and_mean", "cls_and_distillation")
 POOLINGS_OF_CLS = ("cls", "cls_and_mean", "cls_and_distillation")
@@ -36,6 +38,7 @@ CHOICES: dict[str, Collection[str]] = {
     "position_embedding_type": POSITION_EMBEDDINGS,
     "position_placement": POSITION_PLACEMENTS,
     "position_interpolation": POSITION_INTERPOLATIONS,
+    "rope_coordinates": ROPE_COORDINATES,
     "pooling": POOLINGS,
     "final_layernorm": FINAL_LAYERNORMS,
     "mim_objective": MIM_OBJECTIVES,
@@ -47,7 +50,7 @@ CHOICES: dict[str, Collection[str]] = {
 # (arXiv:2302.05442), 1,000 layers (arXiv:2203.00555), 2^20 patches (arXiv:2312.03558).
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"), (1, 2**16)),
-    **dict.fromkeys(("head_dim", "representation_size"), (1, 2**16)),
+    **dict.fromkeys(("head_dim", "representation_size", "num_pooling_heads"), (1, 2**16)),
     "num_hidden_layers": (1, 2**10),
     "num_register_tokens": (0, 2**16),
     "stem_width": (1, 2**12),
@@ -56,6 +59,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "layer_norm_eps": (1e-30, 1e3),  # at 0 a constant token would be divided by zero
     "layer_scale_init_value": (-1e3, 1e3),
     "rope_theta": (1, 1e12),
+    "rope_offset": (-(2**16), 2**16),
     "temperature": (1e-3, 1e3),
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
@@ -86,7 +90,11 @@ OTHER_NAMES = {
         "use_pre_layernorm": ("pre_norm",),
         "use_distillation_token": ("distilled",),
         "use_gated_mlp": ("use_swiglu_ffn",),
-        "rope_theta": ("base",),
+        "rope_theta": ("base", "rope_temperature"),
+        "rope_grid": ("ref_feat_shape",),
+        "rope_offset": ("rope_grid_offset",),
+        "use_attention_layernorm": ("scale_attn_norm", "scale_attn_inner"),
+        "use_mlp_layernorm": ("scale_mlp_norm", "scale_mlp"),
     }.items()
     for name in names
 }
@@ -164,11 +172,11 @@ def check_fields(given: dict[str, Any]) -> None:
         raise ValueError(f"num_labels={number} contradicts id2label, which has {len(labels)} names: pass only one.")
 
 
-def pair(name: str, size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Return a size in pixels as `(height, width)`; raise `ValueError` for what is none."""
+def pair(name: str, size: int | list[int] | tuple[int, int], unit: str = "pixels") -> tuple[int, int]:
+    """Return a size in pixels or patches as `(height, width)`; raise `ValueError` for what is none."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(1 <= side <= MAX_SIDE for side in sides):
-        raise ValueError(f"{name} must be 1 to {MAX_SIDE} pixels, one number or (height, width), got {size!r}.")
+        raise ValueError(f"{name} must be 1 to {MAX_SIDE} {unit}, one number or (height, width), got {size!r}.")
     return sides
 
 
@@ -213,18 +221,28 @@ def _head(config: Any) -> Iterator[str]:
 
 def _width(config: Any) -> Iterator[str]:
     width, heads = config.hidden_size, config.num_attention_heads
-    if width % heads and (config.head_dim is None or config.pooling.startswith("attention")):
+    if width % heads and config.head_dim is None:
         yield (
             f"hidden_size={width} is not divisible by num_attention_heads={heads}: use hidden_size="
             f"{' or '.join(map(str, multiples_around(width, heads)))}, another number of heads, or set head_dim."
         )
-    kind = config.position_embedding_type
-    if kind == "rotary" and config.head_width % 4:
-        yield f"position_embedding_type='rotary' needs head_dim divisible by 4, got {config.head_width}: set head_dim."
-    if not config.use_output_projection and heads * config.head_width != width:
+    heads = config.pooling_heads
+    if width % heads and config.pooling.startswith("attention"):
         yield (
-            f"use_output_projection=False needs num_attention_heads * head_dim = hidden_size, got {heads} * "
-            f"{config.head_width} and {width}: set head_dim=None."
+            f"pooling={config.pooling!r} needs hidden_size divisible by its {heads} heads, got {width}: use "
+            f"{' or '.join(map(str, multiples_around(width, heads)))}, or another num_pooling_heads."
+        )
+    kind = config.position_embedding_type
+    if kind in ROTARY and config.head_width % 4:
+        yield f"position_embedding_type={kind!r} needs head_dim divisible by 4, got {config.head_width}: set head_dim."
+    if config.rope_coordinates == "centered" and (config.rope_grid is not None or config.rope_offset):
+        yield "rope_grid and rope_offset have no effect on centered coordinates: set rope_coordinates='index'."
+    if config.rope_grid is not None:
+        pair("rope_grid", config.rope_grid, "patches")
+    if not config.use_output_projection and config.num_attention_heads * config.head_width != width:
+        yield (
+            f"use_output_projection=False needs num_attention_heads * head_dim = hidden_size, got "
+            f"{config.num_attention_heads} * {config.head_width} and {width}: set head_dim=None."
         )
     divisor = {"learned_2d": 2, "sincos_2d": 4}.get(kind, 1)
     if width % divisor:
@@ -245,7 +263,7 @@ def _tokens(config: Any) -> Iterator[str]:
     if config.use_distillation_token and not config.use_cls_token:
         yield "use_distillation_token=True needs a class token before it: set use_cls_token=True."
     kind, prefix = config.position_embedding_type, config.num_prefix_tokens
-    if config.position_placement != "input" and not kind.startswith("learned"):
+    if config.position_placement != "input" and kind not in ("learned", "learned_2d"):
         yield (
             f"position_placement={config.position_placement!r} needs positions that are learned and added, got "
             f"position_embedding_type={kind!r}: use 'learned' or 'learned_2d', or position_placement='input'."

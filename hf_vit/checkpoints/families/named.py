@@ -59,10 +59,10 @@ OURS = (
     "layers.{}.layernorm_before",
     QKV,
     *PARTS,
-    *(f"layers.{{}}.attention.{name}" for name in ("q_norm", "k_norm", "o_proj")),
+    *(f"layers.{{}}.attention.{name}" for name in ("q_norm", "k_norm", "layernorm", "o_proj")),
     SCALES[0],
     "layers.{}.layernorm_after",
-    *(f"layers.{{}}.mlp.{name}" for name in ("fc1", "gate", "gate_and_fc1", "fc2")),
+    *(f"layers.{{}}.mlp.{name}" for name in ("fc1", "gate", "gate_and_fc1", "layernorm", "fc2")),
     SCALES[1],
     "layernorm",
     "pooler.layernorm",
@@ -263,6 +263,8 @@ def _features(source: Source, shapes: Shapes) -> dict[str, Any]:
     """Return the fields of a table's further tensors."""
     fields: dict[str, Any] = {
         "use_qk_norm": "layers.{}.attention.q_norm.weight" in shapes,
+        "use_attention_layernorm": "layers.{}.attention.layernorm.weight" in shapes,
+        "use_mlp_layernorm": "layers.{}.mlp.layernorm.weight" in shapes,
         "use_gated_mlp": "layers.{}.mlp.gate.weight" in shapes,
         "use_output_projection": "layers.{}.attention.o_proj.weight" in shapes,
         "use_patch_layernorm": "embeddings.patch_embeddings.layernorm_before.weight" in shapes,

@@ -280,7 +280,7 @@ def _positions(shapes: Shapes, options: Options, fields: Mapping[str, Any]) -> d
     patch = fields["patch_size"]
     asked = options.image_size if options.patch_size in (None, patch) else None
     size = asked or fields.get("image_size")
-    if fields.get("position_embedding_type", "learned") != "learned":
+    if not fields.get("position_embedding_type", "learned").startswith("learned"):
         if size is None:
             raise ValueError(f"{shapes.source.name}: no tensor states the image size: pass --image-size HxW.")
         return {"image_size": size}

@@ -1,22 +1,25 @@
-"""Self-supervised models with timm's names: DINO, iBOT, DINOv2, DINOv3, MAE, MoCo v3, I-JEPA, BEiT; and DeiT.
+"""Bare files with timm's names: DINO, DINOv2, DINOv3, MAE, MoCo v3, I-JEPA, BEiT; DeiT; rotary positions.
 
-The files hold timm's names, and no config.json. Each model has its own preprocessing and its own way to resample
-positions, and some have other heads than timm assumes. `ORIGINS` has these facts, from the original code:
+The files hold no config.json. Each model has its own preprocessing and its own way to resample positions, and some
+have other heads than timm assumes. `ORIGINS` has these facts, from the original code:
 github.com/facebookresearch/{dino,dinov2,dinov3,mae,moco-v3,ijepa,deit}, github.com/bytedance/ibot and
-github.com/microsoft/unilm (beit, beit2).
+github.com/microsoft/unilm (beit, beit2); those of rotary positions and of BEiT-3 are from timm.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..checkpoint import Family, Options, Reading
 from ..files import Source
 from . import timm
+from .timm_facts import EVA02, PERCEPTION, ROPE_REG, ROPE_VIT
 
 # A block of training code that shards blocks in chunks: blocks.CHUNK.LAYER.rest
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.(.+)")
@@ -24,9 +27,13 @@ CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.(.+)")
 OF_DINO = re.compile(r"cls_token|pos_embed|masked_embed|(patch_embed|blocks|norm|head\.(mlp|last_layer))\..*")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}
 INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 0.875, "interpolation": "bicubic"}
+CLIP = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "crop_pct": 0.9, "interpolation": "bicubic"}
 SQUASHED = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}  # resized to the size, without a crop
 TIPS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), **SQUASHED}
-WORDS = {0.0: "pixels in [0, 1]", 0.5: "mean and std of 0.5", 0.485: "ImageNet mean and std"}  # by the first mean
+WORDS = {  # by the first mean
+    **{0.0: "pixels in [0, 1]", 0.5: "mean and std of 0.5", 0.485: "ImageNet mean and std"},
+    OPENAI_CLIP_MEAN[0]: "OpenAI's mean and std",
+}
 ROTARY = {"position_embedding_type": "rotary", "layer_norm_eps": 1e-5, "gated_act": "silu"}
 
 
@@ -37,7 +44,7 @@ class Origin(NamedTuple):
         name: Name of the family.
         made: Whether the tensors come from this code.
         interpolation: A key of `POSITION_INTERPOLATIONS`.
-        facts: Facts that the tensors do not determine, as in `timm_facts.FACTS`.
+        facts: Facts that names of tensors do not determine, as in `timm_facts.FACTS`, or a function that returns them.
         preprocessing: The preprocessing, with the names of timm's `pretrained_cfg`.
         left_out: Regular expressions for tensors outside of the encoder.
     """
@@ -45,7 +52,7 @@ class Origin(NamedTuple):
     name: str
     made: Callable[[Source], bool]
     interpolation: str
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] | Callable[[Source], dict[str, Any]] = {}
     preprocessing: dict[str, Any] = IMAGENET
     left_out: tuple[str, ...] = ()
 
@@ -74,6 +81,7 @@ def _is_headless(source: Source) -> bool:
         "reg_token",
         "blocks.0.ls1.gamma",
         "blocks.0.gamma_1",
+        "blocks.0.attn.q_bias",
     }
     return {"pos_embed", "norm.weight", "blocks.0.attn.qkv.weight"} <= source.tensors.keys() and not (
         others & source.tensors.keys()
@@ -115,8 +123,85 @@ def _is_fixed(source: Source, first: str, has_cls_token: bool) -> bool:
     return is_alike and _fixed_positions(source) == first
 
 
+def _is_eva02(source: Source) -> bool:
+    names = source.tensors
+    is_eva = bool({"blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight"} & names.keys())
+    return "pos_embed" in names and is_eva and timm.is_gated(source)
+
+
+def _is_perception(source: Source) -> bool:
+    """Return whether a file is a Perception Encoder; timm's CLIP has the same LayerNorm first, but another end."""
+    names = source.tensors
+    ends = "attn_pool.latent" in names or not {"norm.weight", "fc_norm.weight"} & names.keys()
+    return {"pos_embed", "norm_pre.weight"} <= names.keys() and ends
+
+
+def _of_perception(source: Source) -> dict[str, Any]:
+    names = source.tensors
+    is_core, offset = "attn_pool.latent" in names, float("cls_token" in names)
+    head_dim = 96 if source.shape("pos_embed")[-1] == 1536 else 64
+    core = {"pooling": "attention", "num_pooling_heads": 8} if is_core else {"global_pool": "avg"}
+    return {
+        **PERCEPTION,
+        **core,
+        "rope_offset": offset,
+        "rope_grid": "own",
+        "head_dim": head_dim,
+        "hidden_act": "gelu",
+    }
+
+
+def _is_rope_vit(source: Source) -> bool:
+    has_head_of_deit = {"cls_token", "blocks.0.gamma_1", "blocks.0.attn.qkv.bias"} <= source.tensors.keys()
+    return has_head_of_deit and "rope_embed.periods" not in source.tensors
+
+
+def _has_rope_in_its_name(source: Source) -> bool:
+    return "rope" in Path(source.name).name.lower()
+
+
 # The first that fits is used. DINO's files hold nothing of its own, so it is the last.
 ORIGINS = (
+    Origin("EVA-02", _is_eva02, "bicubic_antialias", EVA02, CLIP, (r"(.*\.)?rope\.freqs_(cos|sin)", r"lm_head\..*")),
+    Origin(
+        "BEiT-3",
+        lambda source: {f"blocks.0.{part}.norm.weight" for part in ("attn", "mlp")} <= source.tensors.keys(),
+        "bicubic_antialias",
+        {"layer_norm_eps": 1e-5},
+        {**IMAGENET, "crop_pct": 1.0},
+    ),
+    Origin(
+        "Perception Encoder",
+        _is_perception,
+        "bicubic_antialias",
+        _of_perception,
+        {**INCEPTION, "crop_pct": 1.0},
+    ),
+    Origin(
+        "RoPE-ViT",
+        lambda source: _is_rope_vit(source) and _has_no_positions(source) and "reg_token" not in source.tensors,
+        "bicubic_antialias",
+        ROPE_VIT,
+        {**IMAGENET, "crop_pct": 0.9, "input_size": (3, 224, 224)},
+    ),
+    Origin(  # the same tensors as DeiT III
+        "RoPE-ViT with learned positions",
+        lambda source: _is_rope_vit(source) and "pos_embed" in source.tensors and _has_rope_in_its_name(source),
+        "bicubic_antialias",
+        {**ROPE_VIT, "position_embedding_type": "learned_rotary"},
+        {**IMAGENET, "crop_pct": 0.9},
+    ),
+    Origin(
+        "timm's ViT with registers and rotary positions",
+        lambda source: (
+            {"reg_token", "blocks.0.gamma_1"} <= source.tensors.keys()
+            and "cls_token" not in source.tensors
+            and _has_no_positions(source)
+        ),
+        "bicubic_antialias",
+        ROPE_REG,
+        {**INCEPTION, "crop_pct": 0.95, "input_size": (3, 256, 256)},
+    ),
     Origin(  # its second class token is a register to our model
         "TIPS",
         lambda source: _is_dinov2(source) and "register_tokens" in source.tensors and _registers(source) == 1,
@@ -192,13 +277,17 @@ def _recognises(origin: Origin, source: Source) -> bool:
 def _read(origin: Origin, source: Source, options: Options) -> Reading:
     plain = without_chunks(source)
     stated = timm.Stated(plain, options)
-    stated.facts.update(origin.facts)
+    stated.facts.update(origin.facts(plain) if callable(origin.facts) else origin.facts)
     stated.preprocessing = origin.preprocessing
     reading = timm.read(stated)
     reading.fields["position_interpolation"] = origin.interpolation
     reading.left_out = (*reading.left_out, *origin.left_out)
     if "rope_embed.periods" in plain.tensors:
         reading.fields["rope_theta"] = _base_of_periods(plain, reading.assumed)
+    if "rope_axes" in stated.facts:
+        names = ("rope_theta", "rope_offset", "rope_grid")
+        values = ", ".join(f"{name}={reading.fields[name]}" for name in names if name in reading.fields)
+        reading.assumed.append(f"Rotary positions of {origin.name} ({values}): the tensors do not determine them.")
     facts = origin.preprocessing
     whose = WORDS[facts["mean"][0]]
     has_table = reading.fields.get("position_embedding_type") != "rotary"

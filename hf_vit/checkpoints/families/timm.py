@@ -1,4 +1,4 @@
-"""timm's VisionTransformer, VisionTransformerDistilled (DeiT), VisionTransformerRelPos, Beit; Eva's giant and DINOv3.
+"""timm's VisionTransformer, VisionTransformerDistilled (DeiT), VisionTransformerRelPos, Beit and Eva.
 
 Forwards are those of timm 1.0.31. The tensors determine most of an architecture; `Stated` has the rest.
 """
@@ -15,7 +15,7 @@ from ..checkpoint import CLASSIFIER, ENCODER, Family, Options, Reading
 from ..files import Source
 from ..layouts import count, is_square
 from .plain import HEAD_DIMS
-from .timm_facts import ACTIVATIONS, EPSILONS, POOLINGS, Stated
+from .timm_facts import ACTIVATIONS, EPSILONS, FIELDS, MIXED, POOLINGS, Stated
 from .timm_names import LEFT_OUT, table
 
 REGISTERS = ("reg_token", "register_tokens", "storage_tokens")  # timm, DINOv2, DINOv3
@@ -54,10 +54,12 @@ def read(stated: Stated) -> Reading:
         "patch_size": tuple(patch),
         "intermediate_size": shape(_fc2(source), 2)[1],
         "patch_bias": "norm_pre.weight" not in names,  # timm builds it without bias before LayerNorm
-        "qkv_bias": bool({"blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias"} & set(names)),
+        "qkv_bias": any(f"blocks.0.attn.{name}" in names for name in ("qkv.bias", "q_bias", "q_proj.bias")),
         "proj_bias": "blocks.0.attn.proj.bias" in names,
         "mlp_bias": _fc2(source).replace("weight", "bias") in names,
         "use_qk_norm": "blocks.0.attn.q_norm.weight" in names,
+        "use_attention_layernorm": any(f"blocks.0.attn.{name}.weight" in names for name in ("norm", "inner_attn_ln")),
+        "use_mlp_layernorm": any(f"blocks.0.mlp.{name}.weight" in names for name in ("norm", "ffn_ln")),
         "use_pre_layernorm": "norm_pre.weight" in names,
         "final_layernorm": "tokens" if "norm.weight" in names else "pooled" if "fc_norm.weight" in names else "none",
         "use_cls_token": "cls_token" in names,
@@ -71,16 +73,18 @@ def read(stated: Stated) -> Reading:
     fields.update(_mlp(source, stated))
     fields.update(_pooling(source, stated, fields))
     fields.update(_positions(source, stated, fields))
+    fields.update({name: stated.facts[name] for name in FIELDS if name in stated.facts})
+    if fields.get("rope_grid") == "own":
+        fields["rope_grid"] = _divide(fields["image_size"], fields["patch_size"])
     is_bare_clip = "norm_pre.weight" in names and not stated.config
-    if is_bare_clip and "attn_pool.latent" in names:
-        raise ValueError(f"{source.name}: a Perception Encoder is not supported: it has rotary positions.")
     eps = options.layer_norm_eps
     if eps is None:
         eps = stated.named("norm_layer", EPSILONS, "--layer-norm-eps")
         eps = eps or (1e-5 if is_bare_clip else stated.facts["layer_norm_eps"])
+        rotary = ", and no rotary positions" * ("rope_axes" not in stated.facts)
         stated.assume(
-            f"layer_norm_eps {eps:g}, LayerNorm before attention and MLP, and no rotary positions: the tensors do not "
-            "determine them (--layer-norm-eps)."
+            f"layer_norm_eps {eps:g}, LayerNorm before attention and MLP{rotary}: the tensors do not determine them "
+            "(--layer-norm-eps)."
         )
     fields["layer_norm_eps"] = eps
     architecture = ENCODER
@@ -91,7 +95,8 @@ def read(stated: Stated) -> Reading:
             fields["representation_size"] = width
         fields.update(_labels(stated, fields["num_labels"]))
     is_gate_first = (options.mlp_gate or stated.facts.get("mlp_gate")) != "last"
-    rows = table(HFViTConfig(**fields), is_gate_first, "blocks.0.attn.qkv.bias_mask" in names)
+    has_bias_mask = "blocks.0.attn.qkv.bias_mask" in names
+    rows = table(HFViTConfig(**fields), is_gate_first, has_bias_mask, stated.facts.get("rope_axes"))
     processor = _processor(stated, fields)
     return Reading(fields, architecture, rows, LEFT_OUT, stated.assumed, processor)
 
@@ -102,8 +107,11 @@ def _heads(source: Source, stated: Stated) -> dict[str, Any]:
     Raises:
         ValueError: If nothing states the number, and the usual width per head does not divide the attention's width.
     """
-    rows, width = source.shape("blocks.0.attn.qkv.weight", 2)
-    inner = rows // 3
+    if "blocks.0.attn.q_proj.weight" in source.tensors:
+        inner, width = source.shape("blocks.0.attn.q_proj.weight", 2)
+    else:
+        rows, width = source.shape("blocks.0.attn.qkv.weight", 2)
+        inner = rows // 3
     heads = stated.options.num_heads or stated.arguments.get("num_heads")
     if heads is None:
         heads = _heads_in_tensors(source, inner)
@@ -141,6 +149,15 @@ def _fc2(source: Source) -> str:
     return "blocks.0.mlp.w3.weight" if "blocks.0.mlp.w3.weight" in source.tensors else "blocks.0.mlp.fc2.weight"
 
 
+def is_gated(source: Source) -> bool:
+    """Return whether the MLP has a gate, with weights of its own or packed with those of the hidden layer."""
+    names = source.tensors
+    if {"blocks.0.mlp.w3.weight", "blocks.0.mlp.fc1_g.weight"} & names.keys():
+        return True
+    fc1, fc2 = names.get("blocks.0.mlp.fc1.weight"), names.get("blocks.0.mlp.fc2.weight")
+    return fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[-1]
+
+
 def _mlp(source: Source, stated: Stated) -> dict[str, Any]:
     """Return activation and gating of the MLP.
 
@@ -153,8 +170,7 @@ def _mlp(source: Source, stated: Stated) -> dict[str, Any]:
     activation = options.hidden_act or stated.named("act_layer", ACTIVATIONS, "--hidden-act")
     activation = activation or stated.facts.get("hidden_act")
     is_split = "blocks.0.mlp.fc1_g.weight" in names
-    hidden = source.shape("blocks.0.mlp.fc2.weight", 2)[1]
-    is_packed = not is_split and source.shape("blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden
+    is_packed = not is_split and is_gated(source)
     if is_split:
         activation = activation or stated.facts.get("gated_act")
     if (is_split or is_packed) and activation is None:
@@ -219,12 +235,13 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
     prefix = fields["use_cls_token"] + fields["use_distillation_token"] + fields["num_register_tokens"]
     kinds = ("relative_position_bias_table", "mlp.fc1.weight")
     modules = [module for module in RELATIVE if any(f"{module}.{kind}" in names for kind in kinds)]
-    is_rotary = stated.facts.get("position_embedding_type") == "rotary"
-    is_eva02 = "blocks.0.attn.q_bias" in names and fields["use_gated_mlp"]
-    if "pos_embed" in names and (modules or is_rotary or is_eva02):
-        others = "relative" if modules else "rotary (EVA-02)"
+    kind = stated.facts.get("position_embedding_type", "learned" if "pos_embed" in names else "none")
+    if "rope.freqs" in names:
+        raise ValueError(f"{source.name}: 'rope.freqs' belongs to {MIXED}, which are not supported.")
+    if "pos_embed" in names and (modules or not kind.startswith("learned")):
+        others = "relative" if modules else kind
         raise ValueError(
-            f"{source.name}: it has learned positions, 'pos_embed', and {others} ones: only one kind is supported."
+            f"{source.name}: it has learned positions, 'pos_embed', and {others} ones: one model cannot have both."
         )
     biases = f"{modules[0]}.relative_position_bias_table" if modules else ""
     if "pos_embed" in names:
@@ -235,19 +252,19 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
         placed_prefix = 1 if "register_tokens" in names else prefix
         numbers = {number: stored[1] - number for number in (0, placed_prefix)}
         placed, (rows, columns) = _grid(stated, "pos_embed", numbers, patch)
-        found: dict[str, Any] = {"num_prefix_positions": placed}
+        found: dict[str, Any] = {"position_embedding_type": kind, "num_prefix_positions": placed}
     elif biases in names:
         placed = prefix and 3
         rest = source.shape(biases)[0] - placed
         _, (rows, columns) = _grid(stated, biases, {placed: rest}, patch, is_relative=True)
         found = {"position_embedding_type": "relative", "num_prefix_positions": prefix}
     else:
-        if not modules and not is_rotary and "blocks.0.gamma_1" in names:
+        if not modules and kind == "none" and "blocks.0.gamma_1" in names:
             raise ValueError(
                 f"{source.name}: it has no positions, and a LayerScale named 'blocks.0.gamma_1': it is timm's Eva "
-                "with rotary positions other than DINOv3's, which are not supported."
+                "with rotary positions of an unknown kind."
             )
-        if not modules and not is_rotary and stated.config and stated.arguments.get("pos_embed") != "none":
+        if not modules and kind != "rotary" and stated.config and stated.arguments.get("pos_embed") != "none":
             raise ValueError(
                 f"{source.name}: the tensor 'pos_embed' is missing, and config.json does not have pos_embed='none'."
             )
@@ -262,8 +279,7 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
         rows, columns = grids[0]
         if not asked:
             stated.note_margin(next(iter(stated.sizes)), (rows, columns), patch)
-        kind = "relative" if modules else "rotary" if is_rotary else "none"
-        found = {"position_embedding_type": kind, "num_prefix_positions": 0}
+        found = {"position_embedding_type": "relative" if modules else kind, "num_prefix_positions": 0}
     return {**found, "image_size": (rows * patch[0], columns * patch[1])}
 
 

@@ -15,20 +15,52 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..checkpoint import Options
 from ..files import OPEN_CLIP_CONFIG, Source, read_json
 
-KNOWN = r"(vit|deit3?|flexivit|eva_large|eva_giant|beit(v2)?|test_vit\d?)_\w+|test_vit\d?"
+KNOWN = r"(vit|deit3?|flexivit|eva_large|eva_giant|eva02|beit(v2|3)?|test_vit\d?)_\w+|test_vit\d?"
+
+MIXED = "rotary positions with learned frequencies"
 
 # Architectures that have the tensor names of a plain ViT but another forward, and what differs.
 OTHERS = {
     r"_rpn_": "LayerNorm after attention and MLP (residual post-norm)",
-    r"_rope|_pe_|^eva02": "rotary positions of timm's Eva",
+    r"^eva02_enormous": "LayerNorm after attention and MLP (residual post-norm)",
+    r"_rope_mixed_": MIXED,
+    r"_pe_core_gigantic_": "an attention pooling with an MLP of another width",
     r"^aimv2|_xp_|^test_vit4": "RMSNorm",
-    r"^beit3": "LayerNorm inside attention and MLP",
     r"^samvit": "another block",
     r"_18x2_|_d?pwee_|_xp_": "attention and MLP in parallel",
     r"_dwee_|_dlittle_": "differential attention",
     r"^naflex|_naflex": "NaFlex",
     r"_r\d+_|_resnet\d+|_hybrid": "a convolutional stem",
 }
+
+# Rotary positions of timm's Eva: fields of the config, and the order of rows ("ij") or columns ("xy") first in a head.
+BY_INDEX = {"position_embedding_type": "rotary", "rope_coordinates": "index", "rope_theta": 10_000.0}
+EVA02 = {
+    **BY_INDEX,
+    "position_embedding_type": "learned_rotary",
+    "rope_axes": "ij",
+    "rope_grid": (16, 16),
+    "hidden_act": "silu",
+    "mlp_gate": "first",
+}
+ROPE_REG = {**BY_INDEX, "rope_axes": "ij", "rope_grid": (16, 16), "global_pool": "avg"}
+ROPE_VIT = {**BY_INDEX, "rope_axes": "xy", "rope_theta": 100.0, "global_pool": "token"}
+PERCEPTION = {
+    **BY_INDEX,
+    "position_embedding_type": "learned_rotary",
+    "rope_axes": "xy",
+    "rope_offset": 1.0,
+    "layer_norm_eps": 1e-5,
+}
+# Arguments of timm's constructor that replace these facts.
+ROPE_ARGUMENTS = {
+    "rope_temperature": "rope_theta",
+    "rope_grid_offset": "rope_offset",
+    "rope_grid_indexing": "rope_axes",
+    "ref_feat_shape": "rope_grid",
+}
+# Facts that are fields of the config.
+FIELDS = ("rope_coordinates", "rope_theta", "rope_offset", "rope_grid", "num_pooling_heads")
 
 # Fields that the tensors do not determine. Later rows override earlier ones; other architectures have a `head_dim` of
 # 64 and timm's defaults.
@@ -59,6 +91,19 @@ FACTS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (r"_7b_.*_dinov3", {"head_dim": 128}),
+    (r"^beit3_", {"layer_norm_eps": 1e-5}),
+    (r"^beit3_giant_", {"head_dim": 88}),
+    (r"^eva02_", {**EVA02, "global_pool": "avg"}),
+    (r"^eva02_.*_clip_", {"global_pool": "token"}),
+    (r"_rope_reg\d_gap_", ROPE_REG),
+    (r"_rope_(ape_)?\d+$", ROPE_VIT),
+    (r"_rope_ape_", {"position_embedding_type": "learned_rotary"}),
+    (r"_pe_(core|lang|spatial)_", {**PERCEPTION, "global_pool": "avg"}),
+    (r"_pe_core_", {"pooling": "attention", "global_pool": "map", "num_pooling_heads": 8}),
+    (r"_pe_.*_224$", {"rope_grid": (14, 14)}),
+    (r"_pe_.*_3\d\d$", {"rope_grid": (24, 24)}),
+    (r"_pe_.*_(448|512)$", {"rope_grid": (32, 32)}),
+    (r"_pe_.*_gigantic_", {"rope_offset": 0.0, "head_dim": 96}),
     (r"_giant_patch14(_reg\d)?_(dinov2|tipsv2)", {"hidden_act": "silu", "mlp_gate": "first"}),
 )
 
@@ -111,6 +156,9 @@ class Stated:
         for pattern, known in FACTS:
             if self.is_known and re.search(pattern, self.architecture):
                 self.facts.update(known)
+        for theirs, ours in ROPE_ARGUMENTS.items():
+            if theirs in self.arguments and "rope_axes" in self.facts:
+                self.facts[ours] = self.arguments[theirs]
         self.options = options
         self.source = source
         self.assumed: list[str] = []

@@ -12,9 +12,20 @@ import torch
 from torch import Tensor
 
 from ...model.configuration_hf_vit import HFViTConfig
-from ..layouts import Layout, Row, convolution, halves, heads_first, heads_together, packed, positions
+from ..layouts import (
+    Layout,
+    Row,
+    convolution,
+    halves,
+    heads_first,
+    heads_together,
+    packed,
+    positions,
+    rotated_pairs,
+    same,
+)
 from .relative import BIASES, RELATIVE, offsets, relative_rows, shared_offsets
-from .transformers import without_key_bias
+from .transformers import ZERO_KEY_BIAS
 
 POSITIONS = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
 OF_A_LAYER = {
@@ -26,6 +37,8 @@ OF_A_LAYER = {
     "attention_scale.weight": ("ls1.gamma", "gamma_1"),  # the second: DeiT III
     "mlp_scale.weight": ("ls2.gamma", "gamma_2"),
     "mlp.fc2.*": ("mlp.fc2.*", "mlp.w3.*"),  # the second: DINOv2 and DINOv3
+    "attention.layernorm.*": ("attn.norm.*", "attn.inner_attn_ln.*"),  # the second: the authors of EVA-02
+    "mlp.layernorm.*": ("mlp.norm.*", "mlp.ffn_ln.*"),
 }
 OF_THE_POOLING = {
     "probe": "latent",
@@ -39,15 +52,25 @@ OF_THE_POOLING = {
 LEFT_OUT = (r".*\.relative_position_index", r".*\.rel_coords_log", r"mask_token", r"decoder_.*")
 
 
-def table(config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool = False) -> list[Row]:
+# Order of the dimensions of queries and keys, by timm's rope_grid_indexing if its positions rotate adjacent pairs.
+ORDERS: dict[str | None, Callable[[HFViTConfig], Layout]] = {
+    None: same,
+    "ij": rotated_pairs,
+    "xy": partial(rotated_pairs, columns_first=True),
+}
+
+
+def table(
+    config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool = False, rope_axes: str | None = None
+) -> list[Row]:
     """Return our names and timm's; of several rows for the same names, timm writes the first today.
 
     Args:
         config: The architecture; its positions and MLP determine some of the rows.
         is_gate_first: Whether the first half of a packed projection is the gate.
         has_bias_mask: Whether a mask sets the biases of keys to 0 (DINOv3).
+        rope_axes: A key of `ORDERS`.
     """
-    of_queries_and_values = ("blocks.{}.attn.q_bias", "blocks.{}.attn.v_bias")
     rows = [
         Row("embeddings.cls_token", "cls_token"),
         Row("embeddings.distillation_token", "dist_token"),
@@ -63,9 +86,7 @@ def table(config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool =
         Row("classifier.*", "head.*"),
         Row("classifier.cls.*", "head.*"),
         Row("classifier.distillation.*", "head_dist.*"),
-        Row("layers.{}.attention.qkv.weight", "blocks.{}.attn.qkv.weight", heads_first),
-        Row("layers.{}.attention.qkv.bias", "blocks.{}.attn.qkv.bias", masked_bias if has_bias_mask else heads_first),
-        Row("layers.{}.attention.qkv.bias", of_queries_and_values, without_key_bias),  # BEiT and EVA
+        *_attention_rows(has_bias_mask, ORDERS[rope_axes]),
         Row("pooler.pooling.key_value.*", "attn_pool.kv.*", partial(heads_first, parts=2)),
     ]
     rows += [Row(f"pooler.pooling.{ours}", f"attn_pool.{theirs}") for ours, theirs in OF_THE_POOLING.items()]
@@ -83,7 +104,7 @@ def table(config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool =
         ]
     else:
         rows.append(Row("layers.{}.mlp.fc1.*", "blocks.{}.mlp.fc1.*"))
-    if config.position_embedding_type == "learned":
+    if config.position_embedding_type in ("learned", "learned_rotary"):
         rows.append(Row(POSITIONS, "pos_embed", positions))
     if config.position_embedding_type == "relative":
         of_layers = tuple(f"blocks.{layer}.attn.rel_pos" for layer in range(config.num_hidden_layers))
@@ -91,6 +112,26 @@ def table(config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool =
         biases = [f"blocks.{layer}.attn.{BIASES}" for layer in range(config.num_hidden_layers)]
         rows += relative_rows(biases, f"rel_pos_bias.{BIASES}")
     return rows
+
+
+def _attention_rows(has_bias_mask: bool, order: Callable[[HFViTConfig], Layout]) -> list[Row]:
+    """Return the rows of queries, keys and values, in one projection or in three."""
+
+    def ordered(before: Layout) -> Callable[[HFViTConfig], Layout]:
+        return lambda config: before.then(order(config)).then(heads_together(config))
+
+    def parts(name: str, letters: str = "qkv") -> tuple[str, ...]:
+        return tuple(f"blocks.{{}}.attn.{letter}_{name}" for letter in letters)
+
+    ours, apart = "layers.{}.attention.qkv.", Layout(list, list)
+    return [
+        Row(f"{ours}weight", "blocks.{}.attn.qkv.weight", ordered(packed(3))),
+        Row(f"{ours}bias", "blocks.{}.attn.qkv.bias", masked_bias if has_bias_mask else ordered(packed(3))),
+        Row(f"{ours}bias", parts("bias", "qv"), ordered(ZERO_KEY_BIAS)),  # BEiT and EVA
+        Row(f"{ours}weight", parts("proj.weight"), ordered(apart)),
+        Row(f"{ours}bias", parts("proj.bias"), ordered(apart)),
+        Row(f"{ours}bias", parts("proj.bias", "qv"), ordered(ZERO_KEY_BIAS)),  # EVA-02
+    ]
 
 
 def _relative_rows(modules: tuple[str, ...], biases: Callable[[HFViTConfig], Layout]) -> list[Row]:

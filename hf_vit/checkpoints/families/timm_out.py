@@ -34,6 +34,8 @@ SPECIAL: dict[str, dict[str, tuple[Any, ...]]] = {
         "layer_norm_eps": (1e-6,),
         "proj_bias": (True,),
         "use_pre_layernorm": (False,),
+        "use_attention_layernorm": (False,),
+        "use_mlp_layernorm": (False,),
     },
     "a distillation token": {
         "position_embedding_type": ("learned",),
@@ -213,6 +215,8 @@ def arguments(config: HFViTConfig) -> dict[str, Any]:
         "reg_tokens": config.num_register_tokens,
         "pre_norm": config.use_pre_layernorm,
         "final_norm": config.final_layernorm != "none",
+        "scale_attn_norm": config.use_attention_layernorm,
+        "scale_mlp_norm": config.use_mlp_layernorm,
         "pool_include_prefix": config.pooling in ("mean_all", "attention"),
     }
 
@@ -252,6 +256,7 @@ TARGET = Target(
         "layer_norm_eps": tuple(EPSILONS),
         "stem_layers": (None,),
         "representation_size": (None,),
+        "num_pooling_heads": (None,),
         "use_patch_layernorm": (False,),
         "use_output_projection": (True,),
     },

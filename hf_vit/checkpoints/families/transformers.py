@@ -1,4 +1,4 @@
-"""transformers' Vision Transformers: ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2, DINOv3, BEiT, data2vec, SigLIP, CLIP.
+"""transformers' ViTs: ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2, DINOv3, BEiT, data2vec, SigLIP, SigLIP 2, CLIP.
 
 Names and forwards are those of transformers 5.23, `models/*/modeling_*.py`. Files have the names of two eras, with or
 without the prefix of the class that saved them; the table has them all. Fields that are missing in `config.json` have
@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from ...model.configuration_hf_vit import HFViTConfig
+from ...model.image_processing_pil_hf_vit import HFViTImageProcessorPil
+from ...model.validation_hf_vit import pair
 from ...system.texts import counted
 from ..checkpoint import CLASSIFIER, ENCODER, MASKED, Family, Options, Reading, processor_beside
 from ..files import Source, Stored
 from ..layouts import (
     Layout,
     Row,
+    channels_first,
     convolution,
     count,
     flat_positions,
@@ -60,18 +63,16 @@ RELATIVE_POSITIONS = (
 )
 
 
+# Biases of queries and values only; our biases of keys are zeros.
+ZERO_KEY_BIAS = Layout(
+    lambda theirs: [theirs[0], torch.zeros_like(theirs[0]), theirs[1]],
+    lambda ours: [ours[0], ours[2]],
+)
+
+
 def without_key_bias(config: HFViTConfig) -> Layout:
-    """Biases of queries and values only; our biases of keys are zeros."""
-    joined = heads_together(config)
-
-    def read(theirs: list[Tensor]) -> list[Tensor]:
-        return joined.read([theirs[0], torch.zeros_like(theirs[0]), theirs[1]])
-
-    def write(ours: list[Tensor]) -> list[Tensor]:
-        query, _, value = joined.write(ours)
-        return [query, value]
-
-    return Layout(read, write)
+    """Biases of queries and values only, to rows ordered (head, part, d)."""
+    return ZERO_KEY_BIAS.then(heads_together(config))
 
 
 def pixel_decoder(config: HFViTConfig) -> Layout:
@@ -82,13 +83,19 @@ def pixel_decoder(config: HFViTConfig) -> Layout:
     )
 
 
-def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES, layers: int = 0) -> list[Row]:
+def table(
+    key_bias: bool = True,
+    prefixes: Sequence[str] = PREFIXES,
+    layers: int = 0,
+    patches: Callable[[HFViTConfig], Layout] = convolution,
+) -> list[Row]:
     """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first.
 
     Args:
         key_bias: Whether keys have biases.
         prefixes: Beginnings of the encoder's names.
         layers: Number of layers with relative positions (BEiT).
+        patches: Layout of the patch projection.
     """
     tables = ("embeddings.position_embeddings.prefix", "embeddings.position_embeddings.table.weight")
     projection = "embeddings.patch_embeddings.projection"
@@ -122,7 +129,7 @@ def table(key_bias: bool = True, prefixes: Sequence[str] = PREFIXES, layers: int
             tables_of_layers = [f"{prefix}{of_layer.format(layer)}.{BIASES}" for layer in range(layers)]
             rows += relative_rows(tables_of_layers, f"{prefix}{of_all}.{BIASES}")
         for theirs in ("patch_embeddings.projection", "patch_embedding", "patch_embeddings"):
-            rows.append(Row(f"{projection}.weight", f"{prefix}embeddings.{theirs}.weight", convolution))
+            rows.append(Row(f"{projection}.weight", f"{prefix}embeddings.{theirs}.weight", patches))
             rows.append(Row(f"{projection}.bias", f"{prefix}embeddings.{theirs}.bias"))
         for layer in LAYERS:
             for ours, names in OF_A_LAYER.items():
@@ -281,6 +288,27 @@ def _siglip(config: Any, source: Source) -> dict[str, Any]:
     }
 
 
+def _siglip2(config: Any, source: Source) -> dict[str, Any]:
+    rows, columns = pair("patch_size", config.patch_size)
+    side, _ = grid_of_table(config.num_patches, (rows, columns), None, f"{source.name}: num_patches of config.json")
+    sizes = {"image_size": (side * rows, side * columns)}
+    return {**_siglip(config, source), **sizes, "position_interpolation": "bilinear_antialias"}
+
+
+def _processor_of_packs(source: Source, fields: dict[str, Any], assumed: list[str]) -> HFViTImageProcessorPil | None:
+    """Return the processor beside SigLIP 2, with images of one size instead of packs, which few commands accept."""
+    processor = processor_beside(source)
+    if processor is not None:
+        number = vars(processor).pop("max_num_patches", 256)
+        processor.patch_size = fields["patch_size"]
+        processor.set_output_size(fields["image_size"])
+        assumed.append(
+            "Preprocessing to one size, without regard to the aspect ratio. SigLIP 2 keeps it, in grids of at most "
+            f"{number} patches: set packing={number} of the image processor for that."
+        )
+    return processor
+
+
 def _clip(config: Any, source: Source) -> dict[str, Any]:
     is_classifier = "classifier.weight" in source.tensors
     return {
@@ -315,6 +343,8 @@ MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]
     "ijepa": (_ijepa, (r".*embeddings\.mask_token", r".*pooler\.dense\..*")),
     "siglip": (_siglip, (*TEXT, r".*head\..*")),
     "siglip_vision_model": (_siglip, (*TEXT, r".*head\..*")),
+    "siglip2": (_siglip2, (*TEXT, r".*head\..*")),
+    "siglip2_vision_model": (_siglip2, (*TEXT, r".*head\..*")),
     "clip": (_clip, (*TEXT, r".*post_layernorm\..*")),
     "clip_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
     "metaclip_2": (_clip, (*TEXT, r".*post_layernorm\..*")),
@@ -414,8 +444,11 @@ def _read(source: Source, options: Options) -> Reading:
         fields["use_cls_token"] = True
     key_bias = any(name.endswith((".key.bias", ".k_proj.bias")) for name in source.tensors)
     is_relative = fields.get("position_embedding_type") == "relative"
-    rows = table(key_bias, layers=config.num_hidden_layers if is_relative else 0)
-    return Reading(fields, architecture, rows, left_out, assumed, processor_beside(source))
+    is_packed = model_type.startswith("siglip2")
+    patches = channels_first if is_packed else convolution
+    rows = table(key_bias, layers=config.num_hidden_layers if is_relative else 0, patches=patches)
+    processor = _processor_of_packs(source, fields, assumed) if is_packed else processor_beside(source)
+    return Reading(fields, architecture, rows, left_out, assumed, processor)
 
 
 FAMILY = Family("transformers", _recognises, _read, heads=("classifier", "cls_classifier"))

@@ -66,7 +66,7 @@ def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
 
 def test_the_weights_of_another_name_are_pointed_out(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "best.pth")
-    with pytest.raises(ValueError, match=r"no weights found.*or the path of a file, such as .*best.pth"):
+    with pytest.raises(ValueError, match=r"no weights found.*Pass the path of a file or folder, such as .*best.pth"):
         open_checkpoint(tmp_path)
 
 

@@ -24,8 +24,10 @@ DEEPEST = 8  # parts of a prefix
 FEWEST = 6  # tensors of a model
 # What wrappers insert anywhere in a name: torch.compile, FSDP, activation checkpointing, and DeepSpeed.
 INSERTED = re.compile(r"(?<![^./ ])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-# Counters of AveragedModel, of thop and of BatchNorm.
-COUNTERS = re.compile(r"(.*[./ ])?(n_averaged|total_ops|total_params|num_batches_tracked)")
+# Counters of AveragedModel, of thop and of BatchNorm, and what a loss has, such as the weights of classes.
+COUNTERS = re.compile(
+    r"(.*[./ ])?(n_averaged|total_ops|total_params|num_batches_tracked|(criterion|loss(_fn|_func|_function)?)\..*)"
+)
 # Keys of running averages of the weights, and of networks that only the training needs.
 AVERAGED = re.compile(
     r"(.*_)?(ema|swa|averaged?|avg|shadow|momentum|teacher|target)(_.*)?(model|encoder)?", re.IGNORECASE

@@ -122,7 +122,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             the class and distillation tokens with learned positions, and for 0 otherwise. Relative: 0 or all.
         rope_theta (`float`, *optional*, defaults to 100.0): Base of the wavelengths of `"rotary"`.
         position_interpolation (`str`, *optional*, defaults to `"bicubic_antialias"`): Resampling of positions to
-            another grid, a key of `POSITION_INTERPOLATIONS`.
+            another grid, a key of `POSITION_INTERPOLATIONS`; for `"relative"`, also `"geometric_bilinear"` (timm's
+            BEiT) or `"geometric_bicubic"` (that of its authors).
         pooling (`str`, *optional*, defaults to `"cls"`): Input of the head: `"cls"` (the class token), `"mean"` (mean
             of the patches), `"mean_all"` (mean of all tokens), `"attention"` (multi-head attention pooling of all
             tokens, arXiv:2106.04560), `"attention_patches"` (of the patches), `"cls_and_mean"` (concatenated: DINOv2)

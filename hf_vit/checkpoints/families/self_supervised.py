@@ -36,7 +36,7 @@ class Origin(NamedTuple):
     Attributes:
         name: Name of the family.
         made: Whether the tensors come from this code.
-        interpolation: A key of `POSITION_INTERPOLATIONS`.
+        interpolation: The `position_interpolation` of `HFViTConfig`.
         facts: Facts that the tensors do not determine, as in `timm_facts.FACTS`.
         preprocessing: The preprocessing, with the names of timm's `pretrained_cfg`.
         left_out: Regular expressions for tensors outside of the encoder.
@@ -152,7 +152,7 @@ ORIGINS = (
     Origin(
         "BEiT",
         lambda source: "blocks.0.attn.q_bias" in source.tensors and _has_relative(source),
-        "bilinear",
+        "geometric_bicubic",
         preprocessing=INCEPTION,
         left_out=(r"(lm_head|cls_pt_layers|decoder)\..*",),
     ),

@@ -264,6 +264,8 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
             stated.note_margin(next(iter(stated.sizes)), (rows, columns), patch)
         kind = "relative" if modules else "rotary" if is_rotary else "none"
         found = {"position_embedding_type": kind, "num_prefix_positions": 0}
+    if found.get("position_embedding_type") == "relative":
+        found["position_interpolation"] = "geometric_bilinear"
     return {**found, "image_size": (rows * patch[0], columns * patch[1])}
 
 

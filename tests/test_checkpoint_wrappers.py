@@ -72,6 +72,8 @@ WRAPPED: dict[str, Any] = {
         "lr_scheduler": {"last_epoch": 3},
     },
     "counters": {"n_averaged": torch.tensor(3), **below("module."), "module.blocks.0.total_ops": torch.zeros(1)},
+    "the weights of classes in a loss": {**STATE, "loss_fn.weight": torch.ones(5)},
+    "DeepSpeed": {"module": STATE, "param_shapes": [{name: tensor.shape for name, tensor in STATE.items()}]},
     "a default dictionary": {"model": collections.defaultdict(list, STATE)},
     "objects of training scripts": {
         "model": STATE,
@@ -210,6 +212,31 @@ def test_a_head_of_several_layers_is_left_out(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ our own
+
+
+ADAPTED = ("adapters.0.down.weight", "lora_layers.0.weight", "prompt_embeddings")
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_outside_of_the_encoder_are_stated(tmp_path: Path, name: str) -> None:
+    checkpoint = opened(tmp_path, {**below("backbone."), name: torch.ones(2, 64)})
+    assert_is(checkpoint)
+    assert any(f"the original code: {name}." in sentence for sentence in checkpoint.assumed)
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    save_file(below("module."), tmp_path / "model.safetensors")
+    model = HFViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(model.classifier.weight, STATE["head.weight"])
+    HFViTForImageClassification(model.config).save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").unlink()
+    config = model.config
+    assert HFViTForImageClassification.from_pretrained(tmp_path / "ours", config=config).config.num_labels == 5
+
+
+def test_tensors_without_values_are_of_zero_3(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="All its tensors are empty, as in files of DeepSpeed's ZeRO-3.*zero_to_fp32"):
+        opened(tmp_path, {"module": {name: torch.empty(0) for name in STATE}})
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state}], ids=["alone", "nested"])

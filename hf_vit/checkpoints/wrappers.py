@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..system.texts import counted
+from ..system.texts import counted, shortened
 from .files import Source
 from .formats import Stored, Tensors
 from .pickles import BELOW
@@ -32,6 +32,8 @@ COUNTERS = re.compile(
 AVERAGED = re.compile(
     r"(.*_)?(ema|swa|averaged?|avg|shadow|momentum|teacher|target)(_.*)?(model|encoder)?", re.IGNORECASE
 )
+# Parts of names outside of the encoder whose tensors change what the encoder computes.
+TUNING = re.compile(r"(^|[._])(w_[AB]s|lora|adapters?|prompts?)(?!_learner|[a-z])", re.IGNORECASE)
 # Module names of a head outside of the encoder.
 HEADS = re.compile(
     r"((cls|class|classification|mlp|lin|linear|final|last)_?)?(heads?|classifiers?|fc|linear|logits)|\d+"
@@ -77,6 +79,11 @@ def unwrapped(source: Source, is_model: Callable[[Source], bool], wanted: str | 
     # Tensors of the other models are dropped.
     other = tuple(_up_to(place, label) for place, label in labels.items() if place != chosen and place)
     result, outside = _renamed({name: tensors[name] for name in tensors if not name.startswith(other)}, chosen)
+    if tuning := [name for name in outside if TUNING.search(name)]:
+        sentences.append(
+            "The encoder is read without the adapters or prompts outside of it, which change the outputs in the "
+            f"original code: {shortened(tuning)}."
+        )
     number = len(below.get(chosen, ()))
     notes = []
     if chosen.replace("module.", ""):

@@ -88,7 +88,15 @@ def test_a_folder_without_weights_is_named_with_a_remedy(tmp_path: Path, kind: s
         open_checkpoint(tmp_path)
 
 
+def test_a_model_type_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    save_file({"embeddings.cls_token": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dpt"}))
+    with pytest.raises(ValueError, match="a model of type 'dpt', which is not supported"):
+        open_checkpoint(tmp_path)
+
+
 NAMES = {
+    "weight": "a head without its encoder",
     "layer.0.query.lora_A.default.weight": r"an adapter \(LoRA\) that is not merged.*merge_and_unload",
     "blocks.0.attn.qkv.base_layer.weight": "an adapter",
     "blocks.0.attn.qkv.parametrizations.weight.original": "remove_parametrizations",

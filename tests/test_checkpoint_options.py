@@ -140,7 +140,8 @@ def test_a_head_of_several_layers_is_no_classifier(tmp_path: Path) -> None:
     state |= {"head.0.weight": torch.ones(8, 64), "head.2.weight": torch.ones(5, 8)}
     torch.save(state, tmp_path / "c.pth")
     with pytest.raises(
-        ValueError, match=r"more than one linear layer: head.0, head.2. Load it as HFViTModel, or pass"
+        ValueError,
+        match=r"not one linear layer of the encoder's output: head.0, head.2. Load it as HFViTModel, or pass",
     ):
         HFViTForImageClassification.from_pretrained(tmp_path / "c.pth")
     assert isinstance(HFViTModel.from_pretrained(tmp_path / "c.pth").config, HFViTConfig)

@@ -208,10 +208,39 @@ def test_a_head_without_bias(tmp_path: Path) -> None:
 def test_a_head_of_several_layers_is_left_out(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, {**below("model.", BODY), **below("model.", TWO_LAYERS)})
     assert checkpoint.architecture == ENCODER and set(checkpoint.left_out) == set(TWO_LAYERS)
-    assert "more than one linear layer: classifier.0, classifier.2" in checkpoint.lost_head
+    assert "not one linear layer of the encoder's output: classifier.0, classifier.2" in checkpoint.lost_head
 
 
 # ------------------------------------------------------------------------------------------------------ our own
+
+
+BETWEEN = {
+    "LayerNorm": {"norm.weight": torch.ones(64), "norm.bias": torch.ones(64)},
+    "a layer": {"proj.weight": torch.ones(64, 64), "proj.bias": torch.ones(64)},
+    "an MLP": {"mlp.0.weight": torch.ones(64, 64), "mlp.0.bias": torch.ones(64)},
+}
+
+
+@pytest.mark.parametrize("name", ["head", "fc"])
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_a_head_behind_other_layers_is_left_out(tmp_path: Path, name: str, between: State) -> None:
+    head = {f"{name}.weight": HEAD["head.weight"], f"{name}.bias": HEAD["head.bias"]}
+    checkpoint = opened(tmp_path, {**below("backbone.", BODY), **between, **head})
+    assert_is(checkpoint, BODY)
+    assert "one linear layer of the encoder's output" in checkpoint.lost_head
+    assert set(checkpoint.left_out) == {*between, *head}
+
+
+@pytest.mark.parametrize("name", ["head", "classifier"])
+def test_a_batch_norm_beside_the_head_is_folded_into_it(tmp_path: Path, name: str) -> None:
+    norm, linear = nn.BatchNorm1d(64), nn.Linear(64, 5, bias=False)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    state = {**below("base.", BODY), **below("bottleneck.", norm.state_dict()), f"{name}.weight": linear.weight.data}
+    values = opened(tmp_path, state).state_dict()
+    features = torch.randn(2, 64)
+    expected = linear(norm.eval()(features))
+    torch.testing.assert_close(features @ values["classifier.weight"].T + values["classifier.bias"], expected)
 
 
 ADAPTED = ("adapters.0.down.weight", "lora_layers.0.weight", "prompt_embeddings")
@@ -235,7 +264,7 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 
 def test_tensors_without_values_are_of_zero_3(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="All its tensors are empty, as in files of DeepSpeed's ZeRO-3.*zero_to_fp32"):
+    with pytest.raises(ValueError, match=r"All its tensors are empty, as in files of DeepSpeed.*zero_to_fp32"):
         opened(tmp_path, {"module": {name: torch.empty(0) for name in STATE}})
 
 

@@ -38,7 +38,10 @@ TUNING = re.compile(r"(^|[._])(w_[AB]s|lora|adapters?|prompts?)(?!_learner|[a-z]
 HEADS = re.compile(
     r"((cls|class|classification|mlp|lin|linear|final|last)_?)?(heads?|classifiers?|fc|linear|logits)|\d+"
 )
-
+# Modules that may be between the encoder and its head.
+BETWEEN = re.compile(
+    r"((batch|layer)_?)?norm\d*|[bl]n\d*|bottleneck|neck|proj|projection|mlp|fc\d+|dense\d*|hidden|embedding|linear\d+"
+)
 # Layers below a head that map to the space of another modality, and give no labels.
 PROJECTIONS = ("proj", "projection")
 NOTHING = Stored((), torch.float32, partial(torch.zeros, ()))
@@ -193,28 +196,40 @@ def _renamed(tensors: Tensors, prefix: str) -> tuple[Tensors, dict[str, Stored]]
 # ----------------------------------------------------------------------------------------------------------- heads
 
 
-def with_head(source: Source, names: Sequence[str]) -> Source:
+def with_head(source: Source, names: Sequence[str], inputs: Sequence[int] = (1,)) -> Source:
     """Give a head that is one linear layer the name that its family reads, the first of `names`.
 
-    A head of several layers is left out, unless the family has a place for it.
+    A head of several layers is left out, unless the family has a place for it. The layers are those of the head and
+    those between it and the encoder.
 
     Args:
         source: Tensors below no prefix.
         names: Module names of the family's classifiers.
+        inputs: Possible widths of a head's input, as multiples of the width of the model.
     """
-    tensors = source.tensors
+    tensors, width = source.tensors, _width(source.tensors)
     heads = {theirs: stored for theirs, stored in tensors.items() if HEADS.fullmatch(BOUNDARY.split(theirs)[0])}
+    known = [f"{name}.weight" for name in names if f"{name}.weight" in tensors]
+    is_outside = all(theirs in source.outside for theirs in known)
+    if heads and is_outside:
+        heads |= {
+            theirs: stored
+            for theirs, stored in source.outside.items()
+            if BETWEEN.fullmatch(BOUNDARY.split(theirs)[0]) and width in stored.shape
+        }
     layers = [theirs.removesuffix(".weight") for theirs in heads if theirs.endswith((".weight", ".weight_v"))]
-    if not layers or any(f"{name}.weight" in tensors for name in names):
+    if not layers or (known and (not is_outside or len(layers) == 1)):
         return source
     norms = [theirs.removesuffix(".running_mean") for theirs in heads if theirs.endswith(".running_mean")]
     linears = [layer for layer in layers if layer not in norms]
     if not linears or BOUNDARY.split(linears[0])[-1] in PROJECTIONS:
         return replace(source, outside={**source.outside, **heads})
-    linear, name, width = linears[0], names[0], _width(tensors)
-    is_linear = len(linears) == 1 and heads.get(f"{linear}.weight", NOTHING).shape[1:] == (width,)
+    linear, name = linears[0], names[0]
+    shape = heads.get(f"{linear}.weight", NOTHING).shape
+    is_linear = len(linears) == 1 and shape[1:] in [(number * width,) for number in inputs]
     if not is_linear or len(norms) > 1:
-        return replace(source, outside={**source.outside, **heads}, head_layers=layers)
+        rest = {theirs: stored for theirs, stored in tensors.items() if not (known and heads.get(theirs) is stored)}
+        return replace(source, tensors=rest, outside={**source.outside, **heads}, head_layers=layers)
     weight = heads[f"{linear}.weight"]
     bias = heads.get(f"{linear}.bias", Stored(weight.shape[:1], weight.dtype, partial(torch.zeros, weight.shape[0])))
     notes = [f"The head is the linear layer {linear!r}; layers without weights before it are assumed to be dropout."]
@@ -225,7 +240,7 @@ def with_head(source: Source, names: Sequence[str]) -> Source:
         weight, bias = _after_batch_norm(weight, bias, heads, norms[0], eps)
         usual = "torch's default" if has_weights else "that of MAE's linear probes"
         assumed.append(f"eps {eps:g} of the BatchNorm {norms[0]!r}, {usual}; it is folded into the linear layer.")
-    encoder = {theirs: stored for theirs, stored in tensors.items() if theirs not in heads}
+    encoder = {theirs: stored for theirs, stored in tensors.items() if heads.get(theirs) is not stored}
     return replace(
         source,
         tensors={**encoder, f"{name}.weight": weight, f"{name}.bias": bias},

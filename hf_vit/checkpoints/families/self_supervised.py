@@ -168,7 +168,9 @@ ORIGINS = (
     Origin("I-JEPA", partial(_is_fixed, first="column", has_cls_token=False), "bicubic"),
     Origin(
         "DINO",
-        lambda source: _is_headless(source) and all(map(OF_DINO.fullmatch, source.tensors)),
+        lambda source: (
+            "cls_token" in source.tensors and _is_headless(source) and all(map(OF_DINO.fullmatch, source.tensors))
+        ),
         "bicubic_offset",
         left_out=(r"head\.(mlp|last_layer)\..*", "masked_embed"),
     ),
@@ -199,6 +201,9 @@ def _read(origin: Origin, source: Source, options: Options) -> Reading:
     reading.left_out = (*reading.left_out, *origin.left_out)
     if "rope_embed.periods" in plain.tensors:
         reading.fields["rope_theta"] = _base_of_periods(plain, reading.assumed)
+    if "head.weight" in plain.tensors and plain.shape("head.weight", 2)[1] == 2 * reading.fields["hidden_size"]:
+        reading.fields["pooling"] = "cls_and_mean"
+        reading.assumed.append("The head reads the class token and the mean of the patches, as DINOv2's classifiers.")
     facts = origin.preprocessing
     whose = WORDS[facts["mean"][0]]
     has_table = reading.fields.get("position_embedding_type") != "rotary"
@@ -229,5 +234,12 @@ def _base_of_periods(source: Source, assumed: list[str]) -> float:
 
 
 FAMILIES = tuple(
-    Family(origin.name, partial(_recognises, origin), partial(_read, origin), heads=("head",)) for origin in ORIGINS
+    Family(
+        origin.name,
+        partial(_recognises, origin),
+        partial(_read, origin),
+        heads=("head",),
+        head_inputs=(1, 2) if origin.name.startswith("DINOv2") else (1,),
+    )
+    for origin in ORIGINS
 )

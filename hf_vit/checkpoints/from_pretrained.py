@@ -113,4 +113,5 @@ def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any])
     names = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(options)
     config = HFViTConfig.from_dict(stored, **{name: options[name] for name in names})
     config.dtype = checkpoint.dtype
+    checkpoint.config.position_interpolation = config.position_interpolation  # resamples the weights, too
     return config, {option: value for option, value in options.items() if option not in names}

@@ -33,6 +33,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         *("m.pt", archive("m/data.pkl", "m/constants.pkl")),
         r"a TorchScript archive.*torch.jit.load\('m.pt'\).state_dict\(\)",
     ),
+    "torch.export": ("m.pt2", archive("m/archive_format", "m/models/model.json"), r"torch.export.load\('m.pt2'\)"),
     "gzip": ("m.tar.gz", b"\x1f\x8b\x08", "a compressed archive.*Unpack it"),
     "something else": ("m.txt", b"hello", "expected safetensors, npz, or a file written by torch.save"),
 }
@@ -66,8 +67,49 @@ def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
 
 def test_the_weights_of_another_name_are_pointed_out(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "best.pth")
-    with pytest.raises(ValueError, match=r"no weights found.*or the path of a file, such as .*best.pth"):
+    with pytest.raises(ValueError, match=r"no weights found.*Pass the path of a file or folder, such as .*best.pth"):
         open_checkpoint(tmp_path)
+
+
+FOLDERS = {
+    "shards of FSDP": ("__0_0.distcp", r"format_utils dcp_to_torch \S+ weights.pth"),
+    "shards of FSDP by Accelerate": ("pytorch_model_fsdp_0/__0_0.distcp", "format_utils dcp_to_torch"),
+    "DeepSpeed": ("zero_to_fp32.py", r"Merge it: python \S+zero_to_fp32.py \S+ NEW_FOLDER"),
+    "a run of Trainer": ("checkpoint-500/model.safetensors", r"or folder, such as \S+/checkpoint-500\."),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_without_weights_is_named_with_a_remedy(tmp_path: Path, kind: str) -> None:
+    file, message = FOLDERS[kind]
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"no weights found.*{message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_model_type_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    save_file({"embeddings.cls_token": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dpt"}))
+    with pytest.raises(ValueError, match="a model of type 'dpt', which is not supported"):
+        open_checkpoint(tmp_path)
+
+
+NAMES = {
+    "weight": "a head without its encoder",
+    "layer.0.query.lora_A.default.weight": r"an adapter \(LoRA\) that is not merged.*merge_and_unload",
+    "blocks.0.attn.qkv.base_layer.weight": "an adapter",
+    "blocks.0.attn.qkv.parametrizations.weight.original": "remove_parametrizations",
+    "layer.0.query.SCB": "quantized: use the checkpoint that they were made from",
+    "optimizer > 0 > exp_avg": "the state of an optimizer",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_s_name_says_what_a_file_is(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.ones(1)}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=NAMES[name]):
+        open_checkpoint(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTModel
 from hf_vit.checkpoints import Options, open_checkpoint
 from hf_vit.checkpoints.models import load_classifier
 from hf_vit.cli.main import app
+from hf_vit.model.positions_hf_vit import resample_table
 
 PIXELS = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = [f"LABEL_{label}" for label in range(5)]
@@ -91,6 +92,20 @@ def test_other_options_reach_the_conversion(tmp_path: Path) -> None:
     assert (processor.image_mean, processor.image_std) == ([0.1] * 3, [1, 2, 3])
 
 
+def test_the_interpolation_of_positions_is_the_one_asked_for(tmp_path: Path) -> None:
+    saved(timm, tmp_path / "c.pth")
+    tables = {
+        how: HFViTForImageClassification.from_pretrained(
+            tmp_path / "c.pth", image_size=48, position_interpolation=how
+        ).vit.embeddings.position_embeddings.table.weight
+        for how in ("bilinear", "bicubic_antialias")
+    }
+    stored = open_checkpoint(tmp_path / "c.pth").state_dict()["vit.embeddings.position_embeddings.table.weight"]
+    grid = tuple(tables["bilinear"].shape[1:3])
+    for how, table in tables.items():
+        assert torch.equal(table, resample_table(stored, grid, how))
+
+
 def test_one_of_several_models_is_chosen(tmp_path: Path) -> None:
     states = [{name: torch.randn_like(tensor) for name, tensor in timm().state_dict().items()} for _ in range(2)]
     torch.save({"model": states[0], "ema": states[1]}, tmp_path / "c.pth")
@@ -140,7 +155,8 @@ def test_a_head_of_several_layers_is_no_classifier(tmp_path: Path) -> None:
     state |= {"head.0.weight": torch.ones(8, 64), "head.2.weight": torch.ones(5, 8)}
     torch.save(state, tmp_path / "c.pth")
     with pytest.raises(
-        ValueError, match=r"more than one linear layer: head.0, head.2. Load it as HFViTModel, or pass"
+        ValueError,
+        match=r"not one linear layer of the encoder's output: head.0, head.2. Load it as HFViTModel, or pass",
     ):
         HFViTForImageClassification.from_pretrained(tmp_path / "c.pth")
     assert isinstance(HFViTModel.from_pretrained(tmp_path / "c.pth").config, HFViTConfig)

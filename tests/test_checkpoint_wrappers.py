@@ -72,6 +72,8 @@ WRAPPED: dict[str, Any] = {
         "lr_scheduler": {"last_epoch": 3},
     },
     "counters": {"n_averaged": torch.tensor(3), **below("module."), "module.blocks.0.total_ops": torch.zeros(1)},
+    "the weights of classes in a loss": {**STATE, "loss_fn.weight": torch.ones(5)},
+    "DeepSpeed": {"module": STATE, "param_shapes": [{name: tensor.shape for name, tensor in STATE.items()}]},
     "a default dictionary": {"model": collections.defaultdict(list, STATE)},
     "objects of training scripts": {
         "model": STATE,
@@ -206,10 +208,64 @@ def test_a_head_without_bias(tmp_path: Path) -> None:
 def test_a_head_of_several_layers_is_left_out(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, {**below("model.", BODY), **below("model.", TWO_LAYERS)})
     assert checkpoint.architecture == ENCODER and set(checkpoint.left_out) == set(TWO_LAYERS)
-    assert "more than one linear layer: classifier.0, classifier.2" in checkpoint.lost_head
+    assert "not one linear layer of the encoder's output: classifier.0, classifier.2" in checkpoint.lost_head
 
 
 # ------------------------------------------------------------------------------------------------------ our own
+
+
+BETWEEN = {
+    "LayerNorm": {"norm.weight": torch.ones(64), "norm.bias": torch.ones(64)},
+    "a layer": {"proj.weight": torch.ones(64, 64), "proj.bias": torch.ones(64)},
+    "an MLP": {"mlp.0.weight": torch.ones(64, 64), "mlp.0.bias": torch.ones(64)},
+}
+
+
+@pytest.mark.parametrize("name", ["head", "fc"])
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_a_head_behind_other_layers_is_left_out(tmp_path: Path, name: str, between: State) -> None:
+    head = {f"{name}.weight": HEAD["head.weight"], f"{name}.bias": HEAD["head.bias"]}
+    checkpoint = opened(tmp_path, {**below("backbone.", BODY), **between, **head})
+    assert_is(checkpoint, BODY)
+    assert "one linear layer of the encoder's output" in checkpoint.lost_head
+    assert set(checkpoint.left_out) == {*between, *head}
+
+
+@pytest.mark.parametrize("name", ["head", "classifier"])
+def test_a_batch_norm_beside_the_head_is_folded_into_it(tmp_path: Path, name: str) -> None:
+    norm, linear = nn.BatchNorm1d(64), nn.Linear(64, 5, bias=False)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    state = {**below("base.", BODY), **below("bottleneck.", norm.state_dict()), f"{name}.weight": linear.weight.data}
+    values = opened(tmp_path, state).state_dict()
+    features = torch.randn(2, 64)
+    expected = linear(norm.eval()(features))
+    torch.testing.assert_close(features @ values["classifier.weight"].T + values["classifier.bias"], expected)
+
+
+ADAPTED = ("adapters.0.down.weight", "lora_layers.0.weight", "prompt_embeddings")
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_outside_of_the_encoder_are_stated(tmp_path: Path, name: str) -> None:
+    checkpoint = opened(tmp_path, {**below("backbone."), name: torch.ones(2, 64)})
+    assert_is(checkpoint)
+    assert any(f"the original code: {name}." in sentence for sentence in checkpoint.assumed)
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    save_file(below("module."), tmp_path / "model.safetensors")
+    model = HFViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(model.classifier.weight, STATE["head.weight"])
+    HFViTForImageClassification(model.config).save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").unlink()
+    config = model.config
+    assert HFViTForImageClassification.from_pretrained(tmp_path / "ours", config=config).config.num_labels == 5
+
+
+def test_tensors_without_values_are_of_zero_3(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"All its tensors are empty, as in files of DeepSpeed.*zero_to_fp32"):
+        opened(tmp_path, {"module": {name: torch.empty(0) for name in STATE}})
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state}], ids=["alone", "nested"])

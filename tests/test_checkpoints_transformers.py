@@ -66,6 +66,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIP, classifier": ("CLIPForImageClassification", {"text_config": TEXT, **LABELS}),
     "MetaCLIP 2, tower": ("MetaClip2VisionModel", {}),
     "MetaCLIP 2, both towers": ("MetaClip2Model", {"text_config": TEXT}),
+    "ChineseCLIP, tower": ("ChineseCLIPVisionModel", {}),
+    "AltCLIP, tower": ("AltCLIPVisionModel", {}),
+    "CLIPSeg, tower": ("CLIPSegVisionModel", {}),
     "MetaCLIP 2, classifier": ("MetaClip2ForImageClassification", {"text_config": TEXT, **LABELS}),
 }
 every_case = pytest.mark.parametrize("case", CASES)

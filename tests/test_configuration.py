@@ -48,6 +48,7 @@ def test_sizes_are_height_width(image_size, patch_size, grid):
         ({"position_placement": "stem"}, "every_layer_shared.*'stem'"),
         ({"position_placement": "every_layer", "position_embedding_type": "none"}, "learned and added, got.*'none'"),
         ({"position_interpolation": "cubic"}, "bicubic_antialias"),
+        ({"position_interpolation": "geometric_bilinear"}, "between patches, got position_embedding_type='learned'"),
         ({"mim_objective": "dvae"}, "mean_color"),
         ({"hidden_act": "gleu"}, "gelu"),
         ({"use_cls_token": False}, "pooling='mean'"),

@@ -273,7 +273,7 @@ def test_pipeline_gives_the_same_answers_without_this_package(elsewhere: Path, n
 # --------------------------------------------------------------------------------------------------------- timm
 
 NO_CLASS_TOKEN = {"pooling": "mean"}
-RELATIVE = {"position_embedding_type": "relative"}
+RELATIVE = {"position_embedding_type": "relative", "position_interpolation": "geometric_bilinear"}
 DISTILLED = {"pooling": "cls_and_distillation"}
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 TIMM: dict[str, dict[str, Any]] = {

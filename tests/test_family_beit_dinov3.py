@@ -4,17 +4,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
 from family_models import TINY, answers, distance, pixels_of, randomized, written_back
 from safetensors.torch import save_file
+from scipy.interpolate import RectBivariateSpline
+from timm.layers import resize_rel_pos_bias_table
 from timm.models._hub import save_for_hf
+from timm.models.beit import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from hf_vit.checkpoints import Options, Source, open_checkpoint
 from hf_vit.checkpoints.files import Stored
+from hf_vit.model.positions_hf_vit import resample_table
 
 BEIT, EVA, DINOV3 = "beit_base_patch16_224", "eva_giant_patch14_224", "vit_small_patch16_dinov3_qkvb"
 SWIGLU = "vit_small_plus_patch16_dinov3_qkvb"
@@ -190,3 +195,59 @@ def test_encoders_and_pre_training_of_beit(tmp_path: Path) -> None:
         both = {**RELATIVE, "use_absolute_position_embeddings": True}
         transformers.BeitModel(transformers.BeitConfig(**HF, **both)).save_pretrained(tmp_path)
         open_checkpoint(tmp_path)
+
+
+# Warnings about timm's interpolation
+OF_TIMM = pytest.mark.filterwarnings("ignore:torch.searchsorted.*contiguous", "ignore:Using a non-tuple sequence")
+
+
+def enlarged(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return what scipy's spline makes of a table `[2h-1, 2w-1, A]`, as interp2d did in the code of BEiT's authors."""
+    axes = [geometric_offsets(size // 2, new - 1) for size, new in zip(table.shape, grid, strict=False)]
+    targets = [np.arange(1 - new, new).clip(axis[0], axis[-1]) for axis, new in zip(axes, grid, strict=True)]
+    splines = [RectBivariateSpline(*axes, part.numpy(), s=0) for part in table.double().unbind(2)]
+    return torch.stack([torch.from_numpy(spline(*targets)) for spline in splines], dim=2)
+
+
+def geometric_offsets(number: int, largest: int) -> np.ndarray:
+    """Return the offsets at which BEiT's code places the entries of a table, found by its bisection."""
+    left, right = 1.01, 1.5
+    while right - left > 1e-6:
+        ratio = (left + right) / 2
+        left, right = (left, ratio) if (1 - ratio**number) / (1 - ratio) > largest else (ratio, right)
+    side = [sum(ratio**power for power in range(steps)) for steps in range(1, number + 1)]
+    return np.array([*(-offset for offset in reversed(side)), 0, *side])
+
+
+@OF_TIMM
+@pytest.mark.parametrize("grid", [(16, 16), (24, 24), (9, 9), (3, 3), (20, 11), (14, 24), (1, 7), (90, 14)])
+def test_relative_positions_at_another_grid(grid: tuple[int, int]) -> None:
+    table = torch.randn(1, 27, 27, 3)
+    rows, columns = 2 * grid[0] - 1, 2 * grid[1] - 1
+    of_timm = resize_rel_pos_bias_table(table[0].flatten(0, 1), grid, (rows * columns, 3))
+    for how, expected in (
+        ("geometric_bilinear", of_timm.unflatten(0, (rows, columns))),
+        ("geometric_bicubic", enlarged(table[0], grid)),
+    ):
+        got = resample_table(table, (rows, columns), how)[0]
+        assert (got - expected).norm() / expected.norm() < 1e-5
+        if grid == (24, 24):  # what is computed without gradients serves a compiled training step, too
+            with torch.inference_mode():
+                compiled = torch.compile(resample_table, backend="eager", fullgraph=True)
+                assert torch.equal(compiled(table, (rows, columns), how)[0], got)
+
+
+@OF_TIMM
+@pytest.mark.parametrize("size", [(48, 48), (16, 16), (40, 24)])
+def test_beit_at_another_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    model = foreign(BEIT)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    checkpoint = open_checkpoint(tmp_path, Options(image_size=size))
+    resized = timm.create_model(BEIT, **TINY | {"img_size": size}).eval()
+    resized.load_state_dict(checkpoint_filter_fn(model.state_dict(), resized))
+    assert distance(answers(checkpoint, pixels_of(size)), resized(pixels_of(size))) < 1e-5
+    bare = open_checkpoint(Source("beit.pth", checkpoint.source.tensors), Options(image_size=size))
+    assert (checkpoint.config.position_interpolation, bare.config.position_interpolation) == (
+        "geometric_bilinear",
+        "geometric_bicubic",
+    )

@@ -174,6 +174,24 @@ def test_training_checkpoints_of_the_original_code(tmp_path: Path) -> None:
     assert distance(answers(checkpoint, pixels_of((32, 32))), model(pixels_of((32, 32)))) < 1e-5
 
 
+def test_a_linear_classifier_of_dinov2(tmp_path: Path) -> None:
+    model = encoder(**DINOV2, num_classes=0)
+    weight = torch.randn(5, 96)
+    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {
+        "backbone.mask_token": torch.ones(1, 48),
+        "linear_head.weight": weight,
+        "linear_head.bias": torch.ones(5),
+    }
+    torch.save(state, tmp_path / "dinov2_vits14_lc.pth")
+    checkpoint = open_checkpoint(tmp_path / "dinov2_vits14_lc.pth", Options(num_heads=4))
+    with torch.no_grad():
+        tokens = model.forward_features(pixels_of((32, 32)))
+    prefix = model.num_prefix_tokens
+    expected = torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1) @ weight.T + 1
+    assert distance(answers(checkpoint, pixels_of((32, 32))), expected) < 1e-5
+
+
 def test_a_user_s_classifier_on_dinov2(tmp_path: Path) -> None:
     model = encoder(**DINOV2, num_classes=5)
     state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items() if not name.startswith("head")}

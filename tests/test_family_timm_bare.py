@@ -5,11 +5,14 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
+from hf_vit import HFViTForImageClassification
 from hf_vit.checkpoints import open_checkpoint
 from hf_vit.model import model_class
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 5}
+ARCHITECTURE, ARGUMENTS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 1}
 
 
 @pytest.fixture
@@ -41,6 +44,27 @@ def test_the_epsilon_and_the_pixels_of_clip(opened):
     assert checkpoint.config.layer_norm_eps == 1e-5
     assert list(checkpoint.processor().image_mean) == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)
     assert "quick_gelu" in " ".join(checkpoint.assumed)
+
+
+def test_models_of_videos_are_refused(opened):
+    state = VisionTransformer(**TINY).state_dict()
+    with pytest.raises(ValueError, match=r"three dimensions, \[2, 8, 8\]: models of videos and volumes"):
+        opened({**state, "patch_embed.proj.weight": torch.zeros(64, 3, 2, 8, 8)})
+
+
+def test_the_wrapper_of_transformers(tmp_path):
+    facts = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "architecture": ARCHITECTURE}
+    config = TimmWrapperConfig.from_dict(
+        {"architecture": ARCHITECTURE, "model_args": ARGUMENTS, "num_classes": 3, "label_names": list("abc")}
+        | {"pretrained_cfg": facts}
+    )
+    theirs = AutoModelForImageClassification.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = HFViTForImageClassification.from_pretrained(tmp_path).eval()
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixel_values).logits, theirs(pixel_values).logits, rtol=1e-4, atol=1e-5)
+    assert ours.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
 def test_pre_logits_of_imagenet_21k(opened):

@@ -336,6 +336,17 @@ def test_positions_are_resampled(model, tmp_path):
     assert error_of(ours, larger, 2, 3, 48, 48) < 1e-5
 
 
+def test_a_backbone_of_mmsegmentation(tmp_path):
+    theirs = filled(MMPretrain())
+    state = {f"backbone.{name}": tensor for name, tensor in theirs.state_dict().items() if "head" not in name}
+    for of_mmpretrain, name in (("qkv.weight", "in_proj_weight"), ("qkv.bias", "in_proj_bias"), ("proj", "out_proj")):
+        state = {key.replace(f"attn.{of_mmpretrain}", f"attn.attn.{name}"): tensor for key, tensor in state.items()}
+    state["decode_head.conv_seg.weight"] = torch.ones(5, WIDTH, 1, 1)
+    _, ours = opened(tmp_path / "model.pt", {"state_dict": state}, num_heads=HEADS)
+    theirs.head.layers = nn.Identity()
+    assert error_of(ours, theirs, 2, 3, 32, 32, output="pooler_output") < 1e-5
+
+
 def test_an_encoder_of_monai(tmp_path):
     theirs = filled(Monai(has_head=False))
     checkpoint, ours = opened(tmp_path / "model.pt", theirs.state_dict(), num_heads=HEADS)

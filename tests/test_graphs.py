@@ -23,7 +23,7 @@ from hf_vit.cli.main import app
 from hf_vit.graphs import export as graphs
 from hf_vit.graphs import kinds
 from hf_vit.graphs.kinds import KINDS, Graph, Kind, Run, read_onnx, write_onnx
-from hf_vit.graphs.open_sizes import resampling_weights
+from hf_vit.graphs.open_sizes import fixed_size, resampling_weights
 from hf_vit.model.validation_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
 
 NAMES = ["red", "green", "blue"]
@@ -102,6 +102,11 @@ def test_products_resample_as_torch_does(interpolation: str) -> None:
         torch.testing.assert_close(rows @ cells @ columns.T, expected, rtol=1e-5, atol=1e-5)
         if old == new and "offset" not in how:
             assert torch.equal(rows, torch.eye(old))
+
+
+def test_splines_of_relative_positions_need_a_fixed_size() -> None:
+    config = make(position_embedding_type="relative", position_interpolation="geometric_bicubic").config
+    assert "(geometric_bicubic) depends on the image size: the graph accepts" in str(fixed_size(config))
 
 
 OTHERS: dict[str, dict[str, Any]] = {

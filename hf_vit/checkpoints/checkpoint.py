@@ -131,12 +131,14 @@ class Family:
         read: Read a source of this layout.
         heads: Module names of its classifiers, linear layers. Without any of them, a head of another name gets the
             first of these names; if there are none, `read` sees all names as they are.
+        head_inputs: Possible widths of a classifier's input, as multiples of the width of the model.
     """
 
     name: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source, Options], Reading]
     heads: tuple[str, ...] = ()
+    head_inputs: tuple[int, ...] = (1,)
 
 
 class Checkpoint:
@@ -189,7 +191,8 @@ class Checkpoint:
         self.lost_head = ""
         if source.head_layers and set(self.left_out).issuperset(f"{layer}.weight" for layer in source.head_layers):
             self.lost_head = (
-                f"The head is left out, since it is more than one linear layer: {shortened(source.head_layers)}."
+                "The head is left out, since it is not one linear layer of the encoder's output: "
+                f"{shortened(source.head_layers)}."
             )
             self.notes.append(self.lost_head)
         self._head_scale: tuple[Tensor, Tensor] | None = None

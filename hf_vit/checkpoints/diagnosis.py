@@ -20,12 +20,44 @@ def explain(source: Source, error: Exception) -> str:
     return " ".join(sentences)
 
 
+# What the name of any tensor says about a file that could not be read, and what to do.
+HINTS = {
+    r".*(\blora_|\.base_layer\.|\.linear_[ab]_[qkv]\.).*": (
+        "It holds an adapter (LoRA) that is not merged into the weights. Merge it, and save the result: with peft, "
+        "model.merge_and_unload().save_pretrained('merged')."
+    ),
+    r".*\.(parametrizations\..*|weight_[gv])": (
+        "It holds the parts of weights that torch computes from them. Save it after "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+    ),
+    r".*\.(SCB|weight\.absmax|qweight|_packed_params.*|weight_scale(_inv)?)": (
+        "Its weights are quantized: use the checkpoint that they were made from."
+    ),
+    r".*\.rel_pos_[hw]": (
+        "It has relative positions of rows and of columns, as SAM and ViTDet, which are not supported."
+    ),
+    r"weight": (
+        "It holds one linear layer, a head without its encoder. Save both in one file: the encoder's names with "
+        "'backbone.' before them, and linear_head.weight and linear_head.bias."
+    ),
+    r"(.*\W)?exp_avg(_sq)?": "It holds the state of an optimizer; the weights are in another file.",
+}
 # Names of CLIP, SigLIP and DINOv2 in transformers, whose config states what the tensors do not.
-OF_TRANSFORMERS = re.compile(r"(.*\.)?(embeddings\.position_embedding\.weight|layer_scale1\.lambda1)")
+OF_TRANSFORMERS = re.compile(
+    r"(.*\.)?(embeddings\.(position_embedding\.weight|mask_token)|(layer_scale1\.)?lambda_?1|ijepa\..*)"
+)
 
 
 def hint(source: Source) -> str:
-    """Return what is needed to read tensors with the names of transformers without `config.json`; or nothing."""
+    """Return what the tensors say about a file that could not be read, and what to do; or nothing."""
+    if source.tensors and all(0 in stored.shape for stored in source.tensors.values()):
+        return (
+            "All its tensors are empty, as in files of DeepSpeed's ZeRO-3, whose values are in other files: merge "
+            "them with the script zero_to_fp32.py beside them, and pass its result."
+        )
+    for pattern, sentence in HINTS.items():
+        if any(re.fullmatch(pattern, name) for name in source.tensors):
+            return sentence
     if "model_type" in source.config or not any(map(OF_TRANSFORMERS.fullmatch, source.tensors)):
         return ""
     return "The tensors have the names of transformers: put the config.json of the model beside the file."

@@ -72,7 +72,8 @@ def _lost(checkpoint: Checkpoint, target: Target) -> list[str]:
         if name not in target.carries and getattr(config, name) != getattr(default, name):
             value = getattr(config, name)
             sentences.append(f"{name}={value!r} is not written; it does not change the trained model.")
-    if config.position_embedding_type == "learned" and config.position_interpolation not in target.carries:
+    has_table = config.position_embedding_type in ("learned", "relative")
+    if has_table and config.position_interpolation not in target.carries:
         sentences.append(
             f"The other library resamples positions by its own rule, not by {config.position_interpolation}."
         )

@@ -96,14 +96,24 @@ def open_source(name: str | Path, **hub: Any) -> Source:
             _find(str(name), hub, WEIGHTS[0], is_optional=False)
         if adapter := _find(str(name), hub, ADAPTER):
             raise ValueError(_adapter_of(str(name), read_json(adapter)))
-        others = sorted(file.name for file in path.glob("*") if file.suffix in ENDINGS_OF_WEIGHTS)
-        example = f", such as {path / others[0]}" if others else ""
-        raise ValueError(
-            f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}, or the path of a file{example}."
-        )
+        raise ValueError(f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}. {_instead(path)}")
     find = partial(_find, str(name), hub)
     side_files = (*SIDE_FILES, OPEN_CLIP_CONFIG) if read[1].name.startswith("open_clip") else SIDE_FILES
     return _source(str(name), *read, {file: found for file in side_files if (found := find(file))})
+
+
+def _instead(folder: Path) -> str:
+    """Return what to pass instead of a folder without weights of a known name."""
+    if next(folder.glob("*.distcp"), None) or next(folder.glob("*/*.distcp"), None):
+        return (
+            "It is a distributed checkpoint of torch. Merge it: python -m torch.distributed.checkpoint.format_utils "
+            f"dcp_to_torch {folder} weights.pth"
+        )
+    if (script := folder / "zero_to_fp32.py").is_file():
+        return f"It is a checkpoint of DeepSpeed. Merge it: python {script} {folder} NEW_FOLDER"
+    below = [file.parent for weights in WEIGHTS for file in folder.glob(f"*/{weights}")]
+    others = sorted([*(file for file in folder.glob("*") if file.suffix in ENDINGS_OF_WEIGHTS), *below])
+    return f"Pass the path of a file or folder{f', such as {others[-1]}' if others else ''}."
 
 
 def _adapter_of(name: str, config: dict[str, Any]) -> str:

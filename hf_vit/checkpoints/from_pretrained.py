@@ -13,7 +13,7 @@ from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..system.texts import hanging
 from .checkpoint import CLASSIFIER, ENCODER, KEYWORDS, Checkpoint, Options
 from .families import own
-from .files import read_json, read_weights
+from .files import Source, read_json, read_weights
 from .opening import open_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -42,9 +42,9 @@ def read_foreign(
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     if not Path(name).is_file():
         found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
-        if found is None:
+        if found is None and not _is_foreign_without_config(name, hub, options):
             return None
-        stored = read_json(Path(found))
+        stored = read_json(Path(found)) if found else {}
         is_own = stored.get("model_type") == HFViTConfig.model_type
         if is_own and stated.num_channels in (None, stored.get("num_channels", HFViTConfig.num_channels)):
             if Path(name).is_dir() and not OTHER_WEIGHTS.intersection(options):
@@ -66,6 +66,13 @@ def read_foreign(
     processor = checkpoint.processor()
     processor.set_output_size(config.image_shape)
     return config, checkpoint.state_dict(), processor, rest
+
+
+def _is_foreign_without_config(name: str, hub: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Return whether a folder or repository without `config.json` has weights that transformers cannot read."""
+    weights = read_weights(name, hub)
+    is_described = weights is not None and options.get("config") is not None
+    return weights is not None and not (is_described and own.FAMILY.recognises(Source(name, weights[0])))
 
 
 def options_from(keywords: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -106,4 +113,5 @@ def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any])
     names = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(options)
     config = HFViTConfig.from_dict(stored, **{name: options[name] for name in names})
     config.dtype = checkpoint.dtype
+    checkpoint.config.position_interpolation = config.position_interpolation  # resamples the weights, too
     return config, {option: value for option, value in options.items() if option not in names}

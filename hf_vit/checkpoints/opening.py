@@ -59,7 +59,9 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
         if options.names is not None:
             return Checkpoint(named.FAMILY, opened, options)
         family = _family_of(opened)
-        return Checkpoint(family, with_head(opened, family.heads) if family.heads else opened, options)
+        if family.heads:
+            opened = with_head(opened, family.heads, family.head_inputs)
+        return Checkpoint(family, opened, options)
     except AssertionError:
         raise
     except Exception as error:  # tensors that contradict config.json can fail in any way
@@ -76,6 +78,11 @@ def _family_of(source: Source) -> Family:
         if family.recognises(source):
             return family
     names = ", ".join(map(repr, list(source.tensors)[:4]))
+    if "model_type" in source.config:
+        raise ValueError(
+            f"{source.name}: config.json states a model of type {source.config['model_type']!r}, which is not "
+            f"supported. It holds {len(source.tensors)} tensors: {names}, ..."
+        )
     raise ValueError(
         f"{source.name}: not a Vision Transformer of a known family. It holds {len(source.tensors)} tensors: {names}, "
         "... For a ViT with other names, write a table of them to fill in: hf-vit inspect "

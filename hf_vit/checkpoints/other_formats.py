@@ -43,6 +43,10 @@ MEMBERS = {
         "a TorchScript archive, which holds a program",
         "If you trust its author, save its weights: torch.save(torch.jit.load({name!r}).state_dict(), 'weights.pth').",
     ),
+    "archive_format": (
+        "an archive of torch.export, which holds a program",
+        "Save its weights: torch.save(torch.export.load({name!r}).state_dict, 'weights.pth').",
+    ),
     "model.weights.h5": (
         "a model of Keras",
         "Load it with Keras, and save the weights under the names of a layout that is read.",

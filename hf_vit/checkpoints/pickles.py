@@ -133,7 +133,8 @@ def _refusal(path: Path, error: Exception) -> str:
 def _tensors_in(content: Any, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """Yield the tensors in nested dictionaries, lists and tuples, named by the keys on the way.
 
-    What has a parameter's name, but is no tensor, is also yielded, so that it is not taken for missing.
+    What has a parameter's name, but is no tensor, is also yielded, so that it is not taken for missing; except sizes,
+    which DeepSpeed stores under the same names.
 
     Args:
         content: The dictionary, list or tuple.
@@ -150,6 +151,8 @@ def _tensors_in(content: Any, place: str, seen: set[int]) -> Iterator[tuple[str,
     entries = content.items() if isinstance(content, dict) else enumerate(content)
     for key, value in entries:
         name = f"{place}{key}"
+        if isinstance(value, torch.Size):
+            continue
         if isinstance(value, Tensor) or str(key).endswith((".weight", ".bias")):
             yield name, value
         elif isinstance(value, dict | list | tuple) and not _is_of_training(str(key)):

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..system.texts import counted
+from ..system.texts import counted, shortened
 from .files import Source
 from .formats import Stored, Tensors
 from .pickles import BELOW
@@ -24,17 +24,24 @@ DEEPEST = 8  # parts of a prefix
 FEWEST = 6  # tensors of a model
 # What wrappers insert anywhere in a name: torch.compile, FSDP, activation checkpointing, and DeepSpeed.
 INSERTED = re.compile(r"(?<![^./ ])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-# Counters of AveragedModel, of thop and of BatchNorm.
-COUNTERS = re.compile(r"(.*[./ ])?(n_averaged|total_ops|total_params|num_batches_tracked)")
+# Counters of AveragedModel, of thop and of BatchNorm, and what a loss has, such as the weights of classes.
+COUNTERS = re.compile(
+    r"(.*[./ ])?(n_averaged|total_ops|total_params|num_batches_tracked|(criterion|loss(_fn|_func|_function)?)\..*)"
+)
 # Keys of running averages of the weights, and of networks that only the training needs.
 AVERAGED = re.compile(
     r"(.*_)?(ema|swa|averaged?|avg|shadow|momentum|teacher|target)(_.*)?(model|encoder)?", re.IGNORECASE
 )
+# Parts of names outside of the encoder whose tensors change what the encoder computes.
+TUNING = re.compile(r"(^|[._])(w_[AB]s|lora|adapters?|prompts?)(?!_learner|[a-z])", re.IGNORECASE)
 # Module names of a head outside of the encoder.
 HEADS = re.compile(
     r"((cls|class|classification|mlp|lin|linear|final|last)_?)?(heads?|classifiers?|fc|linear|logits)|\d+"
 )
-
+# Modules that may be between the encoder and its head.
+BETWEEN = re.compile(
+    r"((batch|layer)_?)?norm\d*|[bl]n\d*|bottleneck|neck|proj|projection|mlp|fc\d+|dense\d*|hidden|embedding|linear\d+"
+)
 # Layers below a head that map to the space of another modality, and give no labels.
 PROJECTIONS = ("proj", "projection")
 NOTHING = Stored((), torch.float32, partial(torch.zeros, ()))
@@ -75,6 +82,11 @@ def unwrapped(source: Source, is_model: Callable[[Source], bool], wanted: str | 
     # Tensors of the other models are dropped.
     other = tuple(_up_to(place, label) for place, label in labels.items() if place != chosen and place)
     result, outside = _renamed({name: tensors[name] for name in tensors if not name.startswith(other)}, chosen)
+    if tuning := [name for name in outside if TUNING.search(name)]:
+        sentences.append(
+            "The encoder is read without the adapters or prompts outside of it, which change the outputs in the "
+            f"original code: {shortened(tuning)}."
+        )
     number = len(below.get(chosen, ()))
     notes = []
     if chosen.replace("module.", ""):
@@ -184,28 +196,40 @@ def _renamed(tensors: Tensors, prefix: str) -> tuple[Tensors, dict[str, Stored]]
 # ----------------------------------------------------------------------------------------------------------- heads
 
 
-def with_head(source: Source, names: Sequence[str]) -> Source:
+def with_head(source: Source, names: Sequence[str], inputs: Sequence[int] = (1,)) -> Source:
     """Give a head that is one linear layer the name that its family reads, the first of `names`.
 
-    A head of several layers is left out, unless the family has a place for it.
+    A head of several layers is left out, unless the family has a place for it. The layers are those of the head and
+    those between it and the encoder.
 
     Args:
         source: Tensors below no prefix.
         names: Module names of the family's classifiers.
+        inputs: Possible widths of a head's input, as multiples of the width of the model.
     """
-    tensors = source.tensors
+    tensors, width = source.tensors, _width(source.tensors)
     heads = {theirs: stored for theirs, stored in tensors.items() if HEADS.fullmatch(BOUNDARY.split(theirs)[0])}
+    known = [f"{name}.weight" for name in names if f"{name}.weight" in tensors]
+    is_outside = all(theirs in source.outside for theirs in known)
+    if heads and is_outside:
+        heads |= {
+            theirs: stored
+            for theirs, stored in source.outside.items()
+            if BETWEEN.fullmatch(BOUNDARY.split(theirs)[0]) and width in stored.shape
+        }
     layers = [theirs.removesuffix(".weight") for theirs in heads if theirs.endswith((".weight", ".weight_v"))]
-    if not layers or any(f"{name}.weight" in tensors for name in names):
+    if not layers or (known and (not is_outside or len(layers) == 1)):
         return source
     norms = [theirs.removesuffix(".running_mean") for theirs in heads if theirs.endswith(".running_mean")]
     linears = [layer for layer in layers if layer not in norms]
     if not linears or BOUNDARY.split(linears[0])[-1] in PROJECTIONS:
         return replace(source, outside={**source.outside, **heads})
-    linear, name, width = linears[0], names[0], _width(tensors)
-    is_linear = len(linears) == 1 and heads.get(f"{linear}.weight", NOTHING).shape[1:] == (width,)
+    linear, name = linears[0], names[0]
+    shape = heads.get(f"{linear}.weight", NOTHING).shape
+    is_linear = len(linears) == 1 and shape[1:] in [(number * width,) for number in inputs]
     if not is_linear or len(norms) > 1:
-        return replace(source, outside={**source.outside, **heads}, head_layers=layers)
+        rest = {theirs: stored for theirs, stored in tensors.items() if not (known and heads.get(theirs) is stored)}
+        return replace(source, tensors=rest, outside={**source.outside, **heads}, head_layers=layers)
     weight = heads[f"{linear}.weight"]
     bias = heads.get(f"{linear}.bias", Stored(weight.shape[:1], weight.dtype, partial(torch.zeros, weight.shape[0])))
     notes = [f"The head is the linear layer {linear!r}; layers without weights before it are assumed to be dropout."]
@@ -216,7 +240,7 @@ def with_head(source: Source, names: Sequence[str]) -> Source:
         weight, bias = _after_batch_norm(weight, bias, heads, norms[0], eps)
         usual = "torch's default" if has_weights else "that of MAE's linear probes"
         assumed.append(f"eps {eps:g} of the BatchNorm {norms[0]!r}, {usual}; it is folded into the linear layer.")
-    encoder = {theirs: stored for theirs, stored in tensors.items() if theirs not in heads}
+    encoder = {theirs: stored for theirs, stored in tensors.items() if heads.get(theirs) is not stored}
     return replace(
         source,
         tensors={**encoder, f"{name}.weight": weight, f"{name}.bias": bias},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.positions_hf_vit import HFViTPositionTable, HFViTSinCos2DPositions
+from ..model.validation_hf_vit import GEOMETRIC_SPLINES
 
 Model = HFViTForImageClassification | HFViTModel
 
@@ -106,6 +107,11 @@ def fixed_size(config: HFViTConfig) -> str | None:
     height, width = config.image_shape
     if config.stem_layers is not None:
         return f"The padding of the ResNet stem depends on the image size: the graph accepts {height}x{width} only."
+    if config.position_interpolation in GEOMETRIC_SPLINES:
+        return (
+            f"The spline of the relative positions ({config.position_interpolation}) depends on the image size: the "
+            f"graph accepts {height}x{width} only."
+        )
     if min(config.grid_size) < 2:
         return f"The model's grid is one patch wide or high: the graph accepts {height}x{width} only."
     return None

@@ -134,7 +134,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         rope_offset (`float`, *optional*, defaults to 0.0): Index of the first row and column; the tokens before the
             patches have 0.
         position_interpolation (`str`, *optional*, defaults to `"bicubic_antialias"`): Resampling of positions to
-            another grid, a key of `POSITION_INTERPOLATIONS`.
+            another grid, a key of `POSITION_INTERPOLATIONS`; for `"relative"`, also `"geometric_bilinear"` (timm's
+            BEiT) or `"geometric_bicubic"` (that of its authors).
         pooling (`str`, *optional*, defaults to `"cls"`): Input of the head: `"cls"` (the class token), `"mean"` (mean
             of the patches), `"mean_all"` (mean of all tokens), `"attention"` (multi-head attention pooling of all
             tokens, arXiv:2106.04560), `"attention_patches"` (of the patches), `"cls_and_mean"` (concatenated: DINOv2)

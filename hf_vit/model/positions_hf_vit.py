@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from .configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
-from .validation_hf_vit import pair
+from .splines_hf_vit import geometric_spline
+from .validation_hf_vit import GEOMETRIC_SPLINES, pair
 
 WITHOUT_FLOAT64 = ("mps", "xpu")  # devices, on XPU some of them
 
@@ -31,7 +32,7 @@ def resample_position_embeddings(
         table: `[K, rows*columns, D]` without class or register tokens. Computed in float32, returned in its dtype.
         old_grid: `(rows, columns)` of `table`.
         new_grid: Target `(rows, columns)`. A grid with as many cells but another aspect ratio is a different grid.
-        interpolation: A key of `POSITION_INTERPOLATIONS`.
+        interpolation: A key of `POSITION_INTERPOLATIONS`, or of `GEOMETRIC_SPLINES` for offsets between patches.
 
     Returns:
         `[K, rows*columns, D]` on `new_grid`.
@@ -43,6 +44,9 @@ def resample_position_embeddings(
     if new_grid == old_grid:
         return table
     cells = table.float().unflatten(1, old_grid).permute(0, 3, 1, 2)  # [K, D, rows, columns]
+    if interpolation in GEOMETRIC_SPLINES:
+        cells = _resample_by_splines(cells, new_grid, GEOMETRIC_SPLINES[interpolation])
+        return cells.flatten(2).transpose(1, 2).to(table)
     how = dict(POSITION_INTERPOLATIONS[interpolation])
     if offset := how.pop("offset", 0):
         how["scale_factor"] = tuple((new + offset) / old for new, old in zip(new_grid, old_grid, strict=True))
@@ -50,6 +54,14 @@ def resample_position_embeddings(
         how["size"] = new_grid
     cells = F.interpolate(cells, **how)
     return cells.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def _resample_by_splines(cells: Tensor, grid: tuple[int, int], degree: int) -> Tensor:
+    """Resample `[K, D, rows, columns]` in float64, which autocast leaves alone."""
+    device = torch.device("cpu") if cells.device.type in WITHOUT_FLOAT64 else cells.device
+    sizes = zip(cells.shape[2:], grid, strict=True)
+    rows, columns = (geometric_spline(old, new, degree).to(device) for old, new in sizes)
+    return rows @ cells.to(rows) @ columns.T
 
 
 def resample_table(table: Tensor, grid: tuple[int, int], interpolation: str) -> Tensor:

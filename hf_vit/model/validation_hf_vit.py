@@ -33,11 +33,16 @@ POSITION_INTERPOLATIONS: dict[str, dict[str, Any]] = {
     "bilinear": {"mode": "bilinear"},
     "bilinear_corners": {"mode": "bilinear", "align_corners": True},  # the paper's code: scipy.ndimage.zoom, order 1
 }
+# Degrees of the splines over geometric offsets (splines_hf_vit.py) that resample relative positions instead.
+GEOMETRIC_SPLINES = {
+    "geometric_bilinear": 1,  # timm's BEiT and VisionTransformerRelPos
+    "geometric_bicubic": 3,  # the original code of BEiT, BEiT v2 and data2vec
+}
 
 CHOICES: dict[str, Collection[str]] = {
     "position_embedding_type": POSITION_EMBEDDINGS,
     "position_placement": POSITION_PLACEMENTS,
-    "position_interpolation": POSITION_INTERPOLATIONS,
+    "position_interpolation": (*POSITION_INTERPOLATIONS, *GEOMETRIC_SPLINES),
     "rope_coordinates": ROPE_COORDINATES,
     "pooling": POOLINGS,
     "final_layernorm": FINAL_LAYERNORMS,
@@ -267,6 +272,11 @@ def _tokens(config: Any) -> Iterator[str]:
         yield (
             f"position_placement={config.position_placement!r} needs positions that are learned and added, got "
             f"position_embedding_type={kind!r}: use 'learned' or 'learned_2d', or position_placement='input'."
+        )
+    if config.position_interpolation in GEOMETRIC_SPLINES and kind != "relative":
+        yield (
+            f"position_interpolation={config.position_interpolation!r} resamples offsets between patches, got "
+            f"position_embedding_type={kind!r}: use 'relative', or position_interpolation='bicubic_antialias'."
         )
     allowed = set(range(prefix + 1)) if kind.startswith("learned") else {0, prefix} if kind == "relative" else {0}
     if config.num_prefix_positions not in allowed:

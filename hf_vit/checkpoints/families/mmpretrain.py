@@ -1,7 +1,7 @@
-"""`VisionTransformer` and DeiT of mmpretrain and of its predecessor mmcls (models/backbones/vision_transformer.py).
+"""`VisionTransformer` and DeiT of mmpretrain and its predecessor mmcls (models/backbones/vision_transformer.py).
 
-The table has the names below `backbone.`, and those of the head. The library resamples positions bicubically without
-antialiasing.
+The table has the names below `backbone.`, and those of the head. Backbones of mmsegmentation differ in the names of
+the attention. The library resamples positions bicubically without antialiasing.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from ...model.image_processing_pil_hf_vit import BICUBIC
 from ..layouts import Row, convolution, heads_first, positions
-from .plain import CLS_TOKEN, POSITIONS, PROJECTION, Library, Preprocessing
+from .plain import CLS_TOKEN, POSITIONS, PROJECTION, Library, Preprocessing, multihead_attention
 
 LAYER = "layers.{}."
 TABLE = [
@@ -22,6 +22,7 @@ TABLE = [
     Row("layers.{}.layernorm_before.*", f"{LAYER}ln1.*"),
     Row("layers.{}.attention.qkv.*", f"{LAYER}attn.qkv.*", heads_first),
     Row("layers.{}.attention.o_proj.*", f"{LAYER}attn.proj.*"),
+    *multihead_attention(f"{LAYER}attn.attn"),  # mmsegmentation
     Row("layers.{}.layernorm_after.*", f"{LAYER}ln2.*"),
     Row("layers.{}.mlp.fc1.*", f"{LAYER}ffn.layers.0.0.*"),
     Row("layers.{}.mlp.fc2.*", f"{LAYER}ffn.layers.1.*"),

@@ -43,7 +43,7 @@ class Origin(NamedTuple):
     Attributes:
         name: Name of the family.
         made: Whether the tensors come from this code.
-        interpolation: A key of `POSITION_INTERPOLATIONS`.
+        interpolation: The `position_interpolation` of `HFViTConfig`.
         facts: Facts that names of tensors do not determine, as in `timm_facts.FACTS`, or a function that returns them.
         preprocessing: The preprocessing, with the names of timm's `pretrained_cfg`.
         left_out: Regular expressions for tensors outside of the encoder.
@@ -237,7 +237,7 @@ ORIGINS = (
     Origin(
         "BEiT",
         lambda source: "blocks.0.attn.q_bias" in source.tensors and _has_relative(source),
-        "bilinear",
+        "geometric_bicubic",
         preprocessing=INCEPTION,
         left_out=(r"(lm_head|cls_pt_layers|decoder)\..*",),
     ),
@@ -253,7 +253,9 @@ ORIGINS = (
     Origin("I-JEPA", partial(_is_fixed, first="column", has_cls_token=False), "bicubic"),
     Origin(
         "DINO",
-        lambda source: _is_headless(source) and all(map(OF_DINO.fullmatch, source.tensors)),
+        lambda source: (
+            "cls_token" in source.tensors and _is_headless(source) and all(map(OF_DINO.fullmatch, source.tensors))
+        ),
         "bicubic_offset",
         left_out=(r"head\.(mlp|last_layer)\..*", "masked_embed"),
     ),
@@ -288,6 +290,9 @@ def _read(origin: Origin, source: Source, options: Options) -> Reading:
         names = ("rope_theta", "rope_offset", "rope_grid")
         values = ", ".join(f"{name}={reading.fields[name]}" for name in names if name in reading.fields)
         reading.assumed.append(f"Rotary positions of {origin.name} ({values}): the tensors do not determine them.")
+    if "head.weight" in plain.tensors and plain.shape("head.weight", 2)[1] == 2 * reading.fields["hidden_size"]:
+        reading.fields["pooling"] = "cls_and_mean"
+        reading.assumed.append("The head reads the class token and the mean of the patches, as DINOv2's classifiers.")
     facts = origin.preprocessing
     whose = WORDS[facts["mean"][0]]
     has_table = reading.fields.get("position_embedding_type") != "rotary"
@@ -318,5 +323,12 @@ def _base_of_periods(source: Source, assumed: list[str]) -> float:
 
 
 FAMILIES = tuple(
-    Family(origin.name, partial(_recognises, origin), partial(_read, origin), heads=("head",)) for origin in ORIGINS
+    Family(
+        origin.name,
+        partial(_recognises, origin),
+        partial(_read, origin),
+        heads=("head",),
+        head_inputs=(1, 2) if origin.name.startswith("DINOv2") else (1,),
+    )
+    for origin in ORIGINS
 )

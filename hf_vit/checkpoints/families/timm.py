@@ -21,11 +21,12 @@ from .timm_names import LEFT_OUT, table
 REGISTERS = ("reg_token", "register_tokens", "storage_tokens")  # timm, DINOv2, DINOv3
 # Modules with relative positions of one layer or of all: timm's VisionTransformerRelPos, then BEiT
 RELATIVE = ("blocks.0.attn.rel_pos", "shared_rel_pos", "blocks.0.attn", "rel_pos_bias")
+WRAPPER = "timm_wrapper"  # the model type of a model of timm in transformers
 DINOV2_SIZE = (518, 518)  # of the positions; its authors evaluate at 224 pixels
 
 
 def _recognises(source: Source) -> bool:
-    if "model_type" in source.config:
+    if source.config.get("model_type", WRAPPER) != WRAPPER:
         return False
     names = source.tensors
     return "architecture" in source.config or (
@@ -42,6 +43,11 @@ def read(stated: Stated) -> Reading:
     source, options = stated.source, stated.options
     names, shape = source.tensors, source.shape
     projection = shape("patch_embed.proj.weight")
+    if len(projection) == 5:
+        raise ValueError(
+            f"{source.name}: its patches have three dimensions, {list(projection[2:])}: models of videos and volumes "
+            "are not supported."
+        )
     if len(projection) != 4:
         raise ValueError(
             f"{source.name}: 'patch_embed.proj.weight' has the shape {list(projection)}, expected 4 dimensions."
@@ -280,6 +286,8 @@ def _positions(source: Source, stated: Stated, fields: dict[str, Any]) -> dict[s
         if not asked:
             stated.note_margin(next(iter(stated.sizes)), (rows, columns), patch)
         found = {"position_embedding_type": "relative" if modules else kind, "num_prefix_positions": 0}
+    if found.get("position_embedding_type") == "relative":
+        found["position_interpolation"] = "geometric_bilinear"
     return {**found, "image_size": (rows * patch[0], columns * patch[1])}
 
 

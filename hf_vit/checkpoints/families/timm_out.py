@@ -264,5 +264,5 @@ TARGET = Target(
     notes=notes,
     table=table,
     write=write,
-    carries=("labels", "processor", "bicubic_antialias"),
+    carries=("labels", "processor", "bicubic_antialias", "geometric_bilinear"),
 )

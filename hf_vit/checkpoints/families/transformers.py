@@ -345,10 +345,11 @@ MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]
     "siglip_vision_model": (_siglip, (*TEXT, r".*head\..*")),
     "siglip2": (_siglip2, (*TEXT, r".*head\..*")),
     "siglip2_vision_model": (_siglip2, (*TEXT, r".*head\..*")),
-    "clip": (_clip, (*TEXT, r".*post_layernorm\..*")),
-    "clip_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
-    "metaclip_2": (_clip, (*TEXT, r".*post_layernorm\..*")),
-    "metaclip_2_vision_model": (_clip, (*TEXT, r".*post_layernorm\..*")),
+    **{
+        f"{name}{part}": (_clip, (*TEXT, r".*post_layernorm\..*"))
+        for name in ("clip", "metaclip_2", "chinese_clip", "altclip", "clipseg")
+        for part in ("", "_vision_model")
+    },
 }
 
 
@@ -380,7 +381,13 @@ def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[s
         for name in source.tensors
         if name.startswith(prefix)
     }
-    width, channels, height, patch_width = sizes["embeddings.patch_embeddings.projection.weight"]
+    projection = sizes["embeddings.patch_embeddings.projection.weight"]
+    if len(projection) != 4:
+        raise ValueError(
+            f"{source.name}: the patch projection has the shape {list(projection)}, expected a convolution of two "
+            "dimensions: models of videos and volumes are not supported."
+        )
+    width, channels, height, patch_width = projection
     style = next(style for style in LAYERS if count(sizes, style))
     fc1 = next(
         sizes[f"{style.format(0)}{name[:-1]}weight"]

@@ -337,12 +337,10 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         readable[index % len(readable)] if example.get("broken") else example for index, example in enumerate(examples)
     ]
     images: Any = [example["pixel_values"] for example in chosen]
-    if hasattr(images[0], "plan"):  # of images that are cached on a device
-        pixel_values = [image.plan for image in images]
-    else:
-        pixel_values = torch.stack([image.contiguous() for image in images])
+    is_planned = hasattr(images[0], "plan")  # on a device, where the images are cached
+    pixels = [image.plan if is_planned else image.contiguous() for image in images]
     return {
-        "pixel_values": pixel_values,
+        "pixel_values": pixels if is_planned else torch.stack(pixels),
         "labels": torch.tensor([example["labels"] for example in chosen]),
         "index": torch.tensor([example.get("index", -1) for example in examples]),
         "broken": [example["broken"] for example in examples if example.get("broken")],

@@ -19,6 +19,7 @@ from hf_vit.data.augmentation import (
     TensorFlowRandAugment,
     build_augmentation,
 )
+from hf_vit.data.batched_augmentation import PlannedImage, carry_out
 
 IMAGES = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 8, 10).contiguous()
 LABELS = torch.arange(6)
@@ -63,6 +64,35 @@ def test_every_set_gives_bytes_of_the_size_that_follow_from_the_seed(name: str, 
         assert {(result.dtype, tuple(result.shape)) for result in first} == {(torch.uint8, (channels, *new))}
         assert len({result.numpy().tobytes() for result in first}) > 3
         assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_planned_batch_is_what_its_images_are_one_by_one(name: str, channels: int) -> None:
+    """Up to rounding, which equalization and a threshold enlarge in a few pixels; from the same random numbers."""
+    transform = build_augmentation(name, (24, 16), 0.3, color_jitter=0.3, erasing=0.5, fill=(0.4, 0.3, 0.2)[:channels])
+    images = [smooth_noise(channels, *size) for size in ((37, 53), (24, 16), (64, 20), (10, 12))]
+    expected, plans = [], []
+    for seed in range(24):
+        image = images[seed % 4]
+        torch.manual_seed(seed)
+        expected.append(transform(image))
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        plans.append(transform(PlannedImage.of(seed, image.shape)).plan)
+        assert torch.equal(torch.get_rng_state(), state)
+    batch = carry_out(plans, [images[plan.position % 4] for plan in plans])
+    assert batch.dtype == torch.uint8
+    difference = (batch.float() - torch.stack(expected).float()).abs().flatten(1)
+    assert difference.mean() < 0.5 and difference.mean(dim=1).max() < 4
+    assert difference.mean(dim=1).median() < 0.4  # a wrong flip, box or sign of one operation is more
+    assert all(torch.equal(carry_out(plans[at : at + 1], [images[at % 4]])[0], batch[at]) for at in (0, 9, 23))
+
+
+def smooth_noise(*shape: int) -> Tensor:
+    channels, height, width = shape
+    small = torch.randint(0, 256, (1, channels, height // 4 + 1, width // 4 + 1), generator=generator()).float()
+    return torch.nn.functional.interpolate(small, size=(height, width), mode="bilinear")[0].to(torch.uint8)
 
 
 def test_nothing_draws_from_python_or_numpy() -> None:

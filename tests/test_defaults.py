@@ -136,6 +136,7 @@ def test_workers_follow_from_the_cores() -> None:
     assert chosen(facts(cores=16), cache="none").num_workers == 8
     assert chosen(facts(cores=16, local_processes=4), cache="none").num_workers == 4
     assert chosen(facts(cores=16)).num_workers == 0  # cached
+    assert chosen(facts(cores=16, device="cuda"), cache="device").num_workers == 8  # which draw the augmentation
 
 
 @pytest.mark.parametrize(

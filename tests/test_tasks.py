@@ -188,11 +188,11 @@ def test_masked_patches_are_measured_the_same_however_they_are_divided(objective
 def test_a_classifier_is_measured_the_same_however_it_is_divided() -> None:
     task, model, processor = built()
     images = EvaluationImages(with_broken(11, broken=4), COLUMNS, processor)
+    loaders = [evaluation_loader(images, size, 0) for size in (1, 3, 16)]
+    loaders.append(evaluation_loader(images, 3, 0, has_one_size=True))
+    assert {len(batch["index"]) for batch in loaders[-1]} == {3}
     results = [
-        task.evaluate(
-            model, evaluation_loader(images, size, 0), Process(), lambda pixels: normalize(pixels, processor)
-        )
-        for size in (1, 3, 16)
+        task.evaluate(model, loader, Process(), lambda pixels: normalize(pixels, processor)) for loader in loaders
     ]
     for figures, broken, predictions in results:
         assert broken == ["image 4"]

@@ -19,10 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
+
+from ..system.transfers import to_device
+from .batched_augmentation import solarize_add
 
 UNKNOWN = -100.0  # one of several labels of an image that nobody knows
 
@@ -76,10 +78,6 @@ def _solarize(image: Tensor, threshold: int) -> Tensor:
     return tvF.solarize(image, threshold) if threshold <= 255 else image
 
 
-def _solarize_add(image: Tensor, addition: int) -> Tensor:
-    return torch.where(image < 128, (image.int() + addition).clamp(max=255).to(image.dtype), image)
-
-
 def _cut_out(image: Tensor, share: float, fill: list[int]) -> Tensor:
     (top, bottom), (left, right) = _box(image.shape[-2:], torch.rand(2).tolist(), share)
     return tvF.erase(image, top, left, bottom - top, right - left, v=torch.tensor(fill).view(-1, 1, 1))
@@ -96,7 +94,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int, list[int]], Tensor]] = {
     # TensorFlow shifts 8 bits by at most 7, which leaves 1 bit.
     "posterize": lambda image, strength, sign, fill: tvF.posterize(image, min(8, max(1, int(4 * strength)))),
     "solarize": lambda image, strength, sign, fill: _solarize(image, int(256 * strength)),
-    "solarize_add": lambda image, strength, sign, fill: _solarize_add(image, int(110 * strength)),
+    "solarize_add": lambda image, strength, sign, fill: solarize_add(image, int(110 * strength)),
     "color": lambda image, strength, sign, fill: tvF.adjust_saturation(image, 0.1 + 1.8 * strength),
     "contrast": lambda image, strength, sign, fill: tvF.adjust_contrast(image, 0.1 + 1.8 * strength),
     "brightness": lambda image, strength, sign, fill: tvF.adjust_brightness(image, 0.1 + 1.8 * strength),
@@ -227,6 +225,11 @@ def build_augmentation(
     return v2.Compose(transforms)
 
 
+def one_hot(labels: Tensor, number: int) -> Tensor:
+    """Return labels `[B]` as float32 `[B, number]`; torch's own function waits for some accelerators to check them."""
+    return (labels.unsqueeze(1) == torch.arange(number, device=labels.device)).float()
+
+
 class BatchMixer:
     """Mix each image of a batch with another one, and smooth the labels.
 
@@ -250,11 +253,11 @@ class BatchMixer:
         if labels.is_floating_point():  # several labels per image; an unknown one, -100, stays unknown
             soft, even = labels.masked_fill(labels == UNKNOWN, math.nan), 0.5
         else:
-            soft, even = F.one_hot(labels, self.num_labels).float(), 1 / self.num_labels
+            soft, even = one_hot(labels, self.num_labels), 1 / self.num_labels
         soft = soft * (1 - self.label_smoothing) + self.label_smoothing * even
         if self.kinds:
             mix, alpha = self.kinds[int(torch.randint(len(self.kinds), (), generator=generator))]
-            others = torch.randperm(len(labels), generator=generator).to(labels.device)
+            others = to_device(torch.randperm(len(labels), generator=generator), labels.device)
             pixel_values, share = mix(pixel_values, others, _beta(alpha, generator), generator)
             soft = share * soft + (1 - share) * soft[others]
         return pixel_values, soft.nan_to_num(nan=UNKNOWN) if labels.is_floating_point() else soft

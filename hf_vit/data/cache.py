@@ -61,6 +61,11 @@ class CachedImages:
         values = self.blocks[block].view(DTYPES[dtype])
         return values.as_strided(layout[:3], layout[3:], offset // values.itemsize)
 
+    @property
+    def shapes(self) -> Tensor:
+        """The shapes of the images, `[N, 3]`; zeros where there is none."""
+        return self.places[:, 3:6].clamp(min=0)
+
     def __len__(self) -> int:
         return len(self.places)
 

@@ -11,9 +11,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image as PILImage
@@ -175,7 +176,7 @@ class EvaluationImages(torch.utils.data.Dataset):
         from .opening import as_stored
 
         self.split, self.columns, self.processor = as_stored(split, columns), columns, processor
-        self.cached: CachedImages | None = None
+        self.cached: Any = None
         self.labels: list[int] = []
         self.cache_seconds = 0.0
         if not hasattr(split, "__len__"):
@@ -216,6 +217,14 @@ class EvaluationImages(torch.utils.data.Dataset):
     @property
     def is_on_device(self) -> bool:
         return self.cached is not None and any(block.device.type != "cpu" for block in self.cached.blocks)
+
+    def planned(self) -> Self:
+        """Return these images, which are cached on a device, with plans in place of their pixels."""
+        from .batched_augmentation import PlannedImages
+
+        planned = copy(self)
+        planned.cached = PlannedImages(self.cached)
+        return planned
 
     def least_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the smallest (height, width) at which an image of `size` may be decoded."""
@@ -327,8 +336,11 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     chosen = [
         readable[index % len(readable)] if example.get("broken") else example for index, example in enumerate(examples)
     ]
+    images: Any = [example["pixel_values"] for example in chosen]
+    is_planned = hasattr(images[0], "plan")  # on a device, where the images are cached
+    pixels = [image.plan if is_planned else image.contiguous() for image in images]
     return {
-        "pixel_values": torch.stack([example["pixel_values"].contiguous() for example in chosen]),
+        "pixel_values": pixels if is_planned else torch.stack(pixels),
         "labels": torch.tensor([example["labels"] for example in chosen]),
         "index": torch.tensor([example.get("index", -1) for example in examples]),
         "broken": [example["broken"] for example in examples if example.get("broken")],

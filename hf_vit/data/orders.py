@@ -187,20 +187,27 @@ class EvaluationOrder(Sampler[list[Visit]]):
     Args:
         batch_size: Batch size per process.
         is_counted: Whether images of this process are counted: not if another process evaluates the same ones.
+        has_one_size: Whether the last batch is as large as the others, for a model that is compiled for one size.
     """
 
     def __init__(
-        self, images: EvaluationImages, batch_size: int, processes: int = 1, process: int = 0, is_counted: bool = True
+        self,
+        images: EvaluationImages,
+        batch_size: int,
+        processes: int = 1,
+        process: int = 0,
+        is_counted: bool = True,
+        has_one_size: bool = False,
     ) -> None:
         self.images, self.batch_size, self.processes, self.process = images, batch_size, processes, process
-        self.is_counted = is_counted
+        self.is_counted, self.has_one_size = is_counted, has_one_size
 
     def __iter__(self) -> Iterator[list[Visit]]:
         visits = self._visits()
         while chunk := list(islice(visits, self.batch_size * self.processes)):
             batch = chunk[self.process :: self.processes]
-            missing = math.ceil(len(chunk) / self.processes) - len(batch)
-            batch += [chunk[0]._replace(counted=False)] * missing
+            size = self.batch_size if self.has_one_size else math.ceil(len(chunk) / self.processes)
+            batch += [chunk[0]._replace(counted=False)] * (size - len(batch))
             yield batch if self.is_counted else [visit._replace(counted=False) for visit in batch]
 
     def _visits(self) -> Iterator[Visit]:

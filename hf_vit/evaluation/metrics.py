@@ -15,6 +15,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
+from ..system.transfers import HostCopies
 from .results import ImageResults, LabelResults, Results, TargetResults
 
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
@@ -245,4 +246,5 @@ def _of_each_image(
 
 def _gathered(rows: list[tuple[Tensor, ...]], accelerator: Any) -> list[Tensor]:
     """Return the quantities of some batches of all processes on the CPU, a tensor each."""
-    return [accelerator.gather(torch.cat(column)).cpu() for column in zip(*rows, strict=True)]
+    columns = [accelerator.gather(torch.cat(column)) for column in zip(*rows, strict=True)]
+    return HostCopies(columns, accelerator.device).wait()

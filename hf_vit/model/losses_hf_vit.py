@@ -1,5 +1,6 @@
 """What follows the head of a classifier: the scale of its logits, and its loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,13 @@ def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
         outputs = outputs / config.temperature
     if config.target_scale is not None and config.target_mean is not None:
         outputs = outputs.float()
-        outputs = outputs * outputs.new_tensor(config.target_scale) + outputs.new_tensor(config.target_mean)
+        outputs = outputs * filled(outputs, config.target_scale) + filled(outputs, config.target_mean)
     return outputs
+
+
+def filled(like: Tensor, values: Sequence[float]) -> Tensor:
+    """Return values as a tensor of the dtype and on the device of another; copying them to a GPU would wait for it."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def activation_of(config: HFViTConfig) -> str:
@@ -93,7 +99,7 @@ def classification_loss(
         is_known = torch.ones_like(labels, dtype=torch.bool)
         residuals = logits - labels
         if config.target_scale is not None:
-            residuals = residuals / residuals.new_tensor(config.target_scale)
+            residuals = residuals / filled(residuals, config.target_scale)
         losses = residuals.square()
     else:
         is_known = labels != -100

@@ -222,16 +222,18 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
     ANGLES = torch.float64
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        device = torch.device("cpu") if patches.device.type in WITHOUT_FLOAT64 else patches.device
-        return patches + self.on_grid(grid, device).to(patches.device, patches.dtype)
+        return patches + self.on_grid(grid, patches.device).to(patches.dtype)
 
     def on_grid(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """Return the embeddings of all patches, float32 `[1, N, D]`."""
         quarter = self.config.hidden_size // 4
-        # In float64, as numpy does in the original code: float32 powers differ in the last digits.
-        exponents = torch.arange(quarter, device=device, dtype=torch.float64) / max(quarter - 1, 1)
-        frequencies = (self.TEMPERATURE**-exponents).to(self.ANGLES)
-        rows, columns = (torch.arange(size, device=device, dtype=self.ANGLES) for size in grid)
+        # In float64, as numpy does in the original code: float32 powers differ in the last digits. A table that the
+        # CPU computes for other devices would have to be copied, and they would be waited for, in every forward.
+        is_wide = device is None or device.type not in WITHOUT_FLOAT64
+        powers, angles = (torch.float64, self.ANGLES) if is_wide else (torch.float32, torch.float32)
+        exponents = torch.arange(quarter, device=device, dtype=powers) / max(quarter - 1, 1)
+        frequencies = (self.TEMPERATURE**-exponents).to(angles)
+        rows, columns = (torch.arange(size, device=device, dtype=angles) for size in grid)
         row_angles = torch.outer(rows, frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # [h, w, D/4]
         column_angles = torch.outer(columns, frequencies).unsqueeze(0).expand(grid[0], -1, -1)
         parts = [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()]

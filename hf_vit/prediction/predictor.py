@@ -23,6 +23,7 @@ from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
 from ..model.image_reading_hf_vit import read_image
 from ..model.losses_hf_vit import activation_of
+from ..system.transfers import HostCopies, has_own_memory
 
 if TYPE_CHECKING:
     from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -269,7 +270,7 @@ class Predictor:
         batch = torch.stack(images)
         if self.is_compiled:  # for one batch size
             batch = torch.cat([batch, batch[:1].expand(self.batch_size - len(batch), -1, -1, -1)])
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+        return batch.pin_memory() if has_own_memory(self.device) else batch
 
     def _pixels(self, source: Source) -> Tensor:
         image: Any = source
@@ -286,24 +287,18 @@ class Predictor:
         self, predictions: list[Prediction], batches: list[tuple[list[int], Tensor]]
     ) -> Callable[[], list[Prediction]]:
         """Start to compute batches; return a function that waits for the results and returns the predictions."""
-        is_late = self.device.type == "cuda"
         wanted = ["logits"] * bool(self.labels) + ["pooler_output"] * self.has_features
-        results: list[tuple[list[Prediction], dict[str, Tensor]]] = []
+        results: list[Tensor] = []
         for indices, batch in batches:
-            outputs = self.model(normalize(batch.to(self.device, non_blocking=is_late), self.processor))
-            on_cpu = {
-                name: getattr(outputs, name)[: len(indices)].float().to("cpu", non_blocking=is_late) for name in wanted
-            }
-            results.append(([predictions[index] for index in indices], on_cpu))
-        copied = torch.cuda.Event() if is_late else None
-        if copied is not None:
-            copied.record()
+            pixels = batch.to(self.device, non_blocking=has_own_memory(self.device))
+            outputs = self.model(normalize(pixels, self.processor))
+            results += [getattr(outputs, name)[: len(indices)].float() for name in wanted]
+        copies = HostCopies(results, self.device)
 
         def finish() -> list[Prediction]:
-            if copied is not None:
-                copied.synchronize()
-            for images, tensors in results:
-                self._fill(images, **tensors)
+            tensors = iter(copies.wait())
+            for indices, _ in batches:
+                self._fill([predictions[index] for index in indices], **{name: next(tensors) for name in wanted})
             return predictions
 
         return finish

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 
 from ..system.disk import UNFINISHED, sync, writing
 
@@ -101,9 +102,18 @@ class CheckpointFolder:
         return sorted(self.folder.glob(STEP), reverse=True)
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Load the state of a checkpoint; only tensors and plain values are read, no code."""
-    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+def load_state(checkpoint: Path, device: torch.device | None = None) -> dict[str, Any]:
+    """Load the state of a checkpoint; only tensors and plain values are read, no code.
+
+    Large tensors for an accelerator stay in the file until they are copied to `device`, so that processes that share a
+    machine do not all hold the whole state in memory.
+    """
+    is_mapped = device is not None and device.type != "cpu"
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=is_mapped)
+    if is_mapped:  # the file will be removed: what stays on the CPU must not depend on it
+        counts = recursively_apply(lambda tensor: tensor if tensor.ndim else tensor.clone(), state["optimizer"])
+        state |= {"optimizer": counts, "best": recursively_apply(torch.clone, state.get("best"))}
+    return state
 
 
 def find_damage(checkpoint: Path) -> str | None:

@@ -236,7 +236,7 @@ def _num_workers(config: TrainConfig, facts: Facts) -> Choice:
     per_process = facts.cores // facts.local_processes
     if per_process <= 2:
         return 0, f"{per_process} CPU cores per process"
-    if config.cache == "device" or (config.cache == "ram" and facts.device == "cpu"):
+    if config.cache != "none" and facts.device == "cpu":
         return 0, "images are cached"
     return min(per_process, 8), f"{per_process} CPU cores per process"
 

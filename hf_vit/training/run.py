@@ -29,6 +29,7 @@ from ..system.disk import check_output_folder, same_place, writing
 from ..system.machine import free_memory, precision_name
 from ..system.progress import no_bars_of_transformers
 from ..system.stopping import EvaluationStopped, Interrupted, StopSignals
+from ..system.transfers import has_own_memory
 from .best import BestModel
 from .checkpointing import CheckpointFolder, load_state
 from .defaults import MEMORY_SHARE, describe_choices, resolve
@@ -247,6 +248,7 @@ class Run:
             config.num_workers,
             *self.division[1:],
             is_counted=counts_in_evaluation(accelerator),
+            has_one_size=config.compile,
         )
 
     def _newest_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
@@ -255,7 +257,7 @@ class Run:
         [checkpoint] = broadcast_object_list([newest])  # a damaged file must not make processes disagree
         if checkpoint is not None and not checkpoint.is_dir():
             raise ValueError(f"{checkpoint} does not exist here: output_dir must be on a disk shared by all machines.")
-        return checkpoint, None if checkpoint is None else load_state(checkpoint)
+        return checkpoint, None if checkpoint is None else load_state(checkpoint, self.accelerator.device)
 
     @property
     def is_evaluated(self) -> bool:
@@ -446,8 +448,9 @@ def check_output_dir(config: TrainConfig) -> None:
 
 def cache_limit(accelerator: Accelerator, config: TrainConfig) -> float:
     """Return the bytes that cached images may take in this process."""
-    if config.cache == "device" and accelerator.device.type == "cuda":
-        return MEMORY_SHARE * torch.cuda.mem_get_info(accelerator.device)[0]
+    device = accelerator.device
+    if config.cache == "device" and has_own_memory(device):
+        return MEMORY_SHARE * torch.get_device_module(device).mem_get_info(device)[0]
     return MEMORY_SHARE * free_memory() / processes_here(accelerator)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches
 from ..checkpoints.opening import open_checkpoint
-from ..data.augmentation import BatchMixer
+from ..data.augmentation import BatchMixer, one_hot
 from ..data.images import derive_seed
 from ..data.labelled import ImageData
 from ..evaluation.metrics import classify, recognize, regress
@@ -23,6 +23,7 @@ from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import classification_loss
 from ..model.modeling_hf_vit import HFViTForImageClassification
 from ..model.validation_hf_vit import POOLINGS_OF_CLS
+from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
 from .recipe import TrainConfig
 
@@ -46,7 +47,7 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor |
 
     The weight of an image is that of its class, or of mixed labels the mean of those of its classes.
     """
-    shares = F.one_hot(labels, logits.shape[-1]).float() if labels.ndim == 1 else labels
+    shares = one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
     if class_weights is None:
         return classification_loss(shares > 0, logits, MULTI_LABEL)
     losses = F.binary_cross_entropy_with_logits(logits.float(), (shares > 0).float(), reduction="none")
@@ -135,8 +136,9 @@ class Classification:
         """Return the mean loss of a batch, after mixing it with random numbers from `generator`."""
         pixel_values, labels = self.mixer(pixel_values, labels, generator)
         logits = model(pixel_values=pixel_values).logits
-        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-        return self.measure(logits, labels, weights)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(logits.device)  # once: copying waits for a GPU
+        return self.measure(logits, labels, self.class_weights)
 
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
@@ -293,9 +295,7 @@ class MaskedPatches:
         return {"loss": loss_sum / max(1, counted), "count": round(counted)}, sorted(broken), None
 
     def _loss(self, model: nn.Module, pixel_values: Tensor, masks: Tensor) -> Tensor:
-        masks = masks.pin_memory() if pixel_values.is_cuda else masks  # so that copying does not wait
-        masks = masks.to(pixel_values.device, non_blocking=True)
-        return model(pixel_values=pixel_values, bool_masked_pos=masks).loss
+        return model(pixel_values=pixel_values, bool_masked_pos=to_device(masks, pixel_values.device)).loss
 
     def _masks(self, model: Any, pixel_values: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Return which patches are masked, `[B, N]` on the CPU: random squares, up to exactly `mask_ratio`.

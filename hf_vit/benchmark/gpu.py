@@ -212,7 +212,7 @@ class GPUChecks:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind.precision)
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         # By default, convolutions in float32 use TF32.
-        with torch.backends.cudnn.flags(allow_tf32=False), autocast:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast:
             logits = twin(pixel_values=pixel_values.to(self.device)).logits
         scale = 1024.0 if kind.precision == "fp16" else 1.0  # as a gradient scaler: fp16 has few small numbers
         (F.cross_entropy(logits.float(), labels.to(self.device)) * scale).backward()
@@ -225,7 +225,7 @@ class GPUChecks:
         if kind.is_compiled:
             options = {"mode": "reduce-overhead", "dynamic": False} if kind.graphs else {}
             self._compile([optimized] if kind.graphs else optimized.layers, **options)
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pixel_values = pixel_values.to(self.device, DTYPES[kind.precision])
             for _ in range(3 if kind.graphs else 1):  # the third call replays what the second one recorded
                 logits = optimized(pixel_values).logits.clone()
@@ -250,12 +250,16 @@ class GPUChecks:
         config = HFViTConfig(**SMALL) if self.is_tiny else config_of(facts.variant, num_labels=1000)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        model = HFViTForImageClassification(config) if library == "ours" else self._timm(facts.timm)
-        call = getattr(self, f"_{task}_step")(model.to(self.device), library, is_compiled, batch, config)
+        with self.device:  # a CPU takes seconds to draw the weights of a large model
+            model = HFViTForImageClassification(config) if library == "ours" else self._timm(facts.timm)
+        call = getattr(self, f"_{task}_step")(model, library, is_compiled, batch, config)
         median, low, high = self._paces(call, batch)
         self.speeds[task, size, library, is_compiled] = median
-        flops = count_flops(HFViTForImageClassification(config), HFViTForImageClassification)[task == "training"]
-        share = median * flops / self.rate if self.rate else float("nan")
+        with torch.device("meta"):
+            flops = count_flops(HFViTForImageClassification(config), HFViTForImageClassification)[task == "training"]
+        if not self.rate:
+            self._matrix_rate()
+        share = median * flops / self.rate
         text = f"{median:,.0f} images/s ({low:,.0f} to {high:,.0f}), {share:.0%} of the rate"
         values = {"images_per_second": [median, low, high], "share": share, "batch_size": batch}
         if self.device.type == "cuda":

@@ -1,6 +1,7 @@
 """The check of a GPU: `hf-vit benchmark gpu`."""
 
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def check_gpu(
     if not torch.cuda.is_available() and not is_tiny:
         raise ValueError("Found no CUDA GPU: run this on a machine that has one. --quick tries the checks on a CPU.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for exact resume; read once, when cuBLAS starts
     machine, installed = hardware(), installed_versions(("hf-vit", "torch", "transformers", "timm", "torchao"))
     say("\n".join([*describe(machine, installed), ""]))
     rows: list[Row] = []

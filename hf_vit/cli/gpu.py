@@ -15,6 +15,7 @@ from ..benchmark.gpu import KINDS, GPUChecks, free_memory_of_device
 from ..benchmark.table import describe
 from ..system.checks import FAILED, Check, Row, markdown_table, run_checks, summary
 from ..system.machine import hardware, installed_versions, slug
+from ..system.stopping import Interrupted
 from ..training.gpu import TrainingChecks
 
 
@@ -35,6 +36,7 @@ def check_gpu(
 
     Raises:
         ValueError: If there is no GPU, unless `is_tiny`.
+        Interrupted: If SIGINT, SIGTERM or SIGHUP came.
     """
     if not torch.cuda.is_available() and not is_tiny:
         raise ValueError("Found no CUDA GPU: run this on a machine that has one. --quick tries the checks on a CPU.")
@@ -45,9 +47,12 @@ def check_gpu(
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="hf-vit-gpu-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for row in run_checks(_checks(Path(folder), device, is_tiny), minutes, free_memory_of_device):
-            say("\n".join(row.lines()))
-            rows.append(row)
+        try:
+            for row in run_checks(_checks(Path(folder), device, is_tiny), minutes, free_memory_of_device):
+                say("\n".join(row.lines()))
+                rows.append(row)
+        except Interrupted as stop:  # of a run in a folder that goes away
+            raise Interrupted(stop.exit_code - 128, "Stopped; the checks leave no files.", can_resume=False) from None
     say(f"\n{summary(rows)}")
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)

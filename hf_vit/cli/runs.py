@@ -88,10 +88,15 @@ def train(
         )
     check_exist([*([config.data] if isinstance(config.data, str) else config.data), config.model])
     if dry_run:
-        from ..training.estimate import estimate
         from ..training.rehearsal import describe, rehearse
 
-        if (cost := rehearse(config) if gpu is None else estimate(config, gpu)) is not None:
+        if gpu is None:
+            cost = rehearse(config)
+        else:
+            from ..training.estimate import estimate
+
+            cost = estimate(config, gpu)
+        if cost is not None:
             heading, *rows = describe(cost, price_per_hour)
             lines = [line for row in rows for line in hanging(row[:14], row[14:])]
             echo("\n".join([*hanging("", heading), *lines]))

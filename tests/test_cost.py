@@ -19,11 +19,14 @@ from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImage
 from hf_vit.cli.main import app
 from hf_vit.data.labelled import ImageData, load_data
 from hf_vit.evaluation.flops import count_flops, count_parameters
+from hf_vit.system.gpus import GPUS
 from hf_vit.system.stopping import Interrupted
 from hf_vit.training import loop as training_module
 from hf_vit.training import tasks
+from hf_vit.training.estimate import LAUNCH, step_seconds, time_of, traced_step
 from hf_vit.training.loop import train
 from hf_vit.training.optim import Schedule
+from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.rehearsal import CACHED, MEASURED, WARM_UP, Cost, Rehearsal, describe, evaluation_length, rehearse
 from hf_vit.variants import VARIANTS, config_of
 
@@ -320,6 +323,68 @@ def test_masked_patches_and_a_probe(photos: Path, tmp_path: Path) -> None:
     assert cost.training_flops == cost.forward_flops + 2 * 16 * 3
 
 
+# ------------------------------------------------------------------------------------------------------ estimated
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "shares"),
+    [
+        ("ViT-S/16", 256, (0.30, 0.35, 0.42)),
+        pytest.param("ViT-B/16", 256, (0.44, 0.51, 0.64), marks=pytest.mark.slow),
+        pytest.param("ViT-L/16", 128, (0.51, 0.58, 0.73), marks=pytest.mark.slow),
+    ],
+)
+def test_shares_of_the_matrix_rate_of_an_h200(name: str, images: int, shares: tuple[float, ...]) -> None:
+    """The shares were worked out by hand from the operations: eager, compiled, and compiled with FP8 products."""
+    model = on_meta(HFViTForImageClassification, config_of(name, num_labels=1000, drop_path_rate=0.1))
+    trace, gpu = traced_step(model, type(model), images, "bf16"), GPUS["h200"]
+    flops, parameters = count_flops(model, type(model))[1] * images, count_parameters(model)[0]
+    found = []
+    for precision, is_compiled in (("bf16", False), ("bf16", True), ("fp8", True)):
+        seconds = time_of(trace.operations, gpu, precision, is_compiled).seconds
+        found.append(flops / step_seconds(seconds, 1, parameters, gpu, TrainConfig()) / 790e12)
+    assert found == pytest.approx(shares, abs=0.015)
+    # Elementwise operations move 230 bytes per token, layer and unit of width.
+    tokens = images * model.config.num_hidden_layers * 197 * model.config.hidden_size
+    traffic = sum(each.traffic for each in trace.operations if each.kind == "elementwise")
+    assert traffic / tokens == pytest.approx(230, rel=0.02)
+
+
+def test_activations_of_a_step_are_alive_until_its_backward(tiny_config: Any) -> None:
+    model = on_meta(HFViTForImageClassification, tiny_config(num_hidden_layers=8))
+    few, many, reduced = (
+        traced_step(model, type(model), images, "fp32", checkpoints).peak
+        for images, checkpoints in ((8, False), (16, False), (16, True))
+    )
+    assert many > 1.8 * few and reduced < many / 2
+    gradients = 4 * count_parameters(model)[0]
+    assert traced_step(model, type(model), 1, "fp32").peak > gradients
+
+
+def test_small_steps_are_limited_by_launches(tiny_config: Any) -> None:
+    model = on_meta(HFViTForImageClassification, tiny_config())
+    trace = traced_step(model, type(model), 1, "bf16")
+    eager, compiled = (time_of(trace.operations, GPUS["h200"], "bf16", is_compiled) for is_compiled in (False, True))
+    assert eager.seconds == eager.launches == LAUNCH * len(trace.operations) > compiled.seconds
+
+
+def test_an_estimate_for_a_gpu_is_printed(recipe: Path, tmp_path: Path, temporary: Path) -> None:
+    arguments = ["train", "--recipe", str(recipe), "--dry-run", "--precision", "auto", "--compile"]
+    result = runner.invoke(app, [*arguments, "--for", "RTX 4090"])
+    assert result.exit_code == 0, result.output
+    assert "16, bf16, compiled, 1 x NVIDIA GeForce" in " ".join(result.stdout.split())
+    assert "nothing was measured" in result.stdout and max(map(len, result.stdout.splitlines())) <= 80
+    names = ["images/s", "run", "time", "step", "share", "estimated", "images"]
+    assert [name for line in result.stdout.splitlines() if (name := line[:12].strip()) in names] == names
+    assert not (tmp_path / "run").exists() and not list(temporary.iterdir())
+    for words, message in (
+        (["--for", "h300"], "Unknown GPU 'h300'"),
+        (["--for", "t4", "--precision", "bf16"], "bf16"),
+    ):
+        result = runner.invoke(app, [*arguments, *words])
+        assert result.exit_code == 2 and message in result.stderr
+
+
 # --------------------------------------------------------------------------------------------------- its endings
 
 
@@ -367,6 +432,7 @@ def test_a_signal_ends_it_at_once(
         (["--dry-run", "--data", "/no/such/place"], "No such file or folder: /no/such/place"),
         (["--dry-run", "--keep-checkpoints", "0"], "keep_checkpoints must be at least 1"),
         (["--price-per-hour", "2"], "--price-per-hour needs --dry-run"),
+        (["--for", "h200"], "--for needs --dry-run"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, recipe: Path, tmp_path: Path) -> None:

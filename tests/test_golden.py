@@ -27,8 +27,13 @@ LOGGING = {"warn", "warning", "warning_once", "warning_advice", "info", "error"}
 def help_texts() -> str:
     """Return the help of `hf-vit` and of each of its commands, as the code states it; typer's layout varies."""
     group: Any = typer.main.get_command(app)
-    texts = []
-    for name, command in {"": group, **group.commands}.items():
+    texts, commands = [], {"": group}
+    for name, command in group.commands.items():
+        commands |= {
+            name: command,
+            **{f"{name} {each}": one for each, one in getattr(command, "commands", {}).items()},
+        }
+    for name, command in commands.items():
         lines = [f"$ hf-vit {name}".rstrip(), "", cleandoc(command.help), ""]
         for parameter in command.params:
             if getattr(parameter, "hidden", False):  # of a study: they are those of train

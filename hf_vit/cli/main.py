@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import fitting, models, predictions, runs
+from . import data, fitting, models, predictions, runs
 from .endings import clear_endings, echo
 from .options import Command
 
@@ -56,3 +56,8 @@ for command in (
     runs.study,
 ):
     app.command(cls=Command)(clear_endings()(command))
+
+of_data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare data sets.")
+of_data.command(cls=Command)(clear_endings()(data.pack))
+of_data.callback()(lambda: None)  # otherwise a group of one command is that command
+app.add_typer(of_data, name="data")

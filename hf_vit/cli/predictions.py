@@ -218,7 +218,7 @@ def demo(
 
 def benchmark(
     suites: Annotated[
-        list[str] | None, typer.Argument(help="training, inference, preprocessing, augmentation, prediction.")
+        list[str] | None, typer.Argument(help="training, inference, preprocessing, augmentation, prediction; or gpu.")
     ] = None,
     models: Annotated[str | None, typer.Option(metavar="NAME,...", help="Models, such as Ti/16,B/16.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size of training and inference.")] = None,
@@ -234,14 +234,27 @@ def benchmark(
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG files. Default: generated ones.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for a file with the results.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case per suite, as a check.")] = False,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Time limit of gpu in minutes.")] = 8.0,
 ) -> None:
-    """Compare speed and memory with other libraries.
+    """Compare speed and memory with other libraries, or check a GPU.
 
     Compares with timm, transformers, vit-pytorch and others, with the same weights and inputs. Every variant runs in a
     separate process, and they take turns. A speedup is printed only if it exceeds the measurement noise.
 
+    gpu checks the GPU of this machine instead: whether models compute what they compute on a CPU, waits of the CPU for
+    it, exact resume, two processes, and the speed of ViT-S to ViT-H beside timm. It exits with 1 if a check fails.
+
     Example: hf-vit benchmark inference --models B/16 --batch-size 16
     """
+    if suites and "gpu" in suites:
+        others = {"--models": models, "--batch-size": batch_size, "--against": against, "--photos": photos}
+        if len(suites) > 1 or any(value is not None for value in others.values()):
+            raise ValueError(f"benchmark gpu takes no other suites, and none of {', '.join(others)}: remove them.")
+        from .gpu import check_gpu
+
+        if not check_gpu(quick, minutes, output_dir, typed_command(), echo):
+            raise typer.Exit(1)
+        return
     from ..benchmark.compare import benchmark as measure
     from ..benchmark.table import LEGEND, Report, describe, table
     from ..system.machine import hardware, installed_versions

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..system.gpus import GPUS
 from ..system.places import check_exist
 from ..system.texts import hanging
 from ..training.recipe import TrainConfig, default_recipe, recipe_header, shipped_recipes
@@ -51,6 +52,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate the cost of the run, and write nothing.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--for", metavar="GPU", help=f"GPU to estimate for, with --dry-run: {', '.join(GPUS)}."),
+    ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, metavar="X", help="Price of all machines, per hour, for --dry-run.")
     ] = None,
@@ -67,6 +72,8 @@ def train(
     From scratch: hf-vit train photos/ --model ViT-Ti/16 --image-size 128
 
     Estimate of memory, time and price: hf-vit train photos/ --dry-run
+
+    The same for a GPU that is not here: hf-vit train photos/ --dry-run --for h200
     """
     if sources:
         named = given.get("data", [])
@@ -83,13 +90,20 @@ def train(
     if dry_run:
         from ..training.rehearsal import describe, rehearse
 
-        if (cost := rehearse(config)) is not None:
+        if gpu is None:
+            cost = rehearse(config)
+        else:
+            from ..training.estimate import estimate
+
+            cost = estimate(config, gpu)
+        if cost is not None:
             heading, *rows = describe(cost, price_per_hour)
             lines = [line for row in rows for line in hanging(row[:14], row[14:])]
             echo("\n".join([*hanging("", heading), *lines]))
         return
-    if price_per_hour is not None:
-        raise ValueError("--price-per-hour needs --dry-run: add --dry-run, or remove the price.")
+    for name, value in {"--price-per-hour": price_per_hour, "--for": gpu}.items():
+        if value is not None:
+            raise ValueError(f"{name} needs --dry-run: add --dry-run, or remove {name}.")
     from ..training.report import train_and_report
 
     if os.environ.get("RANK", "0") == "0":

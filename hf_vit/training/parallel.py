@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -60,7 +61,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(_tracker_folder(config))),
         fsdp_plugin=sharding,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            # Gradients are parts of DDP's buckets, not copies, which saves memory for one set of gradients.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would compute in float32
         raise ValueError("precision: fp16 needs a GPU, and this run is on the CPU: set precision to bf16 or fp32.")

@@ -12,7 +12,7 @@ per multiply-add. What gradient checkpointing and fused attention compute a seco
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -78,6 +78,7 @@ class Cost:
         processes, num_workers: Training processes, and data loader processes for each.
         hardware: Description of the machine.
         unreadable: Names of images that were read and are broken.
+        estimated: What the cost rests on, by name, if it was estimated for a GPU and not measured.
     """
 
     source: str
@@ -105,6 +106,7 @@ class Cost:
     num_workers: int
     hardware: str
     unreadable: list[str] = field(default_factory=list)
+    estimated: dict[str, str] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -261,7 +263,7 @@ class Rehearsal:
         own = torch.tensor([peak_memory(device), wait_share], device=device)
         peak, wait_share = accelerator.gather(own).view(-1, 2).amax(dim=0).tolist()
         learned, frozen = count_parameters(run.model)
-        forward_flops, training_flops = count_flops(run.model, partial(_twin, run))
+        forward_flops, training_flops = count_flops(run.model, partial(twin_of, run))
         plan, is_gpu = Plan.of(config, self.data.train_length), device.type == "cuda"
         return Cost(
             source=run.data.name,
@@ -337,7 +339,7 @@ def _slowest(run: Run, seconds: float) -> float:
     return max(1e-6, float(run.accelerator.gather(torch.tensor([seconds], device=run.accelerator.device)).max()))
 
 
-def _twin(run: Run, model_config: Any) -> Any:
+def twin_of(run: Run, model_config: Any) -> Any:
     """Return a model with the parameters of the run's."""
     model = run.task.model_class(model_config)
     return add_low_rank_updates(model, run.config.lora_rank) if run.config.trained == "lora" else model
@@ -359,8 +361,12 @@ def _newest(config: TrainConfig) -> Path | None:
     return checkpoints.newest(lambda message: None) if config.resume == "auto" else None
 
 
-def rehearse(config: TrainConfig) -> Cost | None:
+def rehearse(config: TrainConfig, steps_of: Callable[..., Rehearsal] = Rehearsal) -> Cost | None:
     """Measure what a run needs, on all processes that a launcher started, and leave no files.
+
+    Args:
+        config: The recipe.
+        steps_of: Returns the steps of the dry run, from the recipe and its data.
 
     Returns:
         The cost of the complete run; `None` on every process but the first.
@@ -379,7 +385,7 @@ def rehearse(config: TrainConfig) -> Cost | None:
         for note in data.notes:
             tqdm.write(note)
     config = resolved(config, data, accelerator)
-    rehearsal = Rehearsal(config, data)
+    rehearsal = steps_of(config, data)
     # The run prints what it learns from, which is not all of the user's data.
     with tempfile.TemporaryDirectory(prefix="hf-vit-") as folder, redirect_stdout(StringIO()):
         try:
@@ -421,18 +427,22 @@ def _rows(cost: Cost, price_per_hour: float | None) -> Iterator[tuple[str, str]]
     elif cost.peak:
         loaders = f", without its {cost.num_workers} data loader processes" if cost.num_workers else ""
         yield "peak memory", f"{_amount(cost.peak, BYTES)} resident per process{loaders}"
-    yield (
-        "images/s",
-        f"{cost.images_per_second:,.0f} over {cost.measured_steps} steps of {cost.step_seconds:.3g} s, "
-        f"{cost.data_wait_share:.0%} of it waiting for images; "
-        f"{_amount(training_flops * cost.images_per_second, FLOP)}/s",
-    )
+    speed = f"{_amount(training_flops * cost.images_per_second, FLOP)}/s"
+    if cost.estimated:
+        yield "images/s", f"{cost.images_per_second:,.0f} in steps of {cost.step_seconds:.3g} s; {speed}"
+    else:
+        yield (
+            "images/s",
+            f"{cost.images_per_second:,.0f} over {cost.measured_steps} steps of {cost.step_seconds:.3g} s, "
+            f"{cost.data_wait_share:.0%} of it waiting for images; {speed}",
+        )
     epochs = cost.total_steps / max(1, cost.train_images // cost.batch_size)
     unknown = cost.evaluation_seconds is None
     evaluation = "unknown duration" if unknown else _duration(cost.evaluation_seconds or 0.0)
     evaluations = f"{counted(cost.evaluations, 'evaluation')} of {evaluation}"
     yield "run", f"{cost.total_steps:,} steps ({epochs:.3g} epochs), {evaluations}"
-    parts = f"{_duration(cost.start_seconds)} start, {_duration(cost.total_steps * cost.step_seconds)} training"
+    parts = f"{_duration(cost.total_steps * cost.step_seconds)} training"
+    parts = parts if cost.estimated else f"{_duration(cost.start_seconds)} start, {parts}"
     if unknown:
         parts += ", plus evaluating and saving"
     else:
@@ -445,6 +455,7 @@ def _rows(cost: Cost, price_per_hour: float | None) -> Iterator[tuple[str, str]]
     if price_per_hour is not None:
         rest = f", {left / 3600 * price_per_hour:,.2f} for the rest" if cost.done_steps else ""
         yield "price", f"{cost.seconds / 3600 * price_per_hour:,.2f}{rest} (at {price_per_hour:g} per hour)"
+    yield from cost.estimated.items()
 
 
 def _duration(seconds: float) -> str:

@@ -78,14 +78,12 @@ def _register_processors() -> None:
 def _register_pipelines() -> None:
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .model.pipeline_hf_vit import HFViTImageClassificationPipeline, HFViTImageFeatureExtractionPipeline
+    from .model import pipeline_hf_vit
+    from .model.configuration_hf_vit import PIPELINES
 
-    for task, ours in (
-        ("image-classification", HFViTImageClassificationPipeline),
-        ("image-feature-extraction", HFViTImageFeatureExtractionPipeline),
-    ):
+    for task, (name, _) in PIPELINES.items():
         entry = PIPELINE_REGISTRY.supported_tasks[task]
-        entry["impl"] = _choice_of_pipeline(ours, entry["impl"])
+        entry["impl"] = _choice_of_pipeline(getattr(pipeline_hf_vit, name), entry["impl"])
 
 
 def _choice_of_pipeline(ours: Any, registered: Any) -> type:

@@ -57,6 +57,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "layer_scale_init_value": (-1e3, 1e3),
     "rope_theta": (1, 1e12),
     "temperature": (1e-3, 1e3),
+    "patch_subdivision": (1, 64),
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
 # Fields that describe a trained head, and how they begin with a new one.

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
-from ..data.classes import MULTI, REGRESSION, SINGLE, UNKNOWN
+from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint
+from ..data.classes import MULTI, REGRESSION, SEGMENTATION, SINGLE, UNKNOWN
 from ..data.folders import key_of
 from ..data.labelled import ImageData
 from ..system.texts import counted, shortened
@@ -15,13 +15,20 @@ KINDS = {
     SINGLE: "one label per image",
     MULTI: "several labels per image",
     REGRESSION: "numbers to predict",
+    SEGMENTATION: "a class for every pixel",
 }
+
+
+def kind_of(config: Any) -> str:
+    """Return what the labels of a model are, a key of `KINDS`."""
+    is_segmenter = SEGMENTER in (config.architectures or ())
+    return SEGMENTATION if is_segmenter else config.problem_type or SINGLE
 
 
 def labels_of(checkpoint: Checkpoint) -> list[str] | None:
     """Return the label names of a checkpoint by class index; `None` without a classifier."""
     config: Any = checkpoint.config
-    if checkpoint.architecture != CLASSIFIER or not config.num_labels:
+    if checkpoint.architecture not in (CLASSIFIER, SEGMENTER) or not config.num_labels:
         return None
     return [config.id2label[index] for index in range(config.num_labels)]
 
@@ -150,7 +157,7 @@ def _are_numbers(names: list[str]) -> bool:
 
 def contradiction(config: Any, data: ImageData) -> str:
     """Return a sentence if model and data do not agree in what their labels are, else `""`."""
-    ours, theirs = config.problem_type or SINGLE, data.problem_type
+    ours, theirs = kind_of(config), data.problem_type
     if theirs is not None and ours != theirs:
         return (
             f"The model has {KINDS[ours]}, but the data has {KINDS[theirs]}: choose another --label-column, or "

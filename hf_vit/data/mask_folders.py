@@ -72,12 +72,12 @@ def pairs_in(folder: Folder) -> tuple[dict[str, list[tuple[str, str]]], list[str
             masks[(*key, path.stem.lower())] = file
         else:
             images[(*key, path.name.lower())] = file
-    by_stem = {(*key[:2], Path(key[2]).stem): file for key, file in images.items()}
     if not masks:
         images, masks = _beside(images)
+    stems = {(*key[:2], Path(key[2]).stem) for key in images}
     for key, file in list(masks.items()):  # a_mask.png for a.jpg, whatever the folder
         stem = SUFFIX.sub("", key[2])
-        if key not in by_stem and (*key[:2], stem) not in masks:
+        if key not in stems and (*key[:2], stem) not in masks:
             masks[(*key[:2], stem)] = file
     splits: dict[str, list[tuple[str, str]]] = {}
     used, alone = set(), []

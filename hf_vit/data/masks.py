@@ -8,12 +8,14 @@ caching and augmentation move both together.
 import json
 import re
 from collections.abc import Iterable, Sequence
+from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
@@ -211,7 +213,10 @@ def _named(stated: dict[int, str], known: list[int]) -> tuple[MaskCode, list[str
 
 def _check_number(number: int) -> None:
     if not 2 <= number <= MOST_CLASSES:
-        raise ValueError(f"Expected 2 to {MOST_CLASSES} classes in masks, found {number}.")
+        raise ValueError(
+            f"Expected 2 to {MOST_CLASSES} classes in masks, found {number}. JPEG files do not keep exact values: save "
+            "masks as PNG."
+        )
 
 
 def _values_in(splits: Sequence[Any], columns: tuple[str, str], sample: int | None) -> list[int]:
@@ -269,6 +274,16 @@ def _file(data: bytes) -> Any:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
+def palette(number: int) -> np.ndarray:
+    """Return a colour for every class, uint8 `[number, 3]`, the same for any number of classes.
+
+    Hues are multiples of the golden ratio, so that those of any first classes are far apart; brightness alternates.
+    """
+    strengths = ((0.85, 0.95), (0.5, 0.8), (0.9, 0.55))  # saturation and value
+    colors = [hsv_to_rgb(index * 0.618 % 1, *strengths[index % 3]) for index in range(number)]
+    return (255 * np.array(colors)).round().astype(np.uint8)
+
+
 class WithMasks:
     """Images of which the last channel is the mask, until `example` divides them; mixed into `EvaluationImages`.
 
@@ -280,6 +295,11 @@ class WithMasks:
 
     def __init__(self, split: Any, columns: tuple[str, str], *options: Any, code: MaskCode, **named: Any) -> None:
         self.mask_column, self.code = columns[1], code
+        if options[0].crop_pct is not None or options[0].do_center_crop:
+            raise ValueError(
+                "The image processor crops images, but not their masks: set crop_pct=None and do_center_crop=False in "
+                "preprocessor_config.json."
+            )
         parent: Any = super()
         parent.__init__(split, (columns[0], None), *options, **named)
 

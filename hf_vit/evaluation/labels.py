@@ -7,7 +7,9 @@ from typing import Any
 from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint
 from ..data.classes import MULTI, REGRESSION, SEGMENTATION, SINGLE, UNKNOWN
 from ..data.folders import key_of
+from ..data.images import EvaluationImages
 from ..data.labelled import ImageData
+from ..data.masks import kinds_of_images
 from ..system.texts import counted, shortened
 
 # By transformers' name of what the labels are.
@@ -60,6 +62,18 @@ def align(
         return data, None, f"{note} No image is of a class that the model knows."
     left_out = f"Left out: {len(labels) - len(rows):,} of {len(labels):,} images, which are of these classes."
     return replace(data, evaluation=data.evaluation.select(rows)), classes, f"{note} {left_out}"
+
+
+def images_for_model(
+    data: ImageData, split: Any, processor: Any, classes: list[int] | None, num_labels: int
+) -> EvaluationImages:
+    """Return the images of a split with labels as the model numbers them, or as the data does without `classes`."""
+    if data.masks is not None and classes is not None:
+        data = replace(data, masks=data.masks.mapped(classes))
+    images: EvaluationImages = kinds_of_images(data)[1](split, data.columns, processor)
+    if data.masks is None and classes is not None:
+        images.labels = labels_for_model(images.labels, classes, num_labels)
+    return images
 
 
 def labels_for_model(labels: list[Any], classes: list[int], num_labels: int) -> list[Any]:

@@ -1,8 +1,8 @@
 """Metrics and features of a model over a loader: every image once, in order, on any number of processes.
 
 A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` (int64 `[B]`; float32 `[B, num_labels]` for several labels
-per image and for targets; or masks, uint8 `[B, H, W]`), `index` `[B]`, and `broken`, the names of images that could not
-be read. The index is the position of the image in the data, or -1 if the image is not counted.
+per image and for targets; or masks, uint8 `[B, H, W]`), `index` `[B]`, and `broken`, the names of images that could
+not be read. The index is the position of the image in the data, or -1 if the image is not counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
 from ..model.losses_hf_vit import pixel_losses, resize_logits
+from .labels import kind_of
 from .results import ImageResults, LabelResults, MaskResults, Results, TargetResults
 
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
@@ -146,7 +147,7 @@ def evaluate_images(
     config: Any,
     forward: Forward = forward_in_turn,
 ) -> Results:
-    """Return the results of a model per image, of the kind that `config.problem_type` asks for.
+    """Return the results of a model per image, of the kind that `kind_of` its config.
 
     Args:
         model, loader, accelerator, normalize, forward: As for `classify`.
@@ -156,8 +157,9 @@ def evaluate_images(
         "single_label_classification": classify,
         "multi_label_classification": partial(recognize, thresholds=config.thresholds),
         "regression": partial(regress, scale=config.target_scale),
+        "semantic_segmentation": partial(segment, ignore_index=config.semantic_loss_ignore_index),
     }
-    measure = measures[config.problem_type or "single_label_classification"]
+    measure = measures[kind_of(config)]
     return measure(model, loader, accelerator, normalize, forward=forward)
 
 

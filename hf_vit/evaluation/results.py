@@ -310,6 +310,10 @@ class MaskResults:
         labels, predicted, hits = (pixels.double().sum(dim=0) for pixels in (self.labels, self.predicted, self.hits))
         return labels, predicted, hits
 
+    def agreement(self, other: Any) -> float:
+        """Return the share of images whose numbers of predicted pixels of every class are the same."""
+        return _share((self.predicted == other.predicted).all(dim=1))
+
     def accuracies(self) -> Tensor:
         """Return the share of correct pixels of every image; 1 for an image without known pixels."""
         known = self.labels.sum(dim=1)

@@ -87,6 +87,7 @@ def write_card(
     config = HFViTConfig.from_pretrained(folder)
     task = task_of(config)
     auto_class = PIPELINES[task][1]
+    has_labels = auto_class != "AutoModel"
     title = title or folder.resolve().name
     data = ModelCardData(
         license=license,
@@ -113,10 +114,8 @@ def write_card(
         is_rgb=config.num_channels in (1, 3),
         image_shape=config.image_shape,
         patch_shape=config.patch_shape,
-        labels=[markdown(str(label)) for label in (config.id2label or {}).values()]
-        if PIPELINES[task][1] != "AutoModel"
-        else [],
-        auto_class=PIPELINES[task][1],
+        labels=[markdown(str(label)) for label in (config.id2label or {}).values()] if has_labels else [],
+        auto_class=auto_class,
         parameters=sum(_parameters(folder)),
         results=results,
         measured={**measured, "versions": versions()},

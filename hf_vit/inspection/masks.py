@@ -1,28 +1,18 @@
 """Masks of semantic segmentation as colours, alone and over their images."""
 
 from collections.abc import Sequence
-from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.masks import palette
 from .drawing import GRAY, Figure, heading, new_figure, short
 from .tiles import rgb
 
 OPACITY = 0.6
 LISTED = 24  # classes in the legend
-
-
-def palette(number: int) -> np.ndarray:
-    """Return a colour for every class, uint8 `[number, 3]`, the same for any number of classes.
-
-    Hues are multiples of the golden ratio, so that those of any first classes are far apart; brightness alternates.
-    """
-    strengths = ((0.85, 0.95), (0.5, 0.8), (0.9, 0.55))  # saturation and value
-    colors = [hsv_to_rgb(index * 0.618 % 1, *strengths[index % 3]) for index in range(number)]
-    return (255 * np.array(colors)).round().astype(np.uint8)
 
 
 def overlay(image: Tensor, classes: Tensor, number: int) -> np.ndarray:
@@ -61,17 +51,9 @@ def plot_overlays(
     seen: set[int] = set()
     for row, (image, mask, predicted, text) in zip(axes, shown, strict=True):
         number, nowhere = len(label_names), torch.full_like(mask, 255)
-        for axis, picture, name in zip(
-            row,
-            (
-                overlay(image, nowhere, number),
-                overlay(image, mask, number),
-                overlay(image, predicted.where(mask < number, 255), number),
-            ),
-            ("image", "mask", f"predicted, {text}"),
-            strict=True,
-        ):
-            axis.imshow(picture)
+        columns = {"image": nowhere, "mask": mask, f"predicted, {text}": predicted.where(mask < number, 255)}
+        for axis, (name, classes) in zip(row, columns.items(), strict=True):
+            axis.imshow(overlay(image, classes, number))
             axis.axis("off")
             axis.set_title(name, fontsize=8, color=GRAY, pad=3)
         seen |= {*mask.unique().tolist(), *predicted.unique().tolist()}

@@ -93,7 +93,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
         "images/validation/{name}.jpg": "annotations/validation/{name}.png",
     },
     "camvid": {"train/{name}.png": "trainannot/{name}.png", "val/{name}.png": "valannot/{name}.png"},
-    "carvana": {"train/{name}.jpg": "train_masks/{name}_mask.gif"},
+    "carvana": {"train/{name}.jpg": "train_masks/{name}_mask.png"},
     "voc": {"VOC/JPEGImages/{name}.jpg": "VOC/SegmentationClass/{name}.png"},
     "beside": {"{name}.jpg": "{name}_mask.png"},
     "same-stem": {"all/{name}.jpg": "all/{name}.png"},
@@ -107,7 +107,7 @@ def test_folders_are_paired(name: str, tmp_path: Path) -> None:
     assert (data.train_length, data.eval_split) == ((4, "validation") if has_splits else (3, "held out"))
     for row in data.train:
         image, mask = (Path(row[column]["path"]) for column in data.columns)
-        assert image != mask and mask.stem.startswith(image.stem) and mask.suffix in (".png", ".gif")
+        assert image != mask and mask.stem.startswith(image.stem) and mask.suffix == ".png"
     assert data.label_names == ["0", "1", "2"]
 
 
@@ -185,16 +185,15 @@ def test_classes_of_another_model(photos: Path) -> None:
 def test_augmentation_moves_the_mask_with_the_image(name: str) -> None:
     """The image is its own mask: classes of large areas are the same after augmentation."""
     classes = torch.zeros(1, 40, 60, dtype=torch.uint8)
-    classes[:, 10:30, 20:40] = 200
+    classes[:, 10:30, 20:40] = 100  # solarization in `three` does not change it
     augment = build_augmentation(name, (24, 36), 0.3, fill=(0.0,), num_channels=1, has_masks=True)
     agreed = []
     for seed in range(20):
         torch.manual_seed(seed)
         image, mask = augment(torch.cat([classes, classes]))
-        assert set(mask.unique().tolist()) <= {0, 200, 255} and image.shape == (24, 36)
-        share = float(((image > 100) == (mask == 200))[mask != 255].float().mean())
-        agreed.append(max(share, 1 - share))  # solarization in `three` inverts values
-    assert sorted(agreed)[10] > 0.95, agreed
+        assert set(mask.unique().tolist()) <= {0, 100, 255} and image.shape == (24, 36)
+        agreed.append(float(((image > 50) == (mask == 100))[mask != 255].float().mean()))
+    assert min(agreed) > 0.9, agreed  # edges are interpolated
 
 
 def test_augmentations_of_colours_alone_are_refused() -> None:

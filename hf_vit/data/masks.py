@@ -214,8 +214,8 @@ def _named(stated: dict[int, str], known: list[int]) -> tuple[MaskCode, list[str
 def _check_number(number: int) -> None:
     if not 2 <= number <= MOST_CLASSES:
         raise ValueError(
-            f"Expected 2 to {MOST_CLASSES} classes in masks, found {number}. JPEG files do not keep exact values: save "
-            "masks as PNG."
+            f"Expected 2 to {MOST_CLASSES} classes in masks, found {number}. JPEG files do not keep exact values: "
+            "save masks as PNG."
         )
 
 

@@ -18,6 +18,7 @@ from hf_vit.data.masks import MaskCode
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.evaluation.report import report_lines
 from hf_vit.evaluation.results import MaskResults
+from hf_vit.graphs.export import export_graph
 from hf_vit.system.stopping import Interrupted
 from hf_vit.training.loop import train
 from hf_vit.training.report import train_and_report
@@ -266,6 +267,12 @@ def test_resumed_is_equal_to_uninterrupted(
     parts = train(recipe(photos, tmp_path / "parts", **options))
     assert_same_weights(weights(parts.model), weights(whole.model))
     assert (tmp_path / "parts" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+
+
+def test_no_graph_is_exported(trained: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    with pytest.raises(ValueError, match="is a model for segmentation, which is not exported as a graph"):
+        export_graph(trained.output_dir, tmp_path / "model.onnx", "onnx")
 
 
 def test_fine_tuning_keeps_a_head_for_the_same_classes_only(trained: Any, photos: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..model.modeling_hf_vit import HFViTForImageClassification
-from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from .open_sizes import Model, fixed_size, opened
 
 Run = Callable[[np.ndarray], np.ndarray]  # from pixel values, float32 [B, C, H, W], to logits or features
@@ -25,13 +24,12 @@ BLOCK = 64  # weights that share a scale
 
 
 class Graph(nn.Module):
-    """A model with one output tensor: the logits of images or pixels, or the pooled output of an encoder."""
+    """A model with one output tensor: the logits of a classifier, or the pooled output of an encoder."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
-        has_logits = isinstance(model, HFViTForImageClassification | HFViTForSemanticSegmentation)
-        self.output = "logits" if has_logits else "pooler_output"
+        self.output = "logits" if isinstance(model, HFViTForImageClassification) else "pooler_output"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.model(pixel_values)[self.output]

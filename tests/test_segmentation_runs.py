@@ -293,6 +293,7 @@ def test_fine_tuning_keeps_a_head_for_the_same_classes_only(trained: Any, photos
     ("fields", "message"),
     [
         ({"mixup": 0.2}, "does not mix images or weigh classes: remove mixup=0.2"),
+        ({"loss": "binary_cross_entropy"}, "remove loss=binary_cross_entropy"),
         ({"augmentation": "rand"}, "augmentation=rand does not move masks"),
         ({"streaming": True}, "Masks cannot be streamed"),
         ({"label_column": "other"}, "Unknown column of images 'other': choose one of image, mask"),

@@ -225,6 +225,8 @@ class Segmentation(Classification):
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
         _refuse_mixing(config, "Segmentation does not mix images or weigh classes")
+        if config.loss != "cross_entropy":
+            raise ValueError(f"Segmentation has the loss cross_entropy of pixels: remove loss={config.loss}.")
         self.label_names = data.label_names
 
     @property

@@ -148,6 +148,7 @@ def predict(
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
     settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
+    summary: Summary | None
     if output is not None and not output.suffix:
         from ..prediction.masks import predict_masks
 

@@ -27,6 +27,7 @@ SUFFIX = re.compile(
 )
 IMAGE_SUFFIX = re.compile(r"[-_](?:leftimg8bit|image|img|rgb)$", re.IGNORECASE)
 JPEG = (".jpg", ".jpeg")
+Key = tuple[str | None, tuple[str, ...], str]  # split, other words of the folders, and name
 
 
 class Place(NamedTuple):
@@ -62,23 +63,21 @@ def pairs_in(folder: Folder) -> tuple[dict[str, list[tuple[str, str]]], list[str
     """
     files = sorted(folder.files())
     common = os.path.commonpath([os.path.dirname(file) for file in files])
-    images: dict[tuple[Any, ...], str] = {}
-    masks: dict[tuple[Any, ...], str] = {}
+    images: dict[Key, str] = {}
+    masks: dict[Key, str] = {}
     for file in files:
         path = Path(os.path.relpath(file, common))
         place = place_of(path.parts[:-1])
-        key = (place.split, place.key)
         if place.is_mask:
-            masks[(*key, path.stem.lower())] = file
+            masks[place.split, place.key, path.stem.lower()] = file
         else:
-            images[(*key, path.name.lower())] = file
+            images[place.split, place.key, path.name.lower()] = file
     if not masks:
         images, masks = _beside(images)
-    stems = {(*key[:2], Path(key[2]).stem) for key in images}
-    for key, file in list(masks.items()):  # a_mask.png for a.jpg, whatever the folder
-        stem = SUFFIX.sub("", key[2])
-        if key not in stems and (*key[:2], stem) not in masks:
-            masks[(*key[:2], stem)] = file
+    stems = {(split, key, Path(name).stem) for split, key, name in images}
+    for (split, key, stem), file in list(masks.items()):  # a_mask.png for a.jpg, whatever the folder
+        if (split, key, stem) not in stems:
+            masks.setdefault((split, key, SUFFIX.sub("", stem)), file)
     splits: dict[str, list[tuple[str, str]]] = {}
     used, alone = set(), []
     for (split, key, name), file in images.items():
@@ -105,18 +104,19 @@ def pairs_in(folder: Folder) -> tuple[dict[str, list[tuple[str, str]]], list[str
     return splits, notes
 
 
-def _beside(images: dict[tuple[Any, ...], str]) -> tuple[dict[tuple[Any, ...], str], dict[tuple[Any, ...], str]]:
+def _beside(images: dict[Key, str]) -> tuple[dict[Key, str], dict[Key, str]]:
     """Divide files of one folder into images and masks: `a.jpg` with `a_mask.png`, or with `a.png`."""
-    stems = {(*key[:2], Path(key[2]).stem) for key in images}
-    jpegs = {(*key[:2], Path(key[2]).stem) for key in images if key[2].endswith(JPEG)}
+    stems = {(split, key, Path(name).stem) for split, key, name in images}
+    jpegs = {(split, key, Path(name).stem) for split, key, name in images if name.endswith(JPEG)}
     kept, masks = {}, {}
-    for key, file in images.items():
-        stem = Path(key[2]).stem
+    for (split, key, name), file in images.items():
+        stem = Path(name).stem
         plain = SUFFIX.sub("", stem)
-        if (plain != stem and (*key[:2], plain) in stems) or ((*key[:2], stem) in jpegs and not key[2].endswith(JPEG)):
-            masks[(*key[:2], stem)] = file
+        is_named = plain != stem and (split, key, plain) in stems
+        if is_named or ((split, key, stem) in jpegs and not name.endswith(JPEG)):
+            masks[split, key, stem] = file
         else:
-            kept[key] = file
+            kept[split, key, name] = file
     return kept, masks
 
 

@@ -227,7 +227,7 @@ def _values_in(splits: Sequence[Any], columns: tuple[str, str], sample: int | No
     """
     seen = torch.zeros(MOST_VALUES, dtype=torch.bool)
 
-    def look(split: Any, index: int) -> tuple[Tensor | None, ValueError | None]:
+    def look(split: Any, index: int) -> tuple[Tensor | None, Exception | None]:
         row = split[index]
         stored = row[columns[1]] or NO_IMAGE
         try:
@@ -328,11 +328,11 @@ class WithMasks:
         return {"pixel_values": pixels[:-1], "labels": pixels[-1].byte()}
 
 
-class MaskedEvaluationImages(WithMasks, EvaluationImages):  # type: ignore[misc]
+class MaskedEvaluationImages(WithMasks, EvaluationImages):
     """Images with masks, as the processor makes them."""
 
 
-class MaskedTrainingImages(WithMasks, TrainingImages):  # type: ignore[misc]
+class MaskedTrainingImages(WithMasks, TrainingImages):
     """Augmented images with masks."""
 
 

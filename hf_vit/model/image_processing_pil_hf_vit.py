@@ -148,7 +148,7 @@ def check_options(given: Mapping[str, Any]) -> None:
             raise ValueError(f"Unknown option {name!r} of the image processor: did you mean {meant!r}?")
 
 
-class HFViTImageProcessing(HFViTSegmentationMaps, BaseImageProcessor):
+class HFViTImageProcessing(HFViTSegmentationMaps, BaseImageProcessor):  # type: ignore[misc]
     """Implement what both backends share; a backend adds `_resize_side`.
 
     Accepts PIL images of any mode, arrays and tensors of shape (H, W), (H, W, C) or (C, H, W) and any dtype, paths,

@@ -40,17 +40,20 @@ class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtract
     """Feature extraction from images as `hf_vit` reads them."""
 
 
-class HFViTImageSegmentationPipeline(FilePreprocessing, ImageSegmentationPipeline):  # type: ignore[misc]
+class HFViTImageSegmentationPipeline(FilePreprocessing, ImageSegmentationPipeline):
     """Semantic segmentation of images as `hf_vit` reads them; masks have the size of the upright image."""
 
-    def preprocess(self, image: Any, subtask: str | None = None, timeout: float | None = None) -> BatchFeature:
+    def preprocess(  # type: ignore[override]
+        self, image: Any, subtask: str | None = None, timeout: float | None = None
+    ) -> BatchFeature:
         """Return the model's inputs for an image, and its size; arguments as in transformers."""
-        if not hasattr(self.image_processor, "original_size"):  # of another library
+        processor: Any = self.image_processor
+        if not hasattr(processor, "original_size"):  # of another library
             return ImageSegmentationPipeline.preprocess(self, image, subtask, timeout)
         if is_url(image):
             image = download(image, timeout or DOWNLOAD_TIMEOUT)
         inputs = super().preprocess(image)
-        inputs["target_size"] = [self.image_processor.original_size(image)]
+        inputs["target_size"] = [processor.original_size(image)]
         return inputs
 
     def check_model_type(self, supported_models: Any) -> None:

@@ -5,6 +5,8 @@ The head is one linear layer on the normalized tokens of one or several layers, 
 prediction for every 4x4 pixels. Bilinear interpolation gives the pixels.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers.backbone_utils import filter_output_hidden_states
@@ -26,10 +28,10 @@ class HFViTSegmentationHead(nn.Module):
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
-        width, number = config.hidden_size, len(config.out_indices)
+        width, number, num_labels = config.hidden_size, len(config.out_indices), cast(int, config.num_labels)
         self.subdivision = (config.patch_subdivision, config.patch_subdivision)
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(number)])
-        self.classifier = nn.Linear(number * width, config.num_labels * config.patch_subdivision**2)
+        self.classifier = nn.Linear(number * width, num_labels * config.patch_subdivision**2)
 
     def forward(self, layers: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """Return logits `[B, num_labels, h*s, w*s]` for tokens `[B, N, D]` of each layer; s is the subdivision."""
@@ -53,7 +55,7 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         reject_patch_dropout(self)
-        if config.num_labels < 2:
+        if cast(int, config.num_labels) < 2:
             raise ValueError(
                 f"Semantic segmentation needs at least two classes, got num_labels={config.num_labels}: count the "
                 "background as a class."

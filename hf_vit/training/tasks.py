@@ -242,7 +242,7 @@ class Segmentation(Classification):
         return (losses.sum(dim=(1, 2)) / is_known.sum(dim=(1, 2)).clamp(min=1)).mean()
 
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
-        return segment(model, *evaluation, ignore_index=_config_of(model).semantic_loss_ignore_index)
+        return partial(segment, ignore_index=_config_of(model).semantic_loss_ignore_index)(model, *evaluation)
 
 
 def _refuse_mixing(config: TrainConfig, reason: str) -> None:

@@ -1,8 +1,8 @@
 """The Vision Transformer (Dosovitskiy et al., 2021) as a plugin of the Hugging Face ecosystem.
 
 Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassification`,
-`AutoModelForMaskedImageModeling`, `AutoBackbone`, `AutoImageProcessor` and `pipeline` recognize
-`model_type="hf_vit"`. Neither torch nor transformers is imported before it is needed.
+`AutoModelForMaskedImageModeling`, `AutoModelForSemanticSegmentation`, `AutoBackbone`, `AutoImageProcessor` and
+`pipeline` recognize `model_type="hf_vit"`. Neither torch nor transformers is imported before it is needed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from .model.image_processing_hf_vit import HFViTImageProcessor
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
-    from .model.pipeline_hf_vit import HFViTImageClassificationPipeline, HFViTImageFeatureExtractionPipeline
+    from .model.pipeline_hf_vit import (
+        HFViTImageClassificationPipeline,
+        HFViTImageFeatureExtractionPipeline,
+        HFViTImageSegmentationPipeline,
+    )
+    from .model.segmentation_hf_vit import HFViTForSemanticSegmentation
     from .training.fitting.fit import fit
     from .training.trained import TrainedModel, train
 
@@ -27,10 +32,12 @@ __all__ = [
     "HFViTConfig",
     "HFViTForImageClassification",
     "HFViTForMaskedImageModeling",
+    "HFViTForSemanticSegmentation",
     "HFViTImageClassificationPipeline",
     "HFViTImageFeatureExtractionPipeline",
     "HFViTImageProcessor",
     "HFViTImageProcessorPil",
+    "HFViTImageSegmentationPipeline",
     "HFViTModel",
     "TrainedModel",
     "__version__",
@@ -46,7 +53,12 @@ _load = lazy_exports(
         "model.dense_hf_vit": ["HFViTBackbone", "HFViTForMaskedImageModeling"],
         "model.image_processing_hf_vit": ["HFViTImageProcessor"],
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
-        "model.pipeline_hf_vit": ["HFViTImageClassificationPipeline", "HFViTImageFeatureExtractionPipeline"],
+        "model.pipeline_hf_vit": [
+            "HFViTImageClassificationPipeline",
+            "HFViTImageFeatureExtractionPipeline",
+            "HFViTImageSegmentationPipeline",
+        ],
+        "model.segmentation_hf_vit": ["HFViTForSemanticSegmentation"],
         "training.fitting.fit": ["fit"],
         "training.trained": ["TrainedModel", "train"],
     },

@@ -16,6 +16,7 @@ from typing import Any
 CONFIG = f"{__package__}.model.configuration_hf_vit"
 MODELS = f"{__package__}.model.modeling_hf_vit"
 DENSE = f"{__package__}.model.dense_hf_vit"  # imports MODELS
+SEGMENTATION = f"{__package__}.model.segmentation_hf_vit"  # imports DENSE
 PROCESSOR = f"{__package__}.model.image_processing_hf_vit"  # imports PIL_PROCESSOR
 PIL_PROCESSOR = f"{__package__}.model.image_processing_pil_hf_vit"
 PIPELINE = f"{__package__}.model.pipeline_hf_vit"
@@ -29,7 +30,12 @@ def register() -> None:
         [
             Registration(f"{AUTO}.configuration_auto", CONFIG, _register_config),
             # transformers may import this registry while it imports modeling_layers, which our models need.
-            Registration(f"{AUTO}.modeling_auto", DENSE, _register_models, ("transformers.modeling_layers", MODELS)),
+            Registration(
+                f"{AUTO}.modeling_auto",
+                SEGMENTATION,
+                _register_models,
+                ("transformers.modeling_layers", MODELS, DENSE),
+            ),
             Registration(f"{AUTO}.image_processing_auto", processor, _register_processors, (PIL_PROCESSOR,)),
             Registration("transformers.pipelines", PIPELINE, _register_pipelines),
             Registration(MODELS, MODELS, _read_other_checkpoints),
@@ -78,14 +84,12 @@ def _register_processors() -> None:
 def _register_pipelines() -> None:
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .model.pipeline_hf_vit import HFViTImageClassificationPipeline, HFViTImageFeatureExtractionPipeline
+    from .model import pipeline_hf_vit
+    from .model.configuration_hf_vit import PIPELINES
 
-    for task, ours in (
-        ("image-classification", HFViTImageClassificationPipeline),
-        ("image-feature-extraction", HFViTImageFeatureExtractionPipeline),
-    ):
+    for task, (name, _) in PIPELINES.items():
         entry = PIPELINE_REGISTRY.supported_tasks[task]
-        entry["impl"] = _choice_of_pipeline(ours, entry["impl"])
+        entry["impl"] = _choice_of_pipeline(getattr(pipeline_hf_vit, name), entry["impl"])
 
 
 def _choice_of_pipeline(ours: Any, registered: Any) -> type:

@@ -180,6 +180,7 @@ def test_the_file_names_the_code_of_every_class(tmp_path, tiny_config):
         "AutoModel",
         "AutoModelForImageClassification",
         "AutoModelForMaskedImageModeling",
+        "AutoModelForSemanticSegmentation",
         "AutoBackbone",
     }
 

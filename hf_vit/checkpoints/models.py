@@ -16,10 +16,11 @@ from ..model import model_class
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
-from .checkpoint import CLASSIFIER, Checkpoint, Options
+from .checkpoint import CLASSIFIER, SEGMENTER, Checkpoint, Options
 from .families import own
 from .from_pretrained import config_for, options_from, warn_of_assumptions
 from .opening import open_checkpoint
@@ -34,7 +35,7 @@ FINE_TUNING: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.f
 def load(
     source: str | Path, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[Any, HFViTImageProcessor]:
-    """Load a classifier, or an encoder where the checkpoint has no classifier, and its image processor.
+    """Load a classifier of images or pixels, or an encoder where the checkpoint has none, and its image processor.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -48,7 +49,8 @@ def load(
     if checkpoint is None:
         checkpoint = open_checkpoint(source, Options(image_size=image_size))
         warn_of_assumptions(checkpoint)
-    loaded: Any = HFViTForImageClassification if checkpoint.architecture == CLASSIFIER else HFViTModel
+    has_classes = checkpoint.architecture in (CLASSIFIER, SEGMENTER)
+    loaded: Any = model_class(checkpoint.architecture) if has_classes else HFViTModel
     model, report = _fill(loaded, checkpoint)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
@@ -126,6 +128,31 @@ def load_for_masked_patches(
     checkpoint, fields = _open_for(source, fields)
     model, report = _fill(HFViTForMaskedImageModeling, checkpoint, **FINE_TUNING, **fields)
     _require_encoder(source, report, ("objective.", "vit.embeddings.mask_token."), fields)
+    return model, _processor(checkpoint, model.config.image_shape)
+
+
+def load_segmenter(
+    source: str | Path, label_names: Sequence[str], **fields: Any
+) -> tuple[HFViTForSemanticSegmentation, HFViTImageProcessor]:
+    """Load a checkpoint for semantic segmentation; the head is new unless it was trained for exactly these classes.
+
+    Args:
+        source: A file, a folder or a name on the Hub, in any layout.
+        label_names: Names of the classes, by class index.
+        fields: Fields of `HFViTConfig` that differ from the checkpoint's.
+
+    Raises:
+        ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
+    """
+    checkpoint, fields = _open_for(source, fields)
+    stored = list((checkpoint.config.id2label or {}).values())
+    is_kept = checkpoint.architecture == SEGMENTER and stored == list(label_names)
+    of_model = {**OF_HEAD, **fields, "id2label": dict(enumerate(label_names)), "problem_type": None}
+    model, report = _fill(HFViTForSemanticSegmentation, checkpoint, **FINE_TUNING, **of_model)
+    _require_encoder(source, report, "decode_head.", fields)
+    if not is_kept:
+        nn.init.normal_(model.decode_head.classifier.weight, std=model.config.initializer_range)
+        nn.init.zeros_(model.decode_head.classifier.bias)
     return model, _processor(checkpoint, model.config.image_shape)
 
 

@@ -105,7 +105,8 @@ def predict(
         typer.Argument(metavar="SOURCE", help="Image files, folders, globs, zips, tables of paths, or data sets."),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Table to write: .csv, .tsv, .jsonl or .parquet.")
+        Path | None,
+        typer.Option("--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet; or a folder for masks (PNG)."),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -132,6 +133,8 @@ def predict(
 
     Example: hf-vit predict my-vit photos/ --top-k 1 -o labels.csv
 
+    Masks of a model for segmentation: hf-vit predict my-segmenter photos/ -o masks/
+
     On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     check_exist(words, model)
@@ -149,7 +152,12 @@ def predict(
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
     settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
-    if output is not None:
+    summary: Summary | None
+    if output is not None and not output.suffix:
+        from ..prediction.masks import predict_masks
+
+        summary = predict_masks(output, sources, settings, restart)
+    elif output is not None:
         from ..prediction.predict import predict_to_file
 
         summary = predict_to_file(output, sources, settings, engine, restart)

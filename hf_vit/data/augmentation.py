@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
 
+from ..model.segmentation_maps_hf_vit import IGNORED
 from ..system.transfers import to_device
 from .batched_augmentation import solarize_add
 
@@ -46,7 +48,8 @@ class SmallAffine(v2.Transform):
         }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return tvF.affine(inpt, **params, interpolation=InterpolationMode.BILINEAR)
+        fill = float(IGNORED) if isinstance(inpt, tv_tensors.Mask) else None
+        return tvF.affine(inpt, **params, interpolation=InterpolationMode.BILINEAR, fill=fill)
 
 
 class ResizeToCover(v2.Transform):
@@ -177,6 +180,31 @@ AUGMENTATIONS: dict[str, Callable[[tuple[int, int], float, list[int]], list[v2.T
     **{name: _augreg(layers, level) for name, (layers, level, _) in AUGREG.items()},
 }
 
+
+def _crop_flip_with_mask(size: tuple[int, int], crop: float, fill: list[int]) -> list[v2.Transform]:
+    """Crop at about the aspect ratio of the output: objects keep about the shapes that they have in evaluation."""
+    aspect = size[1] / size[0]
+    return _crop_flip(size, crop, ratio=(aspect * 3 / 4, aspect * 4 / 3))
+
+
+# Those of `AUGMENTATIONS` that move a mask with its image.
+WITH_MASKS = {
+    **{name: AUGMENTATIONS[name] for name in ("none", "affine", "three", "three_simple")},
+    "crop_flip": _crop_flip_with_mask,
+}
+
+
+class MaskedAugmentation:
+    """Augment an image whose last channel is its mask of classes, uint8 `[C + 1, H, W]`."""
+
+    def __init__(self, augmentation: v2.Transform) -> None:
+        self.augmentation = augmentation
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        image, mask = self.augmentation(tv_tensors.Image(pixels[:-1]), tv_tensors.Mask(pixels[-1:]))
+        return torch.cat([image.as_subclass(Tensor), mask.as_subclass(Tensor)])
+
+
 WITHOUT_COLORS = ("none", "affine", "crop_flip")  # they work on any number of channels
 
 
@@ -189,7 +217,8 @@ def build_augmentation(
     erasing: float = 0.0,
     fill: Sequence[float] = (0.5, 0.5, 0.5),
     num_channels: int = 3,
-) -> v2.Transform:
+    has_masks: bool = False,
+) -> Callable[[Tensor], Tensor]:
     """Return a transform of uint8 images `[C, H, W]` of any size to `[C, *size]`.
 
     Args:
@@ -201,9 +230,10 @@ def build_augmentation(
         fill: Values in [0, 1], one per channel or equal ones, for erased rectangles and for AugReg's operations:
             usually the processor's mean, which normalization maps to 0.
         num_channels: C; other numbers than 1 and 3 have no operations on colours.
+        has_masks: Whether images have one more channel, a mask of classes, which is moved with the image.
 
     Raises:
-        ValueError: If the name is unknown, or the augmentation needs images of 1 or 3 channels.
+        ValueError: If the name is unknown, or the augmentation needs images of 1 or 3 channels or cannot move masks.
     """
     if name not in AUGMENTATIONS:
         (near,) = difflib.get_close_matches(name, AUGMENTATIONS, n=1, cutoff=0)
@@ -215,14 +245,16 @@ def build_augmentation(
             f"augmentation={name} with color_jitter={color_jitter} changes colours, which images of {num_channels} "
             f"channels lack: use {', '.join(WITHOUT_COLORS)} with color_jitter=0; erasing, mixup and cutmix work."
         )
+    if has_masks and name not in WITH_MASKS:
+        raise ValueError(f"augmentation={name} does not move masks with images: use {', '.join(WITH_MASKS)}.")
     values = [round(255 * value) for value in fill]
     values = values[:1] if len(set(values)) == 1 else values  # a single value fits any number of channels
-    transforms = AUGMENTATIONS[name](size, smallest_crop, values)
+    transforms = (WITH_MASKS if has_masks else AUGMENTATIONS)[name](size, smallest_crop, values)
     if color_jitter:
         transforms.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     if erasing:
         transforms.append(v2.RandomErasing(erasing, value=values))
-    return v2.Compose(transforms)
+    return MaskedAugmentation(v2.Compose(transforms)) if has_masks else v2.Compose(transforms)
 
 
 def one_hot(labels: Tensor, number: int) -> Tensor:

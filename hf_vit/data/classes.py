@@ -20,7 +20,8 @@ from .opening import choose
 from .tables import LABEL_NAMES, SPLIT_NAMES, is_multi_hot, normalized, usual
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-TASK_OF = {SINGLE: "classification", MULTI: "multi_label", REGRESSION: "regression"}
+SEGMENTATION = "semantic_segmentation"  # not of a config: a class for every pixel
+TASK_OF = {SINGLE: "classification", MULTI: "multi_label", REGRESSION: "regression", SEGMENTATION: "segmentation"}
 SEPARATORS = ("|", ";", ",")  # that are inferred
 PEEKED = 512  # labels of a stream that are read to tell whether it is sorted
 UNKNOWN = -100.0  # one of several labels of an image that nobody knows
@@ -82,12 +83,14 @@ class Labels:
         names: Of the classes or targets.
         column: Name of the column of labels.
         notes: Sentences for the user.
+        masks: What the values of masks mean, if these are the labels.
     """
 
     problem_type: str
     names: list[str]
     column: str
     notes: list[str] = field(default_factory=list)
+    masks: Any = None
 
 
 def choose_label_columns(split: Any, found: list[str], given: Sequence[str], image_column: str) -> list[str]:

@@ -60,7 +60,8 @@ def is_split(name: str) -> bool:
     return split is not None and not rest
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
+    """Return the words of a name in lower case, where `trainset` counts as `train`."""
     letters = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", TWO_WORDS.sub(r"\1", name))  # as in TrainImages
     words = [word.lower() for word in re.findall(r"[^\W\d_]+", letters)]
     return [next((start for end in FILLERS if (start := word.removesuffix(end)) in SPLITS), word) for word in words]
@@ -68,7 +69,7 @@ def _words(name: str) -> list[str]:
 
 def _split_and_rest(name: str) -> tuple[str | None, tuple[str, ...]]:
     """Return the split in a name, and its other words but those that say nothing, such as `images`."""
-    words = _words(name)
+    words = words_of(name)
     found = {SPLITS[word] for word in words if word in SPLITS}
     rest = tuple(word for word in words if word not in SPLITS and word not in FILLERS)
     return (found.pop() if len(found) == 1 else None), rest
@@ -140,13 +141,13 @@ class Folder:
         return [] if self.images else list(self.with_images())
 
 
-def scan(path: Path) -> tuple[Folder, Skipped]:
+def scan(path: Path, keeps_masks: bool = False) -> tuple[Folder, Skipped]:
     """List the images and tables below a folder; links are followed, but not in circles."""
     skipped = Skipped()
-    return _scan(path.absolute(), skipped, ()), skipped
+    return _scan(path.absolute(), skipped, (), keeps_masks), skipped
 
 
-def _scan(path: Path, skipped: Skipped, above: tuple[str, ...]) -> Folder:
+def _scan(path: Path, skipped: Skipped, above: tuple[str, ...], keeps_masks: bool) -> Folder:
     folder = Folder(path)
     above = (*above, os.path.realpath(path))
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
@@ -158,14 +159,15 @@ def _scan(path: Path, skipped: Skipped, above: tuple[str, ...]) -> Folder:
             if is_hidden:
                 skipped.folders[entry.name] += 1
             elif os.path.realpath(entry.path) not in above:
-                folder.folders[entry.name] = _scan(path / entry.name, skipped, above)
+                folder.folders[entry.name] = _scan(path / entry.name, skipped, above, keeps_masks)
         elif not is_hidden and ending in image_endings():
             folder.images.append(entry.name)
         elif not is_hidden and ending in TABLE_ENDINGS:
             folder.tables.append(entry.name)
         else:
             skipped.files[entry.name if entry.name.startswith(".") else ending or "without an ending"] += 1
-    _drop_masks(folder, skipped)
+    if not keeps_masks:
+        _drop_masks(folder, skipped)
     return folder
 
 
@@ -179,7 +181,7 @@ def _drop_masks(folder: Folder, skipped: Skipped) -> None:
     if masks:
         folder.images = [name for name in folder.images if name not in masks]
         skipped.files["masks"] += len(masks)
-    kinds = {name: set(_words(name)) for name in folder.with_images()}
+    kinds = {name: set(words_of(name)) for name in folder.with_images()}
     if not all(words & {*IMAGE_WORDS, *SPLITS, *MASK_WORDS} for words in kinds.values()):
         return  # a class `mask` among others
     neighbours = [words - IMAGE_WORDS for words in kinds.values() if words & {*IMAGE_WORDS, *SPLITS}]
@@ -245,7 +247,7 @@ def unwrapped(folder: Folder, may_have_tables: bool = False) -> Folder:
 
 def _says_nothing(name: str, parent: Folder) -> bool:
     split, rest = _split_and_rest(name)
-    is_plain = bool(_words(name)) and not rest and split in (None, split_of(parent.path.name))
+    is_plain = bool(words_of(name)) and not rest and split in (None, split_of(parent.path.name))
     return is_plain or name == parent.path.name
 
 
@@ -345,7 +347,7 @@ def _placed(folder: Folder, notes: list[str]) -> list[Placed]:
     if folder.images:
         notes.append(_beside(folder.images, "classes"))
     below = Counter(name for inner in classes.values() for name in inner.only_folders())
-    inner = [name for name in below if set(_words(name)) - IMAGE_WORDS or not _words(name)]
+    inner = [name for name in below if set(words_of(name)) - IMAGE_WORDS or not words_of(name)]
     if inner and (below.total() > len(below) or all(each.only_folders() for each in classes.values())):
         notes.append(
             f"The classes are {shortened(list(classes))}; the folders below them, such as {shortened(inner)}, are "

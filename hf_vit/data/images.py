@@ -234,9 +234,17 @@ class EvaluationImages(torch.utils.data.Dataset):
         """Convert a decoded image to pixels, the same at every visit."""
         return preprocess(image, self.processor)
 
+    def gray(self) -> Tensor:
+        """Return an image without content, which replaces one that cannot be read."""
+        return self.prepare(gray_image(self.processor))
+
     def augment(self, pixels: Tensor, visit: Visit) -> Tensor:
         """Change the pixels of one visit."""
         return pixels
+
+    def example(self, pixels: Tensor, visit: Visit) -> dict[str, Any]:
+        """Return the `pixel_values` and `labels` of one visit."""
+        return {"pixel_values": pixels, "labels": visit.row[1] if visit.row else self.labels[visit.index]}
 
     def __getitem__(self, visit: Visit | int) -> dict[str, Any]:
         """Return `pixel_values`, `labels`, `index` (-1 if not counted) and `broken`, a name or `None`.
@@ -247,10 +255,7 @@ class EvaluationImages(torch.utils.data.Dataset):
         pixels = self._read(visit) if self.cached is None else self.cached[visit.index]
         is_broken = pixels is None
         return {
-            "pixel_values": self.augment(
-                self.prepare(gray_image(self.processor)) if pixels is None else pixels, visit
-            ),
-            "labels": visit.row[1] if visit.row else self.labels[visit.index],
+            **self.example(self.augment(self.gray() if pixels is None else pixels, visit), visit),
             "index": visit.index if visit.counted and not is_broken else -1,
             "broken": self._name(visit) if visit.counted and is_broken else None,
         }
@@ -341,7 +346,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     pixels = [image.plan if is_planned else image.contiguous() for image in images]
     return {
         "pixel_values": pixels if is_planned else torch.stack(pixels),
-        "labels": torch.tensor([example["labels"] for example in chosen]),
+        "labels": torch.stack([torch.as_tensor(example["labels"]) for example in chosen]),
         "index": torch.tensor([example.get("index", -1) for example in examples]),
         "broken": [example["broken"] for example in examples if example.get("broken")],
     }

@@ -10,9 +10,21 @@ from datasets import Dataset, Image, IterableDataset, concatenate_datasets
 
 from ..system.texts import counted, shortened
 from .archives import is_archive, stem_of
-from .classes import REGRESSION, SINGLE, TASK_OF, Labels, Part, choose_label_columns, convert_labels, note_on_order
+from .classes import (
+    REGRESSION,
+    SEGMENTATION,
+    SINGLE,
+    TASK_OF,
+    Labels,
+    Part,
+    choose_label_columns,
+    convert_labels,
+    note_on_order,
+)
 from .folders import is_split
 from .images import NO_IMAGE, derive_seed, image_digest, name_of
+from .mask_folders import open_masks
+from .masks import MaskCode, code_of_masks, columns_of_masks, names_beside, names_in_features
 from .opening import (
     IMAGE_COLUMNS,
     as_stream,
@@ -41,7 +53,8 @@ class ImageData:
     `columns` are the names of the image and label columns, the latter `None` without labels; `label_names` are the
     names of the class indices; `train_length` is the number of training images, approximate if a stream was divided.
     A stream gives images as they are stored, `{"bytes", "path"}`. `problem_type` is transformers' name for what the
-    labels are, `None` without labels; `notes` are sentences about the data for the user.
+    labels are, `None` without labels; `notes` are sentences about the data for the user. With masks as labels, `masks`
+    states what their values mean, and both columns hold images as they are stored.
     """
 
     name: str
@@ -53,14 +66,15 @@ class ImageData:
     train_length: int
     problem_type: str | None = "single_label_classification"
     notes: list[str] = field(default_factory=list)
+    masks: MaskCode | None = None
 
     @property
     def is_stream(self) -> bool:
         return isinstance(self.train, IterableDataset)
 
     def class_counts(self) -> list[int] | None:
-        """Return the number of training images of every class or label; `None` for targets, streams or no labels."""
-        if self.is_stream or self.columns[1] is None or self.problem_type == "regression":
+        """Return the number of training images of every class or label; `None` for other data, and for streams."""
+        if self.is_stream or self.columns[1] is None or self.problem_type in (REGRESSION, SEGMENTATION):
             return None
         labels = torch.tensor(self.train[self.columns[1]][:])
         if self.problem_type == "multi_label_classification":
@@ -104,7 +118,8 @@ def load_data(
             names several columns: of 0/1 for each class, or of numbers.
         label_separator: Text between several labels of an image; found if not given.
         problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`; inferred from
-            the labels if not given.
+            the labels if not given. `"semantic_segmentation"` reads masks as labels: a second column of images, or
+            folders of images and masks (`mask_folders`).
         eval_fraction: Share to hold out if there is no evaluation split.
         train_share: Share of the training images of every class to use. Larger shares include smaller ones.
         train_repeats: Number of times that the training images are repeated, for longer epochs of few images.
@@ -124,13 +139,17 @@ def load_data(
     if problem_type not in (None, *TASK_OF):
         raise ValueError(f"Unknown problem_type {problem_type!r}: choose one of {', '.join(TASK_OF)}.")
     columns = [label_column] if isinstance(label_column, str) else list(label_column or ())
-    choice = _Choice(train_split, eval_split, image_column, columns, needs_labels, needs_train, len(sources) == 1)
+    has_masks = problem_type == SEGMENTATION
+    is_alone = len(sources) == 1
+    choice = _Choice(train_split, eval_split, image_column, columns, needs_labels, needs_train, is_alone, has_masks)
     notes = choice.notes
+    names: dict[int, str] | None = None
     parts: list[Part] = []
     eval_names: list[str] = []
     for each in sources:
-        opened = open_source(each, streaming, image_column, columns)
+        opened = (open_masks if has_masks else open_source)(each, streaming, image_column, columns)
         notes += opened.notes
+        names = names or (names_beside(each) if has_masks else None)
         own, eval_name = choice.parts_of(_name_of(each), opened.splits)
         parts += own
         eval_names += [eval_name] if eval_name is not None else []
@@ -142,7 +161,11 @@ def load_data(
         )
     name = " + ".join(map(_name_of, sources))
     fraction = eval_fraction if holds_out else None
-    data = _divided(_united(parts, problem_type, label_separator, streaming), name, fraction, split_seed, train_images)
+    if has_masks:
+        united = _united_masks(parts, names, streaming)
+    else:
+        united = _united(parts, problem_type, label_separator, streaming)
+    data = _divided(united, name, fraction, split_seed, train_images)
     held_out = HELD_OUT if holds_out else ""
     data = replace(data, eval_split=", ".join(dict.fromkeys(eval_names)) or held_out, notes=[*notes, *data.notes])
     if needs_train:
@@ -176,6 +199,7 @@ class _Choice:
     needs_labels: bool
     needs_train: bool
     is_alone: bool
+    has_masks: bool = False
     notes: list[str] = field(default_factory=list)
 
     def parts_of(self, name: str, splits: dict[str, Any]) -> tuple[list[Part], str | None]:
@@ -213,6 +237,8 @@ class _Choice:
             return True
         split = with_features(split)
         images = image_columns(split.features)
+        if self.has_masks:
+            return columns_of_masks(images, self.image_column, *self.label_columns[:1])[1] is not None
         names = [name for name in label_columns(split.features) if name not in images]
         names = [name for name in self.label_columns if name in split.features] or names
         if not names or isinstance(split, IterableDataset):
@@ -225,6 +251,8 @@ class _Choice:
         features = split.features
         if like is not None and all(each in features for each in (like.image_column, *like.label_columns)):
             return replace(like, split=split, is_train=is_train)
+        if self.has_masks:
+            return self._part_with_masks(name, split, is_train)
         given = "image" if self.image_column == "file_name" and "file_name" not in features else self.image_column
         image = choose("image_column", image_columns(features), given, IMAGE_COLUMNS)
         labels: list[str] = []
@@ -239,6 +267,16 @@ class _Choice:
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)
         return Part(split, image, labels, is_train)
+
+    def _part_with_masks(self, name: str, split: Any, is_train: bool) -> Part:
+        found = image_columns(split.features)
+        image, mask = columns_of_masks(found, self.image_column, *self.label_columns[:1])
+        if mask is None:
+            raise ValueError(
+                f"Found images without masks in {name}: expected a second column of images, such as mask, next to "
+                f"{image}, or folders images and masks. For another column, set label_column."
+            )
+        return Part(split, image, [mask], is_train)
 
 
 def _seen(split: Any, image_column: str) -> str:
@@ -299,6 +337,29 @@ def _united(parts: list[Part], problem_type: str | None, separator: str | None, 
     )
 
 
+def _united_masks(parts: list[Part], names: dict[int, str] | None, streaming: bool) -> _United:
+    """Return the parts with stored images and masks in the same two columns, and what the masks mean."""
+    if streaming or any(isinstance(part.split, IterableDataset) for part in parts):
+        raise ValueError("Masks cannot be streamed, since their classes are found before a run: set streaming: false.")
+    if names is None and (stated := names_in_features(parts[0].split.features)) is not None:
+        names = dict(enumerate(stated))
+    columns = parts[0].image_column, parts[0].label_columns[0]
+    splits = []
+    for part in parts:
+        split = part.split.select_columns([part.image_column, *part.label_columns])
+        for old, new in zip((part.image_column, *part.label_columns), columns, strict=True):
+            split = split if old == new else split.rename_column(old, new)
+            split = split.cast_column(new, Image(decode=False))
+        splits.append(split)
+    code, label_names, notes = code_of_masks(splits, columns, names)
+    trains, evals = (
+        [split for split, part in zip(splits, parts, strict=True) if part.is_train == is_train]
+        for is_train in (True, False)
+    )
+    labels = Labels(SEGMENTATION, label_names, columns[1], notes, code)
+    return _United(_joined(trains), _joined(evals) if evals else None, columns, labels, None)
+
+
 def _joined(splits: list[Any]) -> Any:
     return splits[0] if len(splits) == 1 else concatenate_datasets(splits)
 
@@ -307,9 +368,8 @@ def _divided(united: _United, name: str, fraction: float | None, seed: int, trai
     """Return the splits as data; a training split alone is divided unless the fraction is `None`."""
     train, evaluation = united.train, united.evaluation
     labels = united.labels or Labels("", [], "")
-    data = ImageData(
-        name, train, evaluation, united.columns, labels.names, "", 0, labels.problem_type or None, labels.notes
-    )
+    kind = labels.problem_type or None
+    data = ImageData(name, train, evaluation, united.columns, labels.names, "", 0, kind, labels.notes, labels.masks)
     if evaluation is None and fraction is not None:
         divide = _hold_out_of_stream if data.is_stream else hold_out
         train, evaluation = divide(data, fraction, seed)
@@ -395,7 +455,7 @@ def _resampled(data: ImageData, share: float, repeats: float, seed: int) -> Imag
 def _strata(data: ImageData) -> list[int]:
     """Return the class of each training image: the rarest of several, and the same one where there are none."""
     column = data.columns[1]
-    if column is None or data.problem_type == REGRESSION:
+    if column is None or data.problem_type in (REGRESSION, SEGMENTATION):
         return [0] * len(data.train)
     if data.problem_type == SINGLE:
         return data.train[column][:]

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint, Options
+from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint, Options
 from ..checkpoints.from_pretrained import warn_of_assumptions
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
-from ..data.classes import MULTI, REGRESSION, SINGLE
+from ..data.classes import MULTI, REGRESSION, SEGMENTATION, SINGLE
 from ..data.evaluated import load_evaluation_data
-from ..data.images import EvaluationImages, normalize
+from ..data.images import normalize
 from ..data.labelled import HELD_OUT, ImageData
 from ..data.loaders import evaluation_loader, naming_dead_workers
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
@@ -29,7 +29,7 @@ from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
 from ..system.progress import progress_bar
 from . import probing
-from .labels import align, contradiction, labels_for_model, labels_of
+from .labels import align, contradiction, images_for_model, kind_of, labels_of
 from .metrics import Forward, evaluate_images, extract_features, forward_in_turn, forward_on_cores
 from .mistakes import write_mistakes
 from .results import ImageResults, Results
@@ -132,7 +132,7 @@ def evaluate_checkpoint(
         "images_of_data": len(data.evaluation) + (len(data.train) if data.eval_split == HELD_OUT else 0),
         "broken": broken,
         "image_size": list(model.config.image_shape),
-        "problem_type": data.problem_type if classes is None else checkpoint.config.problem_type or SINGLE,
+        "problem_type": data.problem_type if classes is None else kind_of(checkpoint.config),
         "labels": label_names,
         "note": note,
         "assumed": checkpoint.assumed,
@@ -149,8 +149,8 @@ def _load_aligned(
     checkpoint: Checkpoint, source: str, data_source: str | Sequence[str], needs_train: bool, **options: Any
 ) -> tuple[ImageData, list[int] | None, str]:
     """Return the data, the model's index of each of its classes unless the features alone can be evaluated, a note."""
-    kind = checkpoint.config.problem_type if checkpoint.architecture == CLASSIFIER else None
-    if kind in (MULTI, REGRESSION):  # whole numbers could also be classes
+    kind = kind_of(checkpoint.config) if checkpoint.architecture in (CLASSIFIER, SEGMENTER) else None
+    if kind in (MULTI, REGRESSION, SEGMENTATION):  # whole numbers could also be classes
         options["problem_type"] = kind
     data, warning = load_evaluation_data(source, data_source, needs_train=needs_train, **options)
     data, classes, note = align(data, labels_of(checkpoint), needs_all=needs_train)
@@ -173,6 +173,8 @@ def _check_measurable(
         raise ValueError(f"{note} To evaluate its features alone, add --probe.")
     if classes is None and merged:
         raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
+    if merged and data.problem_type == SEGMENTATION:
+        raise ValueError("--merge-tokens needs a classifier of images, not of pixels: remove the option.")
     if mistakes is not None and (classes is None or data.problem_type != SINGLE):
         raise ValueError("--mistakes needs a classifier with one label per image: remove the option.")
     if probes and data.problem_type != SINGLE:
@@ -197,9 +199,8 @@ class _Run:
     num_workers: int
 
     def loader(self, split: Any) -> Any:
-        images = EvaluationImages(split, self.data.columns, self.processor)
-        if self.classes is not None:
-            images.labels = labels_for_model(images.labels, self.classes, self.model.config.num_labels)
+        number = self.model.config.num_labels
+        images = images_for_model(self.data, split, self.processor, self.classes, number)
         parts = self.accelerator.num_processes, self.accelerator.process_index
         return evaluation_loader(images, self.batch_size, self.num_workers, *parts)
 

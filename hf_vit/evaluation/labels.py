@@ -4,10 +4,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoints.checkpoint import CLASSIFIER, Checkpoint
-from ..data.classes import MULTI, REGRESSION, SINGLE, UNKNOWN
+from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint
+from ..data.classes import MULTI, REGRESSION, SEGMENTATION, SINGLE, UNKNOWN
 from ..data.folders import key_of
+from ..data.images import EvaluationImages
 from ..data.labelled import ImageData
+from ..data.masks import kinds_of_images
 from ..system.texts import counted, shortened
 
 # By transformers' name of what the labels are.
@@ -15,13 +17,20 @@ KINDS = {
     SINGLE: "one label per image",
     MULTI: "several labels per image",
     REGRESSION: "numbers to predict",
+    SEGMENTATION: "a class for every pixel",
 }
+
+
+def kind_of(config: Any) -> str:
+    """Return what the labels of a model are, a key of `KINDS`."""
+    is_segmenter = SEGMENTER in (config.architectures or ())
+    return SEGMENTATION if is_segmenter else config.problem_type or SINGLE
 
 
 def labels_of(checkpoint: Checkpoint) -> list[str] | None:
     """Return the label names of a checkpoint by class index; `None` without a classifier."""
     config: Any = checkpoint.config
-    if checkpoint.architecture != CLASSIFIER or not config.num_labels:
+    if checkpoint.architecture not in (CLASSIFIER, SEGMENTER) or not config.num_labels:
         return None
     return [config.id2label[index] for index in range(config.num_labels)]
 
@@ -53,6 +62,18 @@ def align(
         return data, None, f"{note} No image is of a class that the model knows."
     left_out = f"Left out: {len(labels) - len(rows):,} of {len(labels):,} images, which are of these classes."
     return replace(data, evaluation=data.evaluation.select(rows)), classes, f"{note} {left_out}"
+
+
+def images_for_model(
+    data: ImageData, split: Any, processor: Any, classes: list[int] | None, num_labels: int
+) -> EvaluationImages:
+    """Return the images of a split with labels as the model numbers them, or as the data does without `classes`."""
+    if data.masks is not None and classes is not None:
+        data = replace(data, masks=data.masks.mapped(classes))
+    images: EvaluationImages = kinds_of_images(data)[1](split, data.columns, processor)
+    if data.masks is None and classes is not None:
+        images.labels = labels_for_model(images.labels, classes, num_labels)
+    return images
 
 
 def labels_for_model(labels: list[Any], classes: list[int], num_labels: int) -> list[Any]:
@@ -150,7 +171,7 @@ def _are_numbers(names: list[str]) -> bool:
 
 def contradiction(config: Any, data: ImageData) -> str:
     """Return a sentence if model and data do not agree in what their labels are, else `""`."""
-    ours, theirs = config.problem_type or SINGLE, data.problem_type
+    ours, theirs = kind_of(config), data.problem_type
     if theirs is not None and ours != theirs:
         return (
             f"The model has {KINDS[ours]}, but the data has {KINDS[theirs]}: choose another --label-column, or "

@@ -1,8 +1,8 @@
 """Metrics and features of a model over a loader: every image once, in order, on any number of processes.
 
-A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` (int64 `[B]`, or float32 `[B, num_labels]` for several
-labels per image and for targets), `index` `[B]`, and `broken`, the names of images that could not be read. The index
-is the position of the image in the data, or -1 if the image is not counted.
+A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` (int64 `[B]`; float32 `[B, num_labels]` for several labels
+per image and for targets; or masks, uint8 `[B, H, W]`), `index` `[B]`, and `broken`, the names of images that could
+not be read. The index is the position of the image in the data, or -1 if the image is not counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +15,10 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
+from ..model.losses_hf_vit import pixel_losses, resize_logits
 from ..system.transfers import HostCopies
-from .results import ImageResults, LabelResults, Results, TargetResults
+from .labels import kind_of
+from .results import ImageResults, LabelResults, MaskResults, Results, TargetResults
 
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
 
@@ -115,6 +117,29 @@ def regress(
     return TargetResults(labels, predicted, scale, broken, index)
 
 
+def segment(
+    model: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Any,
+    normalize: Callable[[Tensor], Tensor],
+    forward: Forward = forward_in_turn,
+    ignore_index: int = 255,
+) -> MaskResults:
+    """Predict the classes of the pixels of every image of a loader, at the size of its mask in the batch.
+
+    Args:
+        model, loader, accelerator, normalize, forward: As for `classify`. Labels of the batches are `[B, H, W]`.
+        ignore_index: Label of pixels that do not count.
+    """
+
+    def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        return _of_pixels(outputs.logits, labels, ignore_index)
+
+    (index, *columns), broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
+    labels, predicted, hits, losses = columns
+    return MaskResults(labels, predicted, hits, losses, broken, index)
+
+
 def evaluate_images(
     model: nn.Module,
     loader: Iterable[Any],
@@ -123,7 +148,7 @@ def evaluate_images(
     config: Any,
     forward: Forward = forward_in_turn,
 ) -> Results:
-    """Return the results of a model per image, of the kind that `config.problem_type` asks for.
+    """Return the results of a model per image, of the kind that `kind_of` its config.
 
     Args:
         model, loader, accelerator, normalize, forward: As for `classify`.
@@ -133,8 +158,9 @@ def evaluate_images(
         "single_label_classification": classify,
         "multi_label_classification": partial(recognize, thresholds=config.thresholds),
         "regression": partial(regress, scale=config.target_scale),
+        "semantic_segmentation": partial(segment, ignore_index=config.semantic_loss_ignore_index),
     }
-    measure = measures[config.problem_type or "single_label_classification"]
+    measure = measures[kind_of(config)]
     return measure(model, loader, accelerator, normalize, forward=forward)
 
 
@@ -204,6 +230,22 @@ def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     logits = logits.float()
     losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
     return labels, logits.sigmoid(), losses * (labels != -100)
+
+
+def _of_pixels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+    """Return numbers of pixels by label, by prediction, and where both agree, `[B, num_labels]`, and summed losses."""
+    losses, is_known = pixel_losses(logits, labels, ignore_index)
+    predicted, number = resize_logits(logits, (labels.shape[1], labels.shape[2])).argmax(dim=1), logits.shape[1]
+
+    def counts(classes: Tensor, is_counted: Tensor) -> Tensor:
+        # Pixels that do not count are those of one more class.
+        marked = classes.where(is_counted, number).flatten(1)
+        zeros = torch.zeros(len(marked), number + 1, dtype=torch.int64, device=marked.device)
+        return zeros.scatter_add_(1, marked, torch.ones_like(marked))[:, :number]
+
+    labels = labels.long()
+    each = (labels, is_known), (predicted, is_known), (labels, is_known & (labels == predicted))
+    return (*(counts(*pair) for pair in each), losses.sum(dim=(1, 2)))
 
 
 @torch.no_grad()

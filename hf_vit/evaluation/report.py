@@ -12,6 +12,8 @@ METRICS = {
     "accuracy": ("top-1 accuracy", "{:.2%}"),
     "mean_average_precision": ("mAP", "{:.2%}"),
     "r2": ("R²", "{:.4f}"),
+    "mean_iou": ("mean IoU", "{:.2%}"),
+    "pixel_accuracy": ("pixel accuracy", "{:.2%}"),
     "top5_accuracy": ("top-5 accuracy", "{:.2%}"),
     "balanced_accuracy": ("balanced accuracy", "{:.2%}"),
     "micro_f1": ("micro-F1", "{:.2%}"),
@@ -51,6 +53,11 @@ TABLES = {
         "target",
         "targets",
         {"r2": ("R²", 7, "{:.4f}"), "mae": ("MAE", 9, "{:.4g}"), "rmse": ("RMSE", 9, "{:.4g}")},
+    ),
+    "semantic_segmentation": Table(
+        "class",
+        "classes",
+        {"iou": ("IoU", 6, "{:.1%}"), "recall": ("recall", 7, "{:.1%}"), "share": ("of pixels", 9, "{:.1%}")},
     ),
 }
 

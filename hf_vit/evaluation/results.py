@@ -268,7 +268,73 @@ class TargetResults:
         ]
 
 
-Results = ImageResults | LabelResults | TargetResults
+@dataclass
+class MaskResults:
+    """Results of semantic segmentation per image, in the order of the data, on the CPU. Ignored pixels do not count.
+
+    Attributes:
+        labels, predicted, hits: Numbers of pixels of every class, of those predicted as it, and of those that are
+            both, int64 `[N, num_labels]`.
+        losses: Sums of the cross-entropies of pixels, `[N]`.
+        broken, index: As for `ImageResults`.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    hits: Tensor
+    losses: Tensor
+    broken: list[str] = field(default_factory=list)
+    index: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if len(self.index) != len(self.labels):
+            self.index = torch.arange(len(self.labels))
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean intersection over union, the share of correct pixels, the mean loss, and the image count.
+
+        As usual, pixels of all images are summed first, and the mean is over classes that are present or predicted.
+        """
+        labels, predicted, hits = self._counts()
+        union, number = labels + predicted - hits, labels.sum().clamp(min=1)
+        is_used = union > 0
+        return {
+            "mean_iou": (hits[is_used] / union[is_used]).sum().item() / max(1, int(is_used.sum())),
+            "pixel_accuracy": (hits.sum() / number).item(),
+            "loss": (self.losses.double().sum() / number).item(),
+            "count": len(self.labels),
+        }
+
+    def _counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the numbers of pixels over all images."""
+        labels, predicted, hits = (pixels.double().sum(dim=0) for pixels in (self.labels, self.predicted, self.hits))
+        return labels, predicted, hits
+
+    def agreement(self, other: Any) -> float:
+        """Return the share of images whose numbers of predicted pixels of every class are the same."""
+        return _share((self.predicted == other.predicted).all(dim=1))
+
+    def accuracies(self) -> Tensor:
+        """Return the share of correct pixels of every image; 1 for an image without known pixels."""
+        known = self.labels.sum(dim=1)
+        return (self.hits.sum(dim=1) / known.clamp(min=1)).where(known > 0, 1.0)
+
+    def per_class(self, label_names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return `label`, `count` (images with it), `share` (of the pixels), `iou` and `recall` of every class.
+
+        A value that is undefined, such as the recall of a class without pixels, is `None`.
+        """
+        total = self.labels.sum().item()
+        images = (self.labels > 0).sum(dim=0).tolist()
+        rows = []
+        for name, count, *pixels in zip(label_names, images, *(each.tolist() for each in self._counts()), strict=True):
+            labels, predicted, hits = pixels
+            values = {"iou": _ratio(hits, labels + predicted - hits), "recall": _ratio(hits, labels)}
+            rows.append({"label": name, "count": count, "share": _ratio(labels, total), **values})
+        return rows
+
+
+Results = ImageResults | LabelResults | TargetResults | MaskResults
 
 
 def _share(is_hit: Tensor) -> float:

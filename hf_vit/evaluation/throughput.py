@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..data.evaluated import load_evaluation_data
-from ..data.images import EvaluationImages, normalize
+from ..data.images import normalize
 from ..data.loaders import evaluation_loader
 from ..inference.threads import BATCH_OF_CPU
 from ..system.texts import counted
-from .labels import align, contradiction, labels_for_model, labels_of
+from .labels import align, contradiction, images_for_model, labels_of
 from .metrics import evaluate_images
 
 SHORT = {"mean_average_precision": "mAP", "r2": "R²"}
@@ -42,10 +42,9 @@ def compare(
     data, classes, note = align(data, labels_of(checkpoint))
     if classes is None:
         raise ValueError(note)
-    images = EvaluationImages(data.evaluation, data.columns, processor)
     if problem := contradiction(config, data):
         raise ValueError(problem)
-    images.labels = labels_for_model(images.labels, classes, config.num_labels)
+    images = images_for_model(data, data.evaluation, processor, classes, config.num_labels)
     loader = evaluation_loader(images, BATCH_OF_CPU, 0)
     to_model = partial(normalize, processor=processor)
     results = {name: evaluate_images(model, loader, accelerator, to_model, config) for name, model in models.items()}

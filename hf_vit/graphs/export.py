@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import SEGMENTER, Checkpoint
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..inference.optimize import optimize_for_inference
@@ -67,7 +67,8 @@ def export_graph(
         Sentences about what was assumed, inputs and outputs, and the difference from torch; then lines of `measure`.
 
     Raises:
-        ValueError: If packages are missing, or outputs differ by more than `BOUNDS`; then nothing is written.
+        ValueError: If packages are missing, the model is one for segmentation, or outputs differ by more than
+            `BOUNDS`; then nothing is written.
     """
     kind, out = KINDS[to], Path(out)
     if int8 is not None and to != "onnx":
@@ -76,6 +77,8 @@ def export_graph(
         raise ValueError(f"Unknown int8 {int8!r}: choose one of {', '.join(QUANTIZERS)}.")
     need("onnx", *kind.packages)
     checkpoint = open_checkpoint(source)
+    if checkpoint.architecture == SEGMENTER:
+        raise ValueError(f"{source} is a model for segmentation, which is not exported as a graph: use it in torch.")
     model, processor = load(source, checkpoint=checkpoint)
     model.float()
     is_file = out.suffix == kind.suffix

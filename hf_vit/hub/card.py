@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from ..model.configuration_hf_vit import HFViTConfig
+from ..model.configuration_hf_vit import PIPELINES, HFViTConfig, task_of
 from ..system.machine import versions
 from ..system.texts import markdown, nearest, visible, without_tokens
 from .folder import weight_files
@@ -85,19 +85,21 @@ def write_card(
         raise ValueError(f"These images are not in {folder}: {', '.join(missing)}. Save them there first.")
 
     config = HFViTConfig.from_pretrained(folder)
-    is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    task = task_of(config)
+    auto_class = PIPELINES[task][1]
+    has_labels = auto_class != "AutoModel"
     title = title or folder.resolve().name
     data = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        pipeline_tag=task,
         tags=["vision-transformer", "hf_vit"],
         datasets=[dataset_id] if dataset_id else None,
         base_model=base_model,
     )
     if results:
         data.metrics, data.model_name = list(results), title
-        task, dataset_type = str(data.pipeline_tag), dataset_id or "custom"
+        dataset_type = dataset_id or "custom"
         data.eval_results = [
             EvalResult(task, dataset_type, str(dataset), metric, value, dataset_split=split)
             for metric, value in results.items()
@@ -112,7 +114,8 @@ def write_card(
         is_rgb=config.num_channels in (1, 3),
         image_shape=config.image_shape,
         patch_shape=config.patch_shape,
-        labels=[markdown(str(label)) for label in (config.id2label or {}).values()] if is_classifier else [],
+        labels=[markdown(str(label)) for label in (config.id2label or {}).values()] if has_labels else [],
+        auto_class=auto_class,
         parameters=sum(_parameters(folder)),
         results=results,
         measured={**measured, "versions": versions()},

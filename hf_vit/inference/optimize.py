@@ -20,6 +20,7 @@ from ..model.layers_hf_vit import HFViTGatedMLP, HFViTLayerScale
 from ..model.losses_hf_vit import scaled_logits
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTLayer, HFViTModel
 from ..model.positions_hf_vit import rotate
+from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..system.machine import precision_name, resolve_precision
 
 # Dtypes of the weights; with "fp8" of everything except the matrix products.
@@ -166,14 +167,14 @@ def inference_precision(precision: str) -> str:
 
 
 def optimize_for_inference(
-    model: HFViTModel | HFViTForImageClassification, precision: str = "auto", compile: bool = False
-) -> InferenceModel:
+    model: Any, precision: str = "auto", compile: bool = False
+) -> InferenceModel | HFViTForSemanticSegmentation:
     """Return a faster copy of a model for inference; `model` itself is not changed.
 
     In float32 the outputs are equal up to the order of summation.
 
     Args:
-        model: An encoder or a classifier, on its device.
+        model: An encoder or a classifier, on its device. A model for segmentation gets another precision only.
         precision: `"fp32"`, `"bf16"`, `"fp16"`, or `"auto"` for bf16 on hardware with fast bf16. `"fp8"` computes the
             linear layers in FP8 and the rest in bf16 (Ada, Hopper and later GPUs; needs torchao). It is worthwhile for
             wide models; `hf-vit evaluate --precision fp8` measures its effect on accuracy.
@@ -189,7 +190,12 @@ def optimize_for_inference(
         torch.Size([1, 10])
     """
     precision = inference_precision(precision)
-    optimized = InferenceModel(deepcopy(model).eval().requires_grad_(False).to(DTYPES[precision]))
+    copied = deepcopy(model).eval().requires_grad_(False).to(DTYPES[precision])
+    if isinstance(model, HFViTForSemanticSegmentation):
+        if precision == "fp8":
+            raise ValueError("fp8 is not available for segmentation: use bf16.")
+        return copied
+    optimized = InferenceModel(copied)
     if precision == "fp8":
         multiply_in_8_bits(optimized)
     if compile:

@@ -19,11 +19,13 @@ DRAWN = {
     "eval_accuracy": ("evaluation accuracy, %", 100, "{:.1f} %"),
     "eval_mean_average_precision": ("mean average precision, %", 100, "{:.1f} %"),
     "eval_r2": ("R²", 1, "{:.3f}"),
+    "eval_mean_iou": ("mean IoU, %", 100, "{:.1f} %"),
 }
 LOSSES = {
     "eval_accuracy": "cross-entropy",
     "eval_mean_average_precision": "binary cross-entropy",
     "eval_r2": "squared error, standardized",
+    "eval_mean_iou": "cross-entropy of pixels",
     None: "loss of masked patches",
 }
 MOST_BARS, MOST_TARGETS = 40, 9

@@ -34,19 +34,22 @@ CLASSES = {
     "AutoModel": "modeling_hf_vit.HFViTModel",
     "AutoModelForImageClassification": "modeling_hf_vit.HFViTForImageClassification",
     "AutoModelForMaskedImageModeling": "dense_hf_vit.HFViTForMaskedImageModeling",
+    "AutoModelForSemanticSegmentation": "segmentation_hf_vit.HFViTForSemanticSegmentation",
     "AutoBackbone": "dense_hf_vit.HFViTBackbone",
 }
-# By task: the pipeline in a repository's code, and the Auto class of its model.
+# By task: the pipeline in a repository's code, and the Auto class of its model; the last one is for all other models.
 PIPELINES = {
     "image-classification": ("HFViTImageClassificationPipeline", "AutoModelForImageClassification"),
+    "image-segmentation": ("HFViTImageSegmentationPipeline", "AutoModelForSemanticSegmentation"),
     "image-feature-extraction": ("HFViTImageFeatureExtractionPipeline", "AutoModel"),
 }
 
 
 def task_of(config: PreTrainedConfig) -> str:
     """Return the pipeline's name for the task of the model that a config was saved with."""
-    is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
-    return "image-classification" if is_classifier else "image-feature-extraction"
+    endings = {task: auto_class.removeprefix("AutoModel") for task, (_, auto_class) in PIPELINES.items()}
+    names = config.architectures or [""]
+    return next(task for task, ending in endings.items() if any(name.endswith(ending) for name in names))
 
 
 class PipelineOfRepository:
@@ -154,11 +157,16 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if the head predicts these directly.
         mim_objective (`str`, *optional*, defaults to `"pixels"`): Target of `HFViTForMaskedImageModeling`: `"pixels"`
             (SimMIM, arXiv:2111.09886) or `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel).
+        patch_subdivision (`int`, *optional*, defaults to 4): Number of parts along each side of a patch for which
+            `HFViTForSemanticSegmentation` predicts classes.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Class index of pixels that are ignored in the
+            loss of `HFViTForSemanticSegmentation`.
         apply_layernorm (`bool`, *optional*, defaults to `True`): Whether the final LayerNorm is applied to the feature
             maps of a backbone.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): Whether the feature maps of a backbone are
             `[B, D, h, w]` instead of tokens.
-        out_features, out_indices (`list`, *optional*): Stages that a backbone returns: `"stem"`, `"stage1"`, ...
+        out_features, out_indices (`list`, *optional*): Stages that a backbone returns and that the head of
+            `HFViTForSemanticSegmentation` reads: `"stem"`, `"stage1"`, ...; the last one by default.
 
     Raises:
         ValueError: For values that do not work together, and for a keyword that nearly matches a field.
@@ -230,6 +238,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     target_mean: list[float | int] | None = None
     target_scale: list[float | int] | None = None
     mim_objective: str = "pixels"
+    patch_subdivision: int = 4
+    semantic_loss_ignore_index: int = 255
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None

@@ -1,7 +1,7 @@
 """Conversion of images of any mode, dtype and layout to RGB or grayscale, in 8 bits wherever that loses nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -284,3 +284,26 @@ def tensor_to_gray(pixels: Tensor) -> Tensor:
     weights = torch.tensor((19595, 38470, 7471), device=pixels.device).view(3, 1, 1) / 65536
     luma = (pixels * weights).sum(dim=0, keepdim=True)
     return luma if pixels.is_floating_point() else (luma + 0.5).floor().to(pixels.dtype)
+
+
+def per_channel(values: float | Sequence[float], num_channels: int, name: str) -> Tensor:
+    """Return mean or std as `[C, 1, 1]`, or as `[1, 1, 1]` if all channels share one value."""
+    values = (values,) if isinstance(values, int | float) else tuple(values)
+    if len(set(values)) == 1:
+        values = values[:1]
+    if len(values) not in (1, num_channels):
+        raise ValueError(
+            f"{name} has {len(values)} values but the image has {num_channels} channels: pass as many values, or "
+            "convert to 3 channels with do_convert_rgb=True or to 1 with do_grayscale=True."
+        )
+    return torch.tensor(values).view(-1, 1, 1)
+
+
+def options_for_channels(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a processor for images of `number` channels, given its mean and std."""
+    averages = {}
+    for name in ("image_mean", "image_std"):
+        old = values[name]
+        is_kept = np.ndim(old) == 1 and len(old) == number
+        averages[name] = old if is_kept else [float(np.mean(old))] * number
+    return {"do_convert_rgb": number in (1, 3), "do_grayscale": True if number == 1 else None, **averages}

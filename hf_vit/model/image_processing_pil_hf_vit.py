@@ -12,7 +12,7 @@ patches of all images are concatenated without padding (Dehghani et al., "Patch 
 import difflib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
@@ -43,6 +43,8 @@ from .image_conversion_hf_vit import (
     flatten_images,
     levels,
     map_range,
+    options_for_channels,
+    per_channel,
     pil_of_tensor,
     pixels_of_file,
     tensor_of_array,
@@ -62,6 +64,7 @@ from .image_geometry_hf_vit import (
     trim_long_side,
 )
 from .image_reading_hf_vit import read_image, upright
+from .segmentation_maps_hf_vit import HFViTSegmentationMaps
 
 if TYPE_CHECKING:  # never executed: makes transformers save the torchvision backend together with this file
     from .image_processing_hf_vit import HFViTImageProcessor  # noqa: F401
@@ -97,6 +100,7 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
         crop_pct: Share of the resized image that the centre crop keeps, in (0, 1]. The image is resized at its aspect
             ratio until it covers `size / crop_pct`, then `size` is cropped. Without `do_resize` nothing is cropped.
         do_grayscale: Whether to convert images to one channel, the luma (ITU-R 601-2, Pillow's mode L).
+        do_reduce_labels: Whether to subtract 1 from the classes of segmentation maps; class 0 is then ignored.
         packing: Maximum number of patches per image. The output is a pack: `pixel_values` `[rows, C*ph*pw]`, the
             patches of all images in order, and `patch_grids` `[images, 2]`, the (rows, columns) of each. `size`,
             `crop_pct` and a centre crop then have no effect.
@@ -115,6 +119,7 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
 
     crop_pct: float | None
     do_grayscale: bool | None
+    do_reduce_labels: bool | None
     packing: int | None
     patch_size: int | list[int] | tuple[int, int] | None
     reducing_gap: float | int | None
@@ -143,7 +148,7 @@ def check_options(given: Mapping[str, Any]) -> None:
             raise ValueError(f"Unknown option {name!r} of the image processor: did you mean {meant!r}?")
 
 
-class HFViTImageProcessing(BaseImageProcessor):
+class HFViTImageProcessing(HFViTSegmentationMaps, BaseImageProcessor):  # type: ignore[misc]
     """Implement what both backends share; a backend adds `_resize_side`.
 
     Accepts PIL images of any mode, arrays and tensors of shape (H, W), (H, W, C) or (C, H, W) and any dtype, paths,
@@ -462,29 +467,6 @@ class HFViTImageProcessing(BaseImageProcessor):
 
     def _output(self, data: Any) -> Any:
         return data
-
-
-def per_channel(values: float | Sequence[float], num_channels: int, name: str) -> Tensor:
-    """Return mean or std as `[C, 1, 1]`, or as `[1, 1, 1]` if all channels share one value."""
-    values = (values,) if isinstance(values, int | float) else tuple(values)
-    if len(set(values)) == 1:
-        values = values[:1]
-    if len(values) not in (1, num_channels):
-        raise ValueError(
-            f"{name} has {len(values)} values but the image has {num_channels} channels: pass as many values, or "
-            "convert to 3 channels with do_convert_rgb=True or to 1 with do_grayscale=True."
-        )
-    return torch.tensor(values).view(-1, 1, 1)
-
-
-def options_for_channels(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a processor for images of `number` channels, given its mean and std."""
-    averages = {}
-    for name in ("image_mean", "image_std"):
-        old = values[name]
-        is_kept = np.ndim(old) == 1 and len(old) == number
-        averages[name] = old if is_kept else [float(np.mean(old))] * number
-    return {"do_convert_rgb": number in (1, 3), "do_grayscale": True if number == 1 else None, **averages}
 
 
 class HFViTImageProcessorPil(HFViTImageProcessing, PilBackend):  # type: ignore[misc]

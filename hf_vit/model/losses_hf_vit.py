@@ -1,4 +1,4 @@
-"""What follows the head of a classifier: the scale of its logits, and its loss."""
+"""What follows the head of a classifier of images or pixels: the scale of its logits, and its loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -119,3 +119,29 @@ def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:
             "Labels [batch, num_labels] are soft labels by default, but their rows do not sum to one: for several "
             "labels per image, set problem_type='multi_label_classification' in the config."
         )
+
+
+def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize logits `[B, num_labels, h, w]` to pixels `[B, num_labels, H, W]`, bilinearly in float32."""
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of every pixel in float32, and whether it counts, `[B, H, W]` each.
+
+    Args:
+        logits: `[B, num_labels, h, w]`, which are resized to the labels.
+        labels: Class indices `[B, H, W]`.
+        ignore_index: Label of pixels that do not count; their loss is 0.
+    """
+    labels = labels.to(logits.device)
+    if labels.ndim != 3 or labels.is_floating_point():
+        raise ValueError(
+            f"Expected class indices [batch, height, width] as labels, got {list(labels.shape)} of {labels.dtype}: "
+            "prepare the maps with the image processor, segmentation_maps=..."
+        )
+    labels = labels.long()
+    losses = F.cross_entropy(
+        resize_logits(logits, (labels.shape[1], labels.shape[2])), labels, ignore_index=ignore_index, reduction="none"
+    )
+    return losses, labels != ignore_index

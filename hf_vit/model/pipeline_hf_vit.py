@@ -8,7 +8,12 @@ pixels get an arbitrary color, and an error does not name the file. With the pac
 
 from typing import Any
 
-from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline
+from transformers import (
+    BatchFeature,
+    ImageClassificationPipeline,
+    ImageFeatureExtractionPipeline,
+    ImageSegmentationPipeline,
+)
 
 from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
 
@@ -33,3 +38,23 @@ class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPip
 
 class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtractionPipeline):  # type: ignore[misc]
     """Feature extraction from images as `hf_vit` reads them."""
+
+
+class HFViTImageSegmentationPipeline(FilePreprocessing, ImageSegmentationPipeline):
+    """Semantic segmentation of images as `hf_vit` reads them; masks have the size of the upright image."""
+
+    def preprocess(  # type: ignore[override]
+        self, image: Any, subtask: str | None = None, timeout: float | None = None
+    ) -> BatchFeature:
+        """Return the model's inputs for an image, and its size; arguments as in transformers."""
+        processor: Any = self.image_processor
+        if not hasattr(processor, "original_size"):  # of another library
+            return ImageSegmentationPipeline.preprocess(self, image, subtask, timeout)
+        if is_url(image):
+            image = download(image, timeout or DOWNLOAD_TIMEOUT)
+        inputs = super().preprocess(image)
+        inputs["target_size"] = [processor.original_size(image)]
+        return inputs
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Accept any model: transformers compares with a list of names that registered classes are not added to."""

@@ -66,6 +66,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rope_theta": (1, 1e12),
     "rope_offset": (-(2**16), 2**16),
     "temperature": (1e-3, 1e3),
+    "patch_subdivision": (1, 64),
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
 # Fields that describe a trained head, and how they begin with a new one.

@@ -45,7 +45,7 @@ def predict_each(sources: Sources, settings: Settings) -> Iterator[tuple[str, Pr
     rows = sources.rows()
     first = next(rows, None)
     if first is None:
-        raise _no_images(sources)
+        raise no_images(sources)
     predictions = enumerate(predictor(chain([first], rows)))
     return ((prediction.source["path"] or str(number), prediction) for number, prediction in predictions)
 
@@ -92,7 +92,7 @@ def predict_to_file(
         for _ in planned:
             pass
         if not planned.parts:
-            raise _no_images(sources)
+            raise no_images(sources)
         plan = {
             "sources or batch size": f"{planned.digest.hexdigest()} {batch_size}",
             "model": workers.model,
@@ -148,7 +148,8 @@ class Survey:
             yield self.parts - 1, part
 
 
-def _no_images(sources: Sources) -> ValueError:
+def no_images(sources: Sources) -> ValueError:
+    """Return the error for sources without images."""
     return ValueError(" ".join(filter(None, [f"Found no images in {', '.join(sources.words)}.", sources.skipped()])))
 
 

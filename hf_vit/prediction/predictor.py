@@ -21,8 +21,9 @@ from ..checkpoints.models import load
 from ..data.images import normalize, preprocess, read_stored
 from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
-from ..model.image_reading_hf_vit import read_image
-from ..model.losses_hf_vit import activation_of
+from ..model.image_geometry_hf_vit import size_of
+from ..model.image_reading_hf_vit import LeastSize, read_image, upright
+from ..model.losses_hf_vit import activation_of, resize_logits
 from ..system.transfers import HostCopies, has_own_memory
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Prediction:
         are_values: Whether `scores` are values of targets.
         error: Why the image could not be read, or `None`.
         features: Input of the classifier, float32 `[pooled_width]`, if requested; `None` if the image is broken.
+        mask: Class of every pixel of the upright image, uint8 `[H, W]`, if the model is one for segmentation. Labels
+            are then classes in the mask, the largest first, and scores their shares of the pixels.
     """
 
     source: Any
@@ -52,6 +55,7 @@ class Prediction:
     error: str | None = None
     features: np.ndarray | None = None
     are_values: bool = False
+    mask: np.ndarray | None = None
 
     @property
     def answers(self) -> list[str]:
@@ -208,7 +212,10 @@ class Predictor:
         Raises:
             ValueError: If the model has no classifier and `has_features` is not set.
         """
-        is_classifier = getattr(model, "classifier", None) is not None and bool(model.config.num_labels)
+        if hasattr(model, "decode_head") and not issubclass(cls, MaskPredictor):
+            return MaskPredictor.from_model(model, processor, precision, device, compile, name, **options)  # type: ignore
+        is_classifier = any(getattr(model, head, None) is not None for head in ("classifier", "decode_head"))
+        is_classifier = is_classifier and bool(model.config.num_labels)
         if not is_classifier and not options.get("has_features"):
             raise ValueError(
                 f"{name} has no classifier: train one first, or extract features with --features or AutoModel."
@@ -259,7 +266,7 @@ class Predictor:
         by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # one shape, unless the processor keeps the aspect ratio
         for index, prediction in enumerate(predictions):
             try:
-                pixels = self._pixels(prediction.source)
+                pixels = self._pixels(prediction)
             except (ValueError, OSError) as error:
                 prediction.error = str(error)
             else:
@@ -272,12 +279,8 @@ class Predictor:
             batch = torch.cat([batch, batch[:1].expand(self.batch_size - len(batch), -1, -1, -1)])
         return batch.pin_memory() if has_own_memory(self.device) else batch
 
-    def _pixels(self, source: Source) -> Tensor:
-        image: Any = source
-        if not isinstance(source, Image.Image):
-            read: Callable[..., Any] = read_stored if isinstance(source, dict) else read_image
-            image = read(source, self.processor.least_size)
-        return preprocess(image, self.processor)
+    def _pixels(self, prediction: Prediction) -> Tensor:
+        return preprocess(read_source(prediction.source, self.processor.least_size), self.processor)
 
     def _predict(self, predictions: list[Prediction], batches: list[tuple[list[int], Tensor]]) -> list[Prediction]:
         return self._start(predictions, batches)()
@@ -314,3 +317,46 @@ class Predictor:
             # Contiguous: a view would keep the tokens of all images in memory.
             for prediction, row in zip(predictions, pooler_output.contiguous().numpy(), strict=True):
                 prediction.features = row
+
+
+def read_source(source: Source, least_size: LeastSize) -> Image.Image | Tensor:
+    """Return a given PIL image as it is, and any other source as `read_image` reads it."""
+    if isinstance(source, Image.Image):
+        return source
+    return read_stored(source, least_size) if isinstance(source, dict) else read_image(source, least_size)
+
+
+class MaskPredictor(Predictor):
+    """Predict the classes of pixels: `Prediction.mask` has the size of the upright image.
+
+    Arguments are those of `Predictor`; `top_k` limits the labels only.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.has_features:
+            raise ValueError("A model for segmentation has no pooled features: use AutoModel for those of patches.")
+        self.top_k = options.get("top_k") or 5
+
+    def _pixels(self, prediction: Prediction) -> Tensor:
+        sizes: list[tuple[int, int]] = []  # of a JPEG, which may be decoded at another size
+
+        def least_size(size: tuple[int, int]) -> tuple[int, int]:
+            sizes.append(size)
+            return self.processor.least_size(size)
+
+        image = read_source(prediction.source, least_size)
+        sizes.append(size_of(upright(image) if isinstance(image, Image.Image) else image))
+        prediction.mask = np.zeros(sizes[0], dtype=np.uint8)
+        return preprocess(image, self.processor)
+
+    def _fill(self, predictions: list[Prediction], logits: Tensor | None = None, pooler_output: Any = None) -> None:
+        assert logits is not None
+        for prediction, of_image in zip(predictions, logits, strict=True):
+            assert prediction.mask is not None
+            height, width = prediction.mask.shape
+            prediction.mask = resize_logits(of_image[None], (height, width))[0].argmax(dim=0).byte().numpy()
+            shares = np.bincount(prediction.mask.ravel(), minlength=len(self.labels)) / prediction.mask.size
+            order = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]][: self.top_k]
+            prediction.labels = [self.labels[index] for index in order]
+            prediction.scores = [float(shares[index]) for index in order]

@@ -74,10 +74,10 @@ class TrainConfig:
     )
 
     # model
-    task: Literal["classification", "multi_label", "regression", "masked_patches"] = option(
+    task: Literal["classification", "multi_label", "regression", "segmentation", "masked_patches"] = option(
         "classification",
-        "Training objective: classification, multi_label, regression, masked_patches (pre-training without labels), "
-        "or auto for what the labels are.",
+        "Training objective: classification, multi_label, regression, segmentation (images and masks), masked_patches "
+        "(pre-training without labels), or auto for what the labels are.",
     )
     model: str | None = option(
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: a model of model_config alone."

@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
 from ..data.channels import Channels, adapt_processor, channels_of
 from ..data.classes import TASK_OF
-from ..data.images import EvaluationImages, TrainingImages, derive_seed, normalize
+from ..data.images import derive_seed, normalize
 from ..data.labelled import METRICS, RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader
+from ..data.masks import kinds_of_images, stop_cropping
 from ..data.orders import BatchDivision, steps_of
 from ..evaluation.results import Results
 from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -186,6 +187,8 @@ class Run:
             )
         model, self.processor = build(config, self.task)
         adapt_processor(self.processor, channels, model.config.num_channels)
+        if data.masks is not None:
+            stop_cropping(self.processor)
         self.model_class = type(model)  # FSDP2 changes the class of the model itself
         if config.trained == "lora":
             add_low_rank_updates(model, config.lora_rank)
@@ -229,15 +232,17 @@ class Run:
             erasing=config.erasing,
             fill=self.processor.image_mean,
             num_channels=model_config.num_channels,
+            has_masks=data.masks is not None,
         )
         self.to_model = partial(normalize, processor=self.processor)
         cache = accelerator.device if config.cache == "device" else config.cache
         limit = cache_limit(accelerator, config)
-        self.images = TrainingImages(
+        training_images, evaluation_images = kinds_of_images(data)
+        self.images = training_images(
             data.train, data.columns, self.processor, augmentation, config.seed, cache, config.shorter_side, limit
         )
         limit -= self.images.cached_bytes
-        eval_images = EvaluationImages(data.evaluation, data.columns, self.processor, cache, limit)
+        eval_images = evaluation_images(data.evaluation, data.columns, self.processor, cache, limit)
         if cache != "none" and (self.images.cached is None or eval_images.cached is None):
             self.say(f"Not all images are cached: they need more than {MEMORY_SHARE:.0%} of the free memory.")
         self.division = BatchDivision(config.accumulation_steps, *data_parts(accelerator))

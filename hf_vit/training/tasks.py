@@ -1,4 +1,4 @@
-"""Training objectives: one label, several labels, numbers, and masked patches. The loop is the same for all."""
+"""Training objectives: one label, several labels, numbers, masks, and masked patches. The loop is the same for all."""
 
 import math
 from collections.abc import Callable
@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
-from ..checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches
+from ..checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches, load_segmenter
 from ..checkpoints.opening import open_checkpoint
 from ..data.augmentation import BatchMixer, one_hot
+from ..data.classes import SEGMENTATION
 from ..data.images import derive_seed
 from ..data.labelled import ImageData
-from ..evaluation.metrics import classify, recognize, regress
+from ..evaluation.metrics import classify, recognize, regress, segment
 from ..evaluation.results import Results
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
-from ..model.losses_hf_vit import classification_loss
+from ..model.losses_hf_vit import classification_loss, pixel_losses
 from ..model.modeling_hf_vit import HFViTForImageClassification
+from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import POOLINGS_OF_CLS
 from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
@@ -194,13 +196,7 @@ class Regression(Classification):
     problem_type = "regression"
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        given = {name: getattr(config, name) for name in ("cutmix", "mixup", "label_smoothing")}
-        if config.class_weights != "none":
-            given["class_weights"] = config.class_weights
-        if config.sampling == "balanced":
-            given["sampling"] = config.sampling
-        if mixing := [f"{name}={value}" for name, value in given.items() if value]:
-            raise ValueError(f"A regression has no classes to mix or to weigh: remove {', '.join(mixing)}.")
+        _refuse_mixing(config, "A regression has no classes to mix or to weigh")
         self.label_names = data.label_names
         self.mean, self.std = moments_of_targets(data)
 
@@ -215,6 +211,49 @@ class Regression(Classification):
     def results(self, model: nn.Module, *evaluation: Any) -> Results:
         """Return the results per image, with the loss of training."""
         return partial(regress, scale=_config_of(model).target_scale)(model, *evaluation)
+
+
+class Segmentation(Classification):
+    """Assign a class to every pixel.
+
+    The loss is the mean over images of the mean over their known pixels. So the gradients of a batch do not depend on
+    how it is divided.
+    """
+
+    best_metric = "mean_iou"
+    metric_names = ("mean_iou", "pixel_accuracy", "loss")
+    problem_type = SEGMENTATION
+    model_class: Any = HFViTForSemanticSegmentation
+
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        _refuse_mixing(config, "Segmentation does not mix images or weigh classes")
+        if config.loss != "cross_entropy":
+            raise ValueError(f"Segmentation has the loss cross_entropy of pixels: remove loss={config.loss}.")
+        self.label_names = data.label_names
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(self.label_names))}
+
+    def load(self, source: str, **fields: Any) -> tuple[Any, HFViTImageProcessor]:
+        return load_segmenter(source, self.label_names, **fields)
+
+    def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        ignored = _config_of(model).semantic_loss_ignore_index
+        losses, is_known = pixel_losses(model(pixel_values=pixel_values).logits, labels, ignored)
+        return (losses.sum(dim=(1, 2)) / is_known.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+    def results(self, model: nn.Module, *evaluation: Any) -> Results:
+        return partial(segment, ignore_index=_config_of(model).semantic_loss_ignore_index)(model, *evaluation)
+
+
+def _refuse_mixing(config: TrainConfig, reason: str) -> None:
+    """Raise `ValueError` if a recipe mixes images or weighs classes."""
+    given = {name: getattr(config, name) for name in ("cutmix", "mixup", "label_smoothing")}
+    given |= {"class_weights": config.class_weights} if config.class_weights != "none" else {}
+    given |= {"sampling": config.sampling} if config.sampling == "balanced" else {}
+    if mixing := [f"{name}={value}" for name, value in given.items() if value]:
+        raise ValueError(f"{reason}: remove {', '.join(mixing)}.")
 
 
 def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:
@@ -318,6 +357,7 @@ TASKS: dict[str, type[Classification | MaskedPatches]] = {
     "classification": Classification,
     "multi_label": MultiLabel,
     "regression": Regression,
+    "segmentation": Segmentation,
     "masked_patches": MaskedPatches,
 }
 

@@ -6,15 +6,19 @@ It does not import runs, which describe their data before they start.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import inspection
+from ..data.classes import SEGMENTATION
 from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import HELD_OUT, ImageData
+from ..data.masks import kinds_of_images
 from ..evaluation.flops import count_parameters
 from ..evaluation.mistakes import write_mistakes
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
+from ..model.losses_hf_vit import resize_logits
 from ..system.machine import device_name, precision_name
 from ..system.texts import counted, fenced, hanging, markdown, one_line, shell_word
 from ..variants import is_from_scratch
@@ -229,6 +233,67 @@ class OfTargets(Unlabelled):
         return [f"The evaluation images cover {', '.join(ranges)}: expect larger errors outside of that."]
 
 
+class OfPixels(Unlabelled):
+    """Results of semantic segmentation."""
+
+    kind = "Trained for semantic segmentation"
+    headline = "Mean IoU {eval_mean_iou:.2%}, pixel accuracy {eval_pixel_accuracy:.2%}"
+    results = {"eval_mean_iou": "mean_iou", "eval_pixel_accuracy": "pixel_accuracy", "eval_loss": "loss"}
+    best = ("iou", 1)
+    columns = {
+        "class": ("label", "{}"),
+        "images": ("count", "{:,}"),
+        "share of pixels": ("share", "{:.1%}"),
+        "IoU": ("iou", "{:.1%}"),
+        "recall": ("recall", "{:.1%}"),
+    }
+
+    def figures(self, run: Any, title: str) -> dict[str, Figure]:
+        accuracies, images = run.predictions.accuracies(), self._images(run)
+        shown = []
+        for position in inspection.chosen_images(accuracies):
+            example = images[int(run.predictions.index[position])]
+            pixels, mask = example["pixel_values"], example["labels"]
+            classes = _predicted_classes(run, pixels)
+            shown.append((pixels.byte(), mask, classes, f"{accuracies[position]:.0%} of the pixels correct"))
+        names = run.data.label_names
+        what = f"{title}: {run.measured_on}, random ones and the worst"
+        return {"predictions.png": inspection.plot_overlays(shown, names, what)}
+
+    def _images(self, run: Any) -> Any:
+        return kinds_of_images(run.data)[1](run.data.evaluation, run.data.columns, run.processor)
+
+    def sections(self, run: Any) -> dict[str, str]:
+        return {"Classes": self._table(run)}
+
+    def limitations(self, run: Any) -> list[str]:
+        height, width = run.model.config.image_shape
+        rows = run.predictions.per_class([markdown(name) for name in run.data.label_names])
+        known = [row for row in rows if row["count"]]
+        lines = [
+            f"Metrics are measured at {height}x{width} pixels, to which masks are resized, too: small things count "
+            "less than in the original images."
+        ]
+        if len(known) < len(rows):
+            without = counted(len(rows) - len(known), "class", "classes")
+            lines.append(f"The IoU of {without} is unknown: there are no evaluation images with them.")
+        worst = min(known, key=lambda row: row["iou"])
+        if worst["iou"] < 1:
+            lines.append(
+                f"Its worst class is {worst['label']}, with an IoU of {worst['iou']:.1%}; it has "
+                f"{worst['share']:.1%} of the pixels."
+            )
+        return lines
+
+
+@torch.inference_mode()
+def _predicted_classes(run: Any, pixels: Tensor) -> Tensor:
+    """Return the predicted classes `[H, W]` of a processed image `[C, H, W]`."""
+    device = next(run.model.parameters()).device
+    logits = run.model(pixel_values=run.to_model(pixels[None].to(device))).logits
+    return resize_logits(logits, (pixels.shape[1], pixels.shape[2]))[0].argmax(dim=0).cpu()
+
+
 MOST_RANGES = 10
 # By transformers' name of what the labels are, as tasks have it.
 VIEWS: dict[str | None, Unlabelled] = {
@@ -236,6 +301,7 @@ VIEWS: dict[str | None, Unlabelled] = {
     "single_label_classification": OfClasses(),
     "multi_label_classification": OfLabels(),
     "regression": OfTargets(),
+    SEGMENTATION: OfPixels(),
 }
 
 

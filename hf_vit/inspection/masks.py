@@ -1,0 +1,75 @@
+"""Masks of semantic segmentation as colours, alone and over their images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.masks import palette
+from .drawing import GRAY, Figure, heading, new_figure, short
+from .tiles import rgb
+
+OPACITY = 0.6
+LISTED = 24  # classes in the legend
+
+
+def overlay(image: Tensor, classes: Tensor, number: int) -> np.ndarray:
+    """Return an image with the colours of its classes over it, uint8 `[H, W, 3]`.
+
+    Args:
+        image: uint8 `[C, H, W]`.
+        classes: Class indices `[H, W]`; pixels of 255 or another index without a class stay as they are.
+        number: Number of classes.
+    """
+    picture = rgb(image.permute(1, 2, 0).cpu().numpy()).astype(np.float64)
+    indices = classes.cpu().numpy().astype(np.int64)
+    is_known = indices < number
+    colors = palette(number)[np.where(is_known, indices, 0)]
+    mixed = np.where(is_known[..., None], OPACITY * colors + (1 - OPACITY) * picture, picture)
+    return mixed.round().astype(np.uint8)
+
+
+def plot_overlays(
+    shown: Sequence[tuple[Tensor, Tensor, Tensor, str]], label_names: Sequence[str], title: str = "Predictions"
+) -> Figure:
+    """Draw images, their masks and the predicted masks, one row for each image, with the colours of the classes.
+
+    Args:
+        shown: Image uint8 `[C, H, W]`, its mask and the predicted one `[H, W]`, and a text, for each.
+        label_names: Names of the classes.
+        title: Heading of the figure.
+    """
+    from matplotlib.patches import Patch
+
+    height, width = shown[0][1].shape
+    column = 2.6
+    figure = new_figure(3 * column + 1.6, len(shown) * (column * height / width + 0.25) + 0.6)
+    heading(figure, title)
+    axes = figure.subplots(len(shown), 3, squeeze=False)
+    seen: set[int] = set()
+    for row, (image, mask, predicted, text) in zip(axes, shown, strict=True):
+        number, nowhere = len(label_names), torch.full_like(mask, 255)
+        columns = {"image": nowhere, "mask": mask, f"predicted, {text}": predicted.where(mask < number, 255)}
+        for axis, (name, classes) in zip(row, columns.items(), strict=True):
+            axis.imshow(overlay(image, classes, number))
+            axis.axis("off")
+            axis.set_title(name, fontsize=8, color=GRAY, pad=3)
+        seen |= {*mask.unique().tolist(), *predicted.unique().tolist()}
+    colors = palette(len(label_names)) / 255
+    mixed = OPACITY * colors + (1 - OPACITY) * 0.6
+    known = [index for index in sorted(seen) if index < len(label_names)][:LISTED]
+    handles: list[Any] = [
+        Patch(color=tuple(mixed[index].tolist()), label=short(label_names[index], 18)) for index in known
+    ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def chosen_images(accuracies: Tensor, number: int = 3, seed: int = 0) -> list[int]:
+    """Return random images and the ones with the fewest correct pixels, `number` of each at most."""
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randperm(len(accuracies), generator=generator)[:number].tolist()
+    worst = [index for index in accuracies.argsort(stable=True).tolist() if index not in random]
+    return [*sorted(random), *worst[:number]]

@@ -1,0 +1,101 @@
+"""Semantic segmentation: a class for every pixel, from the tokens of the patches.
+
+The head is one linear layer on the normalized tokens of one or several layers, as in the linear evaluation of DINOv2
+(arXiv:2304.07193), but with several predictions per patch: with `patch_subdivision=4`, patches of 16 pixels have a
+prediction for every 4x4 pixels. Bilinear interpolation gives the pixels.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers.backbone_utils import filter_output_hidden_states
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_hf_vit import HFViTConfig
+from .dense_hf_vit import reject_patch_dropout
+from .layers_hf_vit import unpatchify
+from .losses_hf_vit import pixel_losses
+from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
+from .packing_hf_vit import reject_packs
+
+
+class HFViTSegmentationHead(nn.Module):
+    """Classify the parts of every patch by its tokens in the layers that `config.out_indices` names."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        width, number, num_labels = config.hidden_size, len(config.out_indices), cast(int, config.num_labels)
+        self.subdivision = (config.patch_subdivision, config.patch_subdivision)
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(number)])
+        self.classifier = nn.Linear(number * width, num_labels * config.patch_subdivision**2)
+
+    def forward(self, layers: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        """Return logits `[B, num_labels, h*s, w*s]` for tokens `[B, N, D]` of each layer; s is the subdivision."""
+        features = torch.cat([norm(tokens) for norm, tokens in zip(self.norms, layers, strict=True)], dim=-1)
+        return unpatchify(self.classifier(features), self.subdivision, grid)
+
+
+class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
+    """The encoder with a linear head that predicts a class for every pixel.
+
+    Example:
+        >>> small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "num_labels": 5}
+        >>> config = HFViTConfig(**small, image_size=32, patch_size=8, patch_subdivision=4, out_indices=[1, 2])
+        >>> model = HFViTForSemanticSegmentation(config).eval()
+        >>> model(torch.rand(2, 3, 40, 24)).logits.shape  # 5x3 patches of 4x4 predictions
+        torch.Size([2, 5, 20, 12])
+    """
+
+    accepts_loss_kwargs = False  # Trainer would count ignored pixels, too
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__(config)
+        reject_patch_dropout(self)
+        if cast(int, config.num_labels) < 2:
+            raise ValueError(
+                f"Semantic segmentation needs at least two classes, got num_labels={config.num_labels}: count the "
+                "background as a class."
+            )
+        self.vit = HFViTModel(config, add_pooling_layer=False)
+        self.decode_head = HFViTSegmentationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        """Predict the classes of pixels.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
+            labels: Class indices `[B, H, W]` of any size, `config.semantic_loss_ignore_index` where unknown. If given,
+                the loss is computed: the mean cross-entropy of the other pixels, at the size of the labels.
+            kwargs: As for `HFViTModel`.
+
+        Returns:
+            `logits` `[B, num_labels, h, w]`, with `patch_subdivision` rows and columns per patch, and, with labels,
+            `loss`. `post_process_semantic_segmentation` of the image processor turns logits into maps of any size.
+        """
+        reject_packs(self, kwargs.get("patch_grids"))
+        outputs = self.vit(pixel_values, **kwargs)
+        layers = [outputs.hidden_states[index] for index in self.config.out_indices]
+        patches = [self.vit.layernorm(tokens[:, self.config.num_prefix_tokens :]) for tokens in layers]
+        logits = self.decode_head(patches, self.config.grid_of(*pixel_values.shape[-2:]))  # type: ignore[union-attr]
+        loss = None
+        if labels is not None:
+            losses, is_known = pixel_losses(logits, labels, self.config.semantic_loss_ignore_index)
+            loss = losses.sum() / is_known.sum().clamp(min=1)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["HFViTForSemanticSegmentation"]

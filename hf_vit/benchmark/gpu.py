@@ -205,7 +205,8 @@ class GPUChecks:
 
     def _training(self, model: Any, kind: Kind, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits and all gradients of a step on the device."""
-        twin = HFViTForImageClassification(model.config).to(self.device)
+        twin: Any = HFViTForImageClassification(model.config)
+        twin.to(self.device)
         twin.load_state_dict(model.state_dict())
         if kind.is_compiled:
             self._compile(twin.vit.layers)
@@ -219,7 +220,8 @@ class GPUChecks:
         return logits, _gradients(twin) / scale
 
     def _inference(self, model: Any, kind: Kind, pixel_values: Tensor) -> Tensor:
-        twin = HFViTForImageClassification(model.config).to(self.device)
+        twin: Any = HFViTForImageClassification(model.config)
+        twin.to(self.device)
         twin.load_state_dict(model.state_dict())
         optimized = optimize_for_inference(twin, kind.precision)
         if kind.is_compiled:
@@ -261,7 +263,7 @@ class GPUChecks:
             self._matrix_rate()
         share = median * flops / self.rate
         text = f"{median:,.0f} images/s ({low:,.0f} to {high:,.0f}), {share:.0%} of the rate"
-        values = {"images_per_second": [median, low, high], "share": share, "batch_size": batch}
+        values: dict[str, Any] = {"images_per_second": [median, low, high], "share": share, "batch_size": batch}
         if self.device.type == "cuda":
             values["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
             text += f", {values['peak_memory'] / 2**30:.1f} GiB"

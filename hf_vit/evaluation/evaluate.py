@@ -214,7 +214,7 @@ class _Run:
         """Return the results on the evaluation split; CPU cores may share a stateless model."""
         is_alone = self.accelerator.num_processes == 1 and not self.num_workers
         is_shared = is_stateless and is_alone and self.accelerator.device.type == "cpu"
-        forward = forward_on_cores if is_shared else forward_in_turn
+        forward: Forward = forward_on_cores if is_shared else forward_in_turn
         to_model = partial(normalize, processor=self.processor)
         split = self.data.evaluation
         forward = self.with_bar(forward, split, "Evaluation")

@@ -136,8 +136,8 @@ def complete_repository(
         logger.warning(f"Replaced {', '.join(replaced)} in {folder}, which differed from the code of this model.")
     for file in code:
         shutil.copyfile(file, folder / Path(file).name)
-    for file in folder.glob("*.safetensors"):  # safetensors 0.8 makes them readable by the owner only
-        shutil.copymode(folder / "config.json", file)
+    for weights in folder.glob("*.safetensors"):  # safetensors 0.8 makes them readable by the owner only
+        shutil.copymode(folder / "config.json", weights)
     if not (folder / "preprocessor_config.json").exists():
         processor = processor or processor_of(config)
         if processor is not None:

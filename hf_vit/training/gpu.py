@@ -171,8 +171,8 @@ class TrainingChecks:
                         run.evaluate()
                         waits.clear()
                         run.evaluate()  # the second one: the first one allocates memory
-                        batch_size = run.eval_loader.batch_sampler.batch_size
-                        counts["batch"] = len(waits) / math.ceil(IMAGES["test"] / batch_size)
+                        sampler: Any = run.eval_loader.batch_sampler
+                        counts["batch"] = len(waits) / math.ceil(IMAGES["test"] / sampler.batch_size)
                         run.model.train()
                     yield step
 
@@ -281,7 +281,7 @@ def counted_waits(device: torch.device) -> Iterator[list[str]]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=re.escape(WAITING))
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:

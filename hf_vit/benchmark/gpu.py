@@ -299,7 +299,7 @@ class GPUChecks:
             self._compile(model.vit.layers if library == "ours" else model.blocks)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
         pixels = torch.randint(0, 256, (batch, 3, *config.image_shape), dtype=torch.uint8, device=self.device)
-        labels = torch.randint(0, config.num_labels, (batch,), device=self.device)
+        labels = torch.zeros(batch, dtype=torch.int64, device=self.device)
 
         def step() -> None:
             pixel_values = pixels.float().sub_(127.5).div_(127.5)

@@ -171,6 +171,23 @@ def test_a_race_that_takes_too_long_is_given_up(
     assert "training became slower than measured" in (tmp_path / "mine" / "README.md").read_text()
 
 
+def test_more_minutes_continue_a_finished_fit(
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    options = {**options, "output_dir": tmp_path / "mine", "say": lines.append}
+    fit(str(photos), **{**options, "minutes": 0})
+    monkeypatch.setattr(race_module, "_speed", lambda *arguments: {"steps_per_second": 10.0, "overhead": 1.0})
+    monkeypatch.setattr(race_module, "MOST_EPOCHS", 2)
+    candidates = [Candidate("all", 1e-3)]
+    longer = fit(str(photos), **{**options, "minutes": 3}, candidates=candidates)
+    assert any(line.startswith("Continuing the fit") for line in lines)
+    assert longer.metrics["race"] and longer.metrics["minutes"] == 3
+    again = fit(str(photos), **{**options, "minutes": 2}, candidates=candidates)
+    assert any("finished result of this command (--minutes 3)" in line for line in lines)
+    assert again.metrics == longer.metrics
+
+
 def test_a_machine_that_is_too_slow_for_a_race_is_noticed_after_one_step(
     photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The command that chooses: fit."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,11 +10,13 @@ from ..system.places import check_exist
 from ..system.texts import hanging, shortened
 from .endings import echo, read_size, typed_command
 
+BEGAN = time.perf_counter()  # before the libraries load, which takes seconds
+
 
 def fit(
     data: Annotated[
         list[str],
-        typer.Argument(metavar="DATA", help="Labeled images: a folder with one subfolder per class, or a table."),
+        typer.Argument(metavar="DATA", help="Labeled images: a folder with a subfolder per class, a table, or a zip."),
     ],
     model: Annotated[str, typer.Option(help="Encoder to start from: a name on the Hub, a folder or a file.")],
     minutes: Annotated[float, typer.Option(min=0, help="Time for everything. 0: a linear classifier only.")] = 10,
@@ -49,9 +52,9 @@ def fit(
     Example: hf-vit fit photos/ --model facebook/dinov2-small -o my-classifier
     """
     check_exist([*data, model])
-    time = f" within about {minutes:g} min" if minutes else ""
+    limit = f" within about {minutes:g} min" if minutes else ""
     kind = "classifier" if minutes else "linear classifier"
-    beginning = f"Fitting a {kind} to {shortened(data)}{time}, starting from {model}."
+    beginning = f"Fitting a {kind} to {shortened(data)}{limit}, starting from {model}."
     echo("\n".join(hanging("", beginning)))
     from ..training.fitting.fit import fit
 
@@ -72,4 +75,5 @@ def fit(
         cache=cache,
         command=typed_command(),
         say=echo,
+        began=BEGAN,
     )

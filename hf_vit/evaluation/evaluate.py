@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on labelled images: the measurements of `hf-vit evaluate`."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ def evaluate_checkpoint(
         "problem_type": data.problem_type if classes is None else kind_of(checkpoint.config),
         "labels": label_names,
         "note": note,
+        "expected": _expected(source),
         "assumed": checkpoint.assumed,
         **({} if results is None else _by_class(results, label_names)),
         "probes": {name: _probe(name, features, label_names) for name in probes},
@@ -268,6 +270,15 @@ def _by_class(results: Results, label_names: list[str]) -> dict[str, Any]:
             for label, predicted, count in results.pairs()
         ]
     return measured
+
+
+def _expected(source: str) -> dict[str, Any] | None:
+    """Return the interval of a metric that `hf_vit.fit` expects on new images, if it made the model."""
+    try:
+        metrics = json.loads((Path(source) / "metrics.json").read_text(encoding="utf-8"))
+        return {"metric": metrics["metric"], **{name: float(metrics["expected"][name]) for name in ("low", "high")}}
+    except (OSError, ValueError, KeyError, TypeError):  # of another library, or of a run
+        return None
 
 
 def _probe(name: str, features: dict[str, Any], label_names: list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ..data.labelled import ALL, HELD_OUT
-from ..system.texts import counted, shortened
+from ..system.texts import counted, hanging, shortened
 
 MOST_CLASSES, WORST = 20, 10  # with more classes, only the worst ones are printed
 
@@ -78,6 +78,14 @@ def report_lines(measured: dict[str, Any]) -> list[str]:
     if broken := measured["broken"]:
         lines.append(f"Skipped {counted(len(broken), 'unreadable image')}: {shortened(broken)}.")
     lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
+    expected = measured.get("expected")
+    if expected and (value := measured.get("figures", {}).get(expected["metric"])) is not None:
+        where = "within" if expected["low"] <= value <= expected["high"] else "outside"
+        name = METRICS[expected["metric"]][0]
+        interval = " to ".join(METRICS[expected["metric"]][1].format(expected[end]) for end in ("low", "high"))
+        lines += hanging(
+            "", f"The {name} is {where} the interval that hf-vit fit expected for new images, {interval}."
+        )
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
     lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []
     return lines + (_class_table(measured["per_class"], measured["problem_type"]) if "per_class" in measured else [])

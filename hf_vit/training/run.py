@@ -299,7 +299,10 @@ class Run:
                     "result will not be bit for bit that of the uninterrupted run: sums are rounded in another order, "
                     "dropout, mixing and masks draw other numbers, and a stream is divided differently."
                 )
-            self.say(f"Resuming from {checkpoint}: {self.state.step} of {self.plan.total_steps} steps are done.")
+            done = f"{self.state.step} of {self.plan.total_steps} steps are done."
+            if self.state.step >= self.plan.total_steps:
+                done += " Only the model and its card are written again."
+            self.say(f"Resuming from {checkpoint}: {done}")
         self.state.log.rewrite()  # first: a folder with a log is known as that of a run
         if accelerator.is_main_process:
             with writing("the recipe", output_dir / RECIPE):

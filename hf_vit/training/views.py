@@ -323,6 +323,7 @@ def image_of(data: ImageData, processor: Any, predictions: ImageResults) -> Call
 # ---------------------------------------------------------------------------------------------- the training images
 
 
+FEW_STEPS = 100  # to fine-tune
 FEW_IMAGES = 1000  # for a model from scratch
 LISTED_COUNTS, EXTREME_COUNTS = 12, 3
 SHOWN_COUNTS = 3  # in the summary before a run
@@ -372,6 +373,8 @@ def summary_of_run(run: Any) -> list[str]:
             "These are few images to train from scratch: fine-tuning a checkpoint, such as "
             "--model facebook/dinov2-small, is usually much better."
         )
+    elif run.plan.total_steps < FEW_STEPS and run.task.needs_labels:
+        rows["Note"] = "With so few steps, hf-vit fit usually gives a better model."
     return [line for name, text in rows.items() for line in hanging(f"{name:8}", text)]
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from ...checkpoints.checkpoint import Options
 from ...checkpoints.models import load, load_classifier
 from ...checkpoints.models import logger as models_logger
+from ...checkpoints.opening import open_checkpoint
 from ...data.audit import Audit, audit
 from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
@@ -60,6 +62,7 @@ def fit(
     command: str | None = None,
     candidates: Sequence[Candidate] | None = None,
     say: Callable[[str], None] = print,
+    began: float | None = None,
 ) -> TrainedModel:
     """Choose and train the best classifier of images that a number of minutes allows.
 
@@ -71,7 +74,7 @@ def fit(
         data: As for `load_data`.
         model: Encoder to start from: a file, a folder or a name on the Hub.
         minutes: Time for everything. With 0, only the linear head is fitted.
-        output_dir: Folder to write. An interrupted fit continues there.
+        output_dir: Folder to write. An interrupted fit continues there, and a finished one if it gets more minutes.
         seed: Random seed.
         image_size: Pixels, or (height, width); by default that of the checkpoint's image processor.
         train_split, eval_split, image_column, label_column, label_separator: As for `load_data`.
@@ -81,6 +84,7 @@ def fit(
         command: The command that repeats this, for the model card.
         candidates: Ways of fine-tuning to try, the most promising first; by default those of `candidates_for`.
         say: Prints a line.
+        began: `time.perf_counter()` from which the minutes count; now if not given.
 
     Raises:
         Interrupted: If SIGINT, SIGTERM or SIGHUP came; the same call continues.
@@ -97,10 +101,17 @@ def fit(
     at_once = f": what is finished is saved in {output_dir / FIT} and in the cache of features."
     with alone_in(output_dir, say), StopSignals(at_once):
         identity = stable({"data": sources, "model": model, "image_size": size, "seed": seed, **options})
-        state = FitState(output_dir / FIT, identity)
-        if "finished" in state:
-            metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
-            say(f"{output_dir} holds the finished result of this command. To fit again, choose another --output-dir.")
+        state = FitState(output_dir / FIT, identity, began)
+        finished = json.loads((output_dir / METRICS).read_text(encoding="utf-8")) if "finished" in state else None
+        if finished is not None and minutes > finished["minutes"]:
+            say(f"Continuing the fit in {output_dir}, which was finished with --minutes {finished['minutes']:g}.")
+            state.reopen()
+        elif finished is not None:
+            metrics = finished
+            say(
+                f"{output_dir} holds the finished result of this command (--minutes {metrics['minutes']:g}).\n"
+                "To continue it, give more minutes. To start again, use --resume never."
+            )
             for line in (*summary(metrics), *next_commands(output_dir)):
                 say(line)
             return TrainedModel(output_dir)
@@ -152,7 +163,7 @@ class _Fitting:
         self.minutes, self.seed, self.state, self.say, self.candidates = minutes, seed, state, say, candidates
         self.cache = None if cache is None else Path(cache)
         self.folder, self.seconds = state.folder, dict[str, float]()
-        self.mark = time.perf_counter()
+        self.mark = state.began
 
     def lap(self, step: str) -> None:
         """Count the time since the last lap for a step, and over interruptions."""
@@ -203,13 +214,15 @@ class _Fitting:
         seconds = metrics["seconds"]["total"]
         written = hanging(
             "",
-            f"Wrote the model ({metrics['method']}), its card and its figures to {output_dir} after {seconds:.0f} s.",
+            f"Wrote the model ({metrics['method']}), its card (README.md), metrics.json, figures (PNG) and "
+            f"mistakes.csv to {output_dir} after {seconds:.0f} s.",
         )
         for line in (*summary(metrics), *written, *next_commands(output_dir)):
             self.say(line)
 
     def read(self) -> None:
         """Open the data and the encoder."""
+        open_checkpoint(self.source, Options(image_size=self.size))  # a wrong name is known before data is read
         data = self.data = open_data(self.sources, **self.options)
         self.problem = problem_of(data.problem_type, len(data.label_names))
         evaluation = "no evaluation split" if data.evaluation is None else f"{len(data.evaluation):,} for evaluation"
@@ -223,6 +236,7 @@ class _Fitting:
 
     def embed(self) -> tuple[Embeddings, Embeddings | None]:
         """Compute all features, report what is odd, and drop unreadable images."""
+        self.say("Computing the features of all images that are not in the cache.")
         splits = [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
         results = [embed(self.encoder, split, self.data.columns, self.cache, _progress) for split in splits]
         train, evaluation = results[0], results[1] if len(results) > 1 else None

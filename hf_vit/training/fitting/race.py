@@ -106,6 +106,7 @@ class Entrants:
     def recipe(self, candidate: Candidate, start: Path, images: int, steps: int, output_dir: Path) -> TrainConfig:
         """Return the recipe of a candidate, which starts from the model in `start`."""
         fields = {**self.fields, "task": self.problem.task, "trained": candidate.trained}
+        speed = self.state.values.get("speed") or {}
         return TrainConfig(
             **fields,
             model=str(start),
@@ -121,7 +122,7 @@ class Entrants:
             layer_decay=0.75 if candidate.trained == "all" else 1.0,
             warmup_steps=steps // 10,
             eval_every=1e6,
-            save_every=max(1, round(SECONDS_BETWEEN_SAVES * self.state.values.get("steps_per_second", steps))),
+            save_every=max(1, round(SECONDS_BETWEEN_SAVES * speed.get("steps_per_second", steps))),
             keep_checkpoints=1,
             output_dir=str(output_dir),
         )
@@ -269,7 +270,6 @@ def race(
             yield step
 
     racing = candidates[: budget.candidates]
-    say(f"Measuring the speed of training: up to {REHEARSED_STEPS} steps.")
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
     then = f", then {budget.steps[1]} for the best {FINALISTS}" if len(budget.steps) > 1 else ""
     titles = ", ".join(candidate.title for candidate in racing)
@@ -309,11 +309,34 @@ def _budget(
     candidates: tuple[Candidate, ...],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure the speed of training, and return the plan as plain values."""
+    """Measure the speed of training unless it is known, and return the plan as plain values."""
     if seconds() < 10:
         return {"why": f"only {max(0.0, seconds()):.0f} s are left of the given minutes"}
-    say(f"Measuring the speed of training: up to {REHEARSED_STEPS} steps.")
     epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
+    speed: dict[str, float] = entrants.state.values.get("speed") or {}
+    if not speed:
+        measured = _speed(entrants, start, trained, rows, seconds, candidates[0], epoch, say)
+        if isinstance(measured, str):
+            return {"why": measured}
+        speed = measured
+        entrants.state.put(speed=speed)
+    share = len(entrants.labels) / len(trained)
+    found = plan(seconds(), speed["steps_per_second"], speed["overhead"], epoch, share, len(candidates))
+    return {"why": found} if isinstance(found, str) else {**asdict(found), "seconds": seconds()}
+
+
+def _speed(
+    entrants: Entrants,
+    start: Callable[[], Path],
+    trained: Tensor,
+    rows: Tensor,
+    seconds: Callable[[], float],
+    candidate: Candidate,
+    epoch: int,
+    say: Callable[[str], None],
+) -> dict[str, float] | str:
+    """Measure steps per second and the seconds of a run apart from its steps; or say why there is no time for any."""
+    say(f"Measuring the speed of training: up to {REHEARSED_STEPS} steps.")
     longest = SHARE * seconds() / _fewest_steps(epoch)
     marks: list[float] = []
 
@@ -328,9 +351,9 @@ def _budget(
 
     began = time.perf_counter()
     try:
-        run = entrants.train(candidates[0], start(), trained, REHEARSED_STEPS, "rehearsal", marked)
+        run = entrants.train(candidate, start(), trained, REHEARSED_STEPS, "rehearsal", marked)
     except _TimeIsOver:
-        return {"why": _too_few_steps(_fewest_steps(epoch), (marks[-1] - marks[-2]) / SHARE, 0.0, seconds())}
+        return _too_few_steps(_fewest_steps(epoch), (marks[-1] - marks[-2]) / SHARE, 0.0, seconds())
     wall = time.perf_counter() - began
     # The first step allocates memory, and the last one evaluates and saves, so neither shows the speed.
     step_seconds = max(1e-6, marks[2] - marks[1])
@@ -338,10 +361,7 @@ def _budget(
     shutil.rmtree(entrants.folder / "rehearsal", ignore_errors=True)
     # A forward is about a third of a step.
     overhead = max(0.0, wall - training) + len(rows) / run.config.batch_size / steps_per_second / 3
-    share = len(entrants.labels) / len(trained)
-    found = plan(seconds(), steps_per_second, overhead, epoch, share, len(candidates))
-    entrants.state.put(steps_per_second=steps_per_second, overhead=overhead)
-    return {"why": found} if isinstance(found, str) else {**asdict(found), "seconds": seconds()}
+    return {"steps_per_second": steps_per_second, "overhead": overhead}
 
 
 def _name(candidate: Candidate, rung: int) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ...system.disk import same_place
 
 FIT, STATE = "fit", "state.json"  # folder in output_dir, and a file in it
+# What does not depend on the time that a fit has.
+KEPT = ("identity", "seconds", "step_seconds", "evaluation_seconds", "head", "speed")
 
 
 class FitState:
@@ -18,15 +20,16 @@ class FitState:
 
     Args:
         folder: `output_dir/fit`.
-        identity: The arguments that decide the result.
+        identity: The arguments that decide the result, apart from the time.
+        began: `time.perf_counter()` at the start of the command; now if not given.
 
     Raises:
         ValueError: If the folder holds a fit with other arguments.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], began: float | None = None) -> None:
         self.folder, self.path = folder, folder / STATE
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() if began is None else began
         self.values: dict[str, Any] = {"identity": identity, "seconds": 0.0}
         if self.path.is_file():
             self.values = json.loads(self.path.read_text(encoding="utf-8"))
@@ -56,6 +59,11 @@ class FitState:
     def put(self, **values: Any) -> None:
         """Add values, and write all of them."""
         self.values.update(values)
+        self.write()
+
+    def reopen(self) -> None:
+        """Continue a finished fit: forget the race, and keep what more time does not change."""
+        self.values = {name: value for name, value in self.values.items() if name in KEPT}
         self.write()
 
     def write(self) -> None:

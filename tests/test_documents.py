@@ -19,7 +19,7 @@ from tiny_run import colored_images
 from typer.testing import CliRunner
 
 import hf_vit
-from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForSemanticSegmentation, HFViTImageProcessor
 from hf_vit.checkpoints.export import export_checkpoint
 from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
@@ -66,6 +66,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         HFViTForImageClassification(config).save_pretrained(folder / name)
         HFViTImageProcessor.from_preset("original", image_size).save_pretrained(folder / name)
     export_checkpoint(str(folder / "vit-b16"), folder / "ViT-B_16.npz", "npz")
+    for name in ("scenes", "test_scenes", "new_scenes"):
+        for number in range(8):
+            for kind, color in (("images", (255, 255 * (number % 2), 0)), ("masks", number % 2)):
+                (folder / name / kind).mkdir(parents=True, exist_ok=True)
+                mode = "RGB" if kind == "images" else "L"
+                Image.new(mode, (40, 30), color).save(folder / name / kind / f"{number}.png")
+    config = HFViTConfig(**size, image_size=32, patch_size=8)
+    HFViTForSemanticSegmentation(config).save_pretrained(folder / "my-segmenter")
+    HFViTImageProcessor.from_preset("original", 32).save_pretrained(folder / "my-segmenter")
     stock: dict[str, Any] = {
         "google/vit-base-patch16-224": (transformers.ViTConfig, transformers.ViTForImageClassification),
         "facebook/deit-base-distilled-patch16-224": (
@@ -97,9 +106,7 @@ def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
 # ------------------------------------------------------------------------------------------------------- commands
 
 # Appended to the options of a run, so that it takes a second.
-SMALL = shlex.split(
-    "--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data my_pictures/"
-)
+SMALL = shlex.split("--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data")
 # Commands and options that are only parsed here: other tests run them.
 READ_ONLY = ("quickstart", "benchmark", "demo")
 ELSEWHERE = (" --quick ", " --engine ray ", " --names")  # the last: tests/test_family_names.py
@@ -129,7 +136,8 @@ def test_commands_of_a_page_work(
         if name == "fit":
             arguments += ["--minutes", "0", "--output-dir", str(tmp_path / f"fitted-{number}")]
         if name == "train":
-            arguments += [*SMALL, "--output-dir", str(tmp_path / f"trained-{number}")]
+            data = "scenes/" if "segmentation" in command else "my_pictures/"
+            arguments += [*SMALL, data, "--output-dir", str(tmp_path / f"trained-{number}")]
         ended = CliRunner().invoke(app, [name, *arguments])
         assert ended.exit_code == 0, f"{command}\n{ended.output}"
         if file:

@@ -138,7 +138,7 @@ def predict(
     On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     check_exist(words, model)
-    if output is not None:
+    if output is not None and output.suffix:  # a folder is for masks
         check_output(output, features)
     from ..data.sources import Sources
     from ..prediction.shards import Settings

@@ -15,7 +15,8 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
-from ..model.losses_hf_vit import pixel_losses, resize_logits
+from ..model.image_geometry_hf_vit import resize_logits
+from ..model.losses_hf_vit import pixel_losses
 from ..system.transfers import HostCopies
 from .labels import kind_of
 from .results import ImageResults, LabelResults, MaskResults, Results, TargetResults

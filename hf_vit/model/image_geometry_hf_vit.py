@@ -110,3 +110,8 @@ def cut_into_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cut an image `[C, H, W]` into patches `[rows, C, ph, pw]`, in the order of the model's `patchify`."""
     cut = image.unflatten(2, (-1, patch_size[1])).unflatten(1, (-1, patch_size[0]))  # [C, h, ph, w, pw]
     return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize logits `[B, num_labels, h, w]` to pixels `[B, num_labels, H, W]`, bilinearly in float32."""
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)

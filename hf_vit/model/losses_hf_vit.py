@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_hf_vit import HFViTConfig
+from .image_geometry_hf_vit import resize_logits
 
 ACTIVATIONS = {
     "single_label_classification": "softmax",
@@ -119,11 +120,6 @@ def _check_soft_labels(labels: Tensor, config: HFViTConfig) -> None:
             "Labels [batch, num_labels] are soft labels by default, but their rows do not sum to one: for several "
             "labels per image, set problem_type='multi_label_classification' in the config."
         )
-
-
-def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize logits `[B, num_labels, h, w]` to pixels `[B, num_labels, H, W]`, bilinearly in float32."""
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
 def pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

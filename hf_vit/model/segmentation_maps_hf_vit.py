@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
 from .image_conversion_hf_vit import arranged, flatten_images, tensor_of_array
-from .image_geometry_hf_vit import size_of
+from .image_geometry_hf_vit import resize_logits, size_of
 from .image_reading_hf_vit import read_image, upright
-from .losses_hf_vit import resize_logits
 
 IGNORED = 255
 

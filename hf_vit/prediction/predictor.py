@@ -21,9 +21,9 @@ from ..checkpoints.models import load
 from ..data.images import normalize, preprocess, read_stored
 from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
-from ..model.image_geometry_hf_vit import size_of
+from ..model.image_geometry_hf_vit import resize_logits, size_of
 from ..model.image_reading_hf_vit import LeastSize, read_image, upright
-from ..model.losses_hf_vit import activation_of, resize_logits
+from ..model.losses_hf_vit import activation_of
 from ..system.transfers import HostCopies, has_own_memory
 
 if TYPE_CHECKING:

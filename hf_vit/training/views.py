@@ -18,7 +18,7 @@ from ..evaluation.flops import count_parameters
 from ..evaluation.mistakes import write_mistakes
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
-from ..model.losses_hf_vit import resize_logits
+from ..model.image_geometry_hf_vit import resize_logits
 from ..system.machine import device_name, precision_name
 from ..system.texts import counted, fenced, hanging, markdown, one_line, shell_word
 from ..variants import is_from_scratch

@@ -326,6 +326,7 @@ def test_masked_patches_and_a_probe(photos: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ estimated
 
 
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="earlier versions of torch count other operations")
 @pytest.mark.parametrize(
     ("name", "images", "shares"),
     [

@@ -57,7 +57,11 @@ for command in (
 ):
     app.command(cls=Command)(clear_endings()(command))
 
-of_data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare data sets.")
+of_data = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Prepare data sets.\n\nExample: hf-vit data pack photos/ photos-256 --shorter-side 256",
+)
 of_data.command(cls=Command)(clear_endings()(data.pack))
 of_data.callback()(lambda: None)  # otherwise a group of one command is that command
 app.add_typer(of_data, name="data")

@@ -106,17 +106,7 @@ def evaluate_checkpoint(
     # Tokens are merged within the layers, which the optimized model does not have.
     model = model.to(DTYPES[precision]) if merged_per_layer else optimize_for_inference(model, precision)
     run = _Run(model, processor, data, classes, accelerator, batch_size, num_workers)
-    features: dict[str, Any] = {}
-    results = None
-    if probes:
-        *features["train"], _ = run.features(data.train)
-        began = time.perf_counter()
-        *features["test"], broken = run.features(data.evaluation)
-    if classes is not None:
-        began = time.perf_counter()
-        results = run.results(is_stateless=not merged_per_layer)
-        broken = results.broken
-    seconds = time.perf_counter() - began
+    features, results, broken, seconds = run.measure(bool(probes), is_stateless=not merged_per_layer)
     speed, merged = run.speed(merged_per_layer) if merged_per_layer else ({}, {})
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -211,6 +201,21 @@ class _Run:
         to_model, pooled = partial(normalize, processor=self.processor), self.model.base_model.pooler
         forward = self.with_bar(forward_in_turn, split, "Features")
         return extract_features(self.model, self.loader(split), self.accelerator, to_model, pooled, forward)
+
+    def measure(self, has_probes: bool, is_stateless: bool) -> tuple[dict[str, Any], Results | None, list[str], float]:
+        """Return features and labels by split for probes, the results of a classifier, broken images, and seconds."""
+        features: dict[str, Any] = {}
+        results, broken = None, list[str]()
+        began = time.perf_counter()
+        if has_probes:
+            *features["train"], _ = self.features(self.data.train)
+            began = time.perf_counter()
+            *features["test"], broken = self.features(self.data.evaluation)
+        if self.classes is not None:
+            began = time.perf_counter()
+            results = self.results(is_stateless)
+            broken = results.broken
+        return features, results, broken, time.perf_counter() - began
 
     def results(self, is_stateless: bool) -> Results:
         """Return the results on the evaluation split; CPU cores may share a stateless model."""

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-WITH_FEATURES = (".jsonl", ".parquet")
-FORMATS = (".csv", ".tsv", *WITH_FEATURES)
+WITH_FEATURES = (".parquet", ".jsonl")
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def check_output(output: Path, has_features: bool) -> None:

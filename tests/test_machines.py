@@ -117,6 +117,7 @@ def on_one_machine(config: TrainConfig) -> None:
     ends(start_all(config, output, 2), output)
 
 
+@pytest.mark.full
 def test_two_machines_give_the_run_of_one_also_over_a_slow_cable(
     machines: list[Machine], photos: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_machine_that_dies_ends_the_run_which_resumes_on_one(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_a_full_disk_of_the_first_machine_ends_both(machines: list[Machine], photos: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

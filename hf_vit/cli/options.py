@@ -33,7 +33,6 @@ ALIASES = {
     "--mixed-precision": "--precision",
     "--save-steps": "--save-every",
     "--logging-steps": "--log-every",
-    "--tiny": "--quick",
 }
 SPLITS = "put both folders into one, as photos/train and photos/val, and give that one: hf-vit train photos/"
 ONE_DEVICE = (

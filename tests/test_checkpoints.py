@@ -311,7 +311,7 @@ def test_an_index_of_other_files_is_refused(kinds: dict[str, Kind], index: Any, 
         ("transformers", {"intermediate_size": 32}, "'vit.encoder.layer.0.intermediate.dense.weight' [64, 32]"),
         ("transformers", {"image_size": 64}, "'vit.embeddings.position_embeddings' [1, 17, 32]"),
         ("transformers", {"id2label": {"0": "a"}}, "'classifier.weight' [5, 32]"),
-        ("transformers", {"model_type": "bert"}, "not a Vision Transformer of a known family"),
+        ("transformers", {"model_type": "bert"}, "states a model of type 'bert', which is not supported"),
         ("transformers", {"model_type": ["vit"]}, "not as expected"),
         ("timm", {"model_args": 3}, "not as expected"),
         ("timm", {"model_args": {"num_heads": 5}}, "5 heads do not divide a width of 32"),
@@ -348,7 +348,7 @@ def test_convert_writes_a_folder_that_transformers_reads(kind: Kind, name: str, 
     assert said["family"] == {"timm, bare": "timm", "google": "google npz"}.get(name, name)
     assert said["variant"] == "of no standard size"
     assert (said["image size"], said["pooling"], said["labels"]) == ("32x32", "cls", "5")
-    assert said["heads"].startswith(f"{model.config.num_attention_heads} of ")
+    assert said["heads"].startswith(f"{model.config.num_attention_heads}, width ")
     assert f"{number:,}" in said["parameters"]
     pixels = Golden("google_token_pre_logits").runs[0][1] if name == "google" else torch.randn(2, 3, 32, 32)
     with torch.no_grad():

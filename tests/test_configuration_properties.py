@@ -93,6 +93,8 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "target_mean": st.none() | st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=2),
     "target_scale": st.none() | st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=2),
     "mim_objective": st.sampled_from(MIM_OBJECTIVES),
+    "patch_subdivision": few(4),
+    "semantic_loss_ignore_index": st.integers(-100, 255),
     "apply_layernorm": flags,
     "reshape_hidden_states": flags,
     "out_features": st.none() | st.lists(st.sampled_from(["stem", "stage1", "stage2"]), max_size=2),

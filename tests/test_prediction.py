@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_vit import HFViTForImageClassification, HFViTImageProcessor, HFViTModel
 from hf_vit.cli.main import app
 from hf_vit.data.sources import files_of
-from hf_vit.prediction.predictor import Predictor, answers_of
+from hf_vit.prediction.predictor import Prediction, Predictor, answers_of
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_images_may_keep_their_aspect(folder, classifier):
     processor.size, files = {"shortest_edge": 16}, [folder / "00.jpg", folder / "03.jpg", folder / "00.jpg"]
     predictor = Predictor.from_pretrained(classifier, "fp32")
     predictor.processor = processor
-    shapes = {tuple(predictor._pixels(file).shape) for file in files}
+    shapes = {tuple(predictor._pixels(Prediction(file)).shape) for file in files}
     assert len(shapes) == 2
     predictor.model = lambda pixels: SimpleNamespace(logits=pixels.mean(dim=(1, 2, 3))[:, None].expand(-1, 5))
     assert [len(prediction.labels) for prediction in predictor(files)] == [5, 5, 5]

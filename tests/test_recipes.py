@@ -372,8 +372,9 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         ("cache: disk", "cache must be one of none, ram, device, got 'disk'"),
         ("precision: int8", "precision must be one of auto, fp32, bf16, fp16, got 'int8'"),
         (
-            "task: segmentation",
-            "task must be one of classification, multi_label, regression, masked_patches, got 'segmentation'",
+            "task: detection",
+            "task must be one of classification, multi_label, regression, segmentation, masked_patches, got "
+            "'detection'",
         ),
         (
             "{loss: binary_cross_entropy, label_smoothing: 0.1}",

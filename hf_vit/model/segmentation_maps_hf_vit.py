@@ -118,21 +118,32 @@ class HFViTSegmentationMaps:
         return size_of(arranged(image, None))
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | Tensor | None = None
-    ) -> list[Tensor]:
+        self,
+        outputs: Any,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Any]:
         """Return the predicted class of every pixel, int64 `[H, W]` for each image.
 
         Args:
             outputs: Output of a model, with `logits` `[B, num_labels, h, w]`.
             target_sizes: (height, width) of each image, to which logits are resized; by default maps have the size of
                 the logits.
+            return_segmentation_scores: Whether to return `segmentation`, the classes, and `segmentation_scores`, the
+                logits `[num_labels, H, W]`, for each image.
 
         Raises:
             ValueError: If the numbers of sizes and images differ, or the processor crops images.
         """
         logits = outputs.logits
-        if target_sizes is None:
-            return list(logits.argmax(dim=1))
+        scores = list(logits) if target_sizes is None else self._resized_scores(logits, target_sizes)
+        maps = [each.argmax(dim=0) for each in scores]
+        if not return_segmentation_scores:
+            return maps
+        pairs = zip(maps, scores, strict=True)
+        return [BatchFeature({"segmentation": classes, "segmentation_scores": each}) for classes, each in pairs]
+
+    def _resized_scores(self, logits: Tensor, target_sizes: Sequence[tuple[int, int]] | Tensor) -> list[Tensor]:
         if self.crop_pct is not None or self.do_center_crop:
             raise ValueError(
                 "The image processor crops images, so maps do not cover the target sizes: set crop_pct=None and "
@@ -141,10 +152,7 @@ class HFViTSegmentationMaps:
         sizes = target_sizes.tolist() if isinstance(target_sizes, Tensor) else target_sizes
         if len(sizes) != len(logits):
             raise ValueError(f"Expected a target size for each of {len(logits)} images, got {len(sizes)}.")
-        return [
-            resize_logits(each[None], (size[0], size[1]))[0].argmax(dim=0)
-            for each, size in zip(logits, sizes, strict=True)
-        ]
+        return [resize_logits(each[None], (size[0], size[1]))[0] for each, size in zip(logits, sizes, strict=True)]
 
 
 def _single_maps(maps: Any) -> Iterator[Any]:

@@ -6,7 +6,11 @@ from unittest import mock
 
 import pytest
 from stand_ins import BACKENDS
-from transformers_tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
+from transformers_tests.test_image_processing_common import (
+    ImageProcessingTester,
+    ImageProcessingTestMixin,
+    PostProcessSemanticSegmentationTestMixin,
+)
 
 import hf_vit
 
@@ -18,6 +22,7 @@ class HFViTImageProcessingTester(ImageProcessingTester):
     """The sizes of the pictures that the mixin makes up, and a processor other than the default one."""
 
     batch_size = 7
+    num_labels = 5
     num_channels = 3
     min_resolution = 30
     max_resolution = 400
@@ -36,7 +41,7 @@ class HFViTImageProcessingTester(ImageProcessingTester):
         }
 
 
-class HFViTImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
+class HFViTImageProcessingTest(PostProcessSemanticSegmentationTestMixin, ImageProcessingTestMixin, unittest.TestCase):
     image_processing_classes = {backend: getattr(hf_vit, name) for backend, name in BACKENDS.items()}
     test_cast_dtype = True
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import family
 import numpy as np
 import pytest
 import timm
@@ -29,15 +30,7 @@ from hf_vit.checkpoints.families import google_out, timm_out
 from hf_vit.cli.main import app
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": 5,
-}
+TINY = {**family.TINY, "num_labels": 5}
 # What each target has a word for beside the architecture, so that a config can come back equal.
 OF_A_TARGET: dict[str, dict[str, Any]] = {
     "transformers": {"position_interpolation": "bicubic"},

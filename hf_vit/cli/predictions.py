@@ -249,8 +249,9 @@ def benchmark(
     Compares with timm, transformers, vit-pytorch and others, with the same weights and inputs. Every variant runs in a
     separate process, and they take turns. A speedup is printed only if it exceeds the measurement noise.
 
-    gpu checks the GPU of this machine instead: whether models compute what they compute on a CPU, waits of the CPU for
-    it, exact resume, two processes, and the speed of ViT-S to ViT-H beside timm. It exits with 1 if a check fails.
+    gpu checks the GPU of this machine instead: whether outputs match those of a CPU, how often the CPU waits for the
+    GPU, exact resume, two processes on one GPU, and the speed of ViT-S to ViT-H beside timm. It exits with 1 if a
+    check fails.
 
     Example: hf-vit benchmark inference --models B/16 --batch-size 16
     """

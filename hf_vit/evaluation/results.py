@@ -14,8 +14,19 @@ from torch import Tensor
 DENSE_CLASSES = 1000
 
 
+class _Indexed:
+    """Results in the order of the data; without an index, they are of all images."""
+
+    labels: Tensor
+    index: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.index) != len(self.labels):
+            self.index = torch.arange(len(self.labels))
+
+
 @dataclass
-class ImageResults:
+class ImageResults(_Indexed):
     """Results of a classifier per image, 1-D, in the order of the data, on the CPU.
 
     Attributes:
@@ -38,10 +49,6 @@ class ImageResults:
     num_labels: int
     broken: list[str] = field(default_factory=list)
     index: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        if len(self.index) != len(self.labels):
-            self.index = torch.arange(len(self.labels))
 
     def metrics(self) -> dict[str, float]:
         """Return accuracies and F1 in [0, 1], the mean loss, the calibration error, and the number of images.
@@ -114,7 +121,7 @@ class ImageResults:
 
 
 @dataclass
-class LabelResults:
+class LabelResults(_Indexed):
     """Results of a classifier with several labels per image, in the order of the data, on the CPU.
 
     Attributes:
@@ -131,10 +138,6 @@ class LabelResults:
     thresholds: Sequence[float] | None = None
     broken: list[str] = field(default_factory=list)
     index: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        if len(self.index) != len(self.labels):
-            self.index = torch.arange(len(self.labels))
 
     @property
     def predicted(self) -> Tensor:
@@ -213,7 +216,7 @@ class LabelResults:
 
 
 @dataclass
-class TargetResults:
+class TargetResults(_Indexed):
     """Results of a regression, in the order of the data, on the CPU.
 
     Attributes:
@@ -230,9 +233,8 @@ class TargetResults:
     index: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.labels = self.labels.reshape(self.predicted.shape)
-        if len(self.index) != len(self.labels):
-            self.index = torch.arange(len(self.labels))
 
     def metrics(self) -> dict[str, float]:
         """Return the means over targets of R^2, mean absolute error and root mean squared error, loss and count.
@@ -269,7 +271,7 @@ class TargetResults:
 
 
 @dataclass
-class MaskResults:
+class MaskResults(_Indexed):
     """Results of semantic segmentation per image, in the order of the data, on the CPU. Ignored pixels do not count.
 
     Attributes:
@@ -285,10 +287,6 @@ class MaskResults:
     losses: Tensor
     broken: list[str] = field(default_factory=list)
     index: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        if len(self.index) != len(self.labels):
-            self.index = torch.arange(len(self.labels))
 
     def metrics(self) -> dict[str, float]:
         """Return the mean intersection over union, the share of correct pixels, the mean loss, and the image count.

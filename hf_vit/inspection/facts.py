@@ -64,10 +64,10 @@ def _preprocessing(processor: HFViTImageProcessorPil) -> str:
     steps = []
     if processor.do_resize:
         share = processor.crop_pct
-        kept = "" if share is None else f", center {share:.4g}"
+        kept = "" if share is None else f", center crop {share:.4g}"
         steps.append(f"{Image.Resampling(processor.resample).name.lower()} to {_pixels(processor.size)}{kept}")
     if processor.do_center_crop:
-        steps.append(f"center {_pixels(processor.crop_size)}")
+        steps.append(f"center crop {_pixels(processor.crop_size)}")
     if processor.do_normalize:
         mean, std = (_numbers(values) for values in (processor.image_mean, processor.image_std))
         steps.append(f"mean {mean}, std {std}")

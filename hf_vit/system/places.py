@@ -26,15 +26,21 @@ def is_path(name: str) -> bool:
     return is_nested or name.startswith((".", "/", "~")) or PurePath(name).suffix.lower() in OF_FILES
 
 
-def missing(name: str) -> str:
-    """Return a sentence that there is no such file or folder, with the most similar name beside it."""
+def similar(name: str) -> PurePath | None:
+    """Return the file or folder beside a missing one whose name is most similar; `None` if none is similar."""
     path = PurePath(name)
     try:
         beside = os.listdir(os.path.expanduser(path.parent))
     except OSError:
         beside = []
     near = nearest(path.name, beside)
-    return f"No such file or folder: {name}" + (f" (did you mean {path.parent / near}?)" if near else "")
+    return path.parent / near if near else None
+
+
+def missing(name: str) -> str:
+    """Return a sentence that there is no such file or folder, with the most similar name beside it."""
+    near = similar(name)
+    return f"No such file or folder: {name}" + (f" (did you mean {near}?)" if near else "")
 
 
 def check_exist(names: Iterable[str | None], model: str | None = None) -> None:
@@ -50,7 +56,7 @@ def check_exist(names: Iterable[str | None], model: str | None = None) -> None:
     for name in filter(None, (*names, model)):
         if glob.has_magic(name) or os.path.exists(os.path.expanduser(name)):
             continue
-        is_misspelled = name == model and "/" not in name and "did you mean" in missing(name)
+        is_misspelled = name == model and "/" not in name and similar(name) is not None
         if is_misspelled or is_path(name):
             raise ValueError(f"{missing(name)}.")
 

@@ -370,8 +370,8 @@ def summary_of_run(run: Any) -> list[str]:
     }
     if run.data.train_length < FEW_IMAGES and run.task.needs_labels and is_from_scratch(config.model):
         rows["Note"] = (
-            "These are few images to train from scratch: fine-tuning a checkpoint, such as "
-            "--model facebook/dinov2-small, is usually much better."
+            f"{counted(run.data.train_length, 'image')} are few for training from scratch. Fine-tuning a checkpoint "
+            "usually works much better, for example with --model facebook/dinov2-small."
         )
     elif run.plan.total_steps < FEW_STEPS and run.task.needs_labels:
         rows["Note"] = "With so few steps, hf-vit fit usually gives a better model."

@@ -103,6 +103,10 @@ class Entrants:
         """Return the batch size: small for few images, so that an epoch has several steps."""
         return max(1, min(32 if images >= 256 else 16, images))
 
+    def steps_per_epoch(self, images: int) -> int:
+        """Return the number of steps of an epoch."""
+        return max(1, images // self.batch_size(images))
+
     def recipe(self, candidate: Candidate, start: Path, images: int, steps: int, output_dir: Path) -> TrainConfig:
         """Return the recipe of a candidate, which starts from the model in `start`."""
         fields = {**self.fields, "task": self.problem.task, "trained": candidate.trained}
@@ -270,7 +274,7 @@ def race(
             yield step
 
     racing = candidates[: budget.candidates]
-    epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
+    epoch = entrants.steps_per_epoch(len(trained))
     then = f", then {budget.steps[1]} for the best {FINALISTS}" if len(budget.steps) > 1 else ""
     titles = ", ".join(candidate.title for candidate in racing)
     plan_of_race = f"Trying {titles}: {budget.steps[0]} steps each ({budget.steps[0] / epoch:.1f} epochs){then}."
@@ -312,7 +316,7 @@ def _budget(
     """Measure the speed of training unless it is known, and return the plan as plain values."""
     if seconds() < 10:
         return {"why": f"only {max(0.0, seconds()):.0f} s are left of the given minutes"}
-    epoch = max(1, len(trained) // entrants.batch_size(len(trained)))
+    epoch = entrants.steps_per_epoch(len(trained))
     speed: dict[str, float] = entrants.state.values.get("speed") or {}
     if not speed:
         measured = _speed(entrants, start, trained, rows, seconds, candidates[0], epoch, say)

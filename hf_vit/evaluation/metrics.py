@@ -235,8 +235,9 @@ def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 def _of_pixels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     """Return numbers of pixels by label, by prediction, and where both agree, `[B, num_labels]`, and summed losses."""
+    logits = resize_logits(logits, (labels.shape[1], labels.shape[2]))
     losses, is_known = pixel_losses(logits, labels, ignore_index)
-    predicted, number = resize_logits(logits, (labels.shape[1], labels.shape[2])).argmax(dim=1), logits.shape[1]
+    predicted, number = logits.argmax(dim=1), logits.shape[1]
 
     def counts(classes: Tensor, is_counted: Tensor) -> Tensor:
         # Pixels that do not count are those of one more class.

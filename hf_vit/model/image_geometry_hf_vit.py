@@ -114,4 +114,7 @@ def cut_into_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize logits `[B, num_labels, h, w]` to pixels `[B, num_labels, H, W]`, bilinearly in float32."""
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    logits = logits.float()
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

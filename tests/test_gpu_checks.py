@@ -174,7 +174,7 @@ def test_the_command_needs_a_gpu_and_no_other_suite(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_all_checks_run_at_tiny_sizes(tmp_path: Path) -> None:
-    result = runner.invoke(app, ["benchmark", "gpu", "--tiny", "--output-dir", str(tmp_path)])
+    result = runner.invoke(app, ["benchmark", "gpu", "--quick", "--output-dir", str(tmp_path)])
     [path] = tmp_path.glob("*-gpu.json")
     rows = json.loads(path.read_text())["rows"]
     assert result.exit_code == 0, [row for row in rows if row["verdict"] == FAILED]

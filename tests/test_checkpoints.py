@@ -747,7 +747,7 @@ def peak(home: Path, *arguments: object) -> int:
     return int(python(PEAK, *arguments, home=home, has_package=True).stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_converting_needs_a_part_of_the_file_in_memory(kinds: dict[str, Kind], tmp_path: Path) -> None:
     tiny = kinds["google"].write(kinds["google"].state, tmp_path / "tiny")
     least = peak(tmp_path / "home", "inspect", tiny)

@@ -447,7 +447,7 @@ def test_the_model_to_begin_from_is_not_written_over(photos: Path, tmp_path: Pat
         rehearse(tiny_recipe(photos, tmp_path / "run", model=str(tmp_path / "run")))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_processes_tell_of_the_whole_run(photos: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(tiny_recipe(photos, tmp_path / "run", accumulation_steps=2, num_workers=1).to_yaml())

@@ -301,7 +301,7 @@ def test_a_killed_process_that_loads_is_named(model: Path, photos: Path, monkeyp
     assert "Error: A data loading process was killed (DataLoader worker (pid" in output
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_measure_as_one(model: Path, photos: Path, tmp_path: Path) -> None:
     launchers = {"one": (), "two": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")}
     measured = {}

@@ -184,7 +184,9 @@ print("equal", type(model).__name__)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "name"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDP")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param("ddp", "DistributedDataParallel", marks=pytest.mark.full), ("fsdp", "FSDP")]
+)
 def test_wrapped_models_on_two_processes_answer_as_one(kind: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(IN_A_PROCESS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -241,7 +241,7 @@ def test_what_is_no_number_differs_most() -> None:
     assert graphs.largest_difference(answer, model, processor) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_weights_beyond_the_limit_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds, "MOST_BYTES_INSIDE", 1000)
     source, out = save(tmp_path / "ours"), tmp_path / "model.onnx"

@@ -351,6 +351,7 @@ def launched(config: TrainConfig, tmp_path: Path, name: str, *launcher: str) -> 
     )
 
 
+@pytest.mark.full
 def test_two_machines_are_as_two_processes(photos: Path, tmp_path: Path) -> None:
     fields = {"model_config": WITHOUT_DROPOUT}
     finish(tiny_recipe(photos, tmp_path / "one-machine", **fields), 2)

@@ -261,11 +261,11 @@ COMMAND = [
 ]
 
 
-# Two of them by default: one that compares architectures, and one that trains in two stages.
+# By default the one that trains in two stages.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.full] * (name not in ("data-size", "pretraining"))) for name in STUDIES],
+    [pytest.param(name, marks=[pytest.mark.full] * (name != "pretraining")) for name in STUDIES],
 )
 def test_every_study_is_run_from_its_command(name: str, tmp_path: Path) -> None:
     """All cells of one seed, in steps that take no time; the same command then only draws, from the results alone."""
@@ -297,8 +297,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return read_rows(folder / "results.jsonl")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGKILL])
+@pytest.mark.full
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_a_study_that_is_stopped_goes_on(tmp_path: Path, whole: list[dict[str, Any]], signum: int) -> None:
     """No process stays behind, no result is lost or doubled, and the end is that of a study that was not stopped."""
     command = [*COMMAND, "--output-dir", str(tmp_path / "stopped")]

@@ -128,7 +128,7 @@ def fit_with_a_race(
 ) -> Any:
     """Fit with a race of a few steps, whose best candidate is chosen."""
     patch.setattr(race_module, "_budget", lambda *arguments: {"candidates": len(methods), **budget})
-    patch.setattr(race_module, "beats", lambda *arguments: (True, "is better"))
+    patch.setattr(race_module, "beats", lambda *arguments, **options: (True, "is better"))
     candidates = [Candidate(method, 1e-3) for method in methods]
     return fit(
         str(photos), output_dir=folder, candidates=candidates, say=lambda line: None, **{**options, "minutes": 9}

@@ -16,6 +16,7 @@ from torch import Tensor
 import hf_vit
 from hf_vit.data.audit import audit, content_digest, stored_bytes
 from hf_vit.data.labelled import ImageData
+from hf_vit.evaluation.calibration import interval_for
 from hf_vit.model.modeling_hf_vit import HFViTDistilledClassifier
 from hf_vit.training.fitting.calibration import expected_score, wilson
 from hf_vit.training.fitting.embedding import Encoder, embed, logits_of
@@ -261,6 +262,29 @@ def test_the_better_score_is_chosen(hits: list[bool], is_better: bool, words: st
     targets, probe = torch.zeros(40, dtype=torch.int64), predictions([True] * 30 + [False] * 10)
     found, why = beats(SingleLabel(2), predictions(hits), probe, targets)
     assert found == is_better and words in why
+
+
+def test_a_model_that_is_not_trained_on_all_images_must_be_significantly_better() -> None:
+    """As in a fit to 64 images: 12 of 13 right against 9 of 13."""
+    targets, probe = torch.zeros(13, dtype=torch.int64), predictions([True] * 9 + [False] * 4)
+    better = predictions([True] * 12 + [False])
+    assert beats(SingleLabel(2), better, probe, targets)[0]
+    found, why = beats(SingleLabel(2), better, probe, targets, is_final=True)
+    assert not found and why.endswith(
+        "so the probe is kept, which is trained on all images (the difference is not significant, p = 0.062)"
+    )
+    assert beats(SingleLabel(2), predictions([True] * 13), probe, targets, is_final=True)[0]
+
+
+def test_the_interval_for_another_number_of_images() -> None:
+    problem, targets = SingleLabel(2), torch.zeros(64, dtype=torch.int64)
+    logits = predictions([True] * 52 + [False] * 12)
+    expected = {**expected_score(problem, logits, targets), "new_images": None}
+    low, high = interval_for(expected, 24)  # 16 of 24 images are right
+    assert low < 16 / 24 < expected["low"] and expected["high"] < high <= 1
+    assert interval_for(expected, 10**9) == pytest.approx((expected["low"], expected["high"]), rel=1e-6)
+    for_24 = {**expected_score(problem, logits, targets, new_images=24), "new_images": 24}
+    assert interval_for(for_24, 24) == pytest.approx((for_24["low"], for_24["high"]))
 
 
 def test_the_interval_covers_what_is_measured() -> None:

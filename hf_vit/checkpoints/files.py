@@ -150,7 +150,7 @@ def _find(name: str, hub: dict[str, Any], file: str, is_optional: bool = True) -
             return None
         reason = sentence_of(error) or one_line(str(error))
         if not Path(name).is_dir():
-            raise ValueError(f"{missing(name)}; and not read from the Hub: {reason}") from error
+            raise ValueError(f"{missing(name)}. It was not loaded from the Hub either: {reason}") from error
         raise ValueError(f"{name}: {reason}") from error
     if found and Path(name).is_dir():
         _check_inside(Path(name), Path(found))

@@ -49,7 +49,7 @@ def fit(
     Computes the features of every image once, fits a linear classifier on them, and tests whether fine-tuning is
     better. States the accuracy to expect, with an interval. The same command resumes an interrupted fit.
 
-    Example: hf-vit fit photos/ --model facebook/dinov2-small -o my-classifier
+    Example: hf-vit fit my_pictures/ --model facebook/dinov2-small -o my-classifier
     """
     check_exist([*data, model])
     limit = f" within about {minutes:g} min" if minutes else ""

@@ -143,7 +143,10 @@ def inspect(
 
     folder = output_dir or Path(folder_for(model))
     written = draw(model, folder, images or [], options, layer, form, html, echo)
-    echo(f"Wrote to {folder}: {', '.join(path.name for path in written)}")
+    names = ", ".join(path.name for path in written if path.suffix != ".html")
+    echo("\n".join(hanging("", f"Wrote to {folder}: {names}")))
+    if html:
+        echo(f"All figures on one page: {folder / 'index.html'}")
 
 
 def export(

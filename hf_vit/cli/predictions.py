@@ -173,7 +173,8 @@ def predict(
         if output is not None:
             echo(f"Wrote {output}")
         speed, broken = summary.images_per_second, len(summary.broken)
-        echo(f"{counted(summary.images, 'image')}, {speed:,.1f} images/s, {broken:,} unreadable", err=True)
+        unreadable = f", {broken:,} unreadable" if broken else ""
+        echo(f"{counted(summary.images, 'image')}, {speed:,.1f} images/s{unreadable}", err=True)
 
 
 def _print_predictions(sources: "Sources", settings: "Settings", say: Callable[[str], None]) -> "Summary":

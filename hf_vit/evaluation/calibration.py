@@ -1,12 +1,29 @@
 """Calibrate the probabilities of a classifier: Guo et al. 2017, "On Calibration of Modern Neural Networks"."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BOUNDS = (0.05, 20.0)
+
+
+def interval_for(expected: dict[str, Any], number: int) -> tuple[float, float]:
+    """Return the 95 % interval of a metric on `number` new images, from the interval of its expected value.
+
+    The variance of a mean over `number` images is added to that of the estimate.
+
+    Args:
+        expected: `score`, with `low` and `high`, measured on `images`; they are an interval for `new_images` if that
+            is not `None`.
+        number: Number of images, at least 1.
+    """
+    score, images, new = expected["score"], expected["images"], expected["new_images"]
+    wider = math.sqrt((1 + images / number) / (1 if new is None else 1 + images / new))
+    low, high = score - wider * (score - expected["low"]), score + wider * (expected["high"] - score)
+    return low if expected["low"] < 0 else max(0.0, low), min(1.0, high)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

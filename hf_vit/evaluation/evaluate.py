@@ -30,6 +30,7 @@ from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
 from ..system.progress import progress_bar
 from . import probing
+from .calibration import interval_for
 from .labels import align, contradiction, images_for_model, kind_of, labels_of
 from .metrics import Forward, evaluate_images, extract_features, forward_in_turn, forward_on_cores
 from .mistakes import write_mistakes
@@ -126,7 +127,7 @@ def evaluate_checkpoint(
         "problem_type": data.problem_type if classes is None else kind_of(checkpoint.config),
         "labels": label_names,
         "note": note,
-        "expected": _expected(source),
+        "expected": _expected(source, count),
         "assumed": checkpoint.assumed,
         **({} if results is None else _by_class(results, label_names)),
         "probes": {name: _probe(name, features, label_names) for name in probes},
@@ -277,11 +278,12 @@ def _by_class(results: Results, label_names: list[str]) -> dict[str, Any]:
     return measured
 
 
-def _expected(source: str) -> dict[str, Any] | None:
+def _expected(source: str, number: int) -> dict[str, Any] | None:
     """Return the interval of a metric that `hf_vit.fit` expects on new images, if it made the model."""
     try:
         metrics = json.loads((Path(source) / "metrics.json").read_text(encoding="utf-8"))
-        return {"metric": metrics["metric"], **{name: float(metrics["expected"][name]) for name in ("low", "high")}}
+        low, high = interval_for(metrics["expected"], max(1, number))
+        return {"metric": metrics["metric"], "low": low, "high": high}
     except (OSError, ValueError, KeyError, TypeError):  # of another library, or of a run
         return None
 

@@ -83,8 +83,10 @@ def report_lines(measured: dict[str, Any]) -> list[str]:
         where = "within" if expected["low"] <= value <= expected["high"] else "outside"
         name = METRICS[expected["metric"]][0]
         interval = " to ".join(METRICS[expected["metric"]][1].format(expected[end]) for end in ("low", "high"))
+        images = counted(measured["images"], "such image")
+        advice = "" if where == "within" else " These images probably differ from the training images."
         lines += hanging(
-            "", f"The {name} is {where} the interval that hf-vit fit expected for new images, {interval}."
+            "", f"The {name} is {where} the range that hf-vit fit expected for {images}, {interval}.{advice}"
         )
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
     lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -121,13 +121,16 @@ class FolderLock:
 @contextmanager
 def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[FolderLock]:
     """Lock a folder for this process alone; raises the errors of `FolderLock.take`."""
-    lock = FolderLock(folder)
+    lock, is_new = FolderLock(folder), not folder.exists()
     if not lock.take():
         say(without_locks(folder))
     try:
         yield lock
     finally:
         lock.release()
+        if is_new:
+            with suppress(OSError):  # nothing was written
+                folder.rmdir()
 
 
 def without_locks(folder: Path) -> str:

@@ -131,7 +131,7 @@ class OfClasses(Unlabelled):
             lines.append(f"The accuracy on {without} is unknown: there are no evaluation images of them.")
         lowest = min(row["recall"] for row in known)
         worst = [row for row in known if row["recall"] == lowest]
-        if lowest < 1:
+        if lowest < 1 and len(worst) <= max(1, len(known) // 4):  # more classes share it by chance
             images = counted(sum(row["count"] for row in worst), "image")
             lines.append(
                 f"Its worst class is {worst[0]['label']}, with an accuracy of {lowest:.1%} on {images}."

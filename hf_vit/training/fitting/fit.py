@@ -1,6 +1,7 @@
 """`fit`: from images and a number of minutes to the best classifier that they allow."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,7 @@ def fit(
                 f"{output_dir} holds the finished result of this command (--minutes {metrics['minutes']:g}).\n"
                 "To continue it, give more minutes. To start again, use --resume never."
             )
+            say("\n".join(hanging("", f"{metrics['why']}.")))
             for line in (*summary(metrics), *next_commands(output_dir)):
                 say(line)
             return TrainedModel(output_dir)
@@ -214,7 +216,7 @@ class _Fitting:
         seconds = metrics["seconds"]["total"]
         written = hanging(
             "",
-            f"Wrote the model ({metrics['method']}), its card (README.md), metrics.json, figures (PNG) and "
+            f"Wrote the model ({verdict.title}), its card (README.md), metrics.json, figures (PNG) and "
             f"mistakes.csv to {output_dir} after {seconds:.0f} s.",
         )
         for line in (*summary(metrics), *written, *next_commands(output_dir)):
@@ -236,7 +238,7 @@ class _Fitting:
 
     def embed(self) -> tuple[Embeddings, Embeddings | None]:
         """Compute all features, report what is odd, and drop unreadable images."""
-        self.say("Computing the features of all images that are not in the cache.")
+        self.say("Computing the features of all images; those in the cache are reused.")
         splits = [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
         results = [embed(self.encoder, split, self.data.columns, self.cache, _progress) for split in splits]
         train, evaluation = results[0], results[1] if len(results) > 1 else None
@@ -379,10 +381,13 @@ class _Fitting:
             self.write_probe(head.head, head.pooling, folder)
         elif not verdict.final:
             folder = self.folder / verdict.kept
-            self.say(
-                f"No time is left to train on all images: the model of the race is kept, which "
-                f"was trained on {int((head.folds != 0).sum()):,} of {len(self.labels):,}."
+            trained, total = int((head.folds != 0).sum()), len(self.labels)
+            minutes = counted(math.ceil(verdict.rows[-1]["seconds"] * total / trained / 60), "more minute")
+            sentence = (
+                f"No time is left to train on all {total:,} images: the model that was trained on {trained:,} of them "
+                f"is kept. Give {minutes} to train on all."
             )
+            self.say("\n".join(hanging("", sentence)))
         else:
             steps = self._final_steps(verdict)
             self.say(f"Training by {verdict.winner.title} on all {len(self.labels):,} images for {steps} steps.")

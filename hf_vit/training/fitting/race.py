@@ -12,7 +12,7 @@ import io
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -203,7 +203,7 @@ def _too_few_steps(least: int, step_seconds: float, overhead: float, left: float
     """Return the sentence why fine-tuning is not tried."""
     needed, left = least * step_seconds + overhead, max(0.0, left)
     minutes = counted(max(1, math.ceil((needed - left) / 60)), "more minute")
-    return f"{least} steps would take about {needed:.0f} s, and {left:.0f} s are left (it needs {minutes})"
+    return f"{least} steps would take about {needed:.0f} s, and {left:.0f} s are left. Give {minutes} to try them"
 
 
 def _fewest_steps(epoch: int) -> int:
@@ -234,6 +234,11 @@ class Verdict:
     final: int = 0
     finalists: int = 1
     kept: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the winner is, for users."""
+        return "linear probe" if self.winner is None else self.winner.title
 
 
 def race(
@@ -274,11 +279,7 @@ def race(
             yield step
 
     racing = candidates[: budget.candidates]
-    epoch = entrants.steps_per_epoch(len(trained))
-    then = f", then {budget.steps[1]} for the best {FINALISTS}" if len(budget.steps) > 1 else ""
-    titles = ", ".join(candidate.title for candidate in racing)
-    plan_of_race = f"Trying {titles}: {budget.steps[0]} steps each ({budget.steps[0] / epoch:.1f} epochs){then}."
-    say("\n".join(hanging("", plan_of_race)))
+    say("\n".join(hanging("", _description(racing, budget, entrants.batch_size(len(trained)) / len(trained)))))
     table: list[dict[str, Any]] = []
     for rung, steps in enumerate(budget.steps):
         keeps = budget.final == 0
@@ -297,11 +298,19 @@ def race(
     name = _name(best, len(budget.steps) - 1)
     tensors = state.tensors(name)
     assert tensors is not None
-    is_better, why = beats(problem, tensors["logits"], probe_logits, targets)
+    is_better, why = beats(problem, tensors["logits"], probe_logits, targets, is_final=budget.final == 0)
     score = shown(problem.metric, problem.score(tensors["logits"], targets))
     why = f"On the held-out fold, {best.title} scores {score}; {why}"
     winner = best if is_better else None
     return Verdict(winner, why, table, tensors["logits"], budget.final, len(results) + 1, name)
+
+
+def _description(racing: Sequence[Candidate], budget: Budget, epochs: float) -> str:
+    """Return a sentence about the runs of a race; a step is `epochs` epochs."""
+    titles, steps = ", ".join(candidate.title for candidate in racing), budget.steps
+    each = " each" if len(racing) > 1 else ""
+    then = f", then {steps[1]} steps for the best {FINALISTS}" if len(steps) > 1 else ""
+    return f"Trying {titles}: {steps[0]} steps{each} ({steps[0] * epochs:.1f} epochs){then}."
 
 
 def _budget(
@@ -410,23 +419,28 @@ def _run(
     return row
 
 
-def beats(problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: Tensor) -> tuple[bool, str]:
+def beats(
+    problem: SingleLabel, logits: Tensor, probe_logits: Tensor, targets: Tensor, is_final: bool = False
+) -> tuple[bool, str]:
     """Return whether predictions score better than the probe's, and a comparison.
 
-    The better score decides, since both models cost the same to use. How likely the difference is by chance is stated:
-    among the images on which only one of both is right (for several labels or numbers: the one with the smaller
+    The better score decides, since both models cost the same to use. If the model `is_final`, it was trained on fewer
+    images than the probe, so its difference must be significant. How likely a difference is by chance is stated: among
+    the images on which only one of both is right (for several labels or numbers: the one with the smaller
     error), each would win half if both were equally good. That is a sign test, here McNemar's, with the mid-p value.
     """
     gains = problem.errors(probe_logits, targets) - problem.errors(logits, targets)
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     probability = _chance_of(wins, wins + losses)
     score, of_probe = problem.score(logits, targets), problem.score(probe_logits, targets)
-    is_better = score > of_probe
+    is_better = score > of_probe and (probability < SIGNIFICANT or not is_final)
     counts = f"{counted(wins, 'image')} better and {losses} worse after fine-tuning"
+    significance = f"the difference is {'' if probability < SIGNIFICANT else 'not '}significant, p = {probability:.2g}"
     verdict = "so the probe is kept"
     if is_better:
-        significance = "significant" if probability < SIGNIFICANT else "not significant"
-        verdict = f"so fine-tuning is chosen (the difference is {significance}, p = {probability:.2g})"
+        verdict = f"so fine-tuning is chosen ({significance})"
+    elif score > of_probe:
+        verdict += f", which is trained on all images ({significance})"
     return is_better, f"the probe scores {shown(problem.metric, of_probe)}, {counts}, {verdict}"
 
 

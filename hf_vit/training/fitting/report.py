@@ -25,6 +25,7 @@ from .heads import FittedHead, SingleLabel, shown
 from .race import METHODS, Verdict
 from .state import FitState
 
+WIDE = 0.2  # an interval that says more than the metric
 TITLES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision", "r2": "R²"}
 
 
@@ -153,15 +154,16 @@ def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
 
 
 def _expectation(metrics: dict[str, Any]) -> str:
-    """Return the expected metric in a sentence."""
+    """Return the expected metric in a sentence, which states a wide interval before the metric itself."""
     metric, expected = metrics["metric"], metrics["expected"]
     score, low, high = (shown(metric, expected[name]) for name in ("score", "low", "high"))
     number = expected["new_images"]
     kind = f"prediction interval for {counted(number, 'image')}" if number else "confidence interval"
-    return (
-        f"{TITLES[metric]} to expect on new images of the same kind: {score}\n(95% {kind}: {low} to {high}, from "
-        f"{expected['source']})."
-    )
+    what = f"{TITLES[metric]} to expect on new images of the same kind"
+    if expected["high"] - expected["low"] > WIDE:
+        images = counted(expected["images"], "held-out image")
+        return f"{what}: {low} to {high}\n(95% {kind}; {score} on {images}, from {expected['source']})."
+    return f"{what}: {score}\n(95% {kind}: {low} to {high}, from {expected['source']})."
 
 
 def summary(metrics: dict[str, Any]) -> list[str]:
@@ -191,9 +193,13 @@ def _balanced(metrics: dict[str, Any]) -> list[str]:
 
 
 def _description(report: Report, metrics: dict[str, Any]) -> str:
-    how = "a linear head on the frozen encoder" if report.verdict.winner is None else "fine-tuning"
-    encoder = markdown(str(metrics["model"]))
-    return f"Fitted to {metrics['train_images']:,} images of {markdown(report.data.name)} by {how} of {encoder}."
+    encoder, data = code(str(metrics["model"])), code(report.data.name)
+    images = f"{metrics['train_images']:,} images"
+    if report.verdict.winner is None:
+        return (
+            f"A linear classifier on the features of {encoder}, which is frozen. It was fitted to {images} of {data}."
+        )
+    return f"{encoder}, fine-tuned on {images} of {data}."
 
 
 @dataclass
@@ -219,7 +225,7 @@ def _sections(report: Report, metrics: dict[str, Any], finished: Finished) -> di
     height, width = report.facts["image_size"]
     view = VIEWS[report.data.problem_type]
     limitations = [
-        f"It was fitted to images of {markdown(report.data.name)} at {height}x{width} pixels. Expect other metrics on "
+        f"It was fitted to images of {code(report.data.name)} at {height}x{width} pixels. Expect other metrics on "
         "other images.",
         *view.limitations(finished),
     ]
@@ -249,7 +255,15 @@ def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
             f"{shown(metrics['metric'], metrics['eval_' + metrics['metric']])}."
         )
     if report.problem.metric != "r2":
-        lines.append(f"Logits are divided by a temperature of {report.temperature:.3f}, fitted to the same images.")
+        lines.append(
+            f"The scores are calibrated: logits are divided by a temperature of {report.temperature:.3f}, which was "
+            "fitted to the same images."
+        )
+    if report.trained_images < len(report.head.folds):
+        lines.append(
+            f"No time was left to train on all {len(report.head.folds):,} images: the model has seen "
+            f"{report.trained_images:,} of them."
+        )
     return "\n\n".join(lines)
 
 
@@ -259,6 +273,8 @@ def _tried_section(report: Report) -> str:
     parts = [f"{markdown(report.verdict.why)}.".replace("..", ".")]
     if report.verdict.rows:
         fold = head.folds == 0
+        number = counted(int(fold.sum()), "image")
+        reliable = f" The {metric} above is from cross-validation over all images, which is more reliable."
         probe = report.problem.score(head.logits[fold], head.targets[fold])
         methods = [
             f"| method | learning rate | steps | epochs | {metric} on the held-out fold | seconds |",
@@ -272,8 +288,8 @@ def _tried_section(report: Report) -> str:
             )
         parts += [
             "\n".join(methods),
-            f"The held-out fold is one of {folds} parts of the training images. It is small, so expect the "
-            f"{metric} above, and use these numbers only to compare the methods.",
+            f"The held-out fold is one of {folds} parts of the training images, {number}. Use these numbers to "
+            f"compare the methods.{reliable if report.verdict.winner is None else ''}",
         ]
     best_first = sorted(head.tried, key=lambda row: -row["score"])
     settings = [f"| pooling | C | {metric} |", "|---|---|---|"]

@@ -7,14 +7,16 @@ The launcher decides how the work is divided: `accelerate launch` and its config
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -33,13 +35,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from ..model.modeling_hf_vit import HFViTLayer
 from ..system.locking import LONGEST_WAIT
 from ..system.machine import resolve_precision
+from ..system.transfers import copied_to_host
 from .recipe import TrainConfig
-
-COMPLETE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -160,12 +162,28 @@ class _DropPath(torch.nn.Module):
         return hidden_states * kept / self.keep
 
 
-def compile_layers(model: Any, device: torch.device) -> None:
+def compile_layers(model: Any, device: torch.device, mode: str = "default") -> None:
     """Compile the layers of a model, or a model without layers as a whole.
 
     One graph serves all layers. DDP and FSDP communicate the gradients of a layer while earlier ones compute theirs:
     those of a graph are all ready at its end.
+
+    Args:
+        model: Each forward is followed by its backward, or has none.
+        device: Device of the model.
+        mode: Mode of `torch.compile`; all but the default one replay CUDA graphs.
+
+    Raises:
+        ValueError: If the device has no CUDA graphs.
     """
+    if mode != "default":
+        if device.type != "cuda":
+            raise ValueError(
+                f"compile_mode: {mode} replays CUDA graphs, and this run is on {device.type}: set compile_mode to "
+                "default."
+            )
+        # Without this, a replay may free what the layer before has computed.
+        model.register_forward_pre_hook(lambda *given: torch.compiler.cudagraph_mark_step_begin())
     layers = getattr(getattr(model, model.base_model_prefix, model), "layers", [])
     drop_paths = [layer.drop_path for layer in layers if isinstance(layer, HFViTLayer)]
     if any(drop_path.probability for drop_path in drop_paths):
@@ -174,13 +192,22 @@ def compile_layers(model: Any, device: torch.device) -> None:
     # Dynamo looks at `.grad` of what a layer gets, which torch warns about.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for part in layers or [model]:
-        part.compile()
+        part.compile(mode=mode)
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:
     """Return a copy of all weights by their names in the unwrapped model; called by all processes together."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=COMPLETE)
-    return {name: tensor.clone() for name, tensor in weights.items()}
+    return _complete(model, partial(get_model_state_dict, model))
+
+
+def _complete(model: Any, state: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Return a copy of a complete state on the CPU of the main process, and `{}` on the others.
+
+    Shards are gathered one after the other, so that the whole state need not fit on a device.
+    """
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    whole = state(options=StateDictOptions(full_state_dict=True, cpu_offload=is_sharded))
+    return copied_to_host(whole) if PartialState().is_main_process else {}
 
 
 def load_weights(model: Any, weights: dict[str, Any]) -> None:

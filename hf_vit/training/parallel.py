@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
+    AORecipeKwargs,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
@@ -39,7 +40,7 @@ from torch.distributed.tensor import DTensor
 
 from ..model.modeling_hf_vit import HFViTLayer
 from ..system.locking import LONGEST_WAIT
-from ..system.machine import resolve_precision
+from ..system.machine import device_name, multiplies_in_8_bits, resolve_precision
 from ..system.transfers import copied_to_host
 from .recipe import TrainConfig
 
@@ -54,6 +55,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f"tracker: {config.tracker} is not installed: pip install {config.tracker}")
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
     precision = resolve_precision(config.precision)
+    in_8_bits = [_training_in_8_bits()] if precision == "fp8" else []
     sharding = _sharding(precision)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -67,6 +69,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             # Gradients are parts of DDP's buckets, not copies, which saves memory for one set of gradients.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            *in_8_bits,
         ],
     )
     if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would compute in float32
@@ -78,6 +81,28 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def _training_in_8_bits() -> AORecipeKwargs:
+    """Return how Accelerate converts linear layers to FP8, but for the first, the last, and sizes not divisible by 16.
+
+    Weights, gradients and the optimizer's state stay in float32. Each factor is scaled by its largest value.
+
+    Raises:
+        ValueError: If the device does not multiply in FP8, or torchao is not installed.
+    """
+    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    if not multiplies_in_8_bits(device):
+        raise ValueError(
+            f"precision: fp8 needs a GPU of compute capability 8.9 or later, and this run is on {device_name(device)}"
+            ": set precision to bf16."
+        )
+    if find_spec("torchao") is None:
+        raise ValueError("precision: fp8 needs torchao, which is not installed: pip install torchao")
+    from torchao.float8 import Float8LinearConfig
+
+    # Accelerate's own config gathers shards in FP8, and so makes weights that are no plain tensors in a checkpoint.
+    return AORecipeKwargs(config=Float8LinearConfig())
+
+
 def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
     """Return how a model is sharded, if the launcher asks for FSDP: by layer, unless it states another policy.
 
@@ -85,7 +110,7 @@ def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}.get(precision)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy=os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
@@ -205,9 +230,13 @@ def _complete(model: Any, state: Callable[..., dict[str, Any]]) -> dict[str, Any
 
     Shards are gathered one after the other, so that the whole state need not fit on a device.
     """
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    parameters = list(model.parameters())
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
     whole = state(options=StateDictOptions(full_state_dict=True, cpu_offload=is_sharded))
-    return copied_to_host(whole) if PartialState().is_main_process else {}
+    if not PartialState().is_main_process:
+        return {}
+    is_copied = is_sharded and parameters[0].device.type != "cpu"
+    return whole if is_copied else copied_to_host(whole)
 
 
 def load_weights(model: Any, weights: dict[str, Any]) -> None:
@@ -223,8 +252,8 @@ def load_weights_of_main(model: Any, weights: dict[str, Any]) -> None:
 
 
 def optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the complete optimizer state by parameter names; called by all processes together."""
-    return get_optimizer_state_dict(model, optimizer.optimizer, options=COMPLETE)
+    """Return a copy of the complete optimizer state by parameter names; called by all processes together."""
+    return _complete(model, partial(get_optimizer_state_dict, model, optimizer.optimizer))
 
 
 def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:

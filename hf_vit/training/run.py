@@ -197,7 +197,7 @@ class Run:
             # transformers renamed the method; the oldest version that we support has the old name only.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if config.compile:
-            compile_layers(model, accelerator.device)
+            compile_layers(model, accelerator.device, config.compile_mode)
         groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
         optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
 

@@ -22,7 +22,7 @@ RECIPES = Path(__file__).with_name("recipes")
 # Fields that may differ when a run resumes: none of them changes the weights, but for rounding.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "num_workers", "cache", "save_every", "keep_checkpoints", "tracker", "push_to_hub",
-    "push_every", "private", "auto", "keep_last", "accumulation_steps", "deterministic",
+    "push_every", "private", "auto", "keep_last", "accumulation_steps", "deterministic", "compile_mode",
 }  # fmt: skip
 # Fields that may be `auto`: they are chosen from the data, the model and the machine when a run starts.
 AUTO = (

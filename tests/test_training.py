@@ -360,9 +360,12 @@ def test_a_run_compiles_for_training_and_evaluation_alone(
     assert counter.frame_count == 2
 
 
-def test_cuda_graphs_need_a_gpu() -> None:
+def test_cuda_graphs_need_a_gpu_and_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="reduce-overhead replays CUDA graphs, and this run is on cpu: set"):
         compile_layers(torch.nn.Linear(1, 1), torch.device("cpu"), "reduce-overhead")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="reduce-overhead replays CUDA graphs, and this run uses FSDP: set"):
+        compile_layers(torch.nn.Linear(1, 1), torch.device("cuda"), "reduce-overhead")
 
 
 @pytest.mark.parametrize("name", ["kernels-community/flash-attn3", "flash_attention_3"])

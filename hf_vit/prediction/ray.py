@@ -80,17 +80,29 @@ class RayActors:
         self.settings, self.model = settings, model_digest(*load(settings.model, settings.image_size))
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
-        """Have the actors write all shards; see `predict_shards`."""
+        """Have the actors write all shards; see `predict_shards`.
+
+        Raises:
+            ChildProcessError: If an actor was lost more often than it is started again.
+        """
         import ray
+        from ray.exceptions import RayActorError, RayTaskError
         from ray.util import ActorPool
 
         pieces = [piece for job in jobs for piece in job.divide(self.division.actors)]
         # An actor that is lost starts again, and so does its job.
-        kind = ray.remote(num_gpus=int(self.device == "cuda"), max_restarts=-1, max_task_retries=-1)(Actor)
+        kind = ray.remote(num_gpus=int(self.device == "cuda"), max_restarts=3, max_task_retries=3)(Actor)
         number = min(self.division.actors, len(pieces))
         actors: list[Any] = [kind.remote(self.settings, table, self.division, os.getcwd()) for _ in range(number)]
-        if actors:
-            yield from ActorPool(actors).map_unordered(lambda actor, piece: actor.write.remote(piece), pieces)
+        try:
+            if actors:
+                yield from ActorPool(actors).map_unordered(lambda actor, piece: actor.write.remote(piece), pieces)
+        except RayTaskError as error:
+            raise error.cause from None  # without the traceback of the actor
+        except RayActorError as error:
+            raise ChildProcessError(
+                "A Ray actor died, often because memory ran out. Finished shards are kept: run the command again."
+            ) from error
 
 
 def _local_cluster(workers: int | None) -> dict[str, Any]:

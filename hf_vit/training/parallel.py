@@ -108,7 +108,7 @@ def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
 
     Layers are gathered while others compute. Gradients are summed in float32.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not _is_fsdp_wanted():
         return None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}.get(precision)
     return FullyShardedDataParallelPlugin(
@@ -119,6 +119,10 @@ def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
         # process. `accelerate launch` asks for that by default.
         cpu_ram_efficient_loading=False,
     )
+
+
+def _is_fsdp_wanted() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _tracker_folder(config: TrainConfig) -> Path:
@@ -199,13 +203,13 @@ def compile_layers(model: Any, device: torch.device, mode: str = "default") -> N
         mode: Mode of `torch.compile`; all but the default one replay CUDA graphs.
 
     Raises:
-        ValueError: If the device has no CUDA graphs.
+        ValueError: If the device has no CUDA graphs, or weights do not stay where they are.
     """
     if mode != "default":
-        if device.type != "cuda":
+        if device.type != "cuda" or _is_fsdp_wanted():
+            where = "uses FSDP" if _is_fsdp_wanted() else f"is on {device.type}"
             raise ValueError(
-                f"compile_mode: {mode} replays CUDA graphs, and this run is on {device.type}: set compile_mode to "
-                "default."
+                f"compile_mode: {mode} replays CUDA graphs, and this run {where}: set compile_mode to default."
             )
         # Without this, a replay may free what the layer before has computed.
         model.register_forward_pre_hook(lambda *given: torch.compiler.cudagraph_mark_step_begin())

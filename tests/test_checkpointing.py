@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -201,3 +203,34 @@ def test_at_least_one_is_kept(tmp_path: Path) -> None:
         two.save(step, {}, write_model)
     assert [path.name for path in one.folder.iterdir()] == ["step-00000003"]
     assert len(list(two.folder.iterdir())) == 2  # unless told
+
+
+def test_a_thread_writes_while_the_run_goes_on(checkpoints: CheckpointFolder) -> None:
+    may_write = threading.Event()
+
+    def write_late(folder: Path) -> None:
+        assert may_write.wait(10)
+        write_model(folder)
+
+    newest = checkpoints.newest(SILENT)
+    with checkpoints.waiting():
+        checkpoints.save_later(4, {"step": 4}, write_late)
+        checkpoints.raise_error()  # nothing has failed yet
+        assert checkpoints.newest(SILENT) == newest
+        may_write.set()
+    assert checkpoints.newest(SILENT) == checkpoints.folder / "step-00000004"
+
+
+def test_an_error_of_the_thread_ends_the_run(checkpoints: CheckpointFolder) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.save_later(4, {}, fail)
+    with pytest.raises(OSError, match="No space left for a checkpoint of step 4; earlier ones are intact"):
+        for _ in range(1000):
+            checkpoints.raise_error()
+            time.sleep(0.01)
+    checkpoints.save_later(5, {}, fail)
+    with pytest.raises(OSError, match="of step 5"):
+        checkpoints.save_later(6, {}, write_model)
+    checkpoints.wait()  # an error is raised once

@@ -385,6 +385,9 @@ def test_a_single_image_that_does_not_fit_is_an_error(
     out_of_memory_above(0, monkeypatch)
     with pytest.raises(ValueError, match="Memory ran out with a single image: use a smaller image_size or model"):
         train(tiny_recipe(photos, tmp_path))
+    monkeypatch.setattr("hf_vit.training.run.compile_layers", lambda *given: None)
+    with pytest.raises(ValueError, match="Memory ran out at step 1, and CUDA graphs cannot compute a batch in parts"):
+        train(tiny_recipe(photos, tmp_path, compile=True, compile_mode="reduce-overhead", resume="never"))
     with pytest.raises(RuntimeError, match="something else"):
         out = gradients.is_out_of_memory(RuntimeError("something else"))
         assert not out

@@ -8,6 +8,7 @@ import torch
 from hf_vit import HFViTForImageClassification, HFViTModel
 from hf_vit.inference import optimize as inference
 from hf_vit.inference.optimize import PackedLinear, optimize_for_inference
+from hf_vit.system.machine import multiplies_in_8_bits
 
 ARCHITECTURES = {
     "plain": {},
@@ -117,7 +118,7 @@ def test_fp8_is_for_gpus_that_have_it(monkeypatch, architecture, capability, is_
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     properties = SimpleNamespace(gcnArchName=architecture)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert inference._multiplies_in_8_bits(torch.device("cuda", 0)) == is_able
+    assert multiplies_in_8_bits(torch.device("cuda", 0)) == is_able
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

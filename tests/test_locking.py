@@ -6,20 +6,28 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from hf_vit.system import locking
 from hf_vit.system.locking import LOCK, FolderLock, alone_in, without_locks
+from hf_vit.system.presence import LONGEST_SILENCE, SignsOfLife
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Takes a lock, has a child of its own as a run has data workers, and gives it back when its input ends.
 HOLDER = """
-import os, pathlib, runpy, sys, time
-lock = runpy.run_path(sys.argv[1])["FolderLock"](pathlib.Path(sys.argv[2]), int(sys.argv[3]))
+import os, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from hf_vit.system.locking import FolderLock
+lock = FolderLock(pathlib.Path(sys.argv[2]), int(sys.argv[3]))
 assert lock.take()
 if os.fork() == 0:
     time.sleep(60)
@@ -33,7 +41,7 @@ print("released", flush=True)
 @contextmanager
 def held(folder: Path, process: int = 0) -> Iterator[Any]:
     """Have another process hold the lock."""
-    command = [sys.executable, "-c", HOLDER, locking.__file__, str(folder), str(process)]
+    command = [sys.executable, "-c", HOLDER, str(ROOT), str(folder), str(process)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
@@ -116,3 +124,31 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="file/run must be a writable folder; fix its permissions, or choose"):
         FolderLock(tmp_path / "file" / "run").take()
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_process_without_signs_of_life_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LONGEST_SILENCE, "5")
+    monkeypatch.setattr("hf_vit.system.presence.SECONDS_BETWEEN_LOOKS", 0.01)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    first, second = SignsOfLife(0, 2), SignsOfLife(1, 2)
+    assert not any(first.look() for _ in range(1000))  # it may take longer to start
+    ends = [threading.Event(), threading.Event()]
+    threads = [
+        threading.Thread(target=signs.exchange, args=(end,)) for signs, end in zip((first, second), ends, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    while not (first.looks and second.looks):
+        time.sleep(0.01)
+    ends[1].set()
+    threads[1].join()
+    monkeypatch.setattr("hf_vit.system.presence.SECONDS_BETWEEN_LOOKS", 2.0)
+    messages = [first.look() for _ in range(3)]
+    ends[0].set()
+    threads[0].join()
+    assert messages[:2] == ["", ""]
+    assert messages[2].startswith(
+        "The process of rank 1 gave no sign of life for 5 seconds: its machine or the network"
+    )

@@ -16,6 +16,7 @@ import pytest
 from process_of_a_run import ends, start_all
 from tiny_run import RECIPE, log_of, save_photos, tiny_recipe
 
+from hf_vit.system.presence import LONGEST_SILENCE
 from hf_vit.training.recipe import TrainConfig
 from hf_vit.training.run import CHECKPOINTS, LOG, METRICS
 
@@ -164,3 +165,24 @@ def test_a_full_disk_of_the_first_machine_ends_both(machines: list[Machine], pho
         subprocess.run(["umount", disk], check=True)
     assert all(code != 0 for code, _ in codes)
     assert "No space left" in codes[0][1] and "No space left" not in codes[1][1]
+
+
+@pytest.mark.full
+def test_a_cut_cable_ends_the_run_on_both_machines_and_it_resumes(
+    machines: list[Machine], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cable that is cut closes no connection, and the time-out of a collective is a day."""
+    monkeypatch.setenv(LONGEST_SILENCE, "6")
+    fields = {**FIELDS, "epochs": 12, "save_every": 4}
+    on_one_machine(tiny_recipe(photos, tmp_path / "whole", **fields))
+    config = tiny_recipe(photos, tmp_path / "parts", **fields)
+    launchers = launch(machines, config, tmp_path / "parts.yaml")
+    while not list((tmp_path / "parts" / CHECKPOINTS).glob("step-*")):
+        assert launchers[0].poll() is None, launchers[0].communicate()
+    ip("-n", machines[1].name, "link", "set", machines[1].interface, "down")
+    endings = results(launchers, seconds=60)
+    for code, printed in endings:
+        assert code != 0 and "Saved checkpoints are intact: start all processes again" in printed, printed
+    assert "gave no sign of life for 6 seconds" in endings[0][1] + endings[1][1]
+    on_one_machine(config)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -34,6 +33,7 @@ from hf_vit.prediction import predict as predicting
 from hf_vit.prediction import table as tables
 from hf_vit.prediction.predict import Summary, predict_to_file
 from hf_vit.prediction.predictor import Predictor
+from hf_vit.prediction.ray import Division
 from hf_vit.prediction.shards import Settings
 from hf_vit.prediction.table import PredictionTable
 
@@ -516,17 +516,22 @@ def test_signals_end_it(signum: int, code: int, model: str, sources: Sources, tm
 
 @pytest.mark.slow
 def test_ray_gives_the_same_table(model: str, sources: Sources, tmp_path: Path) -> None:
-    expected = predict(tmp_path / "processes.parquet", sources, settings_of(model))
-    code = "from hf_vit.cli.main import app; from hf_vit.prediction import predict; "
-    code += f"predict.BATCHES_PER_SHARD = {SHARD}; app()"
-    options = ["--features", "--top-k", "2", "--batch-size", "4", "--precision", "fp32", "--json"]
-    command = [sys.executable, "-c", code, "predict", model, *sources.words, *options]
-    done = subprocess.run(
-        [*command, "--engine", "ray", "--workers", "2", "-o", str(tmp_path / "ray.parquet")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["images"] == ROWS and tuple(said["broken"]) == BROKEN == tuple(expected.broken)
+    pytest.importorskip("ray")
+    predict(tmp_path / "processes.parquet", sources, settings_of(model))
+    work = partial(predict_to_file, tmp_path / "ray.parquet", sources, settings_of(model, workers=2), engine="ray")
+    process = start(work, tmp_path / "printed.txt", prepare_slow, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    ends([process], tmp_path / "printed.txt", seconds=300)
     assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "processes.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "expected"),
+    [
+        ([{"CPU": 8}, {"CPU": 4}], None, ("cpu", 12, 1)),
+        ([{"CPU": 8}], 3, ("cpu", 3, 1)),
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 64}, {"CPU": 6, "GPU": 1}], None, ("cuda", 5, 4)),
+        ([{"CPU": 2, "GPU": 8}], None, ("cuda", 8, 1)),
+    ],
+)
+def test_the_cores_of_a_machine_read_for_its_gpus(nodes: Any, actors: int | None, expected: tuple) -> None:
+    assert Division.of(nodes, actors) == expected

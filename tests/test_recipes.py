@@ -367,6 +367,8 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         ("model_config: cls", "model_config must be a mapping, got 'cls'"),
         ("augmentation: [rand]", "augmentation must be a string, got ['rand']"),
         ("batch_size: 0", "batch_size must be at least 1, got 0"),
+        ("compile_mode: reduce-overhead", "compile_mode is reduce-overhead, but nothing is compiled"),
+        ("compile: true\ncompile_mode: max-autotune\naccumulation_steps: 2", "set compile_mode to default"),
         ("mask_ratio: 1", "mask_ratio must be between 0 and 1, got 1.0"),
         ("ema_decay: 1", "ema_decay must be between 0 and 1, such as 0.999, got 1.0"),
         ("cache: disk", "cache must be one of none, ram, device, got 'disk'"),

@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 import hf_vit
 from hf_vit.checkpoints.models import load_classifier
 from hf_vit.data.augmentation import BatchMixer
+from hf_vit.data.images import collate, normalize
 from hf_vit.hub.folder import check_folder
 from hf_vit.training.trainer import Collator, ViTTrainer, last_complete_checkpoint
 from hf_vit.training.trainer_arguments import TrainerMachine, arguments_of, recipe_of
@@ -336,10 +337,20 @@ def test_mixed_labels_stay_one_problem(tiny_config, tmp_path: Path, accumulation
     # A head of zeros is undecided between five classes, however their labels are mixed; BCE would give log(2).
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(5), abs=1e-4)
     assert model.config.problem_type == "single_label_classification"
-    soft = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])["labels"]
+    examples = [trainer.train_dataset[index] for index in range(8)]
+    batch = trainer.data_collator(examples)
+    soft = batch["labels"]
     assert soft.shape == (8, 5) and soft.dtype == torch.float32
     torch.testing.assert_close(soft.sum(dim=1), torch.ones(8))
     assert ((soft > 0) & (soft < 1)).any()
+    # Pixels are mixed on the device, as the labels were.
+    whole = collate(examples)
+    pixel_values = normalize(whole["pixel_values"], trainer.data_collator.processor)
+    generator = torch.Generator().manual_seed(examples[0]["seed"])
+    expected = trainer.data_collator.mixer(pixel_values, whole["labels"], generator)
+    inputs = trainer._prepare_inputs(batch)
+    assert batch["pixels"].dtype == torch.uint8
+    assert torch.equal(inputs["pixel_values"], expected[0]) and torch.equal(inputs["labels"], expected[1])
 
 
 def test_evaluation_is_not_mixed(tiny_config, tmp_path: Path) -> None:
@@ -347,7 +358,7 @@ def test_evaluation_is_not_mixed(tiny_config, tmp_path: Path) -> None:
     examples = [
         {name: value for name, value in example.items() if name != "seed"} for example in trainer.train_dataset
     ]
-    batch = trainer.data_collator(examples)
+    batch = trainer._prepare_inputs(trainer.data_collator(examples))
     assert batch["labels"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     pixels = torch.stack([example["pixel_values"] for example in examples])
     expected = hf_vit.HFViTImageProcessor()(list(pixels), do_resize=False, return_tensors="pt")["pixel_values"]

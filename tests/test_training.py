@@ -4,7 +4,8 @@ import json
 import shutil
 import signal
 import unittest.mock
-from functools import partialmethod
+from dataclasses import replace
+from functools import partial, partialmethod
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from tiny_run import (
 from torch._dynamo.testing import CompileCounter
 
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
-from hf_vit.system.stopping import StopSignals
+from hf_vit.system.stopping import Interrupted, StopSignals
+from hf_vit.training import parallel
 from hf_vit.training.loop import remaining_steps, train
 from hf_vit.training.optim import Schedule
 from hf_vit.training.parallel import compile_layers
@@ -341,6 +343,73 @@ def test_one_compiled_graph_serves_all_layers() -> None:
     dropped = model.train().vit.layers[-1].drop_path(torch.ones(10_000, 1, 1))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert dropped.mean().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_run_compiles_for_training_and_evaluation_alone(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixing, dropped branches, averaged weights and the last batches compile nothing again."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=counter))
+    fields: dict[str, Any] = {"mixup": 0.5, "cutmix": 0.5, "ema_decay": 0.9, "compile": True, "eval_every": 0.5}
+    fields["model_config"] = {**RECIPE["model_config"], "num_hidden_layers": 4, "drop_path_rate": 0.3}
+    train(tiny_recipe(photos, tmp_path / "run", **fields))
+    assert counter.frame_count == 2
+
+
+def test_cuda_graphs_need_a_gpu_and_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="reduce-overhead replays CUDA graphs, and this run is on cpu: set"):
+        compile_layers(torch.nn.Linear(1, 1), torch.device("cpu"), "reduce-overhead")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="reduce-overhead replays CUDA graphs, and this run uses FSDP: set"):
+        compile_layers(torch.nn.Linear(1, 1), torch.device("cuda"), "reduce-overhead")
+
+
+@pytest.mark.parametrize("name", ["kernels-community/flash-attn3", "flash_attention_3"])
+def test_an_attention_without_its_package_is_named(name: str, photos: Path, tmp_path: Path) -> None:
+    config = tiny_recipe(photos, tmp_path / "run")
+    config = replace(config, model_config={**config.model_config, "attn_implementation": name})
+    with pytest.raises(ValueError, match=f"attn_implementation: {name} needs a package .*: pip install kernels"):
+        train(config)
+
+
+def test_fp8_without_such_hardware_or_torchao_is_an_error(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_recipe(photos, tmp_path / "run", precision="fp8")
+    with pytest.raises(ValueError, match=r"fp8 needs a GPU .*, and this run is on CPU"):
+        train(config)
+    monkeypatch.setattr(parallel, "multiplies_in_8_bits", lambda device: True)
+    monkeypatch.setattr(parallel, "find_spec", lambda package: None)
+    with pytest.raises(ValueError, match="fp8 needs torchao, which is not installed: pip install torchao"):
+        train(config)
+
+
+def test_fp8_learns_and_resumes(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the arithmetic of FP8, emulated on the CPU."""
+    float8 = pytest.importorskip("torchao.float8", reason="torchao is not installed")
+    monkeypatch.setattr(parallel, "multiplies_in_8_bits", lambda device: True)
+    monkeypatch.setattr(float8, "Float8LinearConfig", partial(float8.Float8LinearConfig, emulate=True))
+    fields: dict[str, Any] = {"log_every": 1, "epochs": 2, "ema_decay": 0.9}
+    plain, whole = (
+        train(tiny_recipe(photos, tmp_path / precision, precision=precision, **fields))
+        for precision in ("bf16", "fp8")
+    )
+    losses = [[row["loss"] for row in run.log if "loss" in row] for run in (plain, whole)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
+    converted = {name for name, part in whole.model.named_modules() if type(part).__name__ == "Float8Linear"}
+    assert "vit.layers.0.mlp.fc1" in converted and "classifier" not in converted
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            train(tiny_recipe(photos, tmp_path / "parts", precision="fp8", **fields))
+    parts = train(tiny_recipe(photos, tmp_path / "parts", precision="fp8", **fields))
+    assert_same_weights(weights(parts.model), weights(whole.model))
+    assert all(type(tensor) is torch.nn.Parameter for tensor in parts.model.parameters())
+    HFViTForImageClassification.from_pretrained(tmp_path / "fp8")
 
 
 def test_a_run_is_published_as_it_goes(photos: Path, tmp_path: Path) -> None:

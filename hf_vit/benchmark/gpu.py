@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.ao import convert_model_to_fp8_ao
 from torch import Tensor
 
 from ..evaluation.flops import count_flops
@@ -22,6 +23,7 @@ from ..inference.optimize import DTYPES, optimize_for_inference
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.modeling_hf_vit import HFViTForImageClassification
 from ..system.checks import Check, NotPossible, Outcome
+from ..system.machine import multiplies_in_8_bits
 from ..variants import config_of
 
 SMALL: dict[str, Any] = {
@@ -69,6 +71,8 @@ KINDS = {
     "training bf16": Kind("bf16", 4e-2, 2e-1),  # the gradients of a ResNet stem differ most
     "training fp16": Kind("fp16", 1e-2, 6e-2),
     "training bf16, compiled": Kind("bf16", 4e-2, 2e-1, is_compiled=True),
+    "training bf16, CUDA graphs": Kind("bf16", 4e-2, 2e-1, is_compiled=True, graphs=True),
+    "training fp8": Kind("fp8", 2e-1, 5e-1),  # not measured yet
     "inference fp32": Kind("fp32", 2e-4),
     "inference bf16": Kind("bf16", 4e-2),
     "inference fp16": Kind("fp16", 8e-3),
@@ -95,6 +99,8 @@ SIZES = {
     "L": Size("ViT-L/16", "vit_large_patch16_224", 128, 256, 0.50, 0.70),
     "H": Size("ViT-H/14", "vit_huge_patch14_224", 64, 128, 0.50, 0.70),
 }
+GRAPHS: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False}  # of torch.compile
+REPLAYED = 3  # calls: the third one replays what the second one recorded
 OVER_TIMM = 1.15
 ROUNDS = 3
 PRODUCT_SIDE = 8192
@@ -194,7 +200,7 @@ class GPUChecks:
         if kind.graphs and self.device.type != "cuda" and not self.is_tiny:
             raise NotPossible(f"the device is {self.device}, and CUDA graphs need a GPU")
         if kind.precision == "fp8":
-            if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) < (8, 9):
+            if not multiplies_in_8_bits(self.device):
                 raise NotPossible("FP8 needs a GPU of compute capability 8.9 or later")
             if find_spec("torchao") is None:
                 raise NotPossible("torchao is not installed: pip install torchao")
@@ -208,15 +214,21 @@ class GPUChecks:
         twin: Any = HFViTForImageClassification(model.config)
         twin.to(self.device)
         twin.load_state_dict(model.state_dict())
+        if kind.precision == "fp8":
+            convert_model_to_fp8_ao(twin)
         if kind.is_compiled:
-            self._compile(twin.vit.layers)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind.precision)
+            self._compile(twin.vit.layers, **GRAPHS if kind.graphs else {})
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}.get(kind.precision)
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-        # By default, convolutions in float32 use TF32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast:
-            logits = twin(pixel_values=pixel_values.to(self.device)).logits
         scale = 1024.0 if kind.precision == "fp16" else 1.0  # as a gradient scaler: fp16 has few small numbers
-        (F.cross_entropy(logits.float(), labels.to(self.device)) * scale).backward()
+        for _ in range(REPLAYED if kind.graphs else 1):
+            twin.zero_grad()
+            if kind.graphs:  # as in training
+                torch.compiler.cudagraph_mark_step_begin()
+            # By default, convolutions in float32 use TF32.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast:
+                logits = twin(pixel_values=pixel_values.to(self.device)).logits
+            (F.cross_entropy(logits.float(), labels.to(self.device)) * scale).backward()
         return logits, _gradients(twin) / scale
 
     def _inference(self, model: Any, kind: Kind, pixel_values: Tensor) -> Tensor:
@@ -225,11 +237,10 @@ class GPUChecks:
         twin.load_state_dict(model.state_dict())
         optimized = optimize_for_inference(twin, kind.precision)
         if kind.is_compiled:
-            options = {"mode": "reduce-overhead", "dynamic": False} if kind.graphs else {}
-            self._compile([optimized] if kind.graphs else optimized.layers, **options)
+            self._compile([optimized] if kind.graphs else optimized.layers, **GRAPHS if kind.graphs else {})
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pixel_values = pixel_values.to(self.device, DTYPES[kind.precision])
-            for _ in range(3 if kind.graphs else 1):  # the third call replays what the second one recorded
+            for _ in range(REPLAYED if kind.graphs else 1):
                 logits = optimized(pixel_values).logits.clone()
         return logits
 

@@ -21,7 +21,7 @@ from ..model.losses_hf_vit import scaled_logits
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTLayer, HFViTModel
 from ..model.positions_hf_vit import rotate
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
-from ..system.machine import precision_name, resolve_precision
+from ..system.machine import multiplies_in_8_bits, precision_name, resolve_precision
 
 # Dtypes of the weights; with "fp8" of everything except the matrix products.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -206,19 +206,10 @@ def optimize_for_inference(
 def multiply_in_8_bits(model: InferenceModel) -> None:
     """Convert the linear layers of the encoder to FP8; embeddings, norms, attention and head are not changed."""
     device = next(model.parameters()).device
-    if device.type != "cuda" or not _multiplies_in_8_bits(device):
+    if not multiplies_in_8_bits(device):
         raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or later, the model is on {device}: use bf16.")
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError:
         raise ValueError("fp8 needs torchao, which is not installed: pip install torchao") from None
     quantize_(model.layers, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-
-
-def _multiplies_in_8_bits(device: torch.device) -> bool:
-    """Return whether a GPU has matrix units for FP8: from Ada and Hopper, or from AMD's MI300, on."""
-    if torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= (8, 9)
-    # Capabilities of AMD's GPUs are numbers of another scale: that of an MI250, without FP8, is 9.0.
-    name = torch.cuda.get_device_properties(device).gcnArchName
-    return name.startswith(("gfx94", "gfx95", "gfx12"))

@@ -1,4 +1,4 @@
-"""`hf-vit predict --engine ray`: predict shards in Ray Data actors on a cluster.
+"""`hf-vit predict --engine ray`: predict shards in Ray actors on a cluster.
 
 Ray transfers jobs only; each actor reads the images and writes the shards. So sources and output must have the same
 paths on every node.
@@ -6,10 +6,9 @@ paths on every node.
 
 import logging
 import os
-import pickle
 import signal
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.models import load
 from ..system.extras import need
@@ -20,23 +19,40 @@ from .table import PredictionTable
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-MAX_BLOCKS = 1000  # of a Ray data set; each block goes to one actor
+
+class Division(NamedTuple):
+    """How a cluster is divided: the device and the number of actors, and the number of reading threads of each."""
+
+    device: str
+    actors: int
+    threads: int
+
+    @classmethod
+    def of(cls, nodes: Sequence[dict[str, float]], actors: int | None) -> "Division":
+        """Divide the resources of nodes: an actor for each GPU, with its share of the cores; or one for each core."""
+        with_gpus = [node for node in nodes if node.get("GPU")]
+        if not with_gpus:
+            return cls("cpu", actors or int(sum(node.get("CPU", 0) for node in nodes)), 1)
+        threads = min(int(node.get("CPU", 1) // node["GPU"]) for node in with_gpus)
+        return cls("cuda", actors or int(sum(node["GPU"] for node in with_gpus)), max(1, threads))
 
 
 class Actor:
     """A `Predictor` on a worker, and its table; paths are relative to `folder`."""
 
-    def __init__(self, settings: Settings, table: PredictionTable, device: str, folder: str) -> None:
+    def __init__(self, settings: Settings, table: PredictionTable, division: Division, folder: str) -> None:
         os.chdir(folder)
+        options = {**settings.options, "workers": division.threads}
         self.predictor = Predictor.from_pretrained(
-            settings.model, image_size=settings.image_size, device=device, **{**settings.options, "workers": 1}
+            settings.model, image_size=settings.image_size, device=division.device, **options
         )
         self.table = table
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        jobs = [pickle.loads(job) for job in batch["job"]]
-        images, broken = map(sum, zip((0, 0), *predict_shards(self.predictor, jobs, self.table), strict=True))
-        return {"images": [images], "broken": [broken]}
+    def write(self, job: ShardJob) -> tuple[int, int]:
+        """Write the shards of a job; return the numbers of images and of broken images."""
+        counts = zip((0, 0), *predict_shards(self.predictor, [job], self.table), strict=True)
+        images, broken = map(sum, counts)
+        return images, broken
 
 
 class RayActors:
@@ -53,35 +69,40 @@ class RayActors:
             raise ValueError("--engine ray starts its own workers: remove the launcher, or the option.")
         need("ray", "ray")
         import ray
-        import ray.data
 
         if not ray.is_initialized():
             handler = signal.getsignal(signal.SIGTERM)
             ray.init(**_local_cluster(settings.workers), log_to_driver=False, logging_level=logging.ERROR)
             signal.signal(signal.SIGTERM, handler)  # Ray's would end the process with its own exit code
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        resources = ray.cluster_resources()
-        self.device = "cuda" if resources.get("GPU") else "cpu"
-        self.number = settings.workers or int(resources["GPU" if self.device == "cuda" else "CPU"])
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.division = Division.of(nodes, settings.workers)
+        self.device = self.division.device
         self.settings, self.model = settings, model_digest(*load(settings.model, settings.image_size))
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
-        """Have the actors write all shards; see `predict_shards`."""
-        import ray
+        """Have the actors write all shards; see `predict_shards`.
 
-        pieces = [{"job": pickle.dumps(piece)} for job in jobs for piece in job.divide(self.number)]
-        if not pieces:
-            return
-        counts = ray.data.from_items(pieces, override_num_blocks=min(len(pieces), MAX_BLOCKS)).map_batches(
-            Actor,
-            fn_constructor_args=(self.settings, table, self.device, os.getcwd()),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(self.number, len(pieces))),
-            num_gpus=int(self.device == "cuda"),
-        )
-        for row in counts.iter_rows():
-            yield row["images"], row["broken"]
+        Raises:
+            ChildProcessError: If an actor was lost more often than it is started again.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.util import ActorPool
+
+        pieces = [piece for job in jobs for piece in job.divide(self.division.actors)]
+        # An actor that is lost starts again, and so does its job.
+        kind = ray.remote(num_gpus=int(self.device == "cuda"), max_restarts=3, max_task_retries=3)(Actor)
+        number = min(self.division.actors, len(pieces))
+        actors: list[Any] = [kind.remote(self.settings, table, self.division, os.getcwd()) for _ in range(number)]
+        try:
+            if actors:
+                yield from ActorPool(actors).map_unordered(lambda actor, piece: actor.write.remote(piece), pieces)
+        except RayTaskError as error:
+            raise error.cause from None  # without the traceback of the actor
+        except RayActorError as error:
+            raise ChildProcessError(
+                "A Ray actor died, often because memory ran out. Finished shards are kept: run the command again."
+            ) from error
 
 
 def _local_cluster(workers: int | None) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from typing import IO
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from .presence import SECONDS_BETWEEN_LOOKS, SignsOfLife
+
 try:
     import fcntl
 except ImportError:  # not POSIX
@@ -141,14 +143,14 @@ def without_locks(folder: Path) -> str:
 # Time-out of a process that waits for the others: the first one may prepare data for hours, and NCCL's own time-out is
 # 10 minutes.
 LONGEST_WAIT = timedelta(days=1)
-# When another process of the run has died: how often to look, how long to wait for an error of our own, and how long
-# the lock of a process may outlive its connections.
-SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_SEE = 2.0, 10.0, 5.0
+# When another process of the run has died: how long to wait for an error of our own, and how long the lock of a
+# process may outlive its connections.
+SECONDS_TO_END, SECONDS_TO_SEE = 10.0, 5.0
 
 
 @contextmanager
 def lock_folder_together(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Lock a folder for all processes of one run, and end all of them when one dies.
+    """Lock a folder for all processes of one run, and end all of them when one dies or cannot be reached.
 
     Raises:
         ValueError: If another run uses the folder.
@@ -169,7 +171,8 @@ def lock_folder_together(accelerator: Accelerator, folder: Path) -> Iterator[Non
             accelerator.print(without_locks(folder))
         # Machines that share no disk do not see each other's locks.
         locked = [rank for rank, (holds, _) in enumerate(states) if has_lock and holds and rank != lock.process]
-        with _watching(lock, [rank for rank in locked if lock.is_held_by(rank)]):
+        signs = SignsOfLife(accelerator.process_index, accelerator.num_processes)
+        with _watching(lock, [rank for rank in locked if lock.is_held_by(rank)], signs):
             yield
         accelerator.end_training()
     finally:
@@ -177,11 +180,12 @@ def lock_folder_together(accelerator: Accelerator, folder: Path) -> Iterator[Non
 
 
 @contextmanager
-def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
-    """End with a clear error when another process of the run has died."""
+def _watching(lock: FolderLock, others: list[int], signs: SignsOfLife) -> Iterator[None]:
+    """End with a clear error when another process of the run has died or is silent."""
     is_over = threading.Event()
-    watcher = threading.Thread(target=_end_with_others, args=(lock, others, is_over), daemon=True)
-    if others:
+    watcher = threading.Thread(target=_end_with_others, args=(lock, others, signs, is_over), daemon=True)
+    if signs.others:
+        threading.Thread(target=signs.exchange, args=(is_over,), daemon=True).start()
         watcher.start()
     try:
         yield
@@ -191,14 +195,17 @@ def _watching(lock: FolderLock, others: list[int]) -> Iterator[None]:
         raise
     finally:
         is_over.set()
-        if others:
+        if signs.others:
             watcher.join()
 
 
-def _end_with_others(lock: FolderLock, others: list[int], is_over: threading.Event) -> None:
-    """Exit if another process has died and no error follows: on a GPU, a collective may wait forever."""
+def _end_with_others(lock: FolderLock, others: list[int], signs: SignsOfLife, is_over: threading.Event) -> None:
+    """Exit if another process has died and no error follows, or is silent: a collective may wait forever."""
     while not is_over.wait(SECONDS_BETWEEN_LOOKS):
-        if (message := _dead_processes(lock, others)) and not is_over.wait(SECONDS_TO_END):
+        message = _dead_processes(lock, others)
+        if message and is_over.wait(SECONDS_TO_END):
+            return
+        if message := message or signs.look():
             print(f"Error: {message}", file=sys.stderr, flush=True)
             os._exit(2)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 # Names of precisions in recipes and options, and Accelerate's names for them.
-PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+PRECISIONS = {"auto": "auto", "fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8"}
 # CPU flags that decide the speed of matrix products.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve", "i8mm")
 DISTRIBUTIONS = (
@@ -43,6 +43,19 @@ def resolve_precision(precision: str) -> str:
     }
     device = torch.accelerator.current_accelerator(True)
     return "bf16" if is_fast.get("cpu" if device is None else device.type, lambda: False)() else "no"
+
+
+def multiplies_in_8_bits(device: torch.device) -> bool:
+    """Return whether a device has matrix units for FP8: GPUs from Ada and Hopper, or from AMD's MI300, on."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+    # Capabilities of AMD's GPUs are numbers of another scale: that of an MI250, without FP8, is 9.0.
+    name = torch.cuda.get_device_properties(device).gcnArchName
+    return name.startswith(("gfx94", "gfx95", "gfx12"))
 
 
 def precision_name(mixed_precision: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to a device, without waiting where the device allows that."""
     is_pinned = has_own_memory(device)
     return (tensor.pin_memory() if is_pinned else tensor).to(device, non_blocking=is_pinned)
+
+
+def copied_to_host(state: Any) -> Any:
+    """Return nested lists and dictionaries with copies of all tensors on the CPU.
+
+    Copies from a device with its own memory go to pinned memory, without a wait between them.
+    """
+    import torch
+    from accelerate.utils import recursively_apply
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", non_blocking=has_own_memory(tensor.device), copy=True)
+
+    copies = recursively_apply(copied, state)
+    if torch.accelerator.current_accelerator(True) is not None:
+        torch.accelerator.synchronize()
+    return copies
 
 
 class HostCopies:

@@ -3,14 +3,16 @@
 A checkpoint holds the files of `save_pretrained`, so that `from_pretrained` reads it, and the rest of the run's state
 (`training_state.pt`). It is written under a temporary name. A manifest with the size and hash of every file comes
 last; everything is synced before the folder gets its name; only then are older checkpoints removed. So what remains
-after a kill or on a full or failing disk is never taken for a checkpoint.
+after a kill or on a full or failing disk is never taken for a checkpoint. A thread writes it while the run goes on.
 """
 
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,32 @@ class CheckpointFolder:
         if keep < 1:
             raise ValueError(f"keep_checkpoints must be at least 1, got {keep}: a run resumes from the newest.")
         self.folder, self.keep = folder, keep
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.written: Future[Path] | None = None
+
+    def save_later(self, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> None:
+        """Have a thread call `save`; wait for the checkpoint before. Nothing may change the state from here on."""
+        self.wait()
+        self.written = self.writer.submit(self.save, step, state, write_model)
+
+    def raise_error(self) -> None:
+        """Raise the error of the thread if it could not write the last checkpoint."""
+        if self.written is not None and self.written.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written, and raise the error if it could not be."""
+        written, self.written = self.written, None
+        if written is not None:
+            written.result()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for the last checkpoint at the end, also after an error."""
+        try:
+            yield
+        finally:
+            self.wait()
 
     def save(self, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> Path:
         """Write the checkpoint of `step`, then remove all but the `keep` newest.

@@ -303,6 +303,8 @@ def estimate(config: TrainConfig, gpu_name: str) -> Cost | None:
         config = replace(config, precision="bf16" if gpu.has_bf16 else "fp32")
     if config.precision == "bf16" and not gpu.has_bf16:
         raise ValueError(f"{gpu.name} does not multiply in bf16: set precision to fp16 or fp32.")
+    if config.precision == "fp8" and not gpu.has_fp8:
+        raise ValueError(f"{gpu.name} does not multiply in FP8: set precision to bf16.")
     # What builds the model and the data here is a run on the CPU, which takes no step.
-    here = replace(config, precision="fp32", compile=False, deterministic=False)
+    here = replace(config, precision="fp32", compile=False, compile_mode="default", deterministic=False)
     return rehearse(here, partial(Estimation, gpu=gpu, asked=config))

@@ -80,7 +80,7 @@ def facts_of(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> 
         stored_size=None if data.is_stream else stored_size(data.train, data.columns),
         **_facts_of_model(config),
         device=device,
-        is_half=accelerator.mixed_precision in ("bf16", "fp16"),
+        is_half=accelerator.mixed_precision != "no",
         memory=free_memory(),
         device_memory=torch.cuda.mem_get_info(accelerator.device)[0] if device == "cuda" else 0,
         cores=cores(),

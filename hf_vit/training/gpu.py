@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from ..system.checks import Check, NotPossible, Outcome
-from ..system.machine import precision_name, resolve_precision
+from ..system.machine import multiplies_in_8_bits, precision_name, resolve_precision
 from ..system.stopping import Interrupted
 from .loop import remaining_steps, train
 from .recipe import TrainConfig
@@ -59,11 +60,15 @@ RESUMED: dict[str, dict[str, Any]] = {
     "mixup, averaging, two parts": {"mixup": 0.5, "ema_decay": 0.9, "accumulation_steps": 2},
     "relative positions": {"model_config": {**MODEL, "position_embedding_type": "relative"}},
     "compiled": {"compile": True},
+    "CUDA graphs": {"compile": True, "compile_mode": "reduce-overhead"},
+    "fp8": {"precision": "fp8"},
 }
 QUICKSTARTS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "bf16, compiled": {"precision": "bf16", "compile": True},
+    "bf16, CUDA graphs": {"precision": "bf16", "compile": True, "compile_mode": "reduce-overhead"},
+    "fp8, compiled": {"precision": "fp8", "compile": True},
 }
 EPOCHS, LEAST_ACCURACY = 12, 0.94  # of a quickstart
 PROCESSES, LONGEST = 2, 180.0  # seconds
@@ -133,6 +138,8 @@ class TrainingChecks:
     def _check_possible(self, config: TrainConfig) -> None:
         if config.precision == "fp16" and self.device.type == "cpu":
             raise NotPossible("training in fp16 needs a GPU")
+        if config.precision == "fp8" and not (multiplies_in_8_bits(self.device) and find_spec("torchao")):
+            raise NotPossible("FP8 needs torchao, and a GPU of compute capability 8.9 or later")
         if config.compile and self.is_tiny:
             raise NotPossible("compiling takes too long for a tiny check")
 

@@ -25,7 +25,8 @@ def compute_gradients(run: "Run", batches: list[dict[str, Any]], seed: int) -> T
         seed: Seed of dropout, mixing and masks.
 
     Raises:
-        ValueError: If a single image does not fit into memory, or if memory runs out in one of several processes.
+        ValueError: If a single image does not fit into memory, or if memory runs out in one of several processes or
+            with CUDA graphs.
     """
     if not run.is_tried:
         _try_out(run, batches[0], seed)
@@ -43,6 +44,11 @@ def compute_gradients(run: "Run", batches: list[dict[str, Any]], seed: int) -> T
                 f"Memory ran out in one of {processes} processes at step {run.state.step + 1}. The checkpoints are "
                 f"intact: run the command again with --accumulation-steps {2 * run.config.accumulation_steps}, or "
                 "with --gradient-checkpointing."
+            )
+        if run.config.compile_mode != "default":
+            raise ValueError(
+                f"Memory ran out at step {run.state.step + 1}, and CUDA graphs cannot compute a batch in parts. The "
+                "checkpoints are intact: run the command again with --compile-mode default."
             )
         _halve(run, len(batches[0]["labels"]))
 

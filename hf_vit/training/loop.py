@@ -120,7 +120,7 @@ def _train(
     run.bar = progress_bar(plan.total_steps, "steps", initial=state.step, disable=not accelerator.is_main_process)
     left = TimeLeft(plan.total_steps, say)
     model.train()
-    with run.bar:
+    with run.bar, run.checkpoints.waiting():
         for step in steps(run):
             is_last, epoch = step + 1 == plan.total_steps, (step + 1) / plan.steps_per_epoch
 
@@ -176,6 +176,7 @@ def _train(
             # step ends the run anyway.
             stop = 0 if is_last or run.is_over else signals.agreed(accelerator, state.step)
             with state.throughput.paused():
+                run.checkpoints.raise_error()
                 if state.step % plan.save_every == 0 or is_last or stop or run.is_over:
                     run.save()
                 if publish is not None and state.step % plan.push_every == 0 and not is_last:

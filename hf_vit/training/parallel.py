@@ -7,15 +7,18 @@ The launcher decides how the work is divided: `accelerate launch` and its config
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
+    AORecipeKwargs,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
@@ -33,13 +36,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from ..model.modeling_hf_vit import HFViTLayer
 from ..system.locking import LONGEST_WAIT
-from ..system.machine import resolve_precision
+from ..system.machine import device_name, multiplies_in_8_bits, resolve_precision
+from ..system.transfers import copied_to_host
 from .recipe import TrainConfig
-
-COMPLETE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -52,6 +55,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f"tracker: {config.tracker} is not installed: pip install {config.tracker}")
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
     precision = resolve_precision(config.precision)
+    in_8_bits = [_training_in_8_bits()] if precision == "fp8" else []
     sharding = _sharding(precision)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -65,6 +69,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             # Gradients are parts of DDP's buckets, not copies, which saves memory for one set of gradients.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            *in_8_bits,
         ],
     )
     if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would compute in float32
@@ -76,14 +81,36 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def _training_in_8_bits() -> AORecipeKwargs:
+    """Return how Accelerate converts linear layers to FP8, but for the first, the last, and sizes not divisible by 16.
+
+    Weights, gradients and the optimizer's state stay in float32. Each factor is scaled by its largest value.
+
+    Raises:
+        ValueError: If the device does not multiply in FP8, or torchao is not installed.
+    """
+    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    if not multiplies_in_8_bits(device):
+        raise ValueError(
+            f"precision: fp8 needs a GPU of compute capability 8.9 or later, and this run is on {device_name(device)}"
+            ": set precision to bf16."
+        )
+    if find_spec("torchao") is None:
+        raise ValueError("precision: fp8 needs torchao, which is not installed: pip install torchao")
+    from torchao.float8 import Float8LinearConfig
+
+    # Accelerate's own config gathers shards in FP8, and so makes weights that are no plain tensors in a checkpoint.
+    return AORecipeKwargs(config=Float8LinearConfig())
+
+
 def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
     """Return how a model is sharded, if the launcher asks for FSDP: by layer, unless it states another policy.
 
     Layers are gathered while others compute. Gradients are summed in float32.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not _is_fsdp_wanted():
         return None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}.get(precision)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy=os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
@@ -92,6 +119,10 @@ def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
         # process. `accelerate launch` asks for that by default.
         cpu_ram_efficient_loading=False,
     )
+
+
+def _is_fsdp_wanted() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _tracker_folder(config: TrainConfig) -> Path:
@@ -160,12 +191,28 @@ class _DropPath(torch.nn.Module):
         return hidden_states * kept / self.keep
 
 
-def compile_layers(model: Any, device: torch.device) -> None:
+def compile_layers(model: Any, device: torch.device, mode: str = "default") -> None:
     """Compile the layers of a model, or a model without layers as a whole.
 
     One graph serves all layers. DDP and FSDP communicate the gradients of a layer while earlier ones compute theirs:
     those of a graph are all ready at its end.
+
+    Args:
+        model: Each forward is followed by its backward, or has none.
+        device: Device of the model.
+        mode: Mode of `torch.compile`; all but the default one replay CUDA graphs.
+
+    Raises:
+        ValueError: If the device has no CUDA graphs, or weights do not stay where they are.
     """
+    if mode != "default":
+        if device.type != "cuda" or _is_fsdp_wanted():
+            where = "uses FSDP" if _is_fsdp_wanted() else f"is on {device.type}"
+            raise ValueError(
+                f"compile_mode: {mode} replays CUDA graphs, and this run {where}: set compile_mode to default."
+            )
+        # Without this, a replay may free what the layer before has computed.
+        model.register_forward_pre_hook(lambda *given: torch.compiler.cudagraph_mark_step_begin())
     layers = getattr(getattr(model, model.base_model_prefix, model), "layers", [])
     drop_paths = [layer.drop_path for layer in layers if isinstance(layer, HFViTLayer)]
     if any(drop_path.probability for drop_path in drop_paths):
@@ -174,13 +221,26 @@ def compile_layers(model: Any, device: torch.device) -> None:
     # Dynamo looks at `.grad` of what a layer gets, which torch warns about.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for part in layers or [model]:
-        part.compile()
+        part.compile(mode=mode)
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:
     """Return a copy of all weights by their names in the unwrapped model; called by all processes together."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=COMPLETE)
-    return {name: tensor.clone() for name, tensor in weights.items()}
+    return _complete(model, partial(get_model_state_dict, model))
+
+
+def _complete(model: Any, state: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Return a copy of a complete state on the CPU of the main process, and `{}` on the others.
+
+    Shards are gathered one after the other, so that the whole state need not fit on a device.
+    """
+    parameters = list(model.parameters())
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    whole = state(options=StateDictOptions(full_state_dict=True, cpu_offload=is_sharded))
+    if not PartialState().is_main_process:
+        return {}
+    is_copied = is_sharded and parameters[0].device.type != "cpu"
+    return whole if is_copied else copied_to_host(whole)
 
 
 def load_weights(model: Any, weights: dict[str, Any]) -> None:
@@ -196,8 +256,8 @@ def load_weights_of_main(model: Any, weights: dict[str, Any]) -> None:
 
 
 def optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the complete optimizer state by parameter names; called by all processes together."""
-    return get_optimizer_state_dict(model, optimizer.optimizer, options=COMPLETE)
+    """Return a copy of the complete optimizer state by parameter names; called by all processes together."""
+    return _complete(model, partial(get_optimizer_state_dict, model, optimizer.optimizer))
 
 
 def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:

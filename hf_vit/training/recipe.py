@@ -22,7 +22,7 @@ RECIPES = Path(__file__).with_name("recipes")
 # Fields that may differ when a run resumes: none of them changes the weights, but for rounding.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "num_workers", "cache", "save_every", "keep_checkpoints", "tracker", "push_to_hub",
-    "push_every", "private", "auto", "keep_last", "accumulation_steps", "deterministic",
+    "push_every", "private", "auto", "keep_last", "accumulation_steps", "deterministic", "compile_mode",
 }  # fmt: skip
 # Fields that may be `auto`: they are chosen from the data, the model and the machine when a run starts.
 AUTO = (
@@ -144,10 +144,15 @@ class TrainConfig:
     ema_decay: float | None = option(None, "Decay of the averaged weights, which are evaluated and saved; null: none.")
 
     # hardware
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "Precision: fp32, bf16, fp16, or auto for bf16 on hardware that is fast at it."
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = option(
+        "auto",
+        "Precision: fp32, bf16, fp16, fp8 for products in FP8 and the rest in bf16, or auto for bf16 on hardware that "
+        "is fast at it.",
     )
     compile: bool = option(False, "Whether to compile the layers with torch.compile.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option(
+        "default", "Mode of torch.compile: default, or reduce-overhead or max-autotune, with CUDA graphs."
+    )
     deterministic: bool = option(
         False, "Whether to use algorithms that give the same bits in every run, which is slower on GPUs."
     )
@@ -214,12 +219,24 @@ class TrainConfig:
             raise ValueError(f"ema_decay must be between 0 and 1, such as 0.999, got {self.ema_decay}.")
         if self.early_stopping is not None and self.best_metric is None and "best_metric" not in self.auto:
             raise ValueError("early_stopping needs a metric that improves: set best_metric, for example to auto.")
+        if self.compile_mode != "default":
+            self._check_compile_mode()
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}.")
         if self.loss == "binary_cross_entropy" and self.label_smoothing:
             raise ValueError(
                 "binary_cross_entropy counts every class with a share of the label as present, and "
                 f"label_smoothing={self.label_smoothing} gives all classes a share: set it to 0."
+            )
+
+    def _check_compile_mode(self) -> None:
+        """Raise `ValueError` unless CUDA graphs can record the step: one replay overwrites the results of the last."""
+        if not self.compile:
+            raise ValueError(f"compile_mode is {self.compile_mode}, but nothing is compiled: set compile to true.")
+        if self.accumulation_steps > 1 or self.gradient_checkpointing:
+            raise ValueError(
+                f"compile_mode: {self.compile_mode} replays CUDA graphs, which cannot be combined with "
+                "accumulation_steps or gradient_checkpointing: set compile_mode to default."
             )
 
     @classmethod

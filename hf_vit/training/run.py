@@ -197,7 +197,7 @@ class Run:
             # transformers renamed the method; the oldest version that we support has the old name only.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if config.compile:
-            compile_layers(model, accelerator.device)
+            compile_layers(model, accelerator.device, config.compile_mode)
         groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.position_lr_scale)
         optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
 
@@ -343,15 +343,14 @@ class Run:
         return metrics, predictions
 
     def save(self) -> None:
-        """Write a checkpoint; all processes take part, the main one writes."""
+        """Save a checkpoint; all processes take part. A thread of the main one writes while the run goes on."""
         saved = self.state.state_dict()
         weights = saved.pop("model")
         if self.config.trained == "lora":  # the model files hold the merged weights
             trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             saved["trained"] = {name: tensor for name, tensor in weights.items() if name in trained}
         if self.is_main_process:
-            self.checkpoints.save(self.state.step, saved, self._writer(weights))
-        self.accelerator.wait_for_everyone()
+            self.checkpoints.save_later(self.state.step, saved, self._writer(weights))
 
     def _writer(self, weights: dict[str, Tensor]) -> Callable[[Path], None]:
         """Return a function that writes a model with these weights, and its image processor, into a folder."""
@@ -365,6 +364,8 @@ class Run:
                 publish(self.state.step, self._writer(weights))
 
     def interrupt(self, signum: int) -> NoReturn:
+        self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()  # a process that ends would end the others
         steps = f"step {self.state.step} of {self.plan.total_steps}"
         name = signal.Signals(signum).name
         raise Interrupted(signum, f"Stopped by {name} after {steps}; saved in {self.checkpoints.folder}.")

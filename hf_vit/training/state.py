@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,10 @@ class TrainingState:
     best: BestModel | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; `model` becomes a safetensors file, the rest `training_state.pt`.
+        """Return a copy of the state; `model` becomes a safetensors file, the rest `training_state.pt`.
 
-        Tensors are complete on the main process. The keys are a file format: older checkpoints lack the newest ones,
-        which stand last here.
+        Tensors are complete on the main process. Later steps do not change what is returned. The keys are a file
+        format: older checkpoints lack the newest ones, which stand last here.
 
         Raises:
             FloatingPointError: If a loss is not finite; such a state is not worth saving.
@@ -221,10 +222,10 @@ class TrainingState:
             "step": self.step,
             "is_evaluation_due": self.is_evaluation_due,
             "pending": losses.cpu(),
-            "log": self.log.rows,
-            "broken": self.broken.names,
+            "log": self.log.rows.copy(),
+            "broken": deepcopy(self.broken.names),
             "pace": asdict(self.throughput),
-            "images_an_epoch": gather_object([self.images_per_epoch]),
+            "images_an_epoch": gather_object([copy(self.images_per_epoch)]),
             "processes": self.accelerator.num_processes,
             "identity": self.identity,
             "split": self.split,

@@ -1,7 +1,8 @@
 """Training objectives: one label, several labels, numbers, masks, and masked patches. The loop is the same for all."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..model.losses_hf_vit import classification_loss, pixel_losses
 from ..model.modeling_hf_vit import HFViTForImageClassification
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import POOLINGS_OF_CLS
+from ..system.texts import one_line
 from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
 from .recipe import TrainConfig
@@ -372,12 +374,14 @@ def build_model(config: TrainConfig, task: Any) -> tuple[Any, HFViTImageProcesso
     """Build or load the model of a recipe, and the processor of its images."""
     if is_from_scratch(config.model):
         model_config = architecture_of(config, **task.fields)
-        model = task.model_class(model_config)
+        with _naming_attention(config):
+            model = task.model_class(model_config)
         processor = HFViTImageProcessor.from_preset(
             config.preprocessing, model_config.image_shape, num_channels=model_config.num_channels
         )
     else:
-        model, processor = task.load(config.model, **_fields_of(config))
+        with _naming_attention(config):
+            model, processor = task.load(config.model, **_fields_of(config))
         if not config.resample_positions:
             _draw_positions(model, model.config.initializer_range)
     if config.position_std is not None:
@@ -385,6 +389,20 @@ def build_model(config: TrainConfig, task: Any) -> tuple[Any, HFViTImageProcesso
     if config.trained == "head":
         model.base_model.requires_grad_(False)
     return model, processor
+
+
+@contextmanager
+def _naming_attention(config: TrainConfig) -> Iterator[None]:
+    """Name the attention of a recipe in the error about its missing package."""
+    try:
+        yield
+    except ImportError as error:
+        if (name := config.model_config.get("attn_implementation")) is None:
+            raise
+        raise ValueError(
+            f"attn_implementation: {name} needs a package that is not installed: pip install kernels, or leave it out "
+            f"for torch's own attention. transformers says: {one_line(str(error))}"
+        ) from None
 
 
 def _fields_of(config: TrainConfig) -> dict[str, Any]:

@@ -40,20 +40,31 @@ class EpochImages(TrainingImages):
 
 @dataclass
 class Collator:
-    """Make a batch: normalized by `processor` and, if it comes from `EpochImages`, mixed by `mixer`.
+    """Make a batch of uint8 `pixels`, which `ViTTrainer` normalizes by `processor` on the device.
 
-    Mixed labels are soft, `[B, num_labels]`: set `problem_type="single_label_classification"` in the config.
+    Batches of `EpochImages` are mixed by `mixer`. Their labels are soft, `[B, num_labels]`: set
+    `problem_type="single_label_classification"` in the config.
     """
 
     processor: Any
     mixer: BatchMixer
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(examples)
-        pixel_values, labels = normalize(batch["pixel_values"], self.processor), batch["labels"]
-        if "seed" in examples[0]:
-            generator = torch.Generator().manual_seed(examples[0]["seed"])
-            pixel_values, labels = self.mixer(pixel_values, labels, generator)
+        pixels, labels = batch["pixel_values"], batch["labels"]
+        if "seed" not in examples[0]:
+            return {"pixels": pixels, "labels": labels}
+        seed = examples[0]["seed"]
+        # Trainer counts the labels of all accumulated batches before it prepares their inputs, so only the pixels are
+        # mixed later.
+        _, labels = self.mixer(pixels.to("meta"), labels, torch.Generator().manual_seed(seed))
+        return {"pixels": pixels, "labels": labels, "seed": seed}
+
+    def inputs_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the inputs of a model for a batch, on its device."""
+        pixel_values, labels = normalize(batch["pixels"], self.processor), batch["labels"]
+        if "seed" in batch:
+            pixel_values, _ = self.mixer(pixel_values, labels, torch.Generator().manual_seed(batch["seed"]))
         return {"pixel_values": pixel_values, "labels": labels}
 
 
@@ -83,6 +94,10 @@ class ViTTrainer(Trainer):
         logits, weights = outputs.logits, self.class_weights
         weights = weights if weights is None else weights.to(logits.device)
         return classification_loss(labels, logits, model.config, num_items_in_batch, weights)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)  # on the device
+        return self.data_collator.inputs_of(inputs) if isinstance(self.data_collator, Collator) else inputs
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, DECAYED)]

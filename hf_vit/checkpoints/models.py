@@ -16,11 +16,12 @@ from ..model import model_class
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+from ..model.multi_task_hf_vit import HFViTForMultiTask
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
-from .checkpoint import CLASSIFIER, SEGMENTER, Checkpoint, Options
+from .checkpoint import CLASSIFIER, MULTI_TASK, SEGMENTER, Checkpoint, Options
 from .families import own
 from .from_pretrained import config_for, options_from, warn_of_assumptions
 from .opening import open_checkpoint
@@ -33,23 +34,27 @@ FINE_TUNING: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.f
 
 
 def load(
-    source: str | Path, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
+    source: str | Path,
+    image_size: tuple[int, int] | None = None,
+    checkpoint: Checkpoint | None = None,
+    head: str | None = None,
 ) -> tuple[Any, HFViTImageProcessor]:
-    """Load a classifier of images or pixels, or an encoder where the checkpoint has none, and its image processor.
+    """Load a model with its heads, or an encoder where the checkpoint has none, and its image processor.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
         image_size: `(height, width)` in pixels; the checkpoint's own by default.
         checkpoint: The result of `open_checkpoint` for `source`, if it is open already. Otherwise what it assumes is
             logged.
+        head: Name of a head of a multi-task model, which is then loaded as a model of this task alone.
 
     Raises:
         ValueError: If weights are missing, NaN or infinite.
     """
     if checkpoint is None:
-        checkpoint = open_checkpoint(source, Options(image_size=image_size))
+        checkpoint = open_checkpoint(source, Options(image_size=image_size, head=head))
         warn_of_assumptions(checkpoint)
-    has_classes = checkpoint.architecture in (CLASSIFIER, SEGMENTER)
+    has_classes = checkpoint.architecture in (CLASSIFIER, SEGMENTER, MULTI_TASK)
     loaded: Any = model_class(checkpoint.architecture) if has_classes else HFViTModel
     model, report = _fill(loaded, checkpoint)
     if missing := sorted(report["missing_keys"]):
@@ -153,6 +158,27 @@ def load_segmenter(
     if not is_kept:
         nn.init.normal_(model.decode_head.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.decode_head.classifier.bias)
+    return model, _processor(checkpoint, model.config.image_shape)
+
+
+def load_multi_task(
+    source: str | Path, heads: dict[str, dict[str, Any]], **fields: Any
+) -> tuple[HFViTForMultiTask, HFViTImageProcessor]:
+    """Load a checkpoint with new heads, beside those that a multi-task model has already.
+
+    Args:
+        source: A file, a folder or a name on the Hub, in any layout.
+        heads: New heads, as in the config. Their weights are random.
+        fields: Fields of `HFViTConfig` that differ from the checkpoint's.
+
+    Raises:
+        ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
+    """
+    checkpoint, fields = _open_for(source, fields)
+    known = checkpoint.config.heads if checkpoint.architecture == MULTI_TASK else None
+    of_model = {**OF_HEAD, **fields, "num_labels": 2, "problem_type": None, "heads": {**(known or {}), **heads}}
+    model, report = _fill(HFViTForMultiTask, checkpoint, **FINE_TUNING, **of_model)
+    _require_encoder(source, report, tuple(f"heads.{name}." for name in heads), fields)
     return model, _processor(checkpoint, model.config.image_shape)
 
 

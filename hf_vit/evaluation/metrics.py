@@ -134,7 +134,7 @@ def segment(
     """
 
     def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
-        return _of_pixels(outputs.logits, labels, ignore_index)
+        return pixel_counts(outputs.logits, labels, ignore_index)
 
     (index, *columns), broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
     labels, predicted, hits, losses = columns
@@ -233,7 +233,7 @@ def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     return labels, logits.sigmoid(), losses * (labels != -100)
 
 
-def _of_pixels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+def pixel_counts(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     """Return numbers of pixels by label, by prediction, and where both agree, `[B, num_labels]`, and summed losses."""
     logits = resize_logits(logits, (labels.shape[1], labels.shape[2]))
     losses, is_known = pixel_losses(logits, labels, ignore_index)

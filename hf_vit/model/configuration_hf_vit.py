@@ -14,6 +14,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .heads_hf_vit import checked_heads
 from .labels_hf_vit import LABELS, label_pair, merge_labels, normalizes_values, plain
 from .validation_hf_vit import (
     POOLINGS_OF_CLS,
@@ -37,10 +38,12 @@ CLASSES = {
     "AutoModelForSemanticSegmentation": "segmentation_hf_vit.HFViTForSemanticSegmentation",
     "AutoBackbone": "dense_hf_vit.HFViTBackbone",
 }
+MULTI_TASK = "multi_task_hf_vit.HFViTForMultiTask"
 # By task: the pipeline in a repository's code, and the Auto class of its model; the last one is for all other models.
 PIPELINES = {
     "image-classification": ("HFViTImageClassificationPipeline", "AutoModelForImageClassification"),
     "image-segmentation": ("HFViTImageSegmentationPipeline", "AutoModelForSemanticSegmentation"),
+    "multi-task": ("HFViTMultiTaskPipeline", "AutoModel"),
     "image-feature-extraction": ("HFViTImageFeatureExtractionPipeline", "AutoModel"),
 }
 
@@ -48,8 +51,14 @@ PIPELINES = {
 def task_of(config: PreTrainedConfig) -> str:
     """Return the pipeline's name for the task of the model that a config was saved with."""
     endings = {task: auto_class.removeprefix("AutoModel") for task, (_, auto_class) in PIPELINES.items()}
+    endings["multi-task"] = MULTI_TASK.rpartition(".")[2]
     names = config.architectures or [""]
     return next(task for task, ending in endings.items() if any(name.endswith(ending) for name in names))
+
+
+def classes_for(config: PreTrainedConfig) -> dict[str, str]:
+    """Return the class of every Auto class for a config: a model with several heads is that of `AutoModel`."""
+    return {**CLASSES, "AutoModel": MULTI_TASK} if task_of(config) == "multi-task" else dict(CLASSES)
 
 
 class PipelineOfRepository:
@@ -161,6 +170,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             `HFViTForSemanticSegmentation` predicts classes.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Class index of pixels that are ignored in the
             loss of `HFViTForSemanticSegmentation`.
+        heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task` (`"classification"`,
+            `"multi_label"`, `"regression"`, `"segmentation"` or `"anomaly"`), `id2label`, and other fields of that head.
         apply_layernorm (`bool`, *optional*, defaults to `True`): Whether the final LayerNorm is applied to the feature
             maps of a backbone.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): Whether the feature maps of a backbone are
@@ -240,6 +251,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     mim_objective: str = "pixels"
     patch_subdivision: int = 4
     semantic_loss_ignore_index: int = 255
+    heads: dict[str, dict[str, Any]] | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
@@ -269,12 +281,16 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._set_stages(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         kwargs.pop("stage_names", None)  # derived from the depth; a stored value may not match it
         super().__post_init__(**kwargs)
-        self.auto_map = dict(CLASSES)
+        if self.architectures is None:  # by which `AutoModel` chooses the class
+            self.architectures = [] if self.heads is None else [MULTI_TASK.rpartition(".")[2]]
+        self.auto_map = classes_for(self)
         self.check()
+        self.heads = checked_heads(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the config as `PreTrainedConfig` does, after a check of label names that were changed in place."""
         self.id2label = self.id2label
+        self.auto_map = classes_for(self)  # of the architecture that a model states when it is saved
         super().save_pretrained(*args, **kwargs)
 
     def check(self) -> None:

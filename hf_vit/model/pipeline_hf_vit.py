@@ -13,6 +13,7 @@ from transformers import (
     ImageClassificationPipeline,
     ImageFeatureExtractionPipeline,
     ImageSegmentationPipeline,
+    Pipeline,
 )
 
 from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
@@ -58,3 +59,52 @@ class HFViTImageSegmentationPipeline(FilePreprocessing, ImageSegmentationPipelin
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept any model: transformers compares with a list of names that registered classes are not added to."""
+
+
+class HFViTMultiTaskPipeline(FilePreprocessing, Pipeline):
+    """Answers of all heads of a multi-task model, by the names of the heads.
+
+    Images are files, addresses, PIL images or arrays, one or a list. Heads of classes answer with labels and scores,
+    of numbers with a value for each target, of pixels with a mask for each class, and of anomalies with a score and a
+    map. `top_k` is the number of labels, five if not given.
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def _sanitize_parameters(
+        self, top_k: int | None = None, timeout: float | None = None, **unknown: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown:
+            raise ValueError(f"Unknown option {', '.join(unknown)}: the options are top_k and timeout.")
+        before = {} if timeout is None else {"timeout": timeout}
+        return before, {}, {} if top_k is None else {"top_k": top_k}
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:  # type: ignore[override]
+        """Return the model's inputs for an image, and its size."""
+        processor: Any = self.image_processor
+        if is_url(image):
+            image = download(image, timeout or DOWNLOAD_TIMEOUT)
+        inputs = super().preprocess(image)
+        inputs["target_size"] = [processor.original_size(image)]
+        return inputs
+
+    def _forward(self, inputs: Any) -> dict[str, Any]:
+        sizes = inputs.pop("target_size")
+        outputs = self.model(**inputs)
+        flat = {f"{name}.{key}": tensor for name in self.model.heads for key, tensor in outputs[name].items()}
+        return {**flat, "target_size": sizes}
+
+    def postprocess(self, outputs: dict[str, Any], top_k: int | None = None) -> dict[str, Any]:
+        """Return the answer of every head for one image."""
+        size = outputs.pop("target_size")[0]
+        by_head: dict[str, dict[str, Any]] = {}
+        for name, tensor in outputs.items():
+            head, _, key = name.partition(".")
+            by_head.setdefault(head, {})[key] = tensor
+        return {
+            name: head.answer(by_head[name], self.image_processor, size, top_k)
+            for name, head in self.model.heads.items()
+        }

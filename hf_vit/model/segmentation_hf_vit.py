@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_hf_vit import HFViTConfig
 from .dense_hf_vit import reject_patch_dropout
 from .layers_hf_vit import unpatchify
-from .losses_hf_vit import pixel_losses
+from .losses_hf_vit import segmentation_loss
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 
@@ -91,8 +91,7 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
         logits = self.decode_head(patches, self.config.grid_of(*pixel_values.shape[-2:]))  # type: ignore[union-attr]
         loss = None
         if labels is not None:
-            losses, is_known = pixel_losses(logits, labels, self.config.semantic_loss_ignore_index)
-            loss = losses.sum() / is_known.sum().clamp(min=1)
+            loss = segmentation_loss(logits, labels, self.config)
         return SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -24,6 +24,7 @@ from ...checkpoints.opening import open_checkpoint
 from ...data.audit import Contents, content_digest, read_contents
 from ...data.channels import Channels, adapt_processor
 from ...data.images import NO_IMAGE, normalize, preprocess, read_stored
+from ...data.masks import stop_cropping
 from ...data.opening import as_stored
 from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core
@@ -37,7 +38,7 @@ PHOTOGRAPHS = Channels()
 # Config fields that do not change features, so they do not make cached ones unused.
 NOT_OF_THE_ENCODER = (
     *("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id"),
-    *("problem_type", "temperature", "thresholds", "target_mean", "target_scale", "zero_init_head", "pooling"),
+    *("problem_type", "heads", "temperature", "thresholds", "target_mean", "target_scale", "zero_init_head", "pooling"),
 )
 
 
@@ -77,6 +78,7 @@ class Encoder:
         image_size: tuple[int, int] | None = None,
         precision: str = "auto",
         channels: Channels = PHOTOGRAPHS,
+        is_cropping: bool = True,
     ) -> Self:
         """Load a checkpoint in any layout.
 
@@ -84,11 +86,14 @@ class Encoder:
             image_size: (height, width) in pixels; by default that of its image processor.
             precision: As for `optimize_for_inference`.
             channels: What the images are; the patch projection is adapted to their number of channels.
+            is_cropping: Whether the image processor may crop images; otherwise it resizes complete ones.
         """
         number = channels.num_channels if channels.num_channels != 3 else None
         size = image_size or usual_size(open_checkpoint(source))
         model, processor = load(source, size, open_checkpoint(source, Options(image_size=size, num_channels=number)))
         adapt_processor(processor, channels, model.config.num_channels)
+        if not is_cropping:
+            stop_cropping(processor)
         return cls(model, processor, source, precision)
 
     def _fingerprint(self, encoder: nn.Module) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ImageSize = Annotated[str | None, typer.Option(metavar="H[xW]", help="Image size in pixels, if not the model's.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")]
+Head = Annotated[str | None, typer.Option(metavar="NAME", help="Head of a model with several heads.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size per device (CPU core or GPU).")]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="Precision; auto is bf16 where it is fast.")
@@ -36,6 +37,7 @@ def evaluate(
         list[str],
         typer.Argument(metavar="DATA", help="Labeled images: folder, table, archive, parquet, or a name on the Hub."),
     ],
+    head: Head = None,
     split: Annotated[str | None, typer.Option(help="Split to use. Default: the evaluation split.")] = None,
     image_column: ImageColumn = None,
     label_column: Annotated[
@@ -65,6 +67,8 @@ def evaluate(
 
     Quality of features: hf-vit evaluate ViT-B_16.npz photos/ --probe knn
 
+    One head of several: hf-vit evaluate my-heads photos/ --head species
+
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
     check_exist(data, model)
@@ -89,6 +93,7 @@ def evaluate(
         probes=list(dict.fromkeys(probe or [])),
         merged_per_layer=merge_tokens,
         mistakes=mistakes,
+        head=head,
     )
     if measured is not None:
         echo("\n".join(report_lines(measured)))
@@ -112,6 +117,7 @@ def predict(
         int | None,
         typer.Option(min=1, help="Number of labels per image. Default: 5, or those above thresholds."),
     ] = None,
+    head: Head = None,
     features: Annotated[bool, typer.Option("--features", help="Also write the pooled features.")] = False,
     split: Annotated[str | None, typer.Option(help="Split of a data set that has several.")] = None,
     image_column: ImageColumn = None,
@@ -135,6 +141,8 @@ def predict(
 
     Masks of a model for segmentation: hf-vit predict my-segmenter photos/ -o masks/
 
+    One head of several: hf-vit predict my-heads photos/ --head species -o labels.csv
+
     On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     check_exist(words, model)
@@ -151,7 +159,7 @@ def predict(
     announce(f"Predicting labels of {shortened(words)} with {model}.")
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
-    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
+    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features, head)
     summary: Summary | None
     if output is not None and not output.suffix:
         from ..prediction.masks import predict_masks

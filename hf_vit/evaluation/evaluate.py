@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint, Options
+from ..checkpoints.checkpoint import CLASSIFIER, MULTI_TASK, SEGMENTER, Checkpoint, Options
 from ..checkpoints.from_pretrained import warn_of_assumptions
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
@@ -59,6 +59,7 @@ def evaluate_checkpoint(
     probes: Sequence[str] = (),
     merged_per_layer: int = 0,
     mistakes: str | Path | None = None,
+    head: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a checkpoint on labelled images, on one process or those of a launcher.
 
@@ -76,6 +77,7 @@ def evaluate_checkpoint(
         merged_per_layer: Tokens to merge per layer by `merge_tokens`, in a second measurement of accuracy and
             throughput.
         mistakes: CSV file for the wrongly classified images; see `write_mistakes`.
+        head: Head of a multi-task model to evaluate.
 
     Returns:
         All measurements, of plain types; `None` on every process but the first.
@@ -91,12 +93,13 @@ def evaluate_checkpoint(
     # Without mixed precision: the model itself is cast.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
     batch_size = batch_size or default_batch_size(accelerator.device.type)
-    checkpoint = open_checkpoint(source, Options(image_size=image_size))
+    checkpoint = open_checkpoint(source, Options(image_size=image_size, head=head))
     warn_of_assumptions(checkpoint)
+    _check_head(checkpoint, source, head, probes)
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
     with accelerator.local_main_process_first():  # the others read what it has cached
         data, classes, note = _load_aligned(
-            checkpoint, source, data_source, eval_split=split, needs_train=bool(probes), **columns
+            checkpoint, source, data_source, eval_split=split, needs_train=bool(probes), head=head, **columns
         )
     _check_measurable(classes, note, data, split, probes, merged_per_layer, mistakes)
     model, processor = load(source, image_size, checkpoint)
@@ -135,6 +138,16 @@ def evaluate_checkpoint(
         "precision": precision,
         **run.conditions(),
     }
+
+
+def _check_head(checkpoint: Checkpoint, source: str, head: str | None, probes: Sequence[str]) -> None:
+    """Raise a `ValueError` if a multi-task model has no one head to evaluate."""
+    if checkpoint.architecture != MULTI_TASK or probes:
+        return
+    heads = checkpoint.config.heads or {}
+    if head is not None:
+        raise ValueError(f"A head for anomalies such as {head!r} cannot be evaluated on labels: use hf-vit predict.")
+    raise ValueError(f"{source} has several heads: choose one with --head, {' or '.join(heads)}.")
 
 
 def _load_aligned(

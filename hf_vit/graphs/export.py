@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..checkpoints.checkpoint import SEGMENTER, Checkpoint
+from ..checkpoints.checkpoint import MULTI_TASK, SEGMENTER, Checkpoint
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..inference.optimize import optimize_for_inference
@@ -77,6 +77,11 @@ def export_graph(
         raise ValueError(f"Unknown int8 {int8!r}: choose one of {', '.join(QUANTIZERS)}.")
     need("onnx", *kind.packages)
     checkpoint = open_checkpoint(source)
+    if checkpoint.architecture == MULTI_TASK:
+        raise ValueError(
+            f"{source} has several heads, which are not exported as one graph: make a model of one with hf-vit convert "
+            "--head, and export that."
+        )
     if checkpoint.architecture == SEGMENTER:
         raise ValueError(f"{source} is a model for segmentation, which is not exported as a graph: use it in torch.")
     model, processor = load(source, checkpoint=checkpoint)

@@ -105,7 +105,9 @@ class HFViTImageHead(HFViTHead):
         if is_several and top_k is None:
             least = self.config.thresholds or [0.5] * len(names)
         order = scores.argsort(descending=True, stable=True).tolist()
-        found = [{"label": names[index], "score": scores[index].item()} for index in order if scores[index] > least[index]]
+        found = [
+            {"label": names[index], "score": scores[index].item()} for index in order if scores[index] > least[index]
+        ]
         return found[: len(names) if is_several and top_k is None else top_k or 5]
 
 

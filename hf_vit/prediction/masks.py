@@ -30,7 +30,7 @@ def predict_masks(folder: Path, sources: Sources, settings: Settings, restart: b
     Raises:
         ValueError: If the model is not one for segmentation, the folder is not empty, or there are no images.
     """
-    predictor = Predictor.from_pretrained(settings.model, image_size=settings.image_size, **settings.options)
+    predictor = Predictor.from_model(*settings.load(), name=settings.model, **settings.options)
     if not isinstance(predictor, MaskPredictor):
         PredictionTable(folder, settings.has_features)  # raises, since the name has no ending of a table
     if folder.exists() and not (folder.is_dir() and (restart or not any(folder.iterdir()))):

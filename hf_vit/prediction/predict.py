@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoints.models import load
 from ..data.sources import Part, Sources
 from ..inference.optimize import inference_precision
 from ..inference.threads import default_batch_size
@@ -41,7 +42,8 @@ def predict_each(sources: Sources, settings: Settings) -> Iterator[tuple[str, Pr
     Raises:
         ValueError: If there are no images.
     """
-    predictor = Predictor.from_pretrained(settings.model, image_size=settings.image_size, **settings.options)
+    model, processor = load(settings.model, settings.image_size, head=settings.head)
+    predictor = Predictor.from_model(model, processor, name=settings.model, **settings.options)
     rows = sources.rows()
     first = next(rows, None)
     if first is None:

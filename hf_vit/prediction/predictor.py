@@ -47,6 +47,7 @@ class Prediction:
         features: Input of the classifier, float32 `[pooled_width]`, if requested; `None` if the image is broken.
         mask: Class of every pixel of the upright image, uint8 `[H, W]`, if the model is one for segmentation. Labels
             are then classes in the mask, the largest first, and scores their shares of the pixels.
+        heads: Answers of a multi-task model by head, as its pipeline gives them; there are no labels then.
     """
 
     source: Any
@@ -56,12 +57,27 @@ class Prediction:
     features: np.ndarray | None = None
     are_values: bool = False
     mask: np.ndarray | None = None
+    heads: dict[str, Any] = field(default_factory=dict)
 
     @property
     def answers(self) -> list[str]:
         """Labels with their scores as text, such as `"cat 93.1%"`, or for a target `"age 41.5"`."""
+        if self.heads:
+            return [f"{name}: {in_words(answer)}" for name, answer in self.heads.items()]
         form = "{} {:.4g}" if self.are_values else "{} {:.1%}"
         return [form.format(*pair) for pair in zip(self.labels, self.scores, strict=True)]
+
+
+def in_words(answer: Any) -> str:
+    """Return the answer of one head of a multi-task model as text."""
+    if isinstance(answer, dict) and "map" in answer:  # of a head for anomalies
+        verdict = {True: ", an anomaly", False: ", normal"}.get(answer.get("is_anomaly"), "")  # type: ignore[arg-type]
+        return f"score {answer['score']:.3g}{verdict}"
+    if isinstance(answer, dict):
+        return ", ".join(f"{name} {value:.4g}" for name, value in answer.items())
+    scores = [each["score"] if "score" in each else np.asarray(each["mask"]).mean() / 255 for each in answer]
+    found = sorted(zip(scores, (each["label"] for each in answer), strict=True), key=lambda pair: -pair[0])
+    return ", ".join(f"{label} {score:.1%}" for score, label in found) or "none"
 
 
 # The most likely classes of images, their scores, for each: from logits `[B, num_labels]`, float32.
@@ -178,15 +194,17 @@ class Predictor:
         source: str | os.PathLike,
         precision: str = "auto",
         image_size: tuple[int, int] | None = None,
+        head: str | None = None,
         **options: Any,
     ) -> Self:
         """Load a model from a file, a folder or the Hub, in any supported layout.
 
         Args:
             image_size: (height, width) in pixels, if it is not the model's.
+            head: Head of a multi-task model; without it, predictions have the answers of all heads.
             precision, options: As for `from_model`, which also lists the errors.
         """
-        model, processor = load(str(source), image_size)
+        model, processor = load(str(source), image_size, head=head)
         return cls.from_model(model, processor, precision, name=str(source), **options)
 
     @classmethod
@@ -212,6 +230,8 @@ class Predictor:
         Raises:
             ValueError: If the model has no classifier and `has_features` is not set.
         """
+        if hasattr(model, "heads") and not issubclass(cls, MaskPredictor):
+            return MultiTaskPredictor.from_model(model, processor, precision, device, compile, name, **options)  # type: ignore
         if hasattr(model, "decode_head") and not issubclass(cls, MaskPredictor):
             return MaskPredictor.from_model(model, processor, precision, device, compile, name, **options)  # type: ignore
         is_classifier = any(getattr(model, head, None) is not None for head in ("classifier", "decode_head"))
@@ -335,8 +355,9 @@ class MaskPredictor(Predictor):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if self.has_features:
-            raise ValueError("A model for segmentation has no pooled features: use AutoModel for those of patches.")
-        self.top_k = options.get("top_k") or 5
+            raise ValueError("This model has no pooled features of its own: use AutoModel for those of patches.")
+        self.limit = options.get("top_k")
+        self.top_k = self.limit or 5
 
     def _pixels(self, prediction: Prediction) -> Tensor:
         sizes: list[tuple[int, int]] = []  # of a JPEG, which may be decoded at another size
@@ -360,3 +381,38 @@ class MaskPredictor(Predictor):
             order = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]][: self.top_k]
             prediction.labels = [self.labels[index] for index in order]
             prediction.scores = [float(shares[index]) for index in order]
+
+
+class MultiTaskPredictor(MaskPredictor):
+    """Predict the answers of all heads of a multi-task model: `Prediction.heads`."""
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        processor: "HFViTImageProcessor",
+        precision: str = "auto",
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        name: str = "The model",
+        **options: Any,
+    ) -> Self:
+        """Prepare a loaded model; arguments are those of `Predictor`."""
+        chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
+        return cls(optimize_for_inference(model.to(chosen), precision, compile), processor, {}, chosen, **options)
+
+    @torch.inference_mode()
+    def _start(
+        self, predictions: list[Prediction], batches: list[tuple[list[int], Tensor]]
+    ) -> Callable[[], list[Prediction]]:
+        model: Any = self.model
+        for indices, batch in batches:
+            outputs = model(normalize(batch.to(self.device), self.processor))
+            for row, index in enumerate(indices):
+                prediction = predictions[index]
+                assert prediction.mask is not None
+                size, prediction.mask = prediction.mask.shape, None
+                for name, head in model.heads.items():
+                    of_image = {key: tensor[row : row + 1].cpu() for key, tensor in outputs[name].items()}
+                    prediction.heads[name] = head.answer(of_image, self.processor, size, self.limit)
+        return lambda: predictions

@@ -11,7 +11,6 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.models import load
 from ..system.extras import need
 from .predictor import Predictor
 from .shards import Settings, ShardJob, model_digest, predict_shards
@@ -29,7 +28,11 @@ class Actor:
     def __init__(self, settings: Settings, table: PredictionTable, device: str, folder: str) -> None:
         os.chdir(folder)
         self.predictor = Predictor.from_pretrained(
-            settings.model, image_size=settings.image_size, device=device, **{**settings.options, "workers": 1}
+            settings.model,
+            image_size=settings.image_size,
+            device=device,
+            head=settings.head,
+            **{**settings.options, "workers": 1},
         )
         self.table = table
 
@@ -64,7 +67,7 @@ class RayActors:
         resources = ray.cluster_resources()
         self.device = "cuda" if resources.get("GPU") else "cpu"
         self.number = settings.workers or int(resources["GPU" if self.device == "cuda" else "CPU"])
-        self.settings, self.model = settings, model_digest(*load(settings.model, settings.image_size))
+        self.settings, self.model = settings, model_digest(*settings.load())
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
         """Have the actors write all shards; see `predict_shards`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..checkpoints.models import load
 from ..data.sources import Part, Stored
 from .predictor import Prediction, Predictor
 
@@ -33,6 +34,7 @@ class Settings:
         precision, compile: As for `optimize_for_inference`.
         image_size: (height, width) in pixels; the model's if not given.
         batch_size, workers, top_k, has_features: As for `Predictor`.
+        head: Head of a multi-task model, which is then used as a model of this task alone.
     """
 
     model: str
@@ -43,11 +45,20 @@ class Settings:
     workers: int | None = None
     top_k: int | None = None
     has_features: bool = False
+    head: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of `Predictor.from_model`."""
-        return {name: value for name, value in vars(self).items() if name not in ("model", "image_size")}
+        return {name: value for name, value in vars(self).items() if name not in ("model", "image_size", "head")}
+
+    def load(self) -> tuple[Any, Any]:
+        """Return the model and its image processor; raise `ValueError` if it has several heads and none is chosen."""
+        model, processor = load(self.model, self.image_size, head=self.head)
+        if hasattr(model, "heads"):
+            heads = " or ".join(model.heads)
+            raise ValueError(f"A file holds the answers of one head of labels: choose it with --head, {heads}.")
+        return model, processor
 
 
 class Shard(NamedTuple):

@@ -326,7 +326,7 @@ class _Fitting:
         """Write the encoder with a head as a classifier."""
         fields = {**self.problem.fields(self.labels), "pooling": pooling, "representation_size": None}
         fields |= {"num_channels": self.encoder.config.num_channels}
-        with _quiet_about_the_new_head():
+        with quiet_about_the_new_head():
             model, processor = load_classifier(
                 self.source, self.data.label_names, image_size=self.encoder.image_size, **fields
             )
@@ -422,7 +422,7 @@ def _is(row: dict[str, Any], candidate: Candidate | None) -> bool:
 
 
 @contextmanager
-def _quiet_about_the_new_head() -> Iterator[None]:
+def quiet_about_the_new_head() -> Iterator[None]:
     """Silence the warnings about a head that is not in the checkpoint: it gets its weights at once."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

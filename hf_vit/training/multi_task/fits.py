@@ -90,7 +90,10 @@ def fit_pixel_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
         head = HFViTPixelHead(found.encoder.config, fields)
         nn.init.trunc_normal_(head.decode_head.classifier.weight, std=head.config.initializer_range)
         nn.init.zeros_(head.decode_head.classifier.bias)
-    patches, size = found.train.features[PATCHES], [side * head.config.patch_subdivision for side in head.config.grid_size]
+    patches, size = (
+        found.train.features[PATCHES],
+        [side * head.config.patch_subdivision for side in head.config.grid_size],
+    )
     # At the resolution of the logits, the loss of a patch costs 1/12 of that of its pixels.
     masks = torch.stack([_resized(mask, size) for mask in _masks(found, data.train, found.train.rows)])
     config = found.encoder.config
@@ -105,9 +108,7 @@ def fit_pixel_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     return TrainedHead(fields, head.state_dict(), metrics, facts)
 
 
-def train_on_batches(
-    head: nn.Module, loss: Callable[[Tensor], Tensor], number: int, recipe: Any, seed: int
-) -> float:
+def train_on_batches(head: nn.Module, loss: Callable[[Tensor], Tensor], number: int, recipe: Any, seed: int) -> float:
     """Train a head on random batches of cached features; return the mean loss of the last tenth of the steps.
 
     Args:
@@ -182,9 +183,7 @@ def fit_anomaly_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     fields["threshold"] = _scores(head, found, patches[kept]).quantile(SHARE_BELOW).item()
     scores = _scores(head, found, found.evaluation.features[PATCHES])
     facts = {"normal_images": number, "memory_size": size, "kept_for_threshold": len(kept)}
-    return TrainedHead(
-        fields, head.state_dict(), _anomaly_metrics(scores, is_anomaly, fields["threshold"]), facts
-    )
+    return TrainedHead(fields, head.state_dict(), _anomaly_metrics(scores, is_anomaly, fields["threshold"]), facts)
 
 
 def _normal_rows(plan: HeadPlan, found: HeadData) -> tuple[Tensor, Tensor]:

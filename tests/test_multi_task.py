@@ -56,7 +56,7 @@ def model(tiny_config: Any) -> HFViTForMultiTask:
 
 
 def output_of(outputs: Any, name: str) -> Any:
-    return outputs[name] if name in outputs else outputs
+    return outputs.get(name, outputs)
 
 
 def assert_same(first: Any, second: Any) -> None:

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from sklearn.metrics import pairwise_distances
+from typer.testing import CliRunner
 
 import hf_vit
 from hf_vit.cli.main import app
@@ -21,7 +22,6 @@ from hf_vit.training.multi_task import run
 from hf_vit.training.multi_task.fits import coreset
 from hf_vit.training.multi_task.plans import read_plans
 from hf_vit.training.multi_task.run import train_heads
-from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}

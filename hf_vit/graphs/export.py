@@ -79,8 +79,8 @@ def export_graph(
     checkpoint = open_checkpoint(source)
     if checkpoint.architecture == MULTI_TASK:
         raise ValueError(
-            f"{source} has several heads, which are not exported as one graph: make a model of one with hf-vit convert "
-            "--head, and export that."
+            f"{source} has several heads, which are not exported as one graph: make a model of one with "
+            "hf-vit convert --head, and export that."
         )
     if checkpoint.architecture == SEGMENTER:
         raise ValueError(f"{source} is a model for segmentation, which is not exported as a graph: use it in torch.")

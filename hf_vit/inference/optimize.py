@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from ..model.layers_hf_vit import HFViTGatedMLP, HFViTLayerScale
 from ..model.losses_hf_vit import scaled_logits
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTLayer, HFViTModel
-from ..model.positions_hf_vit import rotate
 from ..model.multi_task_hf_vit import HFViTForMultiTask
+from ..model.positions_hf_vit import rotate
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..system.machine import precision_name, resolve_precision
 

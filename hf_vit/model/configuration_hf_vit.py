@@ -170,8 +170,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             `HFViTForSemanticSegmentation` predicts classes.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Class index of pixels that are ignored in the
             loss of `HFViTForSemanticSegmentation`.
-        heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task` (`"classification"`,
-            `"multi_label"`, `"regression"`, `"segmentation"` or `"anomaly"`), `id2label`, and other fields of that head.
+        heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task`
+            (`"classification"`, `"multi_label"`, `"regression"`, `"segmentation"` or `"anomaly"`), of `id2label`, and
+            of other fields of that head.
         apply_layernorm (`bool`, *optional*, defaults to `True`): Whether the final LayerNorm is applied to the feature
             maps of a backbone.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): Whether the feature maps of a backbone are

@@ -117,7 +117,7 @@ class Features:
 
 
 def data_for(plan: HeadPlan) -> ImageData:
-    """Load the images of a head; those of a head for anomalies have labels only if it names the class of normal ones."""
+    """Load the images of a head; for anomalies they have labels only if the head names the class of normal ones."""
     if plan.task != "anomaly":
         return data_of(plan.recipe)
     recipe = plan.recipe

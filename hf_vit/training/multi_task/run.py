@@ -1,10 +1,8 @@
 """`train_heads`: from a file of heads and an encoder to one folder that answers for all of them."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from torch import Tensor
 from ...checkpoints.checkpoint import MULTI_TASK, Checkpoint, usual_size
 from ...checkpoints.models import load_multi_task
 from ...checkpoints.opening import open_checkpoint
-from ...data.labelled import METRICS
 from ...data.masks import stop_cropping
 from ...inference.optimize import inference_precision
 from ...system.disk import check_output_folder
@@ -86,7 +83,8 @@ def train_heads(
         facts |= {"precision": inference_precision("auto"), "command": command or call_of("train_heads", stated)}
         say(f"Writing the model with {len(known) + len(plans)} heads, and its card.")
         _write(model, trained, output_dir, size)
-        write_heads(output_dir, state["heads"], known, facts, round(state.seconds, 1))
+        rows = {plan.name: state["heads"][plan.name] for plan in plans}
+        write_heads(output_dir, rows, known, facts, round(state.seconds, 1))
         for line in next_commands(output_dir, {**known, **{plan.name: plan.task for plan in plans}}):
             say(line)
     return TrainedModel(output_dir)

@@ -8,11 +8,13 @@ pixels get an arbitrary color, and an error does not name the file. With the pac
 
 from typing import Any
 
+import torch
 from transformers import (
     BatchFeature,
     ImageClassificationPipeline,
     ImageFeatureExtractionPipeline,
     ImageSegmentationPipeline,
+    ObjectDetectionPipeline,
 )
 
 from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
@@ -40,21 +42,27 @@ class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtract
     """Feature extraction from images as `hf_vit` reads them."""
 
 
-class HFViTImageSegmentationPipeline(FilePreprocessing, ImageSegmentationPipeline):
-    """Semantic segmentation of images as `hf_vit` reads them; masks have the size of the upright image."""
+class SizedFilePreprocessing(FilePreprocessing):
+    """Preprocess files as above, and keep the size of the upright image, which masks and boxes refer to."""
 
-    def preprocess(  # type: ignore[override]
-        self, image: Any, subtask: str | None = None, timeout: float | None = None
-    ) -> BatchFeature:
+    def preprocess(self, image: Any, timeout: float | None = None, **options: Any) -> BatchFeature:
         """Return the model's inputs for an image, and its size; arguments as in transformers."""
-        processor: Any = self.image_processor
-        if not hasattr(processor, "original_size"):  # of another library
-            return ImageSegmentationPipeline.preprocess(self, image, subtask, timeout)
+        pipeline: Any = self
+        if not hasattr(pipeline.image_processor, "original_size"):  # of another library
+            return super().preprocess(image, timeout=timeout, **options)
         if is_url(image):
             image = download(image, timeout or DOWNLOAD_TIMEOUT)
         inputs = super().preprocess(image)
-        inputs["target_size"] = [processor.original_size(image)]
+        inputs["target_size"] = torch.tensor([pipeline.image_processor.original_size(image)])
         return inputs
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept any model: transformers compares with a list of names that registered classes are not added to."""
+
+
+class HFViTImageSegmentationPipeline(SizedFilePreprocessing, ImageSegmentationPipeline):  # type: ignore[misc]
+    """Semantic segmentation of images as `hf_vit` reads them; masks have the size of the upright image."""
+
+
+class HFViTObjectDetectionPipeline(SizedFilePreprocessing, ObjectDetectionPipeline):  # type: ignore[misc]
+    """Object detection in images as `hf_vit` reads them; boxes are in pixels of the upright image."""

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from hf_vit.data.augmentation import AUGMENTATIONS, WITH_BOXES, build_augmentation
-from hf_vit.data.box_augmentation import LEAST_VISIBLE
+from hf_vit.data.box_augmentation import visible
 from hf_vit.data.boxes import corners_of, draw_boxes
 from hf_vit.data.labelled import ImageData, load_data
 from hf_vit.evaluation.labels import objects_for_model
@@ -226,11 +226,9 @@ def test_boxes_that_do_not_fit(tmp_path: Path) -> None:
     put(folder / "annotations.json", coco(scenes))
     data = load(folder, holds_out=False)
     assert data.train[0]["objects"] == pytest.approx(np.array([[0, 0.05, 0.25, 0.1, 0.3], [0, 0.95, 0.7, 0.1, 0.4]]))
-    assert [note for note in data.notes if "box" in note] == [
+    assert data.notes == [
         "Boxes: cell 8, plate 6.",
-        "Skipped 4 boxes without an area in the image, or without four numbers: in 0.png.".replace(
-            "0.png", f"{tmp_path.name}/0.png"
-        ),
+        f"Skipped 4 boxes without an area in the image, or without four numbers: in {tmp_path.name}/0.png.",
         "2 boxes reach beyond their images, and are clipped to them.",
         "2 images have no boxes: they are all background.",
     ]
@@ -313,7 +311,7 @@ def test_polygons_become_boxes(tmp_path: Path) -> None:
     put(folder / "labels" / "train" / "0.txt", "0 0.1 0.1 0.3 0.1 0.3 0.4 0.2 0.4")
     data = load(folder)
     assert data.train[0]["objects"] == pytest.approx(np.array([[0, 0.2, 0.25, 0.2, 0.3]]), abs=1e-6)
-    assert "1 polygon is read as the boxes around them." in data.notes or any("polygon" in note for note in data.notes)
+    assert "1 polygon is read as the box around it." in data.notes
 
 
 def test_what_is_not_understood_is_said(tmp_path: Path) -> None:
@@ -330,7 +328,7 @@ def test_what_is_not_understood_is_said(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- augmentation
 
 
-@pytest.mark.parametrize("name", WITH_BOXES)
+@pytest.mark.parametrize("name", ["none", "crop_flip"])
 def test_augmentation_moves_boxes_with_pixels(name: str) -> None:
     """The box of a bright rectangle is where its pixels are, as far as it is visible."""
     pixels = torch.zeros(1, 120, 200, dtype=torch.uint8)
@@ -343,8 +341,6 @@ def test_augmentation_moves_boxes_with_pixels(name: str) -> None:
         image, moved = augment((pixels, objects))
         assert image.shape == (1, 48, 80) and image.dtype == torch.uint8
         rows, columns = (image[0].float() / image.max() > 0.5).nonzero(as_tuple=True)
-        if name == "three" and (image == 0).sum() == 0:  # solarized
-            continue
         if len(moved):
             left, top, right, bottom = (corners_of(moved[:, 1:])[0] * torch.tensor([80, 48, 80, 48])).tolist()
             found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -359,8 +355,10 @@ def test_boxes_of_which_little_remains_are_removed() -> None:
     torch.manual_seed(0)
     for _ in range(50):
         _, moved = augment((torch.zeros(3, 64, 64, dtype=torch.uint8), objects))
-        assert (moved[:, 3:] > 0).all() and moved[:, 1:].min() >= 0 and moved[:, 1:].max() <= 1
-    assert 0 < LEAST_VISIBLE < 1
+        corners = corners_of(moved[:, 1:])
+        assert (moved[:, 3:] > 0).all() and ((corners > -1e-6) & (corners < 1 + 1e-6)).all()
+    corners = torch.tensor([[0.7, 0, 1.7, 1], [0.71, 0, 1.71, 1]])  # 30 % and 29 % are in the image
+    assert visible(torch.tensor([3.0, 4.0]), corners)[:, 0].tolist() == [3]
 
 
 def test_augmentations_without_boxes_are_refused() -> None:

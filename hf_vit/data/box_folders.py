@@ -81,7 +81,7 @@ class Files:
                     self.by_ending[ending].append(Path(place, name))
 
     def beside(self, annotations: list[Path]) -> Iterator[tuple[Path, str, str | None]]:
-        """Yield each file of annotations that has the name of an image, with the image, and the split if there is one."""
+        """Yield each file of annotations that has the name of an image, with the image, and the split if any."""
         images: dict[Any, list[str]] = {}
         for image in self.images:
             stem = Path(image).stem
@@ -115,7 +115,7 @@ def open_boxes(source: Any, streaming: bool, image_column: str | None, label_col
             for read in READERS.values():
                 if (found := read(files)) is not None:
                     return _opened(found)
-            if not files.folder.tables:
+            if not any(place.tables for place in (files.folder, *files.folder.folders.values())):
                 raise ValueError(f"Found no boxes in {path}: {EXPECTED}. {_seen(files)}")
     return open_source(source, streaming, image_column, label_columns)
 
@@ -391,7 +391,8 @@ def read_yolo(files: Files) -> Read | None:
             f"{'counts' if without == 1 else 'count'} as without objects."
         )
     if polygons:
-        read.notes.append(f"{counted(polygons, 'polygon is', 'polygons are')} read as the boxes around them.")
+        around = "box around it" if polygons == 1 else "boxes around them"
+        read.notes.append(f"{counted(polygons, 'polygon is', 'polygons are')} read as the {around}.")
     if not names:
         read.notes.append(
             "The classes have no names: write them into data.yaml (names: [cat, dog]) or classes.txt, one per line."

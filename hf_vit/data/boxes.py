@@ -16,7 +16,7 @@ from torch import Tensor
 from .images import EvaluationImages, TrainingImages, padded
 from .masks import palette, refuse_cropping
 
-LINE, FONT = 1 / 240, 1 / 24  # width of lines and height of letters, relative to the shorter side of an image
+LINE, FONT = 1 / 150, 1 / 24  # width of lines and height of letters, relative to the shorter side of an image
 
 
 class WithBoxes:
@@ -90,7 +90,7 @@ def draw_boxes(
     drawn = (PILImage.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     colors = palette(max(1, number)).tolist()
     side = min(drawn.size)
-    line, height = max(1, round(LINE * side)), max(9, round(FONT * side))
+    line, height = max(2, round(LINE * side)), max(9, round(FONT * side))
     font, draw = ImageFont.load_default(height), ImageDraw.Draw(drawn)
     for box, index in zip(boxes, classes, strict=True):
         draw.rectangle(tuple(box), outline=tuple(colors[index]), width=line)

@@ -9,7 +9,11 @@ from .boxes import BoxedEvaluationImages, BoxedTrainingImages
 from .classes import DETECTION, SEGMENTATION, Labels, Part
 from .images import EvaluationImages, TrainingImages
 from .mask_folders import open_masks
-from .masks import MaskedEvaluationImages, MaskedTrainingImages, columns_of_masks, united_masks
+from .masks import (
+    MaskedEvaluationImages,
+    MaskedTrainingImages,
+    columns_of_masks,
+)
 from .objects import columns_of_objects, united_objects
 from .opening import Opened, image_columns
 
@@ -39,8 +43,24 @@ def _columns_of_masks(features: Any, image_column: str | None, given: Sequence[s
     return image, [] if mask is None else [mask]
 
 
-def _united_masks(parts: list[Part], names: dict[int, str] | None, box_format: str | None) -> tuple[list[Any], Labels]:
-    return united_masks(parts, names)
+def _united_masks(
+    parts: list[Part], names: dict[int, str] | None, box_format: str | None
+) -> tuple[list[Any], Labels]:
+    """Return the parts with stored images and masks in the same two columns, and what the masks mean."""
+    from datasets import Image
+
+    if names is None and (stated := names_in_features(parts[0].split.features)) is not None:
+        names = dict(enumerate(stated))
+    columns = parts[0].image_column, parts[0].label_columns[0]
+    splits = []
+    for part in parts:
+        split = part.split.select_columns([part.image_column, *part.label_columns])
+        for old, new in zip((part.image_column, *part.label_columns), columns, strict=True):
+            split = split if old == new else split.rename_column(old, new)
+            split = split.cast_column(new, Image(decode=False))
+        splits.append(split)
+    code, label_names, notes = code_of_masks(splits, columns, names)
+    return splits, Labels(SEGMENTATION, label_names, columns[1], notes, code)
 
 
 DENSE_LABELS: dict[str | None, DenseLabels] = {

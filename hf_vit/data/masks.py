@@ -22,7 +22,6 @@ from torch import Tensor
 from ..model.segmentation_maps_hf_vit import IGNORED, class_indices
 from ..system.machine import cores
 from ..system.texts import counted, shortened
-from .classes import SEGMENTATION, Labels, Part
 from .images import NO_IMAGE, EvaluationImages, TrainingImages, name_of, stored_source, upright_size
 
 MASK_COLUMNS = (
@@ -189,29 +188,6 @@ def code_of_masks(
         )
     _check_number(known[-1] + 1)
     return MaskCode.of(range(known[-1] + 1)), [str(value) for value in range(known[-1] + 1)], []
-
-
-def united_masks(parts: list[Part], names: dict[int, str] | None) -> tuple[list[Any], Labels]:
-    """Return the parts with stored images and masks in the same two columns, and what the masks mean.
-
-    Args:
-        parts: Splits with their columns.
-        names: Names of values, if a file states them.
-    """
-    from datasets import Image
-
-    if names is None and (stated := names_in_features(parts[0].split.features)) is not None:
-        names = dict(enumerate(stated))
-    columns = parts[0].image_column, parts[0].label_columns[0]
-    splits = []
-    for part in parts:
-        split = part.split.select_columns([part.image_column, *part.label_columns])
-        for old, new in zip((part.image_column, *part.label_columns), columns, strict=True):
-            split = split if old == new else split.rename_column(old, new)
-            split = split.cast_column(new, Image(decode=False))
-        splits.append(split)
-    code, label_names, notes = code_of_masks(splits, columns, names)
-    return splits, Labels(SEGMENTATION, label_names, columns[1], notes, code)
 
 
 def _named(stated: dict[int, str], known: list[int]) -> tuple[MaskCode, list[str], list[str]]:

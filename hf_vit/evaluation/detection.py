@@ -16,31 +16,16 @@ import torch
 from torch import Tensor
 
 from ..data.boxes import corners_of
+from ..model.detection_boxes_hf_vit import MOST_OBJECTS
 from ..system.extras import need
 from .results import _Indexed, _ratio
 
-MOST_FOUND = 100  # objects of an image that count, as in COCO
 DEFAULT_THRESHOLD = 0.5
 
 
 def need_pycocotools() -> None:
     """Raise `ValueError` with the command to install pycocotools if it is missing."""
     need("detection", "pycocotools")
-
-
-def most_likely_objects(logits: Tensor, boxes: Tensor, number: int = MOST_FOUND) -> Tensor:
-    """Return the objects of the highest scores, `[B, K, 6]`: score, class, and center, width and height of the box.
-
-    Args:
-        logits: `[B, Q, C]`, of which the sigmoid is the score.
-        boxes: `[B, Q, 4]`, relative.
-        number: Largest K.
-    """
-    classes = logits.shape[2]
-    scores, chosen = logits.float().sigmoid().flatten(1).topk(min(number, logits.shape[1] * classes), dim=1)
-    of_query = (chosen // classes).unsqueeze(2).expand(-1, -1, 4)
-    columns = [scores.unsqueeze(2), (chosen % classes).unsqueeze(2).float(), boxes.float().gather(1, of_query)]
-    return torch.cat(columns, dim=2)
 
 
 @dataclass
@@ -202,7 +187,7 @@ class BoxResults(_Indexed):
             truth.createIndex()
             evaluation = COCOeval(truth, truth.loadRes(rows.numpy()), "bbox")
             evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0.0, 1e10]], ["all"]
-            evaluation.params.maxDets = [MOST_FOUND]
+            evaluation.params.maxDets = [MOST_OBJECTS]
             evaluation.evaluate()
             evaluation.accumulate()
         return evaluation

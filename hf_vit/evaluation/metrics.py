@@ -15,11 +15,12 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
+from ..model.detection_boxes_hf_vit import most_likely_objects
 from ..model.detection_hf_vit import object_losses
 from ..model.image_geometry_hf_vit import resize_logits
 from ..model.losses_hf_vit import pixel_losses
 from ..system.transfers import HostCopies
-from .detection import BoxResults, most_likely_objects, need_pycocotools
+from .detection import BoxResults, need_pycocotools
 from .labels import kind_of
 from .results import ImageResults, LabelResults, MaskResults, TargetResults
 

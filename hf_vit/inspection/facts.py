@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint
+from ..checkpoints.checkpoint import CLASSIFIER, DETECTOR, SEGMENTER, Checkpoint
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..variants import variant_of
@@ -37,7 +37,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "pooling": config.pooling,
         "LayerNorm eps": f"{config.layer_norm_eps:g}",
         "preprocessing": _preprocessing(checkpoint.processor()),
-        "labels": config.num_labels if checkpoint.architecture in (CLASSIFIER, SEGMENTER) else "no head",
+        "labels": config.num_labels if checkpoint.architecture in (CLASSIFIER, SEGMENTER, DETECTOR) else "no head",
         "parameters": f"{checkpoint.num_parameters:,} ({str(checkpoint.dtype).removeprefix('torch.')})",
     }
     default = HFViTConfig()

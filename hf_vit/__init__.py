@@ -1,8 +1,9 @@
 """The Vision Transformer (Dosovitskiy et al., 2021) as a plugin of the Hugging Face ecosystem.
 
 Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassification`,
-`AutoModelForMaskedImageModeling`, `AutoModelForSemanticSegmentation`, `AutoModelForObjectDetection`, `AutoBackbone`, `AutoImageProcessor`
-and `pipeline` recognize `model_type="hf_vit"`. Neither torch nor transformers is imported before it is needed.
+`AutoModelForMaskedImageModeling`, `AutoModelForSemanticSegmentation`, `AutoModelForObjectDetection`, `AutoBackbone`,
+`AutoImageProcessor` and `pipeline` recognize `model_type="hf_vit"`. Neither torch nor transformers is imported before
+it is needed.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -159,7 +159,7 @@ class HFViTDetectionHead(nn.Module):
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
-        channels, eps = pyramid_channels(config), config.layer_norm_eps
+        channels = pyramid_channels(config)
         self.features = HFViTPyramidLevel(config, config.patch_subdivision.bit_length() - 1)
         self.class_conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         self.box_conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)

@@ -24,8 +24,11 @@ def map_of_patches(tokens: Tensor, config: HFViTConfig, grid: tuple[int, int]) -
     return patches.transpose(1, 2).unflatten(2, grid).contiguous()
 
 
-class HFViTChannelNorm(nn.LayerNorm):
-    """Normalize every position of a map `[B, C, h, w]` over its channels."""
+class HFViTChannelLayerNorm(nn.LayerNorm):
+    """Normalize every position of a map `[B, C, h, w]` over its channels.
+
+    transformers initializes the weights of classes that have LayerNorm in their names.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -44,16 +47,16 @@ class HFViTPyramidLevel(nn.Sequential):
         widths = [max(config.hidden_size >> step, 1) for step in range(max(doublings, 0) + 1)]
         layers: list[nn.Module] = []
         for width, half in pairwise(widths):
-            between = [HFViTChannelNorm(width, eps=eps), nn.GELU()] if layers else []
+            between = [HFViTChannelLayerNorm(width, eps=eps), nn.GELU()] if layers else []
             layers += [*between, nn.ConvTranspose2d(width, half, kernel_size=2, stride=2)]
         if doublings < 0:
             layers.append(nn.MaxPool2d(2**-doublings, ceil_mode=True))
         super().__init__(
             *layers,
             nn.Conv2d(widths[-1], channels, kernel_size=1, bias=False),
-            HFViTChannelNorm(channels, eps=eps),
+            HFViTChannelLayerNorm(channels, eps=eps),
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
-            HFViTChannelNorm(channels, eps=eps),
+            HFViTChannelLayerNorm(channels, eps=eps),
         )
 
 

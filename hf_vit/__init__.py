@@ -1,8 +1,9 @@
 """The Vision Transformer (Dosovitskiy et al., 2021) as a plugin of the Hugging Face ecosystem.
 
 Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassification`,
-`AutoModelForMaskedImageModeling`, `AutoModelForSemanticSegmentation`, `AutoBackbone`, `AutoImageProcessor` and
-`pipeline` recognize `model_type="hf_vit"`. Neither torch nor transformers is imported before it is needed.
+`AutoModelForMaskedImageModeling`, `AutoModelForSemanticSegmentation`, `AutoModelForObjectDetection`, `AutoBackbone`,
+`AutoImageProcessor` and `pipeline` recognize `model_type="hf_vit"`. Neither torch nor transformers is imported before
+it is needed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .system.lazy import lazy_exports
 if TYPE_CHECKING:
     from .model.configuration_hf_vit import HFViTConfig
     from .model.dense_hf_vit import HFViTBackbone, HFViTForMaskedImageModeling
+    from .model.detection_hf_vit import HFViTForObjectDetection
     from .model.image_processing_hf_vit import HFViTImageProcessor
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
         HFViTImageClassificationPipeline,
         HFViTImageFeatureExtractionPipeline,
         HFViTImageSegmentationPipeline,
+        HFViTObjectDetectionPipeline,
     )
     from .model.segmentation_hf_vit import HFViTForSemanticSegmentation
     from .training.fitting.fit import fit
@@ -32,6 +35,7 @@ __all__ = [
     "HFViTConfig",
     "HFViTForImageClassification",
     "HFViTForMaskedImageModeling",
+    "HFViTForObjectDetection",
     "HFViTForSemanticSegmentation",
     "HFViTImageClassificationPipeline",
     "HFViTImageFeatureExtractionPipeline",
@@ -39,6 +43,7 @@ __all__ = [
     "HFViTImageProcessorPil",
     "HFViTImageSegmentationPipeline",
     "HFViTModel",
+    "HFViTObjectDetectionPipeline",
     "TrainedModel",
     "__version__",
     "fit",
@@ -51,12 +56,14 @@ _load = lazy_exports(
         "model.configuration_hf_vit": ["HFViTConfig"],
         "model.modeling_hf_vit": ["HFViTForImageClassification", "HFViTModel"],
         "model.dense_hf_vit": ["HFViTBackbone", "HFViTForMaskedImageModeling"],
+        "model.detection_hf_vit": ["HFViTForObjectDetection"],
         "model.image_processing_hf_vit": ["HFViTImageProcessor"],
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
         "model.pipeline_hf_vit": [
             "HFViTImageClassificationPipeline",
             "HFViTImageFeatureExtractionPipeline",
             "HFViTImageSegmentationPipeline",
+            "HFViTObjectDetectionPipeline",
         ],
         "model.segmentation_hf_vit": ["HFViTForSemanticSegmentation"],
         "training.fitting.fit": ["fit"],

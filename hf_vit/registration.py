@@ -17,7 +17,8 @@ CONFIG = f"{__package__}.model.configuration_hf_vit"
 MODELS = f"{__package__}.model.modeling_hf_vit"
 DENSE = f"{__package__}.model.dense_hf_vit"  # imports MODELS
 SEGMENTATION = f"{__package__}.model.segmentation_hf_vit"  # imports DENSE
-MULTI_TASK = f"{__package__}.model.multi_task_hf_vit"  # imports SEGMENTATION
+DETECTION = f"{__package__}.model.detection_hf_vit"  # imports DENSE
+MULTI_TASK = f"{__package__}.model.multi_task_hf_vit"  # imports SEGMENTATION and DETECTION
 PROCESSOR = f"{__package__}.model.image_processing_hf_vit"  # imports PIL_PROCESSOR
 PIL_PROCESSOR = f"{__package__}.model.image_processing_pil_hf_vit"
 PIPELINE = f"{__package__}.model.pipeline_hf_vit"
@@ -35,7 +36,7 @@ def register() -> None:
                 f"{AUTO}.modeling_auto",
                 MULTI_TASK,
                 _register_models,
-                ("transformers.modeling_layers", MODELS, DENSE, SEGMENTATION),
+                ("transformers.modeling_layers", MODELS, DENSE, DETECTION, SEGMENTATION),
             ),
             Registration(f"{AUTO}.image_processing_auto", processor, _register_processors, (PIL_PROCESSOR,)),
             Registration("transformers.pipelines", PIPELINE, _register_pipelines),
@@ -131,7 +132,7 @@ class Registration:
         registry: Module of transformers; importing it imports our classes.
         ours: Module of our classes.
         act: What to call then.
-        needed: Modules that `ours` imports. While one of them is being imported, `ours` waits for it.
+        needed: Modules that `ours` or `act` imports. While one of them is being imported, `ours` waits for it.
     """
 
     def __init__(self, registry: str, ours: str, act: Callable[[], None], needed: Sequence[str] = ()) -> None:

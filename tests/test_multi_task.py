@@ -40,10 +40,12 @@ HEADS: dict[str, dict[str, Any]] = {
         "out_indices": [1, 3],
         "patch_subdivision": 2,
     },
+    "things": {"task": "detection", "id2label": {0: "cup"}, "patch_subdivision": 2},
     "odd": {"task": "anomaly", "memory_size": 16, "num_neighbors": 2, "threshold": 0.5},
 }
 MODULES = {name: "HFViTForImageClassification" for name in ("species", "tags", "box")} | {
     "parts": "HFViTForSemanticSegmentation",
+    "things": "HFViTForObjectDetection",
     "odd": "HFViTForMultiTask",
 }
 
@@ -69,7 +71,7 @@ def assert_same(first: Any, second: Any) -> None:
 def test_every_head_is_the_single_task_model_bit_for_bit(model: HFViTForMultiTask, tmp_path: Path) -> None:
     pixels = torch.rand(2, 3, 40, 24)
     outputs = model(pixels)
-    assert list(outputs) == list(HEADS) and outputs[0] is outputs["species"] is outputs.species
+    assert list(outputs) == sorted(HEADS) and outputs[0] is outputs["box"] is outputs.box
     assert [type(each) for each in outputs.to_tuple()] == [type(each) for each in outputs.values()]
     model.save_pretrained(tmp_path / "all")
     for name, class_name in MODULES.items():
@@ -99,7 +101,7 @@ def test_a_saved_folder_loads_exactly_and_can_be_published(model: HFViTForMultiT
     assert type(AutoModel.from_config(HFViTConfig(num_hidden_layers=1))) is hf_vit.HFViTModel
     classifier = HFViTForImageClassification.from_pretrained(tmp_path, head="species")
     assert torch.equal(classifier(pixels).logits, model(pixels).species.logits)
-    with pytest.raises(ValueError, match="no head 'ears': choose one of species, tags"):
+    with pytest.raises(ValueError, match="no head 'ears': choose one of box, odd"):
         load(tmp_path, head="ears")
 
 
@@ -136,6 +138,8 @@ def test_the_pipeline_answers_for_every_head(model: HFViTForMultiTask, tmp_path:
     assert found["box"] == pytest.approx(dict(zip("xy", outputs.box.logits[0].tolist(), strict=True)), abs=1e-5)
     masks = {each["label"]: np.asarray(each["mask"]) for each in found["parts"]}
     assert all(mask.shape == (20, 30) for mask in masks.values()) and (sum(masks.values()) == 255).all()
+    assert found["things"] == []  # a new head sees no objects
+    assert answers(images[2])["things"] == []
     assert found["odd"]["map"].shape == (20, 30)
     assert found["odd"]["is_anomaly"] == (found["odd"]["score"] > 0.5)
     assert len(answers(images[0], top_k=1)["species"]) == 1
@@ -157,9 +161,14 @@ def test_an_anomaly_is_what_is_far_from_all_normal_patches(model: HFViTForMultiT
 
 
 def test_losses_of_labelled_heads_are_added(model: HFViTForMultiTask) -> None:
-    labels = {"species": torch.tensor([0, 2]), "parts": torch.ones(2, 32, 48, dtype=torch.int64)}
-    outputs = model(torch.rand(2, 3, 32, 48), labels=labels)
-    torch.testing.assert_close(outputs.loss, outputs.species.loss + outputs.parts.loss)
+    labels: dict[str, Any] = {"species": torch.tensor([0, 2]), "parts": torch.ones(2, 32, 48, dtype=torch.int64)}
+    boxes = torch.tensor([[0.0, 0.5, 0.5, 0.2, 0.4]])
+    labels["things"] = torch.stack([boxes, -torch.ones(1, 5)])
+    pixels = torch.rand(2, 3, 32, 48)
+    outputs = model(pixels, labels=labels)
+    torch.testing.assert_close(outputs.loss, sum(outputs[name].loss for name in labels))
+    for name in labels:
+        torch.testing.assert_close(outputs[name].loss, model.single(name)(pixels, labels=labels[name]).loss)
     outputs.loss.backward()
     assert model.heads["parts"].decode_head.classifier.weight.grad.abs().sum() > 0
     assert model.heads["odd"].memory.grad is None

@@ -106,7 +106,7 @@ def test_all_heads_predict_at_once(heads: Path, photos: Path) -> None:
     split = load_data(str(photos)).evaluation
     found = list(Predictor.from_pretrained(str(heads), precision="fp32")([row["image"] for row in split]))
     answers = found[1].answers
-    assert [each.partition(":")[0] for each in answers] == ["color", "square", "place"]
+    assert [each.partition(":")[0] for each in answers] == ["color", "place", "square"]
     colors = [each.heads["color"][0]["label"] for each in found]
     assert np.mean([color == list(COLORS)[row["label"]] for color, row in zip(colors, split, strict=True)]) > 0.9
     one = list(Predictor.from_pretrained(str(heads), precision="fp32", head="color")([split[0]["image"]]))
@@ -143,7 +143,7 @@ def test_an_added_head_leaves_the_others_as_they_are(heads: Path, photos: Path, 
         trained(FILE, photos, heads, tmp_path / "twice")
     with pytest.raises(ValueError, match="cannot be evaluated on labels"):
         evaluate_checkpoint(str(tmp_path / "more"), str(photos), head="odd")
-    with pytest.raises(ValueError, match="has several heads: choose one with --head, color or square"):
+    with pytest.raises(ValueError, match="has several heads: choose one with --head, color or place"):
         evaluate_checkpoint(str(heads), str(photos))
 
 

@@ -20,7 +20,8 @@ from .files import PROCESSOR_FILES, Source
 from .layouts import Row, Rule, adapt_channels, resample_patch_projection, rules_of
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
-SEGMENTER, MULTI_TASK = "HFViTForSemanticSegmentation", "HFViTForMultiTask"
+SEGMENTER, DETECTOR = "HFViTForSemanticSegmentation", "HFViTForObjectDetection"
+MULTI_TASK = "HFViTForMultiTask"
 # Assumptions that options for the preprocessing replace.
 OF_PREPROCESSING = re.compile(r"[Pp]reprocess|mean and standard deviation|[Ii]mages are centre-cropped")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

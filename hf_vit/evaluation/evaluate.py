@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER, MULTI_TASK, SEGMENTER, Checkpoint, Options
+from ..checkpoints.checkpoint import CLASSIFIER, MULTI_TASK, Checkpoint, Options
 from ..checkpoints.from_pretrained import warn_of_assumptions
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
-from ..data.classes import MULTI, REGRESSION, SEGMENTATION, SINGLE
+from ..data.classes import DENSE, MULTI, REGRESSION, SINGLE
 from ..data.evaluated import load_evaluation_data
 from ..data.images import normalize
 from ..data.labelled import HELD_OUT, ImageData
@@ -30,10 +30,10 @@ from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
 from ..system.progress import progress_bar
 from . import probing
-from .labels import align, contradiction, images_for_model, kind_of, labels_of
-from .metrics import Forward, evaluate_images, extract_features, forward_in_turn, forward_on_cores
+from .labels import OF_ARCHITECTURE, align, contradiction, images_for_model, kind_of, labels_of
+from .metrics import Forward, Results, evaluate_images, extract_features, forward_in_turn, forward_on_cores
 from .mistakes import write_mistakes
-from .results import ImageResults, Results
+from .results import ImageResults
 from .throughput import throughputs
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -154,8 +154,8 @@ def _load_aligned(
     checkpoint: Checkpoint, source: str, data_source: str | Sequence[str], needs_train: bool, **options: Any
 ) -> tuple[ImageData, list[int] | None, str]:
     """Return the data, the model's index of each of its classes unless the features alone can be evaluated, a note."""
-    kind = kind_of(checkpoint.config) if checkpoint.architecture in (CLASSIFIER, SEGMENTER) else None
-    if kind in (MULTI, REGRESSION, SEGMENTATION):  # whole numbers could also be classes
+    kind = kind_of(checkpoint.config) if checkpoint.architecture in (CLASSIFIER, *OF_ARCHITECTURE) else None
+    if kind in (MULTI, REGRESSION, *DENSE):  # whole numbers could also be classes
         options["problem_type"] = kind
     data, warning = load_evaluation_data(source, data_source, needs_train=needs_train, **options)
     data, classes, note = align(data, labels_of(checkpoint), needs_all=needs_train)
@@ -178,8 +178,8 @@ def _check_measurable(
         raise ValueError(f"{note} To evaluate its features alone, add --probe.")
     if classes is None and merged:
         raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
-    if merged and data.problem_type == SEGMENTATION:
-        raise ValueError("--merge-tokens needs a classifier of images, not of pixels: remove the option.")
+    if merged and data.problem_type in DENSE:
+        raise ValueError("--merge-tokens needs a classifier of whole images: remove the option.")
     if mistakes is not None and (classes is None or data.problem_type != SINGLE):
         raise ValueError("--mistakes needs a classifier with one label per image: remove the option.")
     if probes and data.problem_type != SINGLE:

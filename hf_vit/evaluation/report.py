@@ -13,6 +13,9 @@ METRICS = {
     "mean_average_precision": ("mAP", "{:.2%}"),
     "r2": ("R²", "{:.4f}"),
     "mean_iou": ("mean IoU", "{:.2%}"),
+    "map": ("mAP", "{:.2%}"),
+    "map_50": ("AP50", "{:.2%}"),
+    "map_75": ("AP75", "{:.2%}"),
     "pixel_accuracy": ("pixel accuracy", "{:.2%}"),
     "top5_accuracy": ("top-5 accuracy", "{:.2%}"),
     "balanced_accuracy": ("balanced accuracy", "{:.2%}"),
@@ -58,6 +61,17 @@ TABLES = {
         "class",
         "classes",
         {"iou": ("IoU", 6, "{:.1%}"), "recall": ("recall", 7, "{:.1%}"), "share": ("of pixels", 9, "{:.1%}")},
+    ),
+    "object_detection": Table(
+        "class",
+        "classes",
+        {
+            "ap": ("AP", 6, "{:.1%}"),
+            "ap_50": ("AP50", 6, "{:.1%}"),
+            "f1": ("F1", 6, "{:.1%}"),
+            "threshold": ("threshold", 9, "{:.3f}"),
+            "boxes": ("boxes", 7, "{:,}"),
+        },
     ),
 }
 

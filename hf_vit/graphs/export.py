@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..checkpoints.checkpoint import MULTI_TASK, SEGMENTER, Checkpoint
+from ..checkpoints.checkpoint import DETECTOR, MULTI_TASK, SEGMENTER, Checkpoint
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..inference.optimize import optimize_for_inference
@@ -82,8 +82,9 @@ def export_graph(
             f"{source} has several heads, which are not exported as one graph: make a model of one with "
             "hf-vit convert --head, and export that."
         )
-    if checkpoint.architecture == SEGMENTER:
-        raise ValueError(f"{source} is a model for segmentation, which is not exported as a graph: use it in torch.")
+    if checkpoint.architecture in (SEGMENTER, DETECTOR):
+        task = "segmentation" if checkpoint.architecture == SEGMENTER else "detection"
+        raise ValueError(f"{source} is a model for {task}, which is not exported as a graph: use it in torch.")
     model, processor = load(source, checkpoint=checkpoint)
     model.float()
     is_file = out.suffix == kind.suffix

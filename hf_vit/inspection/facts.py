@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..checkpoints.checkpoint import CLASSIFIER, MULTI_TASK, SEGMENTER, Checkpoint
+from ..checkpoints.checkpoint import CLASSIFIER, DETECTOR, MULTI_TASK, SEGMENTER, Checkpoint
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..variants import variant_of
@@ -56,7 +56,8 @@ def _heads(checkpoint: Checkpoint) -> dict[str, Any]:
         heads = config.heads or {}
         stated = [f"{name} ({heads[name]['task']}{f' of {labels}' * bool(labels)})" for name, labels in number.items()]
         return {"task heads": ", ".join(stated)}
-    return {"labels": config.num_labels if checkpoint.architecture in (CLASSIFIER, SEGMENTER) else "no head"}
+    has_labels = checkpoint.architecture in (CLASSIFIER, SEGMENTER, DETECTOR)
+    return {"labels": config.num_labels if has_labels else "no head"}
 
 
 def dimensions(size: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ TASKS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "multi_label": ((*OF_IMAGES, "temperature", "thresholds"), "multi_label_classification"),
     "regression": ((*OF_IMAGES, "target_mean", "target_scale"), "regression"),
     "segmentation": (("id2label", "out_indices", "patch_subdivision", "semantic_loss_ignore_index"), None),
+    "detection": (("id2label", "patch_subdivision"), None),
     "anomaly": (("out_indices",), None),
 }
 # Further fields of an anomaly head, with their defaults and least values: the number of normal patches in its memory,
@@ -37,7 +38,8 @@ def checked_heads(config: Any) -> dict[str, dict[str, Any]] | None:
     """
     if config.heads is None:
         return None
-    return {name: _checked_head(config, name, head) for name, head in config.heads.items()}
+    # Sorted, as config.json is: the order of the outputs does not change when a model is saved.
+    return {name: _checked_head(config, name, head) for name, head in sorted(config.heads.items())}
 
 
 def _checked_head(config: Any, name: str, head: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ with a memory of normal ones (PatchCore, arXiv:2106.08265; with a frozen ViT and
 arXiv:2405.14529).
 """
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, cast
@@ -27,6 +28,14 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_hf_vit import HFViTConfig
 from .dense_hf_vit import reject_patch_dropout
+from .detection_hf_vit import (
+    PRIOR,
+    HFViTDetectionHead,
+    HFViTForObjectDetection,
+    HFViTObjectDetectionOutput,
+    logits_of_peaks,
+    object_losses,
+)
 from .heads_hf_vit import checked_heads, config_of_head
 from .image_geometry_hf_vit import resize_logits
 from .losses_hf_vit import activation_of, classification_loss, scaled_logits, segmentation_loss
@@ -135,6 +144,36 @@ class HFViTPixelHead(HFViTHead):
         return [{"label": names[index], "mask": mask} for index, mask in zip(found, masks, strict=True)]
 
 
+class HFViTObjectHead(HFViTHead):
+    """Predict boxes and classes of objects: the head of `HFViTForObjectDetection`."""
+
+    model_class = HFViTForObjectDetection
+
+    def __init__(self, config: HFViTConfig, head: dict[str, Any]) -> None:
+        super().__init__(config, head)
+        self.stages = [config.num_hidden_layers]
+        self.detection_head = HFViTDetectionHead(self.config)
+
+    def forward(self, encoding: Encoding, labels: Any = None) -> HFViTObjectDetectionOutput:
+        patches = encoding.layers[self.stages[0]].transpose(1, 2).unflatten(2, encoding.grid)  # [B, D, h, w]
+        heatmap, boxes = self.detection_head(patches.contiguous())
+        outputs = HFViTObjectDetectionOutput(logits=logits_of_peaks(heatmap), pred_boxes=boxes, heatmap=heatmap)
+        if labels is not None:
+            outputs["loss"] = object_losses(outputs, labels).mean()
+        return outputs
+
+    def answer(self, outputs: dict[str, Tensor], processor: Any, size: tuple[int, int], top_k: int | None) -> Any:
+        """Return a label, a score and a box in pixels for every object, the highest score first."""
+        limits = {"threshold": 0.5} if top_k is None else {"threshold": 0.0, "top_k": top_k}
+        (found,) = processor.post_process_object_detection(SimpleNamespace(**outputs), target_sizes=[size], **limits)
+        names, sides = cast(dict[int, str], self.config.id2label), ("xmin", "ymin", "xmax", "ymax")
+        rows = zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist(), strict=True)
+        return [
+            {"score": score, "label": names[index], "box": dict(zip(sides, box, strict=True))}
+            for score, index, box in rows
+        ]
+
+
 @dataclass
 class HFViTAnomalyOutput(ModelOutput):
     """Output of a head for anomalies.
@@ -191,6 +230,7 @@ HEADS: dict[str, type[HFViTHead]] = {
     "multi_label": HFViTImageHead,
     "regression": HFViTImageHead,
     "segmentation": HFViTPixelHead,
+    "detection": HFViTObjectHead,
     "anomaly": HFViTAnomalyHead,
 }
 
@@ -235,6 +275,8 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, HFViTAnomalyHead):
             init.normal_(module.memory)
+        elif isinstance(module, HFViTObjectHead):
+            init.constant_(cast(Any, module.detection_head.classifier.bias), math.log(PRIOR / (1 - PRIOR)))
 
     @can_return_tuple
     def forward(

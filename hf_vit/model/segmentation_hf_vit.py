@@ -55,6 +55,11 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         reject_patch_dropout(self)
+        if config.feature_strides is not None:
+            raise ValueError(
+                "feature_strides are maps of a backbone, and the head for semantic segmentation reads layers: set "
+                "feature_strides=None."
+            )
         if cast(int, config.num_labels) < 2:
             raise ValueError(
                 f"Semantic segmentation needs at least two classes, got num_labels={config.num_labels}: count the "
@@ -63,6 +68,11 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
         self.vit = HFViTModel(config, add_pooling_layer=False)
         self.decode_head = HFViTSegmentationHead(config)
         self.post_init()
+
+    def reset_classifier(self) -> None:
+        """Give the classifier new weights, for other classes."""
+        nn.init.normal_(self.decode_head.classifier.weight, std=self.config.initializer_range)
+        nn.init.zeros_(self.decode_head.classifier.bias)
 
     @can_return_tuple
     @filter_output_hidden_states

@@ -154,6 +154,12 @@ class HFViTObjectHead(HFViTHead):
         self.stages = [config.num_hidden_layers]
         self.detection_head = HFViTDetectionHead(self.config)
 
+    def reset_classifier(self) -> None:
+        """Give the classifier the initial weights of `HFViTForObjectDetection`: objects are rare."""
+        classifier: Any = self.detection_head.classifier
+        init.normal_(classifier.weight, std=self.config.initializer_range)
+        init.constant_(classifier.bias, math.log(PRIOR / (1 - PRIOR)))
+
     def forward(self, encoding: Encoding, labels: Any = None) -> HFViTObjectDetectionOutput:
         patches = encoding.layers[self.stages[0]].transpose(1, 2).unflatten(2, encoding.grid)  # [B, D, h, w]
         heatmap, boxes = self.detection_head(patches.contiguous())
@@ -276,7 +282,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         if isinstance(module, HFViTAnomalyHead):
             init.normal_(module.memory)
         elif isinstance(module, HFViTObjectHead):
-            init.constant_(cast(Any, module.detection_head.classifier.bias), math.log(PRIOR / (1 - PRIOR)))
+            module.reset_classifier()
 
     @can_return_tuple
     def forward(

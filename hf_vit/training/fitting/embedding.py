@@ -23,8 +23,8 @@ from ...checkpoints.models import load
 from ...checkpoints.opening import open_checkpoint
 from ...data.audit import Contents, content_digest, read_contents
 from ...data.channels import Channels, adapt_processor
+from ...data.dense import stop_cropping
 from ...data.images import NO_IMAGE, normalize, preprocess, read_stored
-from ...data.masks import stop_cropping
 from ...data.opening import as_stored
 from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core

@@ -1,27 +1,33 @@
 """How a head is trained on cached features: a function for each kind of head.
 
 Heads of images are linear, with pooling and regularization chosen by cross-validation as in `hf-vit fit`. Heads of
-pixels are trained by AdamW. A head for anomalies stores a coreset of normal patches (PatchCore, arXiv:2106.08265).
+pixels and objects are trained by AdamW. A head for anomalies stores a coreset of normal patches (PatchCore,
+arXiv:2106.08265).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...data.dense import kinds_of_images
 from ...data.images import derive_seed
-from ...data.masks import MaskedEvaluationImages
 from ...evaluation.calibration import fit_temperature
+from ...evaluation.detection import BoxResults, need_pycocotools
 from ...evaluation.metrics import pixel_counts, results_of
 from ...evaluation.results import LabelResults, MaskResults
 from ...inference.threads import on_every_core
+from ...model.detection_boxes_hf_vit import most_likely_objects
+from ...model.detection_hf_vit import object_losses
 from ...model.heads_hf_vit import OF_ANOMALY, config_of_head
-from ...model.multi_task_hf_vit import HFViTAnomalyHead, HFViTPixelHead
+from ...model.multi_task_hf_vit import HFViTAnomalyHead, HFViTObjectHead, HFViTPixelHead
 from ...model.pooling_hf_vit import classifier_of
+from ..fitting.embedding import Embeddings
 from ..fitting.heads import fit_head, problem_of
 from .features import PATCHES, HeadData, encoding_of, seeded
 from .plans import HeadPlan
@@ -83,33 +89,81 @@ def fit_image_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
 
 
 def fit_pixel_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
-    """Train a linear head for the classes of pixels by AdamW; the learning rate falls by a cosine after a warm-up."""
-    data, recipe = found.data, plan.recipe
-    fields = {"task": plan.task, "id2label": dict(enumerate(data.label_names)), **plan.own}
+    """Train a linear head for the classes of pixels."""
+    data, fields = found.data, {"task": plan.task, "id2label": dict(enumerate(found.data.label_names)), **plan.own}
     with seeded(derive_seed(seed, plan.name, "weights")):
         head = HFViTPixelHead(found.encoder.config, fields)
         nn.init.trunc_normal_(head.decode_head.classifier.weight, std=head.config.initializer_range)
         nn.init.zeros_(head.decode_head.classifier.bias)
-    patches, size = (
-        found.train.features[PATCHES],
-        [side * head.config.patch_subdivision for side in head.config.grid_size],
-    )
+    size = [side * head.config.patch_subdivision for side in head.config.grid_size]
     # At the resolution of the logits, the loss of a patch costs 1/12 of that of its pixels.
-    masks = torch.stack([_resized(mask, size) for mask in _masks(found, data.train, found.train.rows)])
-    config = found.encoder.config
+    masks = torch.stack([_resized(mask, size) for mask in _dense_labels(found, data.train, found.train)])
+    ignored = head.config.semantic_loss_ignore_index
+
+    def measure(output: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        return pixel_counts(output.logits, labels, ignored)
+
+    return _trained_on_patches(plan, found, head, fields, masks, measure, MaskResults, seed)
+
+
+def fit_object_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
+    """Train a head for objects; its convolutions cost more than heads of other kinds."""
+    data, fields = found.data, {"task": plan.task, "id2label": dict(enumerate(found.data.label_names)), **plan.own}
+    need_pycocotools()
+    with seeded(derive_seed(seed, plan.name, "weights")):
+        head = HFViTObjectHead(found.encoder.config, fields)
+        head.reset_classifier()
+    boxes = torch.stack(list(_dense_labels(found, data.train, found.train)))
+
+    def measure(output: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        objects = most_likely_objects(output.logits, output.pred_boxes)
+        return labels, objects, object_losses(output, labels)
+
+    results = partial(BoxResults, num_labels=len(data.label_names))
+    return _trained_on_patches(plan, found, head, fields, boxes, measure, results, seed)
+
+
+def _trained_on_patches(
+    plan: HeadPlan,
+    found: HeadData,
+    head: Any,
+    fields: dict[str, Any],
+    labels: Tensor,
+    measure: Callable[[Any, Tensor], tuple[Tensor, ...]],
+    results: Callable[..., Any],
+    seed: int,
+) -> TrainedHead:
+    """Train a head on cached patches, and evaluate it.
+
+    Args:
+        plan, found, seed: As for all kinds of heads.
+        head, fields: The head with its initial weights, and its fields in the config.
+        labels: Labels of the training images, `[N, ...]`.
+        measure: Returns the quantities of every image for an output and labels.
+        results: Makes results of these quantities.
+    """
+    config, patches, recipe = found.encoder.config, found.train.features[PATCHES], plan.recipe
 
     def loss(rows: Tensor) -> Tensor:
-        output = head(encoding_of(patches[rows], config), masks[rows])
-        return output.loss
+        return head(encoding_of(patches[rows], config), labels[rows]).loss
 
-    losses = train_on_batches(head, loss, len(patches), recipe, derive_seed(seed, plan.name, "order"))
-    metrics = _pixel_metrics(head, found)
-    facts = {"steps": recipe.max_steps, "learning_rate": recipe.learning_rate, "final_loss": losses}
+    last = train_on_batches(head, loss, len(patches), recipe, derive_seed(seed, plan.name, "order"))
+    known = list(_dense_labels(found, found.data.evaluation, found.evaluation))
+    columns, row = [], 0
+    with torch.inference_mode():
+        for encoding in found.encodings(found.evaluation.features[PATCHES]):
+            output = head(encoding)
+            columns.append(measure(output, torch.stack(known[row : row + len(output.logits)])))
+            row += len(output.logits)
+    metrics = results(*(torch.cat(column) for column in zip(*columns, strict=True))).metrics()
+    facts = {"steps": recipe.max_steps, "learning_rate": recipe.learning_rate, "final_loss": last}
     return TrainedHead(fields, head.state_dict(), metrics, facts)
 
 
 def train_on_batches(head: nn.Module, loss: Callable[[Tensor], Tensor], number: int, recipe: Any, seed: int) -> float:
-    """Train a head on random batches of cached features; return the mean loss of the last tenth of the steps.
+    """Train a head by AdamW on random batches, and return the mean loss of the last tenth of the steps.
+
+    The learning rate falls by a cosine after a warm-up.
 
     Args:
         head: The module to train.
@@ -143,25 +197,11 @@ def _resized(mask: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(mask[None, None], size=size, mode="nearest-exact")[0, 0]
 
 
-def _masks(found: HeadData, split: Any, rows: list[int]) -> Any:
-    """Return an iterator over the masks of images as their processor resizes them, uint8 `[H, W]`."""
-    data = found.data
-    assert data.masks is not None and data.columns[1] is not None
-    images = MaskedEvaluationImages(split, data.columns, found.encoder.processor, code=data.masks)
-    return on_every_core(lambda row: images[row]["labels"], rows)
-
-
-@torch.inference_mode()
-def _pixel_metrics(head: HFViTPixelHead, found: HeadData) -> dict[str, float]:
-    evaluation = found.evaluation
-    masks = list(_masks(found, found.data.evaluation, evaluation.rows))
-    columns, row = [], 0
-    for encoding in found.encodings(evaluation.features[PATCHES]):
-        logits = head(encoding).logits
-        labels = torch.stack(masks[row : row + len(logits)])
-        columns.append(pixel_counts(logits, labels, head.config.semantic_loss_ignore_index))
-        row += len(logits)
-    return MaskResults(*(torch.cat(column) for column in zip(*columns, strict=True))).metrics()
+def _dense_labels(found: HeadData, split: Any, features: Embeddings) -> Any:
+    """Return an iterator over the masks or boxes of the readable images of a split, at the size of the processor."""
+    _, kind = kinds_of_images(found.data)
+    images = kind(split, found.data.columns, found.encoder.processor)
+    return on_every_core(lambda row: images[row]["labels"], features.rows)
 
 
 @torch.inference_mode()
@@ -259,5 +299,6 @@ FITS: dict[str, Callable[[HeadPlan, HeadData, int], TrainedHead]] = {
     "multi_label": fit_image_head,
     "regression": fit_image_head,
     "segmentation": fit_pixel_head,
+    "detection": fit_object_head,
     "anomaly": fit_anomaly_head,
 }

@@ -11,8 +11,8 @@ from ..recipe import TrainConfig
 
 # Fields of a recipe that a head has for itself, and values that differ from those of a recipe.
 OF_DATA = (
-    *("data", "train_split", "eval_split", "image_column", "label_column", "label_separator", "eval_fraction"),
-    *("split_seed", "train_share"),
+    *("data", "train_split", "eval_split", "image_column", "label_column", "label_separator", "box_format"),
+    *("eval_fraction", "split_seed", "train_share"),
 )
 OF_TRAINING = {"max_steps": 1000, "learning_rate": 1e-3, "batch_size": 32}
 OF_PIXELS = ("patch_subdivision",)
@@ -23,6 +23,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "multi_label": (),
     "regression": (),
     "segmentation": (*OF_TRAINING, *OF_PIXELS),
+    "detection": (*OF_TRAINING, *OF_PIXELS),
     "anomaly": OF_ANOMALY,
 }
 EXAMPLE = "species: {task: classification, data: photos/}"
@@ -34,7 +35,7 @@ class HeadPlan:
 
     Attributes:
         name, task: Name and task of the head.
-        recipe: Fields of a recipe: its data, and of a head for pixels its training.
+        recipe: Fields of a recipe: its data, and of a head for pixels or objects its training.
         own: Other fields: of the head in the config, and `normal`, the class of normal images.
     """
 
@@ -46,12 +47,12 @@ class HeadPlan:
     @property
     def is_dense(self) -> bool:
         """Whether the head reads patches."""
-        return self.task in ("segmentation", "anomaly")
+        return self.task in ("segmentation", "detection", "anomaly")
 
     @property
     def stated(self) -> dict[str, Any]:
         """Everything that decides the head, as plain values."""
-        names = (*OF_DATA, *(OF_TRAINING if self.task == "segmentation" else ()))
+        names = (*OF_DATA, *(OF_TRAINING if self.task in ("segmentation", "detection") else ()))
         return {"task": self.task, **{name: getattr(self.recipe, name) for name in names}, **self.own}
 
 

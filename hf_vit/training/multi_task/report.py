@@ -18,6 +18,7 @@ FIRST: dict[str, dict[str, str]] = {
     "multi_label": {"mean_average_precision": "Mean average precision"},
     "regression": {"r2": "R²", "mae": "mean absolute error"},
     "segmentation": {"mean_iou": "Mean IoU", "pixel_accuracy": "pixel accuracy"},
+    "detection": {"map_50": "AP50", "map": "mAP"},
     "anomaly": {"auroc": "AUROC", "recall": "recall", "false_alarms": "false alarms"},
 }
 AS_NUMBER = ("r2", "mae", "auroc", "mean_average_precision")  # all others are shares

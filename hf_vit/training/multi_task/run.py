@@ -12,7 +12,7 @@ from torch import Tensor
 from ...checkpoints.checkpoint import MULTI_TASK, Checkpoint, usual_size
 from ...checkpoints.models import load_multi_task
 from ...checkpoints.opening import open_checkpoint
-from ...data.masks import stop_cropping
+from ...data.dense import stop_cropping
 from ...inference.optimize import inference_precision
 from ...system.disk import check_output_folder
 from ...system.locking import alone_in

@@ -138,7 +138,7 @@ def test_an_added_head_leaves_the_others_as_they_are(heads: Path, photos: Path, 
     old, new = weights_of(heads), weights_of(tmp_path / "more")
     assert all(torch.equal(old[name], new[name]) for name in old) and new["heads.odd.memory"].shape == (64, 32)
     metrics = json.loads((tmp_path / "more" / "metrics.json").read_text())["heads"]
-    assert list(metrics) == ["color", "square", "place", "odd"] and metrics["odd"]["metrics"]["auroc"] > 0.9
+    assert list(metrics) == ["color", "place", "square", "odd"] and metrics["odd"]["metrics"]["auroc"] > 0.9
     with pytest.raises(ValueError, match="has the head color already"):
         trained(FILE, photos, heads, tmp_path / "twice")
     with pytest.raises(ValueError, match="cannot be evaluated on labels"):

@@ -130,6 +130,11 @@ class HFViTPixelHead(HFViTHead):
         self.stages = stages_of(self.config)
         self.decode_head = HFViTSegmentationHead(self.config)
 
+    def reset_classifier(self) -> None:
+        """Give the classifier the initial weights of `HFViTForSemanticSegmentation`."""
+        init.normal_(self.decode_head.classifier.weight, std=self.config.initializer_range)
+        init.zeros_(self.decode_head.classifier.bias)
+
     def forward(self, encoding: Encoding, labels: Tensor | None = None) -> SemanticSegmenterOutput:
         logits = self.decode_head([encoding.layers[stage] for stage in self.stages], encoding.grid)
         loss = None if labels is None else segmentation_loss(logits, labels, self.config)
@@ -281,8 +286,9 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, HFViTAnomalyHead):
             init.normal_(module.memory)
-        elif isinstance(module, HFViTObjectHead):
-            module.reset_classifier()
+        for head in self.heads.values():
+            if isinstance(head, HFViTObjectHead) and module is head.detection_head.classifier:
+                head.reset_classifier()
 
     @can_return_tuple
     def forward(

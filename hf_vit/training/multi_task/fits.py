@@ -90,14 +90,10 @@ def fit_image_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
 
 def fit_pixel_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     """Train a linear head for the classes of pixels."""
-    data, fields = found.data, {"task": plan.task, "id2label": dict(enumerate(found.data.label_names)), **plan.own}
-    with seeded(derive_seed(seed, plan.name, "weights")):
-        head = HFViTPixelHead(found.encoder.config, fields)
-        nn.init.trunc_normal_(head.decode_head.classifier.weight, std=head.config.initializer_range)
-        nn.init.zeros_(head.decode_head.classifier.bias)
+    head, fields = _new_head(HFViTPixelHead, plan, found, seed)
     size = [side * head.config.patch_subdivision for side in head.config.grid_size]
     # At the resolution of the logits, the loss of a patch costs 1/12 of that of its pixels.
-    masks = torch.stack([_resized(mask, size) for mask in _dense_labels(found, data.train, found.train)])
+    masks = torch.stack([_resized(mask, size) for mask in _dense_labels(found, found.data.train, found.train)])
     ignored = head.config.semantic_loss_ignore_index
 
     def measure(output: Any, labels: Tensor) -> tuple[Tensor, ...]:
@@ -108,19 +104,25 @@ def fit_pixel_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
 
 def fit_object_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     """Train a head for objects; its convolutions cost more than heads of other kinds."""
-    data, fields = found.data, {"task": plan.task, "id2label": dict(enumerate(found.data.label_names)), **plan.own}
     need_pycocotools()
-    with seeded(derive_seed(seed, plan.name, "weights")):
-        head = HFViTObjectHead(found.encoder.config, fields)
-        head.reset_classifier()
-    boxes = torch.stack(list(_dense_labels(found, data.train, found.train)))
+    head, fields = _new_head(HFViTObjectHead, plan, found, seed)
+    boxes = torch.stack(list(_dense_labels(found, found.data.train, found.train)))
 
     def measure(output: Any, labels: Tensor) -> tuple[Tensor, ...]:
         objects = most_likely_objects(output.logits, output.pred_boxes)
         return labels, objects, object_losses(output, labels)
 
-    results = partial(BoxResults, num_labels=len(data.label_names))
+    results = partial(BoxResults, num_labels=len(found.data.label_names))
     return _trained_on_patches(plan, found, head, fields, boxes, measure, results, seed)
+
+
+def _new_head(kind: Any, plan: HeadPlan, found: HeadData, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Return a head for pixels or objects with its initial weights, and its fields in the config."""
+    fields = {"task": plan.task, "id2label": dict(enumerate(found.data.label_names)), **plan.own}
+    with seeded(derive_seed(seed, plan.name, "weights")):
+        head = kind(found.encoder.config, fields)
+        head.reset_classifier()
+    return head, fields
 
 
 def _trained_on_patches(

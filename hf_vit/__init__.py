@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from .model.image_processing_hf_vit import HFViTImageProcessor
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+    from .model.multi_task_hf_vit import HFViTForMultiTask
     from .model.pipeline_hf_vit import (
         HFViTImageClassificationPipeline,
         HFViTImageFeatureExtractionPipeline,
         HFViTImageSegmentationPipeline,
+        HFViTMultiTaskPipeline,
         HFViTObjectDetectionPipeline,
     )
     from .model.segmentation_hf_vit import HFViTForSemanticSegmentation
     from .training.fitting.fit import fit
+    from .training.multi_task.run import train_heads
     from .training.trained import TrainedModel, train
 
     __version__: str
@@ -35,6 +38,7 @@ __all__ = [
     "HFViTConfig",
     "HFViTForImageClassification",
     "HFViTForMaskedImageModeling",
+    "HFViTForMultiTask",
     "HFViTForObjectDetection",
     "HFViTForSemanticSegmentation",
     "HFViTImageClassificationPipeline",
@@ -43,11 +47,13 @@ __all__ = [
     "HFViTImageProcessorPil",
     "HFViTImageSegmentationPipeline",
     "HFViTModel",
+    "HFViTMultiTaskPipeline",
     "HFViTObjectDetectionPipeline",
     "TrainedModel",
     "__version__",
     "fit",
     "train",
+    "train_heads",
 ]
 
 _load = lazy_exports(
@@ -63,10 +69,13 @@ _load = lazy_exports(
             "HFViTImageClassificationPipeline",
             "HFViTImageFeatureExtractionPipeline",
             "HFViTImageSegmentationPipeline",
+            "HFViTMultiTaskPipeline",
             "HFViTObjectDetectionPipeline",
         ],
+        "model.multi_task_hf_vit": ["HFViTForMultiTask"],
         "model.segmentation_hf_vit": ["HFViTForSemanticSegmentation"],
         "training.fitting.fit": ["fit"],
+        "training.multi_task.run": ["train_heads"],
         "training.trained": ["TrainedModel", "train"],
     },
 )[0]

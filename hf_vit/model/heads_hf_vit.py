@@ -80,7 +80,7 @@ def config_of_head(config: Any, head: dict[str, Any]) -> Any:
     fields, problem_type = TASKS[head["task"]]
     own = {field: head[field] for field in fields if field in head}
     left_out = {*LABELS, *OF_HEAD, "num_labels", "problem_type", "heads", "architectures", "auto_map", *fields}
-    left_out |= {"out_features", "out_indices"}
+    left_out |= {"out_features", "out_indices", "feature_strides"}
     shared = {field: value for field, value in config.to_dict().items() if field not in left_out}
     inherited = {field: getattr(config, field) for field in ("pooling", "representation_size") if field in fields}
     of_head = type(config).from_dict({**shared, **inherited, **own, "problem_type": problem_type})

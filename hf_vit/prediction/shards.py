@@ -56,8 +56,10 @@ class Settings:
         """Return the model and its image processor; raise `ValueError` if it has several heads and none is chosen."""
         model, processor = load(self.model, self.image_size, head=self.head)
         if hasattr(model, "heads"):
-            heads = " or ".join(model.heads)
-            raise ValueError(f"A file holds the answers of one head of labels: choose it with --head, {heads}.")
+            named = " or ".join(name for name, head in model.config.heads.items() if head["task"] != "anomaly")
+            if not named:
+                raise ValueError("Scores of anomalies are printed, not written to a file: leave out --output.")
+            raise ValueError(f"A file has the answers of one head with labels: choose it with --head, {named}.")
         return model, processor
 
 

@@ -64,11 +64,16 @@ def _read(source: Source, options: Options) -> Reading:
     return Reading(fields, architecture, table, left_out, processor=processor_beside(source))
 
 
+def no_head(source: str, name: str) -> ValueError:
+    """Return the error for the head of a model that has none by name."""
+    return ValueError(f"{source} is no model with several heads, so it has no head {name!r}: leave the head out.")
+
+
 def _head(source: str, config: HFViTConfig, architecture: str, name: str) -> tuple[dict[str, Any], str]:
     """Return the config fields and the architecture of a model with one head of a multi-task model."""
     heads = config.heads if architecture == MULTI_TASK else None
     if heads is None:
-        raise ValueError(f"{source} is no multi-task model, so it has no head {name!r}: leave the head out.")
+        raise no_head(source, name)
     if name not in heads:
         raise ValueError(f"{source} has no head {name!r}: choose one of {', '.join(heads)}.")
     single = HEADS[heads[name]["task"]].model_class

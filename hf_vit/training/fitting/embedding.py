@@ -30,6 +30,7 @@ from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core
 from ...model.pooling_hf_vit import POOLINGS
 from ...system.machine import cores
+from ...system.progress import progress_bar
 
 SHARD = 512  # images per file of the cache
 VERSION = 1  # of the cache; a change of what features are makes older files unused
@@ -204,6 +205,14 @@ def embed(
     if JOINED in encoder.poolings and JOINED not in features:
         features[JOINED] = torch.cat([features["cls"], features["mean"]], dim=-1)
     return Embeddings(readable, features, Contents(digests, names), len(missing), time.perf_counter() - began)
+
+
+def with_bar(batches: Any, number: int) -> Any:
+    """Yield batches of features, and show a progress bar of their images; none if `number`, that of images, is 0."""
+    with progress_bar(number, "images", what="Features", disable=None if number else True) as bar:
+        for batch in batches:
+            bar.update(len(batch))
+            yield batch
 
 
 def _read(encoder: Encoder, rows: Any, column: str, index: int) -> Tensor | None:

@@ -25,7 +25,6 @@ from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.disk import check_output_folder
 from ...system.locking import alone_in
-from ...system.progress import progress_bar
 from ...system.stopping import StopSignals
 from ...system.texts import counted, hanging
 from ...variants import is_from_scratch
@@ -34,7 +33,7 @@ from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data
 from .calibration import expected_score
-from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
+from .embedding import JOINED, Embeddings, Encoder, embed, logits_of, with_bar
 from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
 from .race import Candidate, Entrants, Verdict, candidates_for, race
 from .report import Report, summary, write_fit
@@ -238,7 +237,7 @@ class _Fitting:
         """Compute all features, report what is odd, and drop unreadable images."""
         self.say("Computing the features of all images that are not in the cache.")
         splits = [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
-        results = [embed(self.encoder, split, self.data.columns, self.cache, _progress) for split in splits]
+        results = [embed(self.encoder, split, self.data.columns, self.cache, with_bar) for split in splits]
         train, evaluation = results[0], results[1] if len(results) > 1 else None
         computed, seconds = sum(part.computed for part in results), sum(part.seconds for part in results)
         if "evaluation_seconds" not in self.state:
@@ -438,10 +437,3 @@ def _thresholds(logits: Tensor, targets: Tensor) -> list[float]:
     from ...evaluation.results import LabelResults
 
     return LabelResults(targets, logits.sigmoid(), torch.zeros_like(logits)).best_thresholds()
-
-
-def _progress(batches: Any, number: int) -> Any:
-    with progress_bar(number, "images", what="Features", disable=None if number else True) as bar:
-        for batch in batches:
-            bar.update(len(batch))
-            yield batch

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ...data.labelled import ImageData, load_data
 from ...model.multi_task_hf_vit import Encoding
-from ...system.progress import progress_bar
-from ..fitting.embedding import Embeddings, Encoder, embed
+from ..fitting.embedding import Embeddings, Encoder, embed, with_bar
 from ..run import data_of
 from .plans import HeadPlan
 
@@ -105,7 +104,7 @@ class Features:
         encoder = self.encoders[kind]
         columns = data.columns
         train, evaluation = (
-            embed(encoder, split, columns, self.cache, _progress) for split in (data.train, data.evaluation)
+            embed(encoder, split, columns, self.cache, with_bar) for split in (data.train, data.evaluation)
         )
         if not train.rows or not evaluation.rows:
             which = "training" if not train.rows else "evaluation"
@@ -132,10 +131,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _progress(batches: Any, number: int) -> Any:
-    with progress_bar(number, "images", what="Features", disable=None if number else True) as bar:
-        for batch in batches:
-            bar.update(len(batch))
-            yield batch

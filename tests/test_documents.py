@@ -19,7 +19,13 @@ from tiny_run import colored_images
 from typer.testing import CliRunner
 
 import hf_vit
-from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForSemanticSegmentation, HFViTImageProcessor
+from hf_vit import (
+    HFViTConfig,
+    HFViTForImageClassification,
+    HFViTForMultiTask,
+    HFViTForSemanticSegmentation,
+    HFViTImageProcessor,
+)
 from hf_vit.checkpoints.export import export_checkpoint
 from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
@@ -75,6 +81,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = HFViTConfig(**size, image_size=32, patch_size=8)
     HFViTForSemanticSegmentation(config).save_pretrained(folder / "my-segmenter")
     HFViTImageProcessor.from_preset("original", 32).save_pretrained(folder / "my-segmenter")
+    heads = {
+        "breed": {"task": "classification", "id2label": {0: "Bengal", 1: "pug"}},
+        "animal": {"task": "segmentation", "id2label": {0: "background", 1: "cat"}},
+        "head_box": {"task": "regression", "id2label": {0: "center_x", 1: "width"}},
+    }
+    HFViTForMultiTask(HFViTConfig(**size, image_size=32, patch_size=8, heads=heads)).save_pretrained(
+        folder / "my-heads"
+    )
     stock: dict[str, Any] = {
         "google/vit-base-patch16-224": (transformers.ViTConfig, transformers.ViTForImageClassification),
         "facebook/deit-base-distilled-patch16-224": (
@@ -109,7 +123,7 @@ def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
 SMALL = shlex.split("--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data")
 # Commands and options that are only parsed here: other tests run them.
 READ_ONLY = ("quickstart", "benchmark", "demo")
-ELSEWHERE = (" --quick ", " --engine ray ", " --names")  # the last: tests/test_family_names.py
+ELSEWHERE = (" --quick ", " --engine ray ", " --names", "my-heads")  # the last: tests/test_multi_task_training.py
 
 
 def parse(command: str) -> tuple[str, list[str]]:

@@ -188,7 +188,7 @@ def test_roboflows_unused_category_and_missing_images(tmp_path: Path) -> None:
     assert any("Skipped 1 of the 4 images" in note for note in data.notes)
     for path in (folder / "train").glob("*.png"):
         path.unlink()
-    with pytest.raises(ValueError, match="4 of the 4 images that _annotations.coco.json lists are not in"):
+    with pytest.raises(ValueError, match=r"4 of the 4 images that _annotations.coco.json lists are not in"):
         load(folder)
 
 
@@ -320,7 +320,7 @@ def test_what_is_not_understood_is_said(tmp_path: Path) -> None:
         load(tmp_path)
     put(tmp_path / "images" / "a.xml", "<annotation><object><name>cell</name></object></annotation>")
     with pytest.raises(
-        ValueError, match="a.xml is not an annotation of Pascal VOC .an object without bndbox.: expected"
+        ValueError, match=r"a.xml is not an annotation of Pascal VOC .an object without bndbox.: expected"
     ):
         load(tmp_path)
 

@@ -106,7 +106,9 @@ def predict(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet; or a folder for masks (PNG)."),
+        typer.Option(
+            "--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet; or a folder for masks or drawn boxes."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -135,10 +137,12 @@ def predict(
 
     Masks of a model for segmentation: hf-vit predict my-segmenter photos/ -o masks/
 
+    Boxes of a detector, one per row: hf-vit predict my-detector photos/ -o boxes.csv
+
     On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     check_exist(words, model)
-    if output is not None and output.suffix:  # a folder is for masks
+    if output is not None and output.suffix:  # a folder is for masks or drawings
         check_output(output, features)
     from ..data.sources import Sources
     from ..prediction.shards import Settings

@@ -12,7 +12,9 @@ from .mask_folders import open_masks
 from .masks import (
     MaskedEvaluationImages,
     MaskedTrainingImages,
+    code_of_masks,
     columns_of_masks,
+    names_in_features,
 )
 from .objects import columns_of_objects, united_objects
 from .opening import Opened, image_columns
@@ -43,9 +45,7 @@ def _columns_of_masks(features: Any, image_column: str | None, given: Sequence[s
     return image, [] if mask is None else [mask]
 
 
-def _united_masks(
-    parts: list[Part], names: dict[int, str] | None, box_format: str | None
-) -> tuple[list[Any], Labels]:
+def _united_masks(parts: list[Part], names: dict[int, str] | None, box_format: str | None) -> tuple[list[Any], Labels]:
     """Return the parts with stored images and masks in the same two columns, and what the masks mean."""
     from datasets import Image
 

@@ -227,7 +227,6 @@ def test_boxes_that_do_not_fit(tmp_path: Path) -> None:
     data = load(folder, holds_out=False)
     assert data.train[0]["objects"] == pytest.approx(np.array([[0, 0.05, 0.25, 0.1, 0.3], [0, 0.95, 0.7, 0.1, 0.4]]))
     assert data.notes == [
-        "Boxes: cell 8, plate 6.",
         f"Skipped 4 boxes without an area in the image, or without four numbers: in {tmp_path.name}/0.png.",
         "2 boxes reach beyond their images, and are clipped to them.",
         "2 images have no boxes: they are all background.",

@@ -12,7 +12,9 @@ from ..system.texts import counted, shortened
 from .archives import is_archive, stem_of
 from .classes import (
     DENSE,
+    DETECTION,
     REGRESSION,
+    SEGMENTATION,
     SINGLE,
     TASK_OF,
     Labels,
@@ -25,6 +27,7 @@ from .dense import DENSE_LABELS, DenseLabels
 from .folders import is_split
 from .images import NO_IMAGE, derive_seed, image_digest, name_of
 from .masks import MaskCode, names_beside
+from .objects import images_of_classes
 from .opening import (
     IMAGE_COLUMNS,
     as_stream,
@@ -75,9 +78,12 @@ class ImageData:
 
     def class_counts(self) -> list[int] | None:
         """Return the number of training images of every class or label; `None` for other data, and for streams."""
-        if self.is_stream or self.columns[1] is None or self.problem_type in (REGRESSION, *DENSE):
+        if self.is_stream or self.columns[1] is None or self.problem_type in (REGRESSION, SEGMENTATION):
             return None
-        labels = torch.tensor(self.train[self.columns[1]][:])
+        rows = self.train[self.columns[1]][:]
+        if self.problem_type == DETECTION:
+            return images_of_classes(rows, len(self.label_names))
+        labels = torch.tensor(rows)
         if self.problem_type == "multi_label_classification":
             return (labels == 1).sum(dim=0).tolist()
         return torch.bincount(labels, minlength=len(self.label_names)).tolist()

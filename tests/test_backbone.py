@@ -49,6 +49,7 @@ DETR = {
 }
 RT_DETR = {
     **DETR,
+    "decoder_layers": 2,
     "encoder_hidden_dim": 32,
     "encoder_in_channels": [32] * 3,
     "decoder_in_channels": [32] * 3,
@@ -70,17 +71,23 @@ MASK2FORMER = {
 
 
 def upernet(backbone: HFViTConfig) -> Any:
-    config = UperNetConfig(backbone, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=16, num_labels=3)
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=16, num_labels=3)
     return UperNetForSemanticSegmentation(config)
 
 
 def maskformer(backbone: HFViTConfig) -> Any:
-    config = MaskFormerConfig(32, 32, backbone_config=backbone, decoder_config=DetrConfig(**DETR), num_labels=3)
+    config = MaskFormerConfig(
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        backbone_config=backbone,
+        decoder_config=DetrConfig(**DETR),
+        num_labels=3,
+    )
     return MaskFormerForInstanceSegmentation(config)
 
 
 def mask2former(backbone: HFViTConfig) -> Any:
-    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone, **MASK2FORMER, num_labels=3))
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **MASK2FORMER, num_labels=3))
 
 
 def dpt(backbone: HFViTConfig) -> Any:
@@ -116,12 +123,17 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytestSLOW = ("upernet-strides", "maskformer", "d-fine")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in HEADS]
+)
 def test_heads_of_transformers_learn_and_load(
     tiny_config: Callable[..., HFViTConfig], name: str, tmp_path: Path
 ) -> None:
     build, fields, labels = HEADS[name]
-    model = build(tiny_config(image_size=(64, 96), pooling="mean", **fields))
+    model = build(tiny_config(image_size=(64, 96), **fields))
     outputs = model(PIXELS, **labels)
     (outputs.loss if labels else outputs.predicted_depth.mean()).backward()
     [backbone] = [part for part in model.modules() if isinstance(part, HFViTBackbone)]

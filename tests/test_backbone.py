@@ -71,7 +71,8 @@ MASK2FORMER = {
 
 
 def upernet(backbone: HFViTConfig) -> Any:
-    config = UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=16, num_labels=3)
+    widths = {"hidden_size": 16, "auxiliary_in_channels": 32, "auxiliary_channels": 16}
+    config = UperNetConfig(backbone_config=backbone, **widths, num_labels=3)
     return UperNetForSemanticSegmentation(config)
 
 
@@ -87,7 +88,8 @@ def maskformer(backbone: HFViTConfig) -> Any:
 
 
 def mask2former(backbone: HFViTConfig) -> Any:
-    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **MASK2FORMER, num_labels=3))
+    config = Mask2FormerConfig(backbone_config=backbone, **MASK2FORMER, num_labels=3)
+    return Mask2FormerForUniversalSegmentation(config)
 
 
 def dpt(backbone: HFViTConfig) -> Any:
@@ -123,7 +125,7 @@ HEADS = {
 }
 
 
-@pytestSLOW = ("upernet-strides", "maskformer", "d-fine")
+SLOW = ("upernet-strides", "maskformer", "d-fine")
 
 
 @pytest.mark.parametrize(

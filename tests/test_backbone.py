@@ -161,9 +161,7 @@ def test_strides_are_those_of_the_maps(
     assert [each.shape[1:] for each in maps] == [(32, -(-height // side), -(-width // side)) for side in strides]
     assert model.channels == [32] * len(strides) and model.out_features == [f"stride{side}" for side in strides]
     model.save_pretrained(tmp_path)
-    chosen = AutoBackbone.from_config(HFViTConfig.from_pretrained(tmp_path, out_features=[f"stride{patch}"]))
-    assert len(chosen(torch.rand(1, 3, height, width)).feature_maps) == 1
-    loaded = HFViTBackbone.from_pretrained(tmp_path, out_features=[f"stride{patch}"])
+    loaded = AutoBackbone.from_pretrained(tmp_path, out_features=[f"stride{patch}"])
     [single] = loaded(torch.ones(1, 3, height, width)).feature_maps
     torch.testing.assert_close(single, model(torch.ones(1, 3, height, width)).feature_maps[strides.index(patch)])
     assert HFViTBackbone.from_pretrained(tmp_path, feature_strides=None).out_features == ["stage3"]

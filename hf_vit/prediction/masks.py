@@ -10,7 +10,7 @@ from ..data.masks import palette
 from ..data.sources import Sources
 from ..system.disk import writing
 from .predict import Summary, no_images
-from .predictor import MaskPredictor, Predictor
+from .predictor import MaskPredictor
 from .shards import Settings
 from .table import PredictionTable
 
@@ -30,7 +30,7 @@ def predict_masks(folder: Path, sources: Sources, settings: Settings, restart: b
     Raises:
         ValueError: If the model is not one for segmentation, the folder is not empty, or there are no images.
     """
-    predictor = Predictor.from_pretrained(settings.model, image_size=settings.image_size, **settings.options)
+    predictor = settings.predictor()
     if not isinstance(predictor, MaskPredictor):
         PredictionTable(folder, settings.has_features)  # raises, since the name has no ending of a table
     if folder.exists() and not (folder.is_dir() and (restart or not any(folder.iterdir()))):

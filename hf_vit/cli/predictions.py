@@ -211,8 +211,9 @@ def demo(
 ) -> None:
     """Show a classifier, or a model for segmentation, on a web page.
 
-    Drop an image to see its labels, attention maps, and predictions at other resolutions; drop many to download a
-    table. Nothing is sent to other machines. Ctrl-C stops the server. Needs pip install "hf-vit[demo]".
+    Drop an image to see its labels or the classes of its pixels, attention maps, and predictions at other resolutions;
+    drop many to download a table. Nothing is sent to other machines. Ctrl-C stops the server. Needs pip install
+    "hf-vit[demo]".
 
     Example: hf-vit demo my-vit --compare google/vit-base-patch16-224
     """

@@ -83,7 +83,7 @@ class WindowedSegmenter(HFViTForSemanticSegmentation):
             kwargs: As for `HFViTModel`.
         """
         window, patch = self.config.image_shape, self.config.patch_shape
-        stride = tuple(max(1, 2 * side // step // 3) * step for side, step in zip(window, patch, strict=True))
+        down, across = (max(1, 2 * side // step // 3) * step for side, step in zip(window, patch, strict=True))
         size = [-(-side // step) * step for side, step in zip(pixel_values.shape[-2:], patch, strict=True)]
         if size != list(pixel_values.shape[-2:]):
             pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
@@ -91,7 +91,9 @@ class WindowedSegmenter(HFViTForSemanticSegmentation):
         def forward(pixel_values: Tensor) -> Any:
             return HFViTForSemanticSegmentation.forward(self, pixel_values, **kwargs)
 
-        return SemanticSegmenterOutput(logits=sliding_window_logits(forward, pixel_values, window, stride, patch))
+        return SemanticSegmenterOutput(
+            logits=sliding_window_logits(forward, pixel_values, window, (down, across), patch)
+        )
 
 
 def slide(model: Any, processor: Any, image_size: Size | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A classifier as the demo page uses it: predictions, attention, other resolutions. It knows nothing of the page.
+"""A model as the demo page uses it: predictions, masks, attention, other resolutions. It knows nothing of the page.
 
 The model is in memory once and runs in float32. It is used as it was loaded, since attention is read from its layers.
 """
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER
+from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER
 from ..checkpoints.models import load_for_figures
 from ..checkpoints.opening import open_checkpoint
 from ..data.images import normalize, preprocess
-from ..inspection import attention_maps, attention_rollout, lit
+from ..inspection import attention_maps, attention_rollout, legend_colors, lit, overlay
 from ..inspection.gallery import Picture, Subject, at_one_size, name_of, pictures_of_positions
 from ..inspection.layers import head_number
 from ..model.image_reading_hf_vit import read_image, upright
-from ..prediction.predictor import Prediction, Predictor
+from ..prediction.predictor import MaskPredictor, Prediction, Predictor
 
 Size = tuple[int, int]  # (height, width), pixels
 
@@ -30,6 +31,9 @@ NO_CLASSIFIER = (
     "{} has no classifier, so there are no predictions to show: fine-tune it first, or look at it with hf-vit inspect."
 )
 SHARP = 480  # least length of the longer side of attention figures, pixels
+LARGEST_OVERLAY = 960  # longer side of an overlay, pixels
+MOST_LABELS = {"labels": 5, "classes of pixels": 12}  # of an answer
+SHOWN = (CLASSIFIER, SEGMENTER)  # architectures
 
 
 class File(NamedTuple):
@@ -72,7 +76,7 @@ VIEWS: dict[str, Callable[[Any, Tensor, int, int | None], np.ndarray]] = {
 
 
 class Exhibit:
-    """A classifier to show.
+    """A classifier of images or of pixels to show.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -83,11 +87,21 @@ class Exhibit:
 
     def __init__(self, source: str) -> None:
         checkpoint = open_checkpoint(source)
-        if checkpoint.architecture != CLASSIFIER or not checkpoint.config.num_labels:
+        if checkpoint.architecture not in SHOWN or not checkpoint.config.num_labels:
             raise ValueError(NO_CLASSIFIER.format(source))
         self.name = name_of(source)
         self.model, self.processor = load_for_figures(checkpoint)
         self.config, self.device = self.model.config, self.model.device
+        self.is_segmenter = checkpoint.architecture == SEGMENTER
+        self.answers = "classes of pixels" if self.is_segmenter else "labels"
+
+    @property
+    def colors(self) -> dict[str, str]:
+        """CSS colours of the classes of pixels by name; empty for a classifier of images."""
+        if not self.is_segmenter:
+            return {}
+        colors = (255 * legend_colors(len(self.config.id2label))).round().astype(int).tolist()
+        return {self.config.id2label[index]: "rgb({} {} {})".format(*color) for index, color in enumerate(colors)}
 
     @property
     def own_size(self) -> Size:
@@ -113,7 +127,7 @@ class Exhibit:
 
     def predictor(self, size: Size, top_k: int | None = 5) -> Predictor:
         """Return a predictor that resizes images to a size."""
-        return Predictor(
+        return (MaskPredictor if self.is_segmenter else Predictor)(
             model=self.model,
             processor=at_one_size(self.processor, size),
             labels=self.config.id2label,
@@ -132,7 +146,7 @@ class Exhibit:
         """Classify an image at a size, (height, width) in pixels; by default the model's own."""
         size = size or self.own_size
         began = time.perf_counter()
-        (prediction,) = self.predictor(size)([file.path])
+        (prediction,) = self.predictor(size, MOST_LABELS[self.answers])([file.path])
         return Answer(_named(prediction, file), size, time.perf_counter() - began)
 
     def label(self, files: Sequence[File]) -> Iterator[Prediction]:
@@ -144,6 +158,21 @@ class Exhibit:
         predictions = self.predictor(self.own_size, top_k)([file.path for file in files])
         for prediction, file in zip(predictions, files, strict=True):
             yield _named(prediction, file)
+
+    def overlay(self, file: File) -> np.ndarray:
+        """Return an image with the colours of the classes of its pixels over it, uint8 `[H, W, 3]`.
+
+        Raises:
+            ValueError: If the image cannot be read.
+        """
+        prediction = self.answer(file).prediction
+        if prediction.mask is None or prediction.error is not None:
+            raise ValueError(prediction.error)
+        scale = min(1, LARGEST_OVERLAY / max(prediction.mask.shape))
+        height, width = (max(1, round(scale * side)) for side in prediction.mask.shape)
+        pixels = self._pixels(read_image(file.path), (height, width))
+        mask = Image.fromarray(prediction.mask).resize((width, height), Image.Resampling.NEAREST)
+        return overlay(pixels, torch.from_numpy(np.array(mask)), len(self.config.id2label))
 
     def attention(self, file: File, view: str = "rollout", layer: int = -1, head: int | None = None) -> Attention:
         """Light an image by the attention that its patches receive.

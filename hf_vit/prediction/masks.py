@@ -16,7 +16,7 @@ from ..model.image_conversion_hf_vit import convert_to_rgb, pil_of_tensor
 from ..model.image_reading_hf_vit import upright
 from ..system.disk import writing
 from .predict import Summary, no_images
-from .predictor import BoxPredictor, MaskPredictor, Prediction, Predictor
+from .predictor import BoxPredictor, MaskPredictor, Prediction
 from .shards import Settings
 from .table import PredictionTable
 
@@ -38,7 +38,7 @@ def predict_masks(folder: Path, sources: Sources, settings: Settings, restart: b
         ValueError: If the model is not one for segmentation or detection, the folder is not empty, or there are no
             images.
     """
-    predictor = Predictor.from_pretrained(settings.model, image_size=settings.image_size, **settings.options)
+    predictor = settings.predictor()
     if not isinstance(predictor, MaskPredictor | BoxPredictor):
         PredictionTable(folder, settings.has_features)  # raises, since the name has no ending of a table
     if folder.exists() and not (folder.is_dir() and (restart or not any(folder.iterdir()))):

@@ -260,6 +260,8 @@ def test_columns_of_structures_and_of_lists() -> None:
     assert load({"train": one}, holds_out=False).label_names == ["object"]
     with pytest.raises(ValueError, match="Found images without boxes in data: expected a column objects"):
         load({"train": one.remove_columns("boxes")})
+    with pytest.raises(ValueError, match=r"data has boxes of objects in 'objects': set the task to detection"):
+        load_data({"train": texts})
     with pytest.raises(ValueError, match="Row 0 of 'objects' has 2 boxes and 1 class"):
         load({"train": column(BOXES, [["cell"]] * 4, Value("string"))})
 

@@ -195,3 +195,15 @@ def test_no_graph_is_exported(trained: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     with pytest.raises(ValueError, match="is a model for detection, which is not exported as a graph"):
         export_graph(trained.output_dir, tmp_path / "model.onnx", "onnx")
+
+
+def test_a_page_shows_objects(trained: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from hf_vit.demo.exhibit import Exhibit, File
+
+    image, _ = scene(103)
+    image.save(tmp_path / "cells.png")
+    exhibit, file = Exhibit(str(trained.output_dir)), File(tmp_path / "cells.png", "cells.png")
+    drawn, answer = exhibit.overlay(file), exhibit.answer(file).prediction
+    assert drawn.shape == (HEIGHT, WIDTH, 3) and (drawn != np.array(image)).any()
+    assert exhibit.answers == "objects" and set(answer.labels) <= set(exhibit.colors) == set(NAMES)

@@ -27,7 +27,7 @@ from .dense import DENSE_LABELS, DenseLabels
 from .folders import is_split
 from .images import NO_IMAGE, derive_seed, image_digest, name_of
 from .masks import MaskCode, names_beside
-from .objects import images_of_classes
+from .objects import images_of_classes, objects_without_classes
 from .opening import (
     IMAGE_COLUMNS,
     as_stream,
@@ -281,6 +281,11 @@ class _Choice:
                     "beside them with the columns file_name and label. For another column, set label_column "
                     "(--label-column). "
                     f"{' '.join([_seen(split, image), *self.notes])}".rstrip()
+                )
+            if not self.label_columns and (boxes := objects_without_classes(features)):
+                raise ValueError(
+                    f"{name} has boxes of objects in {boxes!r}: set the task to detection (--task detection), or "
+                    "specify a label_column."
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)
         return Part(split, image, labels, is_train)

@@ -99,6 +99,15 @@ def columns_of_objects(
     return image, [boxes] if classes is None else [boxes, classes]
 
 
+def objects_without_classes(features: Any) -> str | None:
+    """Return the column of objects of features in which no column of classes says that images are classified."""
+    from datasets import ClassLabel
+
+    if any(isinstance(feature, ClassLabel) for feature in features.values()):
+        return None
+    return next((name for name, feature in features.items() if _first(_fields_of(feature), BOX_KEYS)), None)
+
+
 @dataclass
 class Objects:
     """The objects of a part as stored, in one list for all images.

@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER
+from ..checkpoints.checkpoint import CLASSIFIER, DETECTOR, SEGMENTER
 from ..checkpoints.models import load_for_figures
 from ..checkpoints.opening import open_checkpoint
 from ..data.images import normalize, preprocess
+from ..data.masks import palette
 from ..inspection import attention_maps, attention_rollout, legend_colors, lit, overlay
 from ..inspection.gallery import Picture, Subject, at_one_size, name_of, pictures_of_positions
 from ..inspection.layers import head_number
 from ..model.image_reading_hf_vit import read_image, upright
-from ..prediction.predictor import MaskPredictor, Prediction, Predictor
+from ..prediction.masks import drawn_objects
+from ..prediction.predictor import BoxPredictor, MaskPredictor, Prediction, Predictor
 
 Size = tuple[int, int]  # (height, width), pixels
 
@@ -32,8 +34,13 @@ NO_CLASSIFIER = (
 )
 SHARP = 480  # least length of the longer side of attention figures, pixels
 LARGEST_OVERLAY = 960  # longer side of an overlay, pixels
-MOST_LABELS = {"labels": 5, "classes of pixels": 12}  # of an answer
-SHOWN = (CLASSIFIER, SEGMENTER)  # architectures
+MOST_LABELS = {"labels": 5, "classes of pixels": 12, "objects": None}  # of an answer
+# By architecture: what answers are, and what makes them.
+SHOWN: dict[str, tuple[str, type[Predictor]]] = {
+    CLASSIFIER: ("labels", Predictor),
+    SEGMENTER: ("classes of pixels", MaskPredictor),
+    DETECTOR: ("objects", BoxPredictor),
+}
 
 
 class File(NamedTuple):
@@ -76,7 +83,7 @@ VIEWS: dict[str, Callable[[Any, Tensor, int, int | None], np.ndarray]] = {
 
 
 class Exhibit:
-    """A classifier of images or of pixels to show.
+    """A classifier of images or of pixels, or a detector, to show.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -92,15 +99,17 @@ class Exhibit:
         self.name = name_of(source)
         self.model, self.processor = load_for_figures(checkpoint)
         self.config, self.device = self.model.config, self.model.device
-        self.is_segmenter = checkpoint.architecture == SEGMENTER
-        self.answers = "classes of pixels" if self.is_segmenter else "labels"
+        self.answers, self._kind = SHOWN[checkpoint.architecture]
+        self.has_overlay = self.answers != "labels"
 
     @property
     def colors(self) -> dict[str, str]:
-        """CSS colours of the classes of pixels by name; empty for a classifier of images."""
-        if not self.is_segmenter:
+        """CSS colours of the classes of pixels or objects by name; empty for a classifier of images."""
+        if not self.has_overlay:
             return {}
-        colors = (255 * legend_colors(len(self.config.id2label))).round().astype(int).tolist()
+        number = len(self.config.id2label)
+        is_drawn = self.answers == "objects"
+        colors = (palette(number) if is_drawn else 255 * legend_colors(number)).round().astype(int).tolist()
         return {self.config.id2label[index]: "rgb({} {} {})".format(*color) for index, color in enumerate(colors)}
 
     @property
@@ -127,7 +136,7 @@ class Exhibit:
 
     def predictor(self, size: Size, top_k: int | None = 5) -> Predictor:
         """Return a predictor that resizes images to a size."""
-        return (MaskPredictor if self.is_segmenter else Predictor)(
+        return self._kind(
             model=self.model,
             processor=at_one_size(self.processor, size),
             labels=self.config.id2label,
@@ -154,20 +163,23 @@ class Exhibit:
 
         The prediction of a broken file has an `error`.
         """
-        top_k = None if self.config.problem_type == "multi_label_classification" else 1
+        is_several = self.config.problem_type == "multi_label_classification" or self.answers == "objects"
+        top_k = None if is_several else 1
         predictions = self.predictor(self.own_size, top_k)([file.path for file in files])
         for prediction, file in zip(predictions, files, strict=True):
             yield _named(prediction, file)
 
     def overlay(self, file: File) -> np.ndarray:
-        """Return an image with the colours of the classes of its pixels over it, uint8 `[H, W, 3]`.
+        """Return an image with the colours of the classes of its pixels, or its objects, over it, uint8 `[H, W, 3]`.
 
         Raises:
             ValueError: If the image cannot be read.
         """
         prediction = self.answer(file).prediction
-        if prediction.mask is None or prediction.error is not None:
+        if prediction.error is not None:
             raise ValueError(prediction.error)
+        if prediction.mask is None:
+            return np.asarray(drawn_objects(prediction, read_image(file.path), self.config.id2label))
         scale = min(1, LARGEST_OVERLAY / max(prediction.mask.shape))
         height, width = (max(1, round(scale * side)) for side in prediction.mask.shape)
         pixels = self._pixels(read_image(file.path), (height, width))

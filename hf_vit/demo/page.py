@@ -34,6 +34,7 @@ HOW = {
     "labels": "Drop an image, choose a file, paste one, or use the camera. The five most likely labels appear here.",
     "classes of pixels": "Drop an image, choose a file, paste one, or use the camera. The classes of its pixels and "
     "their shares of the image appear here.",
+    "objects": "Drop an image, choose a file, paste one, or use the camera. The objects in it appear here.",
 }
 HOW_MANY = f"Up to {MOST_FILES} files at a time. A file that cannot be read is listed with its error."
 HOW_COMPARED = "Choose an image to see the predictions and the attention of both models."
@@ -66,7 +67,7 @@ def show_answer(exhibit: Exhibit, uploaded: Uploaded) -> str:
 
 
 def show_overlay(exhibit: Exhibit, uploaded: Uploaded) -> np.ndarray | None:
-    """Return an image with the colours of its classes; nothing for an image whose error `show_answer` shows."""
+    """Return an image with its classes or objects; nothing for an image whose error `show_answer` shows."""
     file = file_of(uploaded)
     if file is None:
         return None
@@ -146,7 +147,7 @@ def show_many(
 
 
 def _row(prediction: Prediction) -> list[Any]:
-    if prediction.are_values:
+    if prediction.are_values or prediction.boxes is not None:
         return [prediction.source, one_line(", ".join(prediction.answers)), None, None]
     label = one_line(", ".join(prediction.labels)) if prediction.labels else None
     score = round(min(prediction.scores), 4) if prediction.scores else None
@@ -216,9 +217,9 @@ def _one_image(exhibit: Exhibit) -> None:
             image = _dropped()
         with gr.Column(min_width=280):
             answer = gr.HTML(note(HOW[exhibit.answers]))
-        if exhibit.is_segmenter:
+        if exhibit.has_overlay:
             with gr.Column(min_width=280):
-                overlaid = _shown("The classes of the pixels")
+                overlaid = _shown(f"The {exhibit.answers}")
     gr.Markdown("### Attention")
     with gr.Row():
         with gr.Column(min_width=280):
@@ -239,7 +240,7 @@ def _one_image(exhibit: Exhibit) -> None:
     attend = partial(show_attention, exhibit), [image, view, layer, head], [picture, reading]
     resize = partial(show_sizes, exhibit), [image, sizes], compared
     event = _on(image.change, partial(show_answer, exhibit), [image], answer)
-    if exhibit.is_segmenter:
+    if exhibit.has_overlay:
         event = _on(event.then, partial(show_overlay, exhibit), [image], overlaid)
     _on(_on(event.then, *attend).then, *resize)
     for control in (view, layer, head):

@@ -5,6 +5,7 @@ seconds). So an import hook waits for transformers' registries: importing one of
 registers them. What is imported already is registered at once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -72,6 +73,19 @@ def _register_models() -> None:
             if auto_class == "AutoModel":  # of several classes, the one that the config names as its architecture
                 registered = (registered, model_class(MULTI_TASK.split(".")[1]))
             getattr(modeling_auto, auto_class).register(HFViTConfig, registered, exist_ok=True)
+    _read_backbones_from_folders(modeling_auto.AutoBackbone)
+
+
+def _read_backbones_from_folders(auto_backbone: Any) -> None:
+    """Let `AutoBackbone.from_pretrained` read folders: transformers 5.24 looks for every name on the Hub only."""
+    from_hub = auto_backbone.from_pretrained
+    from_folder = super(auto_backbone.__mro__[1], auto_backbone).from_pretrained  # that of all Auto classes
+
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        read = from_folder if os.path.isdir(pretrained_model_name_or_path) else from_hub
+        return read(pretrained_model_name_or_path, *args, **kwargs)
+
+    auto_backbone.from_pretrained = classmethod(from_pretrained)
 
 
 def _register_processors() -> None:

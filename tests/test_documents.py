@@ -23,6 +23,7 @@ from hf_vit import (
     HFViTConfig,
     HFViTForImageClassification,
     HFViTForMultiTask,
+    HFViTForObjectDetection,
     HFViTForSemanticSegmentation,
     HFViTImageProcessor,
 )
@@ -78,9 +79,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / name / kind).mkdir(parents=True, exist_ok=True)
                 mode = "RGB" if kind == "images" else "L"
                 Image.new(mode, (40, 30), color).save(folder / name / kind / f"{number}.png")
-    config = HFViTConfig(**size, image_size=32, patch_size=8)
-    HFViTForSemanticSegmentation(config).save_pretrained(folder / "my-segmenter")
-    HFViTImageProcessor.from_preset("original", 32).save_pretrained(folder / "my-segmenter")
+    for name in ("cells", "test_cells", "new_cells"):
+        (folder / name).mkdir()
+        for number in range(8):
+            Image.new("RGB", (40, 30), (0, 255 * (number % 2), 0)).save(folder / name / f"{number}.png")
+            (folder / name / f"{number}.txt").write_text(f"{number % 2} 0.5 0.5 0.5 0.4")
+    config = HFViTConfig(**size, image_size=32, patch_size=8, id2label={0: "0", 1: "1"})
+    for name, of_pixels in (("my-segmenter", HFViTForSemanticSegmentation), ("my-detector", HFViTForObjectDetection)):
+        of_pixels(config).save_pretrained(folder / name)
+        HFViTImageProcessor.from_preset("original", 32).save_pretrained(folder / name)
     heads = {
         "breed": {"task": "classification", "id2label": {0: "Bengal", 1: "pug"}},
         "animal": {"task": "segmentation", "id2label": {0: "background", 1: "cat"}},
@@ -150,7 +157,8 @@ def test_commands_of_a_page_work(
         if name == "fit":
             arguments += ["--minutes", "0", "--output-dir", str(tmp_path / f"fitted-{number}")]
         if name == "train":
-            data = "scenes/" if "segmentation" in command else "my_pictures/"
+            tasks = {"segmentation": "scenes/", "detection": "cells/"}
+            data = next((data for task, data in tasks.items() if task in command), "my_pictures/")
             arguments += [*SMALL, data, "--output-dir", str(tmp_path / f"trained-{number}")]
         ended = CliRunner().invoke(app, [name, *arguments])
         assert ended.exit_code == 0, f"{command}\n{ended.output}"

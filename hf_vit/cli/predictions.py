@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ..prediction.shards import Settings
 
 ImageSize = Annotated[str | None, typer.Option(metavar="H[xW]", help="Image size in pixels, if not the model's.")]
+Windows = Annotated[
+    bool,
+    typer.Option("--windows", help="Sliding windows of the model's size over large images, for segmentation."),
+]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")]
 Head = Annotated[str | None, typer.Option(metavar="NAME", help="Head of a model with several heads.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size per device (CPU core or GPU).")]
@@ -47,6 +51,7 @@ def evaluate(
     batch_size: BatchSize = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Worker processes that load images.")] = 0,
     image_size: ImageSize = None,
+    windows: Windows = False,
     precision: Precision = "auto",
     probe: Annotated[list[str] | None, typer.Option(help="Probe of the features: linear, knn or few-shot.")] = None,
     merge_tokens: Annotated[
@@ -89,6 +94,7 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         image_size=read_size("--image-size", image_size),
+        windows=windows,
         precision=precision,
         probes=list(dict.fromkeys(probe or [])),
         merged_per_layer=merge_tokens,
@@ -111,7 +117,9 @@ def predict(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet; or a folder for masks (PNG)."),
+        typer.Option(
+            "--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet; or a folder for masks or drawn boxes."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -124,6 +132,7 @@ def predict(
     batch_size: BatchSize = None,
     workers: Annotated[int | None, typer.Option(min=1, help="CPU cores, or Ray actors. Default: all.")] = None,
     image_size: ImageSize = None,
+    windows: Windows = False,
     precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
     engine: Annotated[
@@ -141,12 +150,14 @@ def predict(
 
     Masks of a model for segmentation: hf-vit predict my-segmenter photos/ -o masks/
 
+    Boxes of a detector, one per row: hf-vit predict my-detector photos/ -o boxes.csv
+
     One head of several: hf-vit predict my-heads photos/ --head species -o labels.csv
 
     On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     check_exist(words, model)
-    if output is not None and output.suffix:  # a folder is for masks
+    if output is not None and output.suffix:  # a folder is for masks or drawings
         check_output(output, features)
     from ..data.sources import Sources
     from ..prediction.shards import Settings
@@ -159,7 +170,7 @@ def predict(
     announce(f"Predicting labels of {shortened(words)} with {model}.")
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
-    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features, head)
+    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features, windows, head)
     summary: Summary | None
     if output is not None and not output.suffix:
         from ..prediction.masks import predict_masks
@@ -210,10 +221,11 @@ def demo(
         typer.Option("--export-space", metavar="DIR", help="Folder to export the page to, as a Space of the Hub."),
     ] = None,
 ) -> None:
-    """Show a classifier on a web page.
+    """Show a classifier, or a model for segmentation, on a web page.
 
-    Drop an image to see its labels, attention maps, and predictions at other resolutions; drop many to download a
-    table. Nothing is sent to other machines. Ctrl-C stops the server. Needs pip install "hf-vit[demo]".
+    Drop an image to see its labels or the classes of its pixels, attention maps, and predictions at other resolutions;
+    drop many to download a table. Nothing is sent to other machines. Ctrl-C stops the server. Needs pip install
+    "hf-vit[demo]".
 
     Example: hf-vit demo my-vit --compare google/vit-base-patch16-224
     """

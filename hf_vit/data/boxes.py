@@ -5,6 +5,7 @@ image. Rows of the class -1 are empty, and those below are ignored objects: see 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class WithBoxes:
 class BoxedEvaluationImages(WithBoxes, EvaluationImages):
     """Images with objects, as the processor makes them; all have as many rows of labels, so that batches do."""
 
-    @property
+    @cached_property
     def most(self) -> int:
         """The largest number of objects of an image, at least 1."""
         return max([1, *map(len, self.labels)])

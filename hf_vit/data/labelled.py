@@ -12,7 +12,9 @@ from ..system.texts import counted, shortened
 from .archives import is_archive, stem_of
 from .classes import (
     DENSE,
+    DETECTION,
     REGRESSION,
+    SEGMENTATION,
     SINGLE,
     TASK_OF,
     Labels,
@@ -25,6 +27,7 @@ from .dense import DENSE_LABELS, DenseLabels
 from .folders import is_split
 from .images import NO_IMAGE, derive_seed, image_digest, name_of
 from .masks import MaskCode, names_beside
+from .objects import images_of_classes, objects_without_classes
 from .opening import (
     IMAGE_COLUMNS,
     as_stream,
@@ -75,9 +78,12 @@ class ImageData:
 
     def class_counts(self) -> list[int] | None:
         """Return the number of training images of every class or label; `None` for other data, and for streams."""
-        if self.is_stream or self.columns[1] is None or self.problem_type in (REGRESSION, *DENSE):
+        if self.is_stream or self.columns[1] is None or self.problem_type in (REGRESSION, SEGMENTATION):
             return None
-        labels = torch.tensor(self.train[self.columns[1]][:])
+        rows = self.train[self.columns[1]][:]
+        if self.problem_type == DETECTION:
+            return images_of_classes(rows, len(self.label_names))
+        labels = torch.tensor(rows)
         if self.problem_type == "multi_label_classification":
             return (labels == 1).sum(dim=0).tolist()
         return torch.bincount(labels, minlength=len(self.label_names)).tolist()
@@ -275,6 +281,11 @@ class _Choice:
                     "beside them with the columns file_name and label. For another column, set label_column "
                     "(--label-column). "
                     f"{' '.join([_seen(split, image), *self.notes])}".rstrip()
+                )
+            if not self.label_columns and (boxes := objects_without_classes(features)):
+                raise ValueError(
+                    f"{name} has boxes of objects in {boxes!r}: set the task to detection (--task detection), or "
+                    "specify a label_column."
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)
         return Part(split, image, labels, is_train)

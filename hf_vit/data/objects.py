@@ -5,6 +5,7 @@ as shares of the upright image. An ignored object, such as a crowd, has the clas
 classes, and metrics count nothing there.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -96,6 +97,15 @@ def columns_of_objects(
         return image, []
     classes = _first((name for name in features if hasattr(features[name], "feature")), CLASS_KEYS)
     return image, [boxes] if classes is None else [boxes, classes]
+
+
+def objects_without_classes(features: Any) -> str | None:
+    """Return the column of objects of features in which no column of classes says that images are classified."""
+    from datasets import ClassLabel
+
+    if any(isinstance(feature, ClassLabel) for feature in features.values()):
+        return None
+    return next((name for name, feature in features.items() if _first(_fields_of(feature), BOX_KEYS)), None)
 
 
 @dataclass
@@ -341,7 +351,7 @@ def united_objects(
     sizes = [_sizes_of(split, image) for split in stored]
     frames, turned = zip(*(_frames(own, each, seen) for own, each in zip(found, sizes, strict=True)), strict=True)
     formats, notes = _formats_of(found, frames, stored, image, box_format)
-    columns, totals = [], np.zeros(len(label_names), dtype=np.int64)
+    columns = []
     for own, classes, frame, turn, split, each in zip(found, indices, frames, turned, stored, formats, strict=True):
         rows, owners = _rows(own, classes, frame, turn, each, seen)
         counts = np.bincount(owners, minlength=len(split))
@@ -349,13 +359,16 @@ def united_objects(
         names_lost = np.flatnonzero(is_known & (counts < own.counts))[:10].tolist()
         seen.names += [name_of(split[row][image] or NO_IMAGE) or f"image {row}" for row in names_lost]
         seen.empty += int((is_known & (counts == 0)).sum())
-        totals += np.bincount(rows[rows[:, 0] >= 0, 0].astype(np.int64), minlength=len(label_names))
         divided = np.split(rows, np.cumsum(counts)[:-1])
         feature = List(List(Value("float32"), length=5))
         columns.append(split.add_column(OBJECTS, [each.tolist() for each in divided], feature=feature))
-    amounts = [f"{name} {number:,}" for name, number in zip(label_names, totals, strict=True)]
-    notes += [f"Boxes: {shortened(amounts, 12)}.", *seen.notes()]
-    return columns, Labels(DETECTION, label_names, OBJECTS, notes)
+    return columns, Labels(DETECTION, label_names, OBJECTS, [*notes, *seen.notes()])
+
+
+def images_of_classes(rows: list[list[list[float]]], number: int) -> list[int]:
+    """Return the number of images with an object of each class, that is not ignored, given the objects of images."""
+    counts = Counter(index for objects in rows for index in {int(each[0]) for each in objects})
+    return [counts[index] for index in range(number)]
 
 
 def _classes_of(found: list[Objects], names: dict[int, str] | None) -> tuple[list[str], list[np.ndarray]]:

@@ -26,6 +26,7 @@ from ..data.loaders import evaluation_loader, naming_dead_workers
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
 from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
+from ..inference.windows import slide
 from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
 from ..system.progress import progress_bar
@@ -55,6 +56,7 @@ def evaluate_checkpoint(
     batch_size: int | None = None,
     num_workers: int = 0,
     image_size: tuple[int, int] | None = None,
+    windows: bool = False,
     precision: str = "auto",
     probes: Sequence[str] = (),
     merged_per_layer: int = 0,
@@ -71,7 +73,8 @@ def evaluate_checkpoint(
         image_column, label_column, label_separator: As for `load_data`.
         batch_size: Batch size per device, chosen for the hardware if not given. It changes metrics by rounding only.
         num_workers: Data loading processes, per process.
-        image_size: (height, width) in pixels; the checkpoint's if not given.
+        image_size: (height, width) in pixels; if not given, the checkpoint's, or with windows that of each image.
+        windows: Whether windows of the model's size slide over the images, for segmentation.
         precision: `"fp32"`, `"bf16"`, `"fp8"`, or `"auto"`: as for `optimize_for_inference`.
         probes: Keys of `PROBES`. They are fitted on the training split, and need no classifier.
         merged_per_layer: Tokens to merge per layer by `merge_tokens`, in a second measurement of accuracy and
@@ -92,8 +95,9 @@ def evaluate_checkpoint(
     precision = inference_precision(precision)
     # Without mixed precision: the model itself is cast.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
-    batch_size = batch_size or default_batch_size(accelerator.device.type)
-    checkpoint = open_checkpoint(source, Options(image_size=image_size, head=head))
+    has_own_sizes = windows and image_size is None
+    batch_size = 1 if has_own_sizes else batch_size or default_batch_size(accelerator.device.type)
+    checkpoint = open_checkpoint(source, Options(image_size=None if windows else image_size, head=head))
     warn_of_assumptions(checkpoint)
     _check_head(checkpoint, source, head, probes)
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
@@ -102,7 +106,9 @@ def evaluate_checkpoint(
             checkpoint, source, data_source, eval_split=split, needs_train=bool(probes), head=head, **columns
         )
     _check_measurable(classes, note, data, split, probes, merged_per_layer, mistakes)
-    model, processor = load(source, image_size, checkpoint)
+    model, processor = load(source, checkpoint=checkpoint)
+    if windows:
+        slide(model, processor, image_size)
     if merged_per_layer:  # fails now instead of after minutes
         merge_tokens(merge_tokens(model, merged_per_layer), 0)
     model.to(accelerator.device)
@@ -125,7 +131,8 @@ def evaluate_checkpoint(
         "images": count,
         "images_of_data": len(data.evaluation) + (len(data.train) if data.eval_split == HELD_OUT else 0),
         "broken": broken,
-        "image_size": list(model.config.image_shape),
+        "image_size": None if has_own_sizes else list(image_size or model.config.image_shape),
+        **({"windows": list(model.config.image_shape)} if windows else {}),
         "problem_type": data.problem_type if classes is None else kind_of(checkpoint.config),
         "labels": label_names,
         "note": note,

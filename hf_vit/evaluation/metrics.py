@@ -2,7 +2,8 @@
 
 A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` (int64 `[B]`; float32 `[B, num_labels]` for several labels
 per image and for targets; masks, uint8 `[B, H, W]`; or objects, float32 `[B, M, 5]`), `index` `[B]`, and `broken`,
-the names of images that could not be read. The index is the position of the image in the data, or -1 if the image is not counted.
+the names of images that could not be read. The index is the position of the image in the data, or -1 if the image is
+not counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

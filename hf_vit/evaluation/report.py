@@ -78,13 +78,13 @@ TABLES = {
 
 def report_lines(measured: dict[str, Any]) -> list[str]:
     """Return the measurements of `evaluate_checkpoint` as lines for a terminal."""
-    height, width = measured["image_size"]
+    size = "their own sizes" if measured["image_size"] is None else "{}x{} pixels".format(*measured["image_size"])
     which = {HELD_OUT: "held-out split", ALL: "all images"}.get(measured["split"], f"split {measured['split']}")
     number = f"{measured['images']:,} of " * (measured["split"] == HELD_OUT)
     number += counted(measured["images_of_data" if number else "images"], "image")
     lines = [
-        f"{measured['model']} on {measured['data']}, {which}: {number} of {height}x{width} "
-        f"pixels, {measured['precision']}, {measured['hardware'] if measured['device'] != 'cpu' else 'CPU'}"
+        f"{measured['model']} on {measured['data']}, {which}: {number} of {size}, "
+        f"{measured['precision']}, {measured['hardware'] if measured['device'] != 'cpu' else 'CPU'}"
     ]
     if measured["note"]:
         lines.append(f"Note: {measured['note']}{'' if 'figures' in measured else ' Only probes are run.'}")
@@ -120,6 +120,8 @@ def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
             for shots, result in probe["shots"].items():
                 deviation = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
                 rows.append((f"{shots}-shot", f"{result['mean']:.2%}{deviation}  ({len(probe['seeds'])} draws)"))
+    if "windows" in measured:
+        rows.append(("windows", "{}x{} pixels".format(*measured["windows"])))
     speed = measured["images_per_second"]
     processes = f", {measured['processes']} processes" if measured["processes"] > 1 else ""
     return [*rows, ("images/s", f"{speed['pipeline']:,.3g} with image decoding{processes}")]

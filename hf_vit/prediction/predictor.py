@@ -5,6 +5,7 @@ each other at its end, and a small batch fits the core's cache. On a GPU, CPU co
 pixels, and the GPU normalizes and classifies them.
 """
 
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike | bytes | Image.Image | dict[str, Any]
 Tag = TypeVar("Tag")
+
+MOST_VALUES = 2**26  # logits of pixels that are in memory at a time
 
 
 @dataclass
@@ -373,6 +376,8 @@ class DensePredictor(Predictor):
                 "A model for segmentation or detection has no pooled features: use AutoModel for those of patches."
             )
         self.top_k = options.get("top_k")
+        if not self.processor.do_resize:  # images of any size, one of which fills many windows
+            self.batch_size = options.get("batch_size") or 1
 
     def _pixels(self, prediction: Prediction) -> Tensor:
         sizes: list[tuple[int, int]] = []  # of a JPEG, which may be decoded at another size
@@ -397,13 +402,30 @@ class MaskPredictor(DensePredictor):
         assert logits is not None
         for prediction, of_image in zip(predictions, logits, strict=True):
             assert prediction.size is not None
-            prediction.mask = resize_logits(of_image[None], prediction.size)[0].argmax(dim=0).byte().numpy()
+            prediction.mask = classes_of_pixels(of_image, prediction.size).numpy()
             shares = np.bincount(prediction.mask.ravel(), minlength=len(self.labels)) / prediction.mask.size
             order = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]][
                 : self.top_k or 5
             ]
             prediction.labels = [self.labels[index] for index in order]
             prediction.scores = [float(shares[index]) for index in order]
+
+
+def classes_of_pixels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the most likely class of every pixel, uint8 `[H, W]`, for logits `[num_labels, h, w]`.
+
+    A few classes are resized at a time: 150 classes of 12 million pixels would take 7 GB.
+    """
+    step = max(1, MOST_VALUES // math.prod(size))
+    parts = (
+        (first, resize_logits(logits[None, first : first + step], size)[0]) for first in range(0, len(logits), step)
+    )
+    highest, classes = torch.full(size, -math.inf), torch.zeros(size, dtype=torch.uint8)
+    for first, part in parts:
+        values, indices = part.max(dim=0)
+        classes = torch.where(values > highest, (first + indices).byte(), classes)
+        highest = torch.maximum(values, highest)
+    return classes
 
 
 class BoxPredictor(DensePredictor):

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..system.extras import need
-from .predictor import Predictor
 from .shards import Settings, ShardJob, model_digest, predict_shards
 from .table import PredictionTable
 
@@ -27,13 +26,7 @@ class Actor:
 
     def __init__(self, settings: Settings, table: PredictionTable, device: str, folder: str) -> None:
         os.chdir(folder)
-        self.predictor = Predictor.from_pretrained(
-            settings.model,
-            image_size=settings.image_size,
-            device=device,
-            head=settings.head,
-            **{**settings.options, "workers": 1},
-        )
+        self.predictor = settings.predictor(device=device, workers=1)
         self.table = table
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -67,7 +60,7 @@ class RayActors:
         resources = ray.cluster_resources()
         self.device = "cuda" if resources.get("GPU") else "cpu"
         self.number = settings.workers or int(resources["GPU" if self.device == "cuda" else "CPU"])
-        self.settings, self.model = settings, model_digest(*settings.load())
+        self.settings, self.model = settings, model_digest(*settings.load(is_to_file=True))
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
         """Have the actors write all shards; see `predict_shards`."""

@@ -8,7 +8,7 @@ A row is an image, in the order of the sources, in .parquet and .jsonl files:
     scores    list<float>    their probabilities, or the values of targets
     error     string         why the image is broken, or null
     features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
-    boxes     list<list<float>>  of a detector: left, top, right and bottom of each object in pixels of the upright image
+    boxes     list<list<float>>  of a detector: left, top, right and bottom of each object in pixels of the image
 
 A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features. That of a
 detector has a row for each object, with the columns image, label, score, left, top, right, bottom and error; an image
@@ -43,7 +43,7 @@ SIDES = ("left", "top", "right", "bottom")  # of a box
 
 
 def schema_of(has_features: bool) -> pa.Schema:
-    """Return the columns of shards and their types, which do not depend on the images. Without boxes, these are null."""
+    """Return the columns of shards and their types, which do not depend on the images."""
     fields = [
         pa.field("image", pa.string()),
         pa.field("labels", pa.list_(pa.string())),

@@ -271,8 +271,8 @@ class OfBoxes(Unlabelled):
         known = [row for row in rows if row["boxes"]]
         lines = [
             f"The threshold of each class is the score with the highest F1 at an IoU of 0.5 on the "
-            f"{run.thresholds_from}. `config.thresholds` has them; the pipeline takes a `threshold` instead, 0.5 if it "
-            "is not given."
+            f"{run.thresholds_from}. `hf-vit predict` reads it from `config.thresholds`; the pipeline takes a "
+            "`threshold`, 0.5 if it is not given."
         ]
         if len(known) < len(rows):
             without = counted(len(rows) - len(known), "class", "classes")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints.models import load
 from ..data.sources import Part, Sources
 from ..inference.optimize import inference_precision
 from ..inference.threads import default_batch_size

@@ -89,6 +89,7 @@ class TrainedModel:
         images: Source | Sequence[Any],
         output: Source | None = None,
         *,
+        head: str | None = None,
         top_k: int | None = None,
         features: bool = False,
         split: str | None = None,
@@ -106,6 +107,7 @@ class TrainedModel:
             images: Files, folders, globs, parquet files or data sets, one or several; or a list of PIL images, bytes,
                 or images as `datasets` stores them.
             output: A .csv, .tsv, .jsonl or .parquet file. Without it, the predictions are returned.
+            head: Head of a model with several heads; without it, predictions have the answers of all of them.
             top_k, features, split, image_column, batch_size, workers, precision, restart: As for `hf-vit predict`.
             image_size: (height, width) in pixels; if not given, the model's, or with windows that of each image.
             windows: Whether windows of the model's size slide over the images, for segmentation.
@@ -119,7 +121,9 @@ class TrainedModel:
         words = [images] if isinstance(images, str | os.PathLike) else list(images)
         if not words:
             raise ValueError("Expected images, got an empty list.")
-        settings = Settings(self.source, precision, image_size, False, batch_size, workers, top_k, features, windows)
+        settings = Settings(
+            self.source, precision, image_size, False, batch_size, workers, top_k, features, windows, head
+        )
         if not all(isinstance(word, str | os.PathLike) for word in words):
             return Predictions(settings.predictor()(words))
         sources = Sources([os.fspath(word) for word in words], split, image_column)

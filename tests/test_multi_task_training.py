@@ -139,7 +139,7 @@ def test_an_added_head_leaves_the_others_as_they_are(heads: Path, photos: Path, 
     assert all(torch.equal(old[name], new[name]) for name in old) and new["heads.odd.memory"].shape == (64, 32)
     metrics = json.loads((tmp_path / "more" / "metrics.json").read_text())["heads"]
     assert list(metrics) == ["color", "place", "square", "odd"] and metrics["odd"]["metrics"]["auroc"] > 0.9
-    with pytest.raises(ValueError, match="has the head color already"):
+    with pytest.raises(ValueError, match=r"already has 3 heads of the same name \(color, square, place\)"):
         trained(FILE, photos, heads, tmp_path / "twice")
     with pytest.raises(ValueError, match="cannot be evaluated on labels"):
         evaluate_checkpoint(str(tmp_path / "more"), str(photos), head="odd")

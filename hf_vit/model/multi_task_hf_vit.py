@@ -294,7 +294,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor | None = None,
-        labels: dict[str, Tensor] | None = None,
+        labels: dict[str, Any] | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
@@ -318,11 +318,13 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         encoding = self._encode(pixel_values, output_hidden_states, **kwargs)
         found = {name: head(encoding, (labels or {}).get(name)) for name, head in self.heads.items()}
         losses = [output.loss for output in found.values() if output.get("loss") is not None]
-        entries = {"loss": torch.stack(losses).sum()} if losses else {}
-        outputs = encoding.outputs
-        states = {"hidden_states": outputs.hidden_states if output_hidden_states else None}
-        rest = {**states, "attentions": outputs.attentions}
-        return ModelOutput({**entries, **found, **{name: each for name, each in rest.items() if each is not None}})
+        entries = {
+            "loss": torch.stack(losses).sum() if losses else None,
+            **found,
+            "hidden_states": encoding.outputs.hidden_states if output_hidden_states else None,
+            "attentions": encoding.outputs.attentions,
+        }
+        return ModelOutput({name: entry for name, entry in entries.items() if entry is not None})
 
     def _encode(self, pixel_values: Tensor | None, output_hidden_states: bool, **kwargs: Any) -> Encoding:
         """Run the encoder; hidden states are only recorded where a head reads them before the last layer."""

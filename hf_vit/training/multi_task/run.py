@@ -17,7 +17,7 @@ from ...inference.optimize import inference_precision
 from ...system.disk import check_output_folder
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
-from ...system.texts import hanging, shortened
+from ...system.texts import counted, hanging, shortened
 from ...variants import is_from_scratch
 from ..fitting.fit import quiet_about_the_new_head
 from ..fitting.state import FIT, STATE, FitState, stable
@@ -108,7 +108,8 @@ def _known_heads(checkpoint: Checkpoint, model: str, image_size: Any, plans: lis
     """Return the tasks of the heads that a model has already; raise `ValueError` if a new one has the same name."""
     known = (checkpoint.config.heads or {}) if checkpoint.architecture == MULTI_TASK else {}
     if twice := [plan.name for plan in plans if plan.name in known]:
-        raise ValueError(f"{model} has the head {shortened(twice)} already: choose another name in the file of heads.")
+        same = f"{counted(len(twice), 'head')} of the same name ({shortened(twice)})"
+        raise ValueError(f"{model} already has {same}: choose other names in the file of heads.")
     if known and image_size is not None:
         raise ValueError(f"The heads of {model} were trained at its image size: leave out the image size.")
     return {name: head["task"] for name, head in known.items()}

@@ -74,7 +74,7 @@ class Prediction:
     def answers(self) -> list[str]:
         """Labels with their scores as text: `"cat 93.1%"`, for a target `"age 41.5"`, and for objects `"3 cat"`."""
         if self.heads:
-            return [f"{name}: {in_words(answer)}" for name, answer in self.heads.items()]
+            return [f"{name} ({in_words(answer)})" for name, answer in self.heads.items()]
         if self.boxes is not None:
             return [f"{number} {label}" for label, number in Counter(self.labels).most_common()] or ["no objects"]
         form = "{} {:.4g}" if self.are_values else "{} {:.1%}"

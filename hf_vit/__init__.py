@@ -1,8 +1,9 @@
 """The Vision Transformer (Dosovitskiy et al., 2021) as a plugin of the Hugging Face ecosystem.
 
 Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassification`,
-`AutoModelForMaskedImageModeling`, `AutoModelForSemanticSegmentation`, `AutoBackbone`, `AutoImageProcessor` and
-`pipeline` recognize `model_type="hf_vit"`. Neither torch nor transformers is imported before it is needed.
+`AutoModelForMaskedImageModeling`, `AutoModelForSemanticSegmentation`, `AutoModelForObjectDetection`, `AutoBackbone`,
+`AutoImageProcessor` and `pipeline` recognize `model_type="hf_vit"`. Neither torch nor transformers is imported before
+it is needed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,21 @@ from .system.lazy import lazy_exports
 if TYPE_CHECKING:
     from .model.configuration_hf_vit import HFViTConfig
     from .model.dense_hf_vit import HFViTBackbone, HFViTForMaskedImageModeling
+    from .model.detection_hf_vit import HFViTForObjectDetection
     from .model.image_processing_hf_vit import HFViTImageProcessor
     from .model.image_processing_pil_hf_vit import HFViTImageProcessorPil
     from .model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+    from .model.multi_task_hf_vit import HFViTForMultiTask
     from .model.pipeline_hf_vit import (
         HFViTImageClassificationPipeline,
         HFViTImageFeatureExtractionPipeline,
         HFViTImageSegmentationPipeline,
+        HFViTMultiTaskPipeline,
+        HFViTObjectDetectionPipeline,
     )
     from .model.segmentation_hf_vit import HFViTForSemanticSegmentation
     from .training.fitting.fit import fit
+    from .training.multi_task.run import train_heads
     from .training.trained import TrainedModel, train
 
     __version__: str
@@ -32,6 +38,8 @@ __all__ = [
     "HFViTConfig",
     "HFViTForImageClassification",
     "HFViTForMaskedImageModeling",
+    "HFViTForMultiTask",
+    "HFViTForObjectDetection",
     "HFViTForSemanticSegmentation",
     "HFViTImageClassificationPipeline",
     "HFViTImageFeatureExtractionPipeline",
@@ -39,10 +47,13 @@ __all__ = [
     "HFViTImageProcessorPil",
     "HFViTImageSegmentationPipeline",
     "HFViTModel",
+    "HFViTMultiTaskPipeline",
+    "HFViTObjectDetectionPipeline",
     "TrainedModel",
     "__version__",
     "fit",
     "train",
+    "train_heads",
 ]
 
 _load = lazy_exports(
@@ -51,15 +62,20 @@ _load = lazy_exports(
         "model.configuration_hf_vit": ["HFViTConfig"],
         "model.modeling_hf_vit": ["HFViTForImageClassification", "HFViTModel"],
         "model.dense_hf_vit": ["HFViTBackbone", "HFViTForMaskedImageModeling"],
+        "model.detection_hf_vit": ["HFViTForObjectDetection"],
         "model.image_processing_hf_vit": ["HFViTImageProcessor"],
         "model.image_processing_pil_hf_vit": ["HFViTImageProcessorPil"],
         "model.pipeline_hf_vit": [
             "HFViTImageClassificationPipeline",
             "HFViTImageFeatureExtractionPipeline",
             "HFViTImageSegmentationPipeline",
+            "HFViTMultiTaskPipeline",
+            "HFViTObjectDetectionPipeline",
         ],
+        "model.multi_task_hf_vit": ["HFViTForMultiTask"],
         "model.segmentation_hf_vit": ["HFViTForSemanticSegmentation"],
         "training.fitting.fit": ["fit"],
+        "training.multi_task.run": ["train_heads"],
         "training.trained": ["TrainedModel", "train"],
     },
 )[0]

@@ -5,6 +5,7 @@ seconds). So an import hook waits for transformers' registries: importing one of
 registers them. What is imported already is registered at once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -17,6 +18,8 @@ CONFIG = f"{__package__}.model.configuration_hf_vit"
 MODELS = f"{__package__}.model.modeling_hf_vit"
 DENSE = f"{__package__}.model.dense_hf_vit"  # imports MODELS
 SEGMENTATION = f"{__package__}.model.segmentation_hf_vit"  # imports DENSE
+DETECTION = f"{__package__}.model.detection_hf_vit"  # imports DENSE
+MULTI_TASK = f"{__package__}.model.multi_task_hf_vit"  # imports SEGMENTATION and DETECTION
 PROCESSOR = f"{__package__}.model.image_processing_hf_vit"  # imports PIL_PROCESSOR
 PIL_PROCESSOR = f"{__package__}.model.image_processing_pil_hf_vit"
 PIPELINE = f"{__package__}.model.pipeline_hf_vit"
@@ -32,9 +35,9 @@ def register() -> None:
             # transformers may import this registry while it imports modeling_layers, which our models need.
             Registration(
                 f"{AUTO}.modeling_auto",
-                SEGMENTATION,
+                MULTI_TASK,
                 _register_models,
-                ("transformers.modeling_layers", MODELS, DENSE),
+                ("transformers.modeling_layers", MODELS, DENSE, DETECTION, SEGMENTATION),
             ),
             Registration(f"{AUTO}.image_processing_auto", processor, _register_processors, (PIL_PROCESSOR,)),
             Registration("transformers.pipelines", PIPELINE, _register_pipelines),
@@ -62,12 +65,27 @@ def _register_models() -> None:
     from transformers.models.auto import modeling_auto
 
     from .model import model_class
-    from .model.configuration_hf_vit import CLASSES, HFViTConfig
+    from .model.configuration_hf_vit import CLASSES, MULTI_TASK, HFViTConfig
 
     for auto_class, reference in CLASSES.items():
         if auto_class != "AutoConfig":
             registered = model_class(reference.split(".")[1])
+            if auto_class == "AutoModel":  # of several classes, the one that the config names as its architecture
+                registered = (registered, model_class(MULTI_TASK.split(".")[1]))
             getattr(modeling_auto, auto_class).register(HFViTConfig, registered, exist_ok=True)
+    _read_backbones_from_folders(modeling_auto.AutoBackbone)
+
+
+def _read_backbones_from_folders(auto_backbone: Any) -> None:
+    """Let `AutoBackbone.from_pretrained` read folders: transformers 5.24 looks for every name on the Hub only."""
+    from_hub = auto_backbone.from_pretrained
+    from_folder = super(auto_backbone.__mro__[1], auto_backbone).from_pretrained  # that of all Auto classes
+
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        read = from_folder if os.path.isdir(pretrained_model_name_or_path) else from_hub
+        return read(pretrained_model_name_or_path, *args, **kwargs)
+
+    auto_backbone.from_pretrained = classmethod(from_pretrained)
 
 
 def _register_processors() -> None:
@@ -82,14 +100,18 @@ def _register_processors() -> None:
 
 
 def _register_pipelines() -> None:
+    import transformers
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from .model import pipeline_hf_vit
     from .model.configuration_hf_vit import PIPELINES
 
-    for task, (name, _) in PIPELINES.items():
-        entry = PIPELINE_REGISTRY.supported_tasks[task]
-        entry["impl"] = _choice_of_pipeline(getattr(pipeline_hf_vit, name), entry["impl"])
+    for task, (name, auto_class) in PIPELINES.items():
+        ours, entry = getattr(pipeline_hf_vit, name), PIPELINE_REGISTRY.supported_tasks.get(task)
+        if entry is None:  # a task of ours
+            PIPELINE_REGISTRY.register_pipeline(task, ours, getattr(transformers, auto_class), type="image")
+        else:
+            entry["impl"] = _choice_of_pipeline(ours, entry["impl"])
 
 
 def _choice_of_pipeline(ours: Any, registered: Any) -> type:
@@ -124,7 +146,7 @@ class Registration:
         registry: Module of transformers; importing it imports our classes.
         ours: Module of our classes.
         act: What to call then.
-        needed: Modules that `ours` imports. While one of them is being imported, `ours` waits for it.
+        needed: Modules that `ours` or `act` imports. While one of them is being imported, `ours` waits for it.
     """
 
     def __init__(self, registry: str, ours: str, act: Callable[[], None], needed: Sequence[str] = ()) -> None:

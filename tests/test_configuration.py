@@ -181,6 +181,7 @@ def test_the_file_names_the_code_of_every_class(tmp_path, tiny_config):
         "AutoModelForImageClassification",
         "AutoModelForMaskedImageModeling",
         "AutoModelForSemanticSegmentation",
+        "AutoModelForObjectDetection",
         "AutoBackbone",
     }
 

@@ -19,7 +19,14 @@ from tiny_run import colored_images
 from typer.testing import CliRunner
 
 import hf_vit
-from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForSemanticSegmentation, HFViTImageProcessor
+from hf_vit import (
+    HFViTConfig,
+    HFViTForImageClassification,
+    HFViTForMultiTask,
+    HFViTForObjectDetection,
+    HFViTForSemanticSegmentation,
+    HFViTImageProcessor,
+)
 from hf_vit.checkpoints.export import export_checkpoint
 from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
@@ -72,9 +79,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / name / kind).mkdir(parents=True, exist_ok=True)
                 mode = "RGB" if kind == "images" else "L"
                 Image.new(mode, (40, 30), color).save(folder / name / kind / f"{number}.png")
-    config = HFViTConfig(**size, image_size=32, patch_size=8)
-    HFViTForSemanticSegmentation(config).save_pretrained(folder / "my-segmenter")
-    HFViTImageProcessor.from_preset("original", 32).save_pretrained(folder / "my-segmenter")
+    for name in ("cells", "test_cells", "new_cells"):
+        (folder / name).mkdir()
+        for number in range(8):
+            Image.new("RGB", (40, 30), (0, 255 * (number % 2), 0)).save(folder / name / f"{number}.png")
+            (folder / name / f"{number}.txt").write_text(f"{number % 2} 0.5 0.5 0.5 0.4")
+    config = HFViTConfig(**size, image_size=32, patch_size=8, id2label={0: "0", 1: "1"})
+    for name, of_pixels in (("my-segmenter", HFViTForSemanticSegmentation), ("my-detector", HFViTForObjectDetection)):
+        of_pixels(config).save_pretrained(folder / name)
+        HFViTImageProcessor.from_preset("original", 32).save_pretrained(folder / name)
+    heads = {
+        "breed": {"task": "classification", "id2label": {0: "Bengal", 1: "pug"}},
+        "animal": {"task": "segmentation", "id2label": {0: "background", 1: "cat"}},
+        "head_box": {"task": "regression", "id2label": {0: "center_x", 1: "width"}},
+    }
+    HFViTForMultiTask(HFViTConfig(**size, image_size=32, patch_size=8, heads=heads)).save_pretrained(
+        folder / "my-heads"
+    )
     stock: dict[str, Any] = {
         "google/vit-base-patch16-224": (transformers.ViTConfig, transformers.ViTForImageClassification),
         "facebook/deit-base-distilled-patch16-224": (
@@ -109,7 +130,7 @@ def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
 SMALL = shlex.split("--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data")
 # Commands and options that are only parsed here: other tests run them.
 READ_ONLY = ("quickstart", "benchmark", "demo")
-ELSEWHERE = (" --quick ", " --engine ray ", " --names")  # the last: tests/test_family_names.py
+ELSEWHERE = (" --quick ", " --engine ray ", " --names", "my-heads")  # the last: tests/test_multi_task_training.py
 
 
 def parse(command: str) -> tuple[str, list[str]]:
@@ -136,7 +157,8 @@ def test_commands_of_a_page_work(
         if name == "fit":
             arguments += ["--minutes", "0", "--output-dir", str(tmp_path / f"fitted-{number}")]
         if name == "train":
-            data = "scenes/" if "segmentation" in command else "my_pictures/"
+            tasks = {"segmentation": "scenes/", "detection": "cells/"}
+            data = next((data for task, data in tasks.items() if task in command), "my_pictures/")
             arguments += [*SMALL, data, "--output-dir", str(tmp_path / f"trained-{number}")]
         ended = CliRunner().invoke(app, [name, *arguments])
         assert ended.exit_code == 0, f"{command}\n{ended.output}"

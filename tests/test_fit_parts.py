@@ -17,7 +17,7 @@ import hf_vit
 from hf_vit.data.audit import audit, content_digest, stored_bytes
 from hf_vit.data.labelled import ImageData
 from hf_vit.evaluation.calibration import interval_for
-from hf_vit.model.modeling_hf_vit import HFViTDistilledClassifier
+from hf_vit.model.pooling_hf_vit import HFViTDistilledClassifier
 from hf_vit.training.fitting.calibration import expected_score, wilson
 from hf_vit.training.fitting.embedding import Encoder, embed, logits_of
 from hf_vit.training.fitting.heads import (

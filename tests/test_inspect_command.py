@@ -16,7 +16,12 @@ from transformers import ViTConfig
 from transformers import ViTForImageClassification as StockClassifier
 from typer.testing import CliRunner, Result
 
-from hf_vit import HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from hf_vit import (
+    HFViTForImageClassification,
+    HFViTForMaskedImageModeling,
+    HFViTForSemanticSegmentation,
+    HFViTModel,
+)
 from hf_vit.checkpoints import Options
 from hf_vit.cli.main import app
 from hf_vit.inspection import attention_distance, attention_rollout, position_similarity
@@ -214,10 +219,11 @@ def test_every_kind_of_model(
         assert drawn is None or drawn in arrays
 
 
-@pytest.mark.parametrize("model_class", [HFViTModel, HFViTForMaskedImageModeling])
+@pytest.mark.parametrize("model_class", [HFViTModel, HFViTForMaskedImageModeling, HFViTForSemanticSegmentation])
 def test_models_without_a_classifier(model_class: Any, saved: Any, undrawn: None, tmp_path: Path) -> None:
     result = inspect(saved(model_class), save_image(tmp_path / "a.png"), "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
+    assert ("predictions.png" in names_in(tmp_path / "out")) == (model_class is HFViTForSemanticSegmentation)
 
 
 def test_another_size_is_drawn_beside_the_learned_one(saved: Any, undrawn: None, tmp_path: Path) -> None:

@@ -10,15 +10,21 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, load_from_disk
 from PIL import Image as PILImage
 from tiny_run import RECIPE, assert_same_weights, stop_at, tiny_recipe, weights
+from torch import nn
 
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForSemanticSegmentation
 from hf_vit.checkpoints.models import load
 from hf_vit.data.augmentation import AUGMENTATIONS, WITH_MASKS, build_augmentation
 from hf_vit.data.labelled import load_data
-from hf_vit.data.masks import MaskCode
+from hf_vit.data.masks import MaskCode, palette
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.evaluation.report import report_lines
 from hf_vit.evaluation.results import MaskResults
 from hf_vit.graphs.export import export_graph
+from hf_vit.graphs.kinds import KINDS
+from hf_vit.inference.windows import sliding_window_logits
+from hf_vit.model.image_geometry_hf_vit import resize_logits
+from hf_vit.prediction.predictor import classes_of_pixels
 from hf_vit.system.stopping import Interrupted
 from hf_vit.training.loop import train
 from hf_vit.training.report import train_and_report
@@ -269,12 +275,6 @@ def test_resumed_is_equal_to_uninterrupted(
     assert (tmp_path / "parts" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
 
 
-def test_no_graph_is_exported(trained: Any, tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    with pytest.raises(ValueError, match="is a model for segmentation, which is not exported as a graph"):
-        export_graph(trained.output_dir, tmp_path / "model.onnx", "onnx")
-
-
 def test_fine_tuning_keeps_a_head_for_the_same_classes_only(trained: Any, photos: Path, tmp_path: Path) -> None:
     from hf_vit.checkpoints.models import load_classifier, load_segmenter
 
@@ -314,3 +314,134 @@ def test_saved_data_sets_and_other_columns(tmp_path: Path) -> None:
     without = load_from_disk(str(tmp_path / "saved")).remove_columns("label")
     with pytest.raises(ValueError, match="Found images without masks"):
         load_data(without, problem_type="semantic_segmentation")
+
+
+# ------------------------------------------------------------------------------------------------- sliding windows
+
+
+def windows_by_hand(model: Any, pixels: torch.Tensor, window: tuple[int, int], stride: tuple[int, int]) -> np.ndarray:
+    """Return the mean logits of windows as mmsegmentation places them: a grid whose last row and column end inside."""
+    (height, width), config = pixels.shape[-2:], model.config
+    cell = [side // config.patch_subdivision for side in config.patch_shape]
+    total = np.zeros((config.num_labels, height // cell[0], width // cell[1]))
+    visits = np.zeros(total.shape[1:])
+    for row in range(max(height - window[0] + stride[0] - 1, 0) // stride[0] + 1):
+        for column in range(max(width - window[1] + stride[1] - 1, 0) // stride[1] + 1):
+            bottom, right = min(row * stride[0] + window[0], height), min(column * stride[1] + window[1], width)
+            top, left = max(bottom - window[0], 0), max(right - window[1], 0)
+            with torch.no_grad():
+                logits = model(pixel_values=pixels[..., top:bottom, left:right]).logits[0].numpy()
+            part = np.s_[top // cell[0] : bottom // cell[0], left // cell[1] : right // cell[1]]
+            total[:, *part] += logits
+            visits[part] += 1
+    return total / visits
+
+
+@pytest.mark.parametrize("size", [(40, 56), (16, 64), (8, 24)])  # larger than windows, as high, and smaller
+def test_logits_of_windows_are_averaged(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = HFViTForSemanticSegmentation(
+        HFViTConfig(**RECIPE["model_config"], num_labels=3, image_size=(16, 24))
+    ).eval()
+    nn.init.normal_(model.decode_head.classifier.weight)
+    pixels = torch.randn(1, 3, *size)
+    patch = model.config.patch_shape
+    with torch.no_grad():
+        logits = sliding_window_logits(model, pixels, (16, 24), (8, 16), patch)
+    np.testing.assert_allclose(logits[0].numpy(), windows_by_hand(model, pixels, (16, 24), (8, 16)), atol=1e-5)
+    with pytest.raises(ValueError, match="stride sizes in multiples of the patch"):
+        sliding_window_logits(model, pixels, (16, 24), (8, 3), patch)
+    with pytest.raises(ValueError, match=r"stride of at most the window \(16, 24\)"):
+        sliding_window_logits(model, pixels, (16, 24), (24, 24), patch)
+
+
+def test_large_images_are_predicted_and_evaluated_in_windows(trained: Any, tmp_path: Path) -> None:
+    """Images keep their sizes; those that are not whole patches are enlarged to them."""
+    from hf_vit.prediction.shards import Settings
+
+    sizes = [(40, 60), (33, 50), (14, 18)]
+    for index, size in enumerate(sizes):
+        for folder, picture in zip(("images", "masks"), scene(200 + index, *size), strict=True):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{index}.png")
+    files = [tmp_path / "images" / f"{index}.png" for index in range(len(sizes))]
+    predictions = list(Settings(str(trained.output_dir), "fp32", has_windows=True).predictor()(files))
+    assert [prediction.mask.shape for prediction in predictions] == sizes
+    model, processor = load(str(trained.output_dir))
+    pixels = processor(PILImage.open(files[0]), do_resize=False, return_tensors="pt")["pixel_values"]
+    logits = windows_by_hand(model, pixels, (16, 24), (8, 16))
+    expected = resize_logits(torch.tensor(logits)[None], sizes[0])[0].argmax(dim=0)
+    np.testing.assert_array_equal(predictions[0].mask, expected.numpy())
+
+    measured = evaluate_checkpoint(str(trained.output_dir), str(tmp_path), windows=True, precision="fp32")
+    assert measured is not None and measured["images"] == 3
+    masks = [np.array(PILImage.open(tmp_path / "masks" / f"{index}.png")) for index in range(len(sizes))]
+    hits = sum(((each.mask == mask) & (mask != 255)).sum() for each, mask in zip(predictions, masks, strict=True))
+    assert measured["figures"]["pixel_accuracy"] == pytest.approx(hits / sum((mask != 255).sum() for mask in masks))
+    lines = report_lines(measured)
+    assert "3 images of their own sizes" in lines[0] and ["windows", "16x24", "pixels"] in [
+        line.split() for line in lines
+    ]
+    resized = evaluate_checkpoint(str(trained.output_dir), str(tmp_path), windows=True, image_size=(32, 48))
+    assert resized is not None and "3 images of 32x48 pixels" in report_lines(resized)[0]
+
+
+def test_windows_are_for_segmentation(tmp_path: Path) -> None:
+    from hf_vit.prediction.shards import Settings
+
+    config = HFViTConfig(**RECIPE["model_config"], image_size=16, num_labels=3)
+    HFViTForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got HFViTForImageClassification: remove --windows"):
+        Settings(str(tmp_path), has_windows=True).load()
+
+
+def test_classes_are_those_of_the_largest_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(7, 5, 6)
+    expected = resize_logits(logits[None], (20, 31))[0].argmax(dim=0)
+    monkeypatch.setattr("hf_vit.prediction.predictor.MOST_VALUES", 2 * 20 * 31)  # two classes at a time
+    assert torch.equal(classes_of_pixels(logits, (20, 31)).long(), expected)
+
+
+# ------------------------------------------------------------------------------------- graphs, the demo, the figures
+
+
+@pytest.mark.parametrize("kind", ["onnx", pytest.param("torch-export", marks=pytest.mark.slow)])
+def test_a_graph_gives_the_masks_of_torch(kind: str, trained: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / f"model{KINDS[kind].suffix}"
+    lines = export_graph(trained.output_dir, path, kind, "weights" if kind == "onnx" else None)
+    assert "output: logits [batch, 3, rows, columns]" in lines[0] and "2x2 logits per class" in lines[0]
+    model, processor = load(str(trained.output_dir))
+    image = scene(200, 40, 56)[0]
+    for size in [(16, 24), (40, 56)]:
+        processor.set_output_size(size)
+        pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+        logits = torch.from_numpy(KINDS[kind].read(path)(pixel_values.numpy()))
+        with torch.no_grad():
+            expected = processor.post_process_semantic_segmentation(model(pixel_values), [(40, 56)])[0]
+        assert (resize_logits(logits, (40, 56))[0].argmax(dim=0) == expected).float().mean() > 0.98
+    if kind == "onnx":
+        import onnx
+
+        [output] = onnx.load(path).graph.output
+        sides = output.type.tensor_type.shape.dim
+        assert [side.dim_param or side.dim_value for side in sides] == ["batch", 3, "rows", "columns"]
+        assert "int8 weights: logits differ" in lines[-1]
+
+
+def test_the_demo_shows_masks_with_a_legend(trained: Any, tmp_path: Path) -> None:
+    from hf_vit.demo.exhibit import Exhibit, File
+    from hf_vit.demo.markup import cards
+
+    image, _ = scene(200, 40, 56)
+    image.save(tmp_path / "house.png")
+    exhibit, file = Exhibit(str(trained.output_dir)), File(tmp_path / "house.png", "house.png")
+    answer = exhibit.answer(file)
+    assert set(answer.prediction.labels) == set(NAMES)
+    legend = cards(["house"], [exhibit], [answer])
+    shown = exhibit.overlay(file)
+    assert shown.shape == (40, 56, 3)
+    house = answer.prediction.mask == NAMES.index("house")
+    color = 0.6 * palette(3)[NAMES.index("house")] + 0.4 * np.array(image)[house]
+    np.testing.assert_allclose(shown[house], color, atol=1)
+    assert all(f"background: {color}" in legend for color in exhibit.colors.values())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from simulated_device import DeviceTensor, Simulation, simulated
 from tiny_run import COLORS, assert_same_weights, colored_images, stop_at, tiny_recipe, weights
 from torch import Tensor
@@ -29,15 +29,19 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """33 images to learn from and 21 to evaluate, each with a class, two labels and a target."""
+    """33 images to learn from and 21 to evaluate, each with a class, two labels, a target, and up to two boxes."""
     names = {"image": Image(), "label": ClassLabel(names=list(COLORS))}
-    features = Features({**names, "is_blue": Value("int64"), "is_red": Value("int64"), "redness": Value("float32")})
+    numbers = {"is_blue": Value("int64"), "is_red": Value("int64"), "redness": Value("float32")}
+    objects = {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=list(COLORS)))}
+    features = Features({**names, **numbers, "objects": objects})
     splits = {}
     for split, number, seed in (("train", 33, 0), ("test", 21, 1)):
         images, labels = colored_images(number, seed)
         targets = [label / 3 + 7 for label in labels]
         rows: dict[str, list[Any]] = {"image": images, "label": labels, "redness": targets}
         rows |= {f"is_{name}": [int(label == index) for label in labels] for index, name in ((0, "blue"), (2, "red"))}
+        boxes = [[[1, 2, 6, 7], [3, 4, 5, 9]][: index % 3] for index in range(number)]
+        rows["objects"] = [{"bbox": own, "category": [0, 1][: len(own)]} for own in boxes]
         splits[split] = Dataset.from_dict(rows, features=features)
     folder = tmp_path_factory.mktemp("data") / "photos"
     DatasetDict(splits).save_to_disk(str(folder))
@@ -121,6 +125,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "model_config": {"position_placement": "every_layer_shared", "pooling": "attention_patches"},
         },
     ),
+    "cuda-objects": (
+        "cuda",
+        {
+            **{"task": "detection", "label_column": "objects", "cache": "ram", "precision": "bf16"},
+            "model_config": {"patch_subdivision": 2},
+        },
+    ),
     "cuda-masked": (
         "cuda",
         {
@@ -183,7 +194,8 @@ def check_run(kind: str, fields: dict[str, Any], photos: Path, folder: Path, mon
         if config.task == "masked_patches":
             return None
         image = colored_images(5, 3)[0]
-        predictor = Predictor.from_model(run.model, run.processor, batch_size=2, workers=1, has_features=True)
+        options = {"batch_size": 2, "workers": 1, "has_features": config.task != "detection"}
+        predictor = Predictor.from_model(run.model, run.processor, **options)
         device.waits.clear()
         with device.counting():
             predictions = list(predictor(image))

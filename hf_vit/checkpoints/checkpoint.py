@@ -20,7 +20,8 @@ from .files import PROCESSOR_FILES, Source
 from .layouts import Row, Rule, adapt_channels, resample_patch_projection, rules_of
 
 CLASSIFIER, ENCODER, MASKED = "HFViTForImageClassification", "HFViTModel", "HFViTForMaskedImageModeling"
-SEGMENTER = "HFViTForSemanticSegmentation"
+SEGMENTER, DETECTOR = "HFViTForSemanticSegmentation", "HFViTForObjectDetection"
+MULTI_TASK = "HFViTForMultiTask"
 # Assumptions that options for the preprocessing replace.
 OF_PREPROCESSING = re.compile(r"[Pp]reprocess|mean and standard deviation|[Ii]mages are centre-cropped")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -57,6 +58,7 @@ class Options:
         layer_norm_eps: Epsilon of LayerNorm, if only the training code determines it.
         mlp_gate: Half of a gated MLP's packed projection that is the gate: "first" or "last".
         names: File with a table of the tensors' names, for a ViT of no known family (`families.named`).
+        head: Name of the head of a multi-task model; the result is then a model of this task alone.
         weights: Key or part of the prefix of the weights to read, if the file has several, such as "teacher".
         preprocessing: Name of a preset of the image processor (`PRESETS`), if the file has no preprocessing.
         mean: Mean of the pixels in [0, 1], one number or one per channel; it overrides that of the preprocessing.
@@ -74,6 +76,7 @@ class Options:
     hidden_act: str | None = None
     layer_norm_eps: float | None = None
     mlp_gate: str | None = None
+    head: str | None = None
     names: str | Path | None = None
     weights: str | None = None
     preprocessing: str | None = None

@@ -11,7 +11,7 @@ from transformers.utils import cached_file, logging
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..system.texts import hanging
-from .checkpoint import CLASSIFIER, ENCODER, KEYWORDS, Checkpoint, Options
+from .checkpoint import CLASSIFIER, ENCODER, KEYWORDS, MULTI_TASK, Checkpoint, Options
 from .families import own
 from .files import Source, read_json, read_weights
 from .opening import open_checkpoint
@@ -46,12 +46,13 @@ def read_foreign(
             return None
         stored = read_json(Path(found)) if found else {}
         is_own = stored.get("model_type") == HFViTConfig.model_type
-        if is_own and stated.num_channels in (None, stored.get("num_channels", HFViTConfig.num_channels)):
+        has_channels = stated.num_channels in (None, stored.get("num_channels", HFViTConfig.num_channels))
+        if is_own and has_channels and stated.head is None:
             if Path(name).is_dir() and not OTHER_WEIGHTS.intersection(options):
                 read_weights(name, hub)  # rejects corrupt files that transformers accepts or reports without a name
             return None
         if is_own:  # all other fields need no conversion
-            stated = Options(num_channels=stated.num_channels, spelling="python")
+            stated = Options(num_channels=stated.num_channels, head=stated.head, spelling="python")
     checkpoint = open_checkpoint(name, stated, **hub)
     warn_of_assumptions(checkpoint)
     if class_name == CLASSIFIER and checkpoint.lost_head and not {"num_labels", "id2label"}.intersection(options):
@@ -110,6 +111,8 @@ def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any])
     is_new_head = checkpoint.architecture == ENCODER or labels != config.num_labels
     if class_name == CLASSIFIER and is_new_head and checkpoint.family != own.FAMILY.name:
         stored["representation_size"] = None  # pre-logits belong to the head of the pre-training
+    if class_name != MULTI_TASK:
+        stored["heads"] = None
     names = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(options)
     config = HFViTConfig.from_dict(stored, **{name: options[name] for name in names})
     config.dtype = checkpoint.dtype

@@ -14,13 +14,15 @@ from transformers.utils import logging
 
 from ..model import model_class
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
+from ..model.detection_hf_vit import HFViTForObjectDetection
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
+from ..model.multi_task_hf_vit import HFViTForMultiTask
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
-from .checkpoint import CLASSIFIER, SEGMENTER, Checkpoint, Options
+from .checkpoint import CLASSIFIER, DETECTOR, MULTI_TASK, SEGMENTER, Checkpoint, Options
 from .families import own
 from .from_pretrained import config_for, options_from, warn_of_assumptions
 from .opening import open_checkpoint
@@ -30,26 +32,31 @@ logger = logging.get_logger(__name__)
 SINGLE_LABEL = "single_label_classification"
 # Training is in float32, whatever the checkpoint stores: half precision loses small updates.
 FINE_TUNING: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.float32}
+WHOLE_IMAGES: dict[str, Any] = {"do_resize": True, "crop_pct": None, "do_center_crop": False, "packing": None}
 
 
 def load(
-    source: str | Path, image_size: tuple[int, int] | None = None, checkpoint: Checkpoint | None = None
+    source: str | Path,
+    image_size: tuple[int, int] | None = None,
+    checkpoint: Checkpoint | None = None,
+    head: str | None = None,
 ) -> tuple[Any, HFViTImageProcessor]:
-    """Load a classifier of images or pixels, or an encoder where the checkpoint has none, and its image processor.
+    """Load a model with its heads, or an encoder where the checkpoint has none, and its image processor.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
         image_size: `(height, width)` in pixels; the checkpoint's own by default.
         checkpoint: The result of `open_checkpoint` for `source`, if it is open already. Otherwise what it assumes is
             logged.
+        head: Name of a head of a multi-task model, which is then loaded as a model of this task alone.
 
     Raises:
         ValueError: If weights are missing, NaN or infinite.
     """
     if checkpoint is None:
-        checkpoint = open_checkpoint(source, Options(image_size=image_size))
+        checkpoint = open_checkpoint(source, Options(image_size=image_size, head=head))
         warn_of_assumptions(checkpoint)
-    has_classes = checkpoint.architecture in (CLASSIFIER, SEGMENTER)
+    has_classes = checkpoint.architecture in (CLASSIFIER, SEGMENTER, DETECTOR, MULTI_TASK)
     loaded: Any = model_class(checkpoint.architecture) if has_classes else HFViTModel
     model, report = _fill(loaded, checkpoint)
     if missing := sorted(report["missing_keys"]):
@@ -134,7 +141,9 @@ def load_for_masked_patches(
 def load_segmenter(
     source: str | Path, label_names: Sequence[str], **fields: Any
 ) -> tuple[HFViTForSemanticSegmentation, HFViTImageProcessor]:
-    """Load a checkpoint for semantic segmentation; the head is new unless it was trained for exactly these classes.
+    """Load a checkpoint for semantic segmentation; the classifier is new unless it has exactly these classes.
+
+    The processor resizes whole images, even if that of the checkpoint crops them.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -144,19 +153,56 @@ def load_segmenter(
     Raises:
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
+    return _load_with_classes(HFViTForSemanticSegmentation, "decode_head", source, label_names, fields)
+
+
+def load_detector(
+    source: str | Path, label_names: Sequence[str], **fields: Any
+) -> tuple[HFViTForObjectDetection, HFViTImageProcessor]:
+    """Load a checkpoint for object detection; the classifier is new unless it has exactly these classes.
+
+    Arguments, processor and errors are as for `load_segmenter`.
+    """
+    return _load_with_classes(HFViTForObjectDetection, "detection_head", source, label_names, fields)
+
+
+def _load_with_classes(
+    loaded: Any, head: str, source: str | Path, label_names: Sequence[str], fields: dict[str, Any]
+) -> tuple[Any, HFViTImageProcessor]:
+    """Load a model whose `head` has a `classifier` of names, and is new but for what the checkpoint has of it."""
     checkpoint, fields = _open_for(source, fields)
     stored = list((checkpoint.config.id2label or {}).values())
-    is_kept = checkpoint.architecture == SEGMENTER and stored == list(label_names)
-    of_model = {**OF_HEAD, **fields, "id2label": dict(enumerate(label_names)), "problem_type": None}
-    model, report = _fill(HFViTForSemanticSegmentation, checkpoint, **FINE_TUNING, **of_model)
-    _require_encoder(source, report, "decode_head.", fields)
+    is_kept = checkpoint.architecture == loaded.__name__ and stored == list(label_names)
+    of_model = {**OF_HEAD, "feature_strides": None, **fields, **fields_of_labels(label_names, None)}
+    model, report = _fill(loaded, checkpoint, **FINE_TUNING, **of_model)
+    _require_encoder(source, report, f"{head}.", fields)
     if not is_kept:
-        nn.init.normal_(model.decode_head.classifier.weight, std=model.config.initializer_range)
-        nn.init.zeros_(model.decode_head.classifier.bias)
+        model.reset_classifier()
+    return model, _processor(checkpoint, model.config.image_shape, **WHOLE_IMAGES)
+
+
+def load_multi_task(
+    source: str | Path, heads: dict[str, dict[str, Any]], **fields: Any
+) -> tuple[HFViTForMultiTask, HFViTImageProcessor]:
+    """Load a checkpoint with new heads, beside those that a multi-task model has already.
+
+    Args:
+        source: A file, a folder or a name on the Hub, in any layout.
+        heads: New heads, as in the config. Their weights are random.
+        fields: Fields of `HFViTConfig` that differ from the checkpoint's.
+
+    Raises:
+        ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
+    """
+    checkpoint, fields = _open_for(source, fields)
+    known = checkpoint.config.heads if checkpoint.architecture == MULTI_TASK else None
+    of_model = {**OF_HEAD, **fields, "num_labels": 2, "problem_type": None, "heads": {**(known or {}), **heads}}
+    model, report = _fill(HFViTForMultiTask, checkpoint, **FINE_TUNING, **of_model)
+    _require_encoder(source, report, tuple(f"heads.{name}." for name in heads), fields)
     return model, _processor(checkpoint, model.config.image_shape)
 
 
-def fields_of_labels(label_names: Sequence[str], problem_type: str = SINGLE_LABEL) -> dict[str, Any]:
+def fields_of_labels(label_names: Sequence[str], problem_type: str | None = SINGLE_LABEL) -> dict[str, Any]:
     """Return the config fields of a classifier; `problem_type` is transformers' name for what its labels are."""
     return {
         "id2label": dict(enumerate(label_names)),

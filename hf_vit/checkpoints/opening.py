@@ -59,6 +59,8 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
         if options.names is not None:
             return Checkpoint(named.FAMILY, opened, options)
         family = _family_of(opened)
+        if options.head is not None and family is not own.FAMILY:
+            raise own.no_head(opened.name, options.head)
         if family.heads:
             opened = with_head(opened, family.heads, family.head_inputs)
         return Checkpoint(family, opened, options)

@@ -36,6 +36,9 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="Half of the packed projection that is the gate: first or last."),
     ],
+    "head": Annotated[
+        str | None, typer.Option(metavar="NAME", help="Head of a model with several heads, as a model of its own.")
+    ],
     "names": Annotated[
         str | None, typer.Option(metavar="FILE", help="Table of tensor names (YAML), for a ViT of no known library.")
     ],

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from ..prediction.shards import Settings
 
 ImageSize = Annotated[str | None, typer.Option(metavar="H[xW]", help="Image size in pixels, if not the model's.")]
+Windows = Annotated[
+    bool,
+    typer.Option("--windows", help="Sliding windows of the model's size over large images, for segmentation."),
+]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")]
+Head = Annotated[str | None, typer.Option(metavar="NAME", help="Head of a model with several heads.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size per device (CPU core or GPU).")]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="Precision; auto is bf16 where it is fast.")
@@ -36,6 +41,7 @@ def evaluate(
         list[str],
         typer.Argument(metavar="DATA", help="Labeled images: folder, table, archive, parquet, or a name on the Hub."),
     ],
+    head: Head = None,
     split: Annotated[str | None, typer.Option(help="Split to use. Default: the evaluation split.")] = None,
     image_column: ImageColumn = None,
     label_column: Annotated[
@@ -45,6 +51,7 @@ def evaluate(
     batch_size: BatchSize = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Worker processes that load images.")] = 0,
     image_size: ImageSize = None,
+    windows: Windows = False,
     precision: Precision = "auto",
     probe: Annotated[list[str] | None, typer.Option(help="Probe of the features: linear, knn or few-shot.")] = None,
     merge_tokens: Annotated[
@@ -64,6 +71,8 @@ def evaluate(
     Example: hf-vit evaluate my-vit photos/ --mistakes mistakes.csv
 
     Quality of features: hf-vit evaluate ViT-B_16.npz photos/ --probe knn
+
+    One head of several: hf-vit evaluate my-heads photos/ --head species
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
@@ -85,10 +94,12 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         image_size=read_size("--image-size", image_size),
+        windows=windows,
         precision=precision,
         probes=list(dict.fromkeys(probe or [])),
         merged_per_layer=merge_tokens,
         mistakes=mistakes,
+        head=head,
     )
     if measured is not None:
         echo("\n".join(report_lines(measured)))
@@ -106,18 +117,22 @@ def predict(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet; or a folder for masks (PNG)."),
+        typer.Option(
+            "--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet; or a folder for masks or drawn boxes."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(min=1, help="Number of labels per image. Default: 5, or those above thresholds."),
     ] = None,
+    head: Head = None,
     features: Annotated[bool, typer.Option("--features", help="Also write the pooled features.")] = False,
     split: Annotated[str | None, typer.Option(help="Split of a data set that has several.")] = None,
     image_column: ImageColumn = None,
     batch_size: BatchSize = None,
     workers: Annotated[int | None, typer.Option(min=1, help="CPU cores, or Ray actors. Default: all.")] = None,
     image_size: ImageSize = None,
+    windows: Windows = False,
     precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
     engine: Annotated[
@@ -135,10 +150,14 @@ def predict(
 
     Masks of a model for segmentation: hf-vit predict my-segmenter photos/ -o masks/
 
+    Boxes of a detector, one per row: hf-vit predict my-detector photos/ -o boxes.csv
+
+    One head of several: hf-vit predict my-heads photos/ --head species -o labels.csv
+
     On several GPUs: accelerate launch -m hf_vit.cli predict ..., or --engine ray
     """
     check_exist(words, model)
-    if output is not None and output.suffix:  # a folder is for masks
+    if output is not None and output.suffix:  # a folder is for masks or drawings
         check_output(output, features)
     from ..data.sources import Sources
     from ..prediction.shards import Settings
@@ -151,7 +170,7 @@ def predict(
     announce(f"Predicting labels of {shortened(words)} with {model}.")
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
-    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features)
+    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features, windows, head)
     summary: Summary | None
     if output is not None and not output.suffix:
         from ..prediction.masks import predict_masks
@@ -203,10 +222,11 @@ def demo(
         typer.Option("--export-space", metavar="DIR", help="Folder to export the page to, as a Space of the Hub."),
     ] = None,
 ) -> None:
-    """Show a classifier on a web page.
+    """Show a classifier, or a model for segmentation, on a web page.
 
-    Drop an image to see its labels, attention maps, and predictions at other resolutions; drop many to download a
-    table. Nothing is sent to other machines. Ctrl-C stops the server. Needs pip install "hf-vit[demo]".
+    Drop an image to see its labels or the classes of its pixels, attention maps, and predictions at other resolutions;
+    drop many to download a table. Nothing is sent to other machines. Ctrl-C stops the server. Needs pip install
+    "hf-vit[demo]".
 
     Example: hf-vit demo my-vit --compare google/vit-base-patch16-224
     """

@@ -11,9 +11,11 @@ from ..system.gpus import GPUS
 from ..system.places import check_exist
 from ..system.texts import hanging
 from ..training.recipe import TrainConfig, default_recipe, recipe_header, shipped_recipes
-from .endings import echo, typed_command
+from .endings import echo, read_size, typed_command
 from .options import with_recipe_fields
 
+# Options that train --heads has; all others are fields of a head.
+OF_ALL_HEADS = ("data", "model", "output_dir", "image_size", "seed", "resume")
 Resume = Annotated[str, typer.Option(help="'auto' resumes the run in the output folder; 'never' discards it.")]
 
 
@@ -52,6 +54,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate the cost of the run, and write nothing.")
     ] = False,
+    heads: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="File of heads to train on one frozen encoder, instead of a recipe."),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option("--for", metavar="GPU", help=f"GPU to estimate for, with --dry-run: {', '.join(GPUS)}."),
@@ -74,11 +80,16 @@ def train(
     Estimate of memory, time and price: hf-vit train photos/ --dry-run
 
     The same for a GPU that is not here: hf-vit train photos/ --dry-run --for h200
+
+    Several heads on one encoder: hf-vit train photos/ --heads heads.yaml --model facebook/dinov2-small
     """
     if sources:
         named = given.get("data", [])
         data = [*sources, *([named] if isinstance(named, str) else named)]
         given["data"] = data if len(data) > 1 else data[0]
+    if heads is not None:
+        _train_heads(heads, given, {"--recipe": recipe, "--dry-run": dry_run, "--for": gpu})
+        return
     recipe = recipe or default_recipe(given.get("model"))
     config = TrainConfig.from_recipe(recipe, **given)
     if not config.data:
@@ -109,6 +120,32 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         echo(f"Recipe  {recipe} (`hf-vit recipes {shlex.quote(recipe)}` explains its fields)")
     train_and_report(config, typed_command(), echo)
+
+
+def _train_heads(heads: Path, given: dict[str, Any], others: dict[str, Any]) -> None:
+    """Train several heads on one encoder; other options than those of the encoder belong into the file of heads."""
+    if wrong := [option for option, value in others.items() if value]:
+        raise ValueError(f"--heads trains heads on features, and takes no {wrong[0]}: remove it.")
+    if wrong := [f"--{name.replace('_', '-')}" for name in given if name not in OF_ALL_HEADS]:
+        raise ValueError(f"With --heads, {wrong[0]} belongs to each head: state it in {heads}.")
+    if "model" not in given:
+        raise ValueError("--heads needs a trained encoder: add --model, such as --model facebook/dinov2-small.")
+    data = given.get("data")
+    check_exist([str(heads), *([data] if isinstance(data, str) else data or [])], given["model"])
+    from ..training.multi_task.run import train_heads
+
+    size = given.get("image_size")
+    options = {name: given[name] for name in ("resume", "seed") if name in given}
+    train_heads(
+        heads,
+        model=given["model"],
+        output_dir=given.get("output_dir", "hf-vit-heads"),
+        data=data,
+        image_size=None if size is None else read_size("--image-size", str(size)),
+        command=typed_command(),
+        say=echo,
+        **options,
+    )
 
 
 def recipes(

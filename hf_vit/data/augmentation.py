@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as tvF
 from ..model.segmentation_maps_hf_vit import IGNORED
 from ..system.transfers import to_device
 from .batched_augmentation import solarize_add
+from .box_augmentation import BoxedAugmentation
 
 UNKNOWN = -100.0  # one of several labels of an image that nobody knows
 
@@ -194,6 +195,14 @@ WITH_MASKS = {
 }
 
 
+# What those of `AUGMENTATIONS` that move boxes with their image do to the pixels besides, given the size.
+WITH_BOXES: dict[str, Callable[[tuple[int, int]], list[v2.Transform]]] = {
+    "none": lambda size: [],
+    "crop_flip": lambda size: [],
+    "three": lambda size: [_one_of_three(size)],
+}
+
+
 class MaskedAugmentation:
     """Augment an image whose last channel is its mask of classes, uint8 `[C + 1, H, W]`."""
 
@@ -218,7 +227,8 @@ def build_augmentation(
     fill: Sequence[float] = (0.5, 0.5, 0.5),
     num_channels: int = 3,
     has_masks: bool = False,
-) -> Callable[[Tensor], Tensor]:
+    has_boxes: bool = False,
+) -> Callable[[Any], Any]:
     """Return a transform of uint8 images `[C, H, W]` of any size to `[C, *size]`.
 
     Args:
@@ -231,6 +241,7 @@ def build_augmentation(
             usually the processor's mean, which normalization maps to 0.
         num_channels: C; other numbers than 1 and 3 have no operations on colours.
         has_masks: Whether images have one more channel, a mask of classes, which is moved with the image.
+        has_boxes: Whether the transform takes and returns images with objects, `[N, 5]`: see `BoxedAugmentation`.
 
     Raises:
         ValueError: If the name is unknown, or the augmentation needs images of 1 or 3 channels or cannot move masks.
@@ -247,13 +258,21 @@ def build_augmentation(
         )
     if has_masks and name not in WITH_MASKS:
         raise ValueError(f"augmentation={name} does not move masks with images: use {', '.join(WITH_MASKS)}.")
+    if has_boxes and name not in WITH_BOXES:
+        raise ValueError(f"augmentation={name} does not move boxes with images: use {', '.join(WITH_BOXES)}.")
     values = [round(255 * value) for value in fill]
     values = values[:1] if len(set(values)) == 1 else values  # a single value fits any number of channels
-    transforms = (WITH_MASKS if has_masks else AUGMENTATIONS)[name](size, smallest_crop, values)
+    if has_boxes:
+        transforms = WITH_BOXES[name](size)
+    else:
+        transforms = (WITH_MASKS if has_masks else AUGMENTATIONS)[name](size, smallest_crop, values)
     if color_jitter:
         transforms.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     if erasing:
         transforms.append(v2.RandomErasing(erasing, value=values))
+    if has_boxes:
+        crop = None if name == "none" else smallest_crop
+        return BoxedAugmentation(size, crop, values, v2.Compose([v2.Identity(), *transforms]))
     return MaskedAugmentation(v2.Compose(transforms)) if has_masks else v2.Compose(transforms)
 
 

@@ -21,7 +21,12 @@ from .tables import LABEL_NAMES, SPLIT_NAMES, is_multi_hot, normalized, usual
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 SEGMENTATION = "semantic_segmentation"  # not of a config: a class for every pixel
-TASK_OF = {SINGLE: "classification", MULTI: "multi_label", REGRESSION: "regression", SEGMENTATION: "segmentation"}
+DETECTION = "object_detection"  # not of a config: boxes, and a class for each
+DENSE = (SEGMENTATION, DETECTION)
+TASK_OF = {
+    **{SINGLE: "classification", MULTI: "multi_label", REGRESSION: "regression"},
+    **{SEGMENTATION: "segmentation", DETECTION: "detection"},
+}
 SEPARATORS = ("|", ";", ",")  # that are inferred
 PEEKED = 512  # labels of a stream that are read to tell whether it is sorted
 UNKNOWN = -100.0  # one of several labels of an image that nobody knows

@@ -13,7 +13,9 @@ from .folders import split_of
 from .labelled import ALL, HELD_OUT, METRICS, RECIPE, ImageData, hold_out, load_data
 
 
-def load_evaluation_data(model: str, source: str | Sequence[str], **options: Any) -> tuple[ImageData, str]:
+def load_evaluation_data(
+    model: str, source: str | Sequence[str], head: str | None = None, **options: Any
+) -> tuple[ImageData, str]:
     """Load data to evaluate a model: the usual evaluation split, or without one, all images.
 
     Only the data that a run learned from is divided, as the run divided it. With `needs_train`, for probes, any data
@@ -22,11 +24,15 @@ def load_evaluation_data(model: str, source: str | Sequence[str], **options: Any
     Args:
         model: If this is the folder of a run, its recipe and metrics are read.
         source, options: As for `load_data`.
+        head: Head of a multi-task model whose training data counts.
 
     Returns:
         The data, and a sentence for the user on how it relates to the training data of the model, or `""`.
     """
-    past = _Past.of(Path(model))
+    past = _Past.of(Path(model), head)
+    if head is not None:  # the columns that the head was trained on
+        columns = ("image_column", "label_column", "label_separator")
+        options |= {name: past.recipe.get(name) for name in columns if options.get(name) is None}
     needs_train, is_same = options.pop("needs_train", True), past.may_have_used(source)
     if needs_train:
         data = load_data(source, **options, **past.held_out)
@@ -59,12 +65,16 @@ class _Past:
     metrics: dict[str, Any]
 
     @classmethod
-    def of(cls, folder: Path) -> "_Past":
+    def of(cls, folder: Path, head: str | None = None) -> "_Past":
         recipe, metrics = folder / RECIPE, folder / METRICS
-        return cls(
+        past = cls(
             yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {},
             json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
         )
+        if head is None:
+            return past
+        of_head = past.metrics.get("heads", {}).get(head, {})
+        return cls(of_head.get("plan", {}), of_head)
 
     @property
     def is_fitted(self) -> bool:

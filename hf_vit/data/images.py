@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+from PIL import ExifTags
 from PIL import Image as PILImage
 from torch import Tensor
 
 from ..model.image_conversion_hf_vit import pixels_of_file
-from ..model.image_reading_hf_vit import LeastSize, read_image
+from ..model.image_geometry_hf_vit import size_of
+from ..model.image_reading_hf_vit import TRANSPOSED, LeastSize, read_image
 from ..system.texts import one_line, without_tokens
 from .cache import CachedImages
 
@@ -92,6 +95,25 @@ def stored_source(stored: dict[str, Any]) -> str | bytes:
         except Exception as error:  # network clients raise almost anything
             raise ValueError(without_tokens(f"{source} could not be fetched: {error}")) from error
     return source
+
+
+def upright_size(stored: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Return (height, width) of a stored image as it is shown, and the EXIF orientation of its file.
+
+    Only the header is read where Pillow reads the format. `None` if the image cannot be read.
+    """
+    try:
+        source = stored_source(stored)
+        try:
+            with PILImage.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+                width, height = image.size
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # of a format that Pillow lacks
+            image = read_image(source)
+            (height, width), orientation = size_of(image), 1
+    except Exception:  # training names and counts what cannot be read
+        return None
+    return (width, height, orientation) if orientation in TRANSPOSED else (height, width, orientation)
 
 
 def gray_image(processor: Any) -> Tensor:
@@ -346,7 +368,21 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     pixels = [image.plan if is_planned else image.contiguous() for image in images]
     return {
         "pixel_values": pixels if is_planned else torch.stack(pixels),
-        "labels": torch.stack([torch.as_tensor(example["labels"]) for example in chosen]),
+        "labels": _stacked([torch.as_tensor(example["labels"]) for example in chosen]),
         "index": torch.tensor([example.get("index", -1) for example in examples]),
         "broken": [example["broken"] for example in examples if example.get("broken")],
     }
+
+
+def _stacked(labels: list[Tensor]) -> Tensor:
+    """Stack labels; those of different lengths, such as boxes, end with rows of the class -1."""
+    if labels[0].ndim == 0 or len({len(each) for each in labels}) == 1:
+        return torch.stack(labels)
+    return torch.stack([padded(each, max(map(len, labels))) for each in labels])
+
+
+def padded(objects: Tensor, number: int) -> Tensor:
+    """Return rows of class and box, `[N, 5]`, with empty ones up to a number, whose class is -1."""
+    empty = objects.new_zeros(number - len(objects), objects.shape[1])
+    empty[:, 0] = -1
+    return torch.cat([objects, empty])

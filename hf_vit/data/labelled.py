@@ -11,6 +11,8 @@ from datasets import Dataset, Image, IterableDataset, concatenate_datasets
 from ..system.texts import counted, shortened
 from .archives import is_archive, stem_of
 from .classes import (
+    DENSE,
+    DETECTION,
     REGRESSION,
     SEGMENTATION,
     SINGLE,
@@ -21,10 +23,11 @@ from .classes import (
     convert_labels,
     note_on_order,
 )
+from .dense import DENSE_LABELS, DenseLabels
 from .folders import is_split
 from .images import NO_IMAGE, derive_seed, image_digest, name_of
-from .mask_folders import open_masks
-from .masks import MaskCode, code_of_masks, columns_of_masks, names_beside, names_in_features
+from .masks import MaskCode, names_beside
+from .objects import images_of_classes, objects_without_classes
 from .opening import (
     IMAGE_COLUMNS,
     as_stream,
@@ -54,7 +57,8 @@ class ImageData:
     names of the class indices; `train_length` is the number of training images, approximate if a stream was divided.
     A stream gives images as they are stored, `{"bytes", "path"}`. `problem_type` is transformers' name for what the
     labels are, `None` without labels; `notes` are sentences about the data for the user. With masks as labels, `masks`
-    states what their values mean, and both columns hold images as they are stored.
+    states what their values mean, and both columns hold images as they are stored; with boxes, the second one holds
+    rows of objects (`objects`).
     """
 
     name: str
@@ -76,7 +80,10 @@ class ImageData:
         """Return the number of training images of every class or label; `None` for other data, and for streams."""
         if self.is_stream or self.columns[1] is None or self.problem_type in (REGRESSION, SEGMENTATION):
             return None
-        labels = torch.tensor(self.train[self.columns[1]][:])
+        rows = self.train[self.columns[1]][:]
+        if self.problem_type == DETECTION:
+            return images_of_classes(rows, len(self.label_names))
+        labels = torch.tensor(rows)
         if self.problem_type == "multi_label_classification":
             return (labels == 1).sum(dim=0).tolist()
         return torch.bincount(labels, minlength=len(self.label_names)).tolist()
@@ -91,6 +98,7 @@ def load_data(
     label_column: str | Sequence[str] | None = None,
     label_separator: str | None = None,
     problem_type: str | None = None,
+    box_format: str | None = None,
     eval_fraction: float = 0.2,
     train_share: float = 1.0,
     train_repeats: float = 1.0,
@@ -119,7 +127,10 @@ def load_data(
         label_separator: Text between several labels of an image; found if not given.
         problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`; inferred from
             the labels if not given. `"semantic_segmentation"` reads masks as labels: a second column of images, or
-            folders of images and masks (`mask_folders`).
+            folders of images and masks (`mask_folders`). `"object_detection"` reads boxes: a column of objects
+            (`objects`), or folders with files of COCO, Pascal VOC or YOLO (`box_folders`).
+        box_format: What the four numbers of boxes in columns are, a key of `objects.FORMATS`; COCO's if not given,
+            unless the others fit into the images and these do not.
         eval_fraction: Share to hold out if there is no evaluation split.
         train_share: Share of the training images of every class to use. Larger shares include smaller ones.
         train_repeats: Number of times that the training images are repeated, for longer epochs of few images.
@@ -139,17 +150,17 @@ def load_data(
     if problem_type not in (None, *TASK_OF):
         raise ValueError(f"Unknown problem_type {problem_type!r}: choose one of {', '.join(TASK_OF)}.")
     columns = [label_column] if isinstance(label_column, str) else list(label_column or ())
-    has_masks = problem_type == SEGMENTATION
+    dense = DENSE_LABELS.get(problem_type)
     is_alone = len(sources) == 1
-    choice = _Choice(train_split, eval_split, image_column, columns, needs_labels, needs_train, is_alone, has_masks)
+    choice = _Choice(train_split, eval_split, image_column, columns, needs_labels, needs_train, is_alone, dense)
     notes = choice.notes
     names: dict[int, str] | None = None
     parts: list[Part] = []
     eval_names: list[str] = []
     for each in sources:
-        opened = (open_masks if has_masks else open_source)(each, streaming, image_column, columns)
+        opened = (dense.open if dense else open_source)(each, streaming, image_column, columns)
         notes += opened.notes
-        names = names or (names_beside(each) if has_masks else None)
+        names = names or (names_beside(each) if dense else None)
         own, eval_name = choice.parts_of(_name_of(each), opened.splits)
         parts += own
         eval_names += [eval_name] if eval_name is not None else []
@@ -161,8 +172,8 @@ def load_data(
         )
     name = " + ".join(map(_name_of, sources))
     fraction = eval_fraction if holds_out else None
-    if has_masks:
-        united = _united_masks(parts, names, streaming)
+    if dense:
+        united = _united_dense(dense, parts, names, box_format, streaming)
     else:
         united = _united(parts, problem_type, label_separator, streaming)
     data = _divided(united, name, fraction, split_seed, train_images)
@@ -199,7 +210,7 @@ class _Choice:
     needs_labels: bool
     needs_train: bool
     is_alone: bool
-    has_masks: bool = False
+    dense: DenseLabels | None = None
     notes: list[str] = field(default_factory=list)
 
     def parts_of(self, name: str, splits: dict[str, Any]) -> tuple[list[Part], str | None]:
@@ -236,9 +247,9 @@ class _Choice:
         if not self.needs_labels:
             return True
         split = with_features(split)
+        if self.dense:
+            return bool(self.dense.columns(split.features, self.image_column, self.label_columns)[1])
         images = image_columns(split.features)
-        if self.has_masks:
-            return columns_of_masks(images, self.image_column, *self.label_columns[:1])[1] is not None
         names = [name for name in label_columns(split.features) if name not in images]
         names = [name for name in self.label_columns if name in split.features] or names
         if not names or isinstance(split, IterableDataset):
@@ -251,11 +262,17 @@ class _Choice:
         features = split.features
         if like is not None and all(each in features for each in (like.image_column, *like.label_columns)):
             return replace(like, split=split, is_train=is_train)
-        if self.has_masks:
-            return self._part_with_masks(name, split, is_train)
+        if self.dense:
+            image, labels = self.dense.columns(features, self.image_column, self.label_columns)
+            if not labels:
+                raise ValueError(
+                    f"Found images without {self.dense.name} in {name}: expected "
+                    f"{self.dense.missing.format(image=image)}. For another column, set label_column."
+                )
+            return Part(split, image, labels, is_train)
         given = "image" if self.image_column == "file_name" and "file_name" not in features else self.image_column
         image = choose("image_column", image_columns(features), given, IMAGE_COLUMNS)
-        labels: list[str] = []
+        labels = []
         if self.needs_labels or self.label_columns:
             found = label_columns(features)
             if not found and not self.label_columns:
@@ -265,18 +282,13 @@ class _Choice:
                     "(--label-column). "
                     f"{' '.join([_seen(split, image), *self.notes])}".rstrip()
                 )
+            if not self.label_columns and (boxes := objects_without_classes(features)):
+                raise ValueError(
+                    f"{name} has boxes of objects in {boxes!r}: set the task to detection (--task detection), or "
+                    "specify a label_column."
+                )
             labels = choose_label_columns(split, found, self.label_columns, image)
         return Part(split, image, labels, is_train)
-
-    def _part_with_masks(self, name: str, split: Any, is_train: bool) -> Part:
-        found = image_columns(split.features)
-        image, mask = columns_of_masks(found, self.image_column, *self.label_columns[:1])
-        if mask is None:
-            raise ValueError(
-                f"Found images without masks in {name}: expected a second column of images, such as mask, next to "
-                f"{image}, or folders images and masks. For another column, set label_column."
-            )
-        return Part(split, image, [mask], is_train)
 
 
 def _seen(split: Any, image_column: str) -> str:
@@ -324,40 +336,31 @@ def _united(parts: list[Part], problem_type: str | None, separator: str | None, 
             splits[index] = as_stream(splits[index])
         elif is_stream and part.is_train and labels is not None:
             labels.notes += note_on_order(splits[index], labels)
-    trains, evals = (
-        [split for split, part in zip(splits, parts, strict=True) if part.is_train == is_train]
-        for is_train in (True, False)
-    )
-    return _United(
-        _joined(trains),
-        _joined(evals) if evals else None,
-        (image, None if labels is None else labels.column),
-        labels,
-        None if None in lengths else sum(length or 0 for length in lengths),
-    )
+    length = None if None in lengths else sum(length or 0 for length in lengths)
+    return _divided_parts(parts, splits, (image, None if labels is None else labels.column), labels, length)
 
 
-def _united_masks(parts: list[Part], names: dict[int, str] | None, streaming: bool) -> _United:
-    """Return the parts with stored images and masks in the same two columns, and what the masks mean."""
+def _united_dense(
+    dense: DenseLabels, parts: list[Part], names: dict[int, str] | None, box_format: str | None, streaming: bool
+) -> _United:
+    """Return the parts with stored images and labels in the same two columns, and what the labels are."""
     if streaming or any(isinstance(part.split, IterableDataset) for part in parts):
-        raise ValueError("Masks cannot be streamed, since their classes are found before a run: set streaming: false.")
-    if names is None and (stated := names_in_features(parts[0].split.features)) is not None:
-        names = dict(enumerate(stated))
-    columns = parts[0].image_column, parts[0].label_columns[0]
-    splits = []
-    for part in parts:
-        split = part.split.select_columns([part.image_column, *part.label_columns])
-        for old, new in zip((part.image_column, *part.label_columns), columns, strict=True):
-            split = split if old == new else split.rename_column(old, new)
-            split = split.cast_column(new, Image(decode=False))
-        splits.append(split)
-    code, label_names, notes = code_of_masks(splits, columns, names)
+        kind = dense.name.capitalize()
+        raise ValueError(
+            f"{kind} cannot be streamed, since their classes are found before a run: set streaming: false."
+        )
+    splits, labels = dense.unite(parts, names, box_format)
+    return _divided_parts(parts, splits, (parts[0].image_column, labels.column), labels, None)
+
+
+def _divided_parts(
+    parts: list[Part], splits: list[Any], columns: tuple[str, str | None], labels: Labels | None, length: int | None
+) -> _United:
     trains, evals = (
         [split for split, part in zip(splits, parts, strict=True) if part.is_train == is_train]
         for is_train in (True, False)
     )
-    labels = Labels(SEGMENTATION, label_names, columns[1], notes, code)
-    return _United(_joined(trains), _joined(evals) if evals else None, columns, labels, None)
+    return _United(_joined(trains), _joined(evals) if evals else None, columns, labels, length)
 
 
 def _joined(splits: list[Any]) -> Any:
@@ -455,7 +458,7 @@ def _resampled(data: ImageData, share: float, repeats: float, seed: int) -> Imag
 def _strata(data: ImageData) -> list[int]:
     """Return the class of each training image: the rarest of several, and the same one where there are none."""
     column = data.columns[1]
-    if column is None or data.problem_type in (REGRESSION, SEGMENTATION):
+    if column is None or data.problem_type in (REGRESSION, *DENSE):
         return [0] * len(data.train)
     if data.problem_type == SINGLE:
         return data.train[column][:]

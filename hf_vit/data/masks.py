@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 from torch import Tensor
 
 from ..model.segmentation_maps_hf_vit import IGNORED, class_indices
 from ..system.machine import cores
 from ..system.texts import counted, shortened
-from .images import NO_IMAGE, EvaluationImages, TrainingImages, name_of, stored_source
+from .images import NO_IMAGE, EvaluationImages, TrainingImages, name_of, stored_source, upright_size
 
 MASK_COLUMNS = (
     *("mask", "masks", "segmentation_mask", "segmentation_map", "segmentation", "semantic_segmentation"),
@@ -249,26 +248,15 @@ def _values_in(splits: Sequence[Any], columns: tuple[str, str], sample: int | No
 
 def _mismatch(image: dict[str, Any], size: Sequence[int]) -> ValueError | None:
     """Return an error if a mask has another aspect ratio than its image, whose header alone is read."""
-    try:
-        source = stored_source(image)
-        with PILImage.open(source if isinstance(source, str) else _file(source)) as opened:
-            width, height = opened.size
-            if opened.getexif().get(0x0112, 1) > 4:  # turned by a quarter
-                width, height = height, width
-    except Exception:  # training names and counts what cannot be read
+    if (found := upright_size(image)) is None:
         return None
+    height, width, _ = found
     if abs(height * size[1] - width * size[0]) <= ASPECT_TOLERANCE * height * size[1] + max(height, width):
         return None
     return ValueError(
         f"Expected masks of the sizes of their images, got a mask of {size[0]}x{size[1]} for {name_of(image) or 'an'} "
         f"{'image' * (not name_of(image))} of {height}x{width} pixels (height x width)."
     )
-
-
-def _file(data: bytes) -> Any:
-    from io import BytesIO
-
-    return BytesIO(data)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -284,6 +272,15 @@ def palette(number: int) -> np.ndarray:
     return (255 * np.array(colors)).round().astype(np.uint8)
 
 
+def refuse_cropping(processor: Any, labels: str) -> None:
+    """Raise `ValueError` if an image processor crops images, but not their labels."""
+    if processor.crop_pct is not None or processor.do_center_crop:
+        raise ValueError(
+            f"The image processor crops images, but not their {labels}: set crop_pct=None and do_center_crop=False in "
+            "preprocessor_config.json."
+        )
+
+
 class WithMasks:
     """Images of which the last channel is the mask, until `example` divides them; mixed into `EvaluationImages`.
 
@@ -295,11 +292,7 @@ class WithMasks:
 
     def __init__(self, split: Any, columns: tuple[str, str], *options: Any, code: MaskCode, **named: Any) -> None:
         self.mask_column, self.code = columns[1], code
-        if options[0].crop_pct is not None or options[0].do_center_crop:
-            raise ValueError(
-                "The image processor crops images, but not their masks: set crop_pct=None and do_center_crop=False in "
-                "preprocessor_config.json."
-            )
+        refuse_cropping(options[0], "masks")
         parent: Any = super()
         parent.__init__(split, (columns[0], None), *options, **named)
 
@@ -334,17 +327,3 @@ class MaskedEvaluationImages(WithMasks, EvaluationImages):
 
 class MaskedTrainingImages(WithMasks, TrainingImages):
     """Augmented images with masks."""
-
-
-def kinds_of_images(data: Any) -> tuple[Any, Any]:
-    """Return the classes of training and evaluation images for an `ImageData`."""
-    if data.masks is None:
-        return TrainingImages, EvaluationImages
-    return partial(MaskedTrainingImages, code=data.masks), partial(MaskedEvaluationImages, code=data.masks)
-
-
-def stop_cropping(processor: Any) -> None:
-    """Let an image processor resize complete images to the size of its output, so that every pixel gets a class."""
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    processor.do_center_crop = processor.crop_pct = None
-    processor.set_output_size((size["height"], size["width"]))

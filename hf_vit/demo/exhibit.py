@@ -1,4 +1,4 @@
-"""A classifier as the demo page uses it: predictions, attention, other resolutions. It knows nothing of the page.
+"""A model as the demo page uses it: predictions, masks, attention, other resolutions. It knows nothing of the page.
 
 The model is in memory once and runs in float32. It is used as it was loaded, since attention is read from its layers.
 """
@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER
+from ..checkpoints.checkpoint import CLASSIFIER, DETECTOR, SEGMENTER
 from ..checkpoints.models import load_for_figures
 from ..checkpoints.opening import open_checkpoint
 from ..data.images import normalize, preprocess
-from ..inspection import attention_maps, attention_rollout, lit
+from ..data.masks import palette
+from ..inspection import attention_maps, attention_rollout, legend_colors, lit, overlay
 from ..inspection.gallery import Picture, Subject, at_one_size, name_of, pictures_of_positions
 from ..inspection.layers import head_number
 from ..model.image_reading_hf_vit import read_image, upright
-from ..prediction.predictor import Prediction, Predictor
+from ..prediction.masks import drawn_objects
+from ..prediction.predictor import BoxPredictor, MaskPredictor, Prediction, Predictor
 
 Size = tuple[int, int]  # (height, width), pixels
 
@@ -30,6 +33,14 @@ NO_CLASSIFIER = (
     "{} has no classifier, so there are no predictions to show: fine-tune it first, or look at it with hf-vit inspect."
 )
 SHARP = 480  # least length of the longer side of attention figures, pixels
+LARGEST_OVERLAY = 960  # longer side of an overlay, pixels
+MOST_LABELS = {"labels": 5, "classes of pixels": 12, "objects": None}  # of an answer
+# By architecture: what answers are, and what makes them.
+SHOWN: dict[str, tuple[str, type[Predictor]]] = {
+    CLASSIFIER: ("labels", Predictor),
+    SEGMENTER: ("classes of pixels", MaskPredictor),
+    DETECTOR: ("objects", BoxPredictor),
+}
 
 
 class File(NamedTuple):
@@ -72,7 +83,7 @@ VIEWS: dict[str, Callable[[Any, Tensor, int, int | None], np.ndarray]] = {
 
 
 class Exhibit:
-    """A classifier to show.
+    """A classifier of images or of pixels, or a detector, to show.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -83,11 +94,23 @@ class Exhibit:
 
     def __init__(self, source: str) -> None:
         checkpoint = open_checkpoint(source)
-        if checkpoint.architecture != CLASSIFIER or not checkpoint.config.num_labels:
+        if checkpoint.architecture not in SHOWN or not checkpoint.config.num_labels:
             raise ValueError(NO_CLASSIFIER.format(source))
         self.name = name_of(source)
         self.model, self.processor = load_for_figures(checkpoint)
         self.config, self.device = self.model.config, self.model.device
+        self.answers, self._kind = SHOWN[checkpoint.architecture]
+        self.has_overlay = self.answers != "labels"
+
+    @property
+    def colors(self) -> dict[str, str]:
+        """CSS colours of the classes of pixels or objects by name; empty for a classifier of images."""
+        if not self.has_overlay:
+            return {}
+        number = len(self.config.id2label)
+        is_drawn = self.answers == "objects"
+        colors = (palette(number) if is_drawn else 255 * legend_colors(number)).round().astype(int).tolist()
+        return {self.config.id2label[index]: "rgb({} {} {})".format(*color) for index, color in enumerate(colors)}
 
     @property
     def own_size(self) -> Size:
@@ -113,7 +136,7 @@ class Exhibit:
 
     def predictor(self, size: Size, top_k: int | None = 5) -> Predictor:
         """Return a predictor that resizes images to a size."""
-        return Predictor(
+        return self._kind(
             model=self.model,
             processor=at_one_size(self.processor, size),
             labels=self.config.id2label,
@@ -132,7 +155,7 @@ class Exhibit:
         """Classify an image at a size, (height, width) in pixels; by default the model's own."""
         size = size or self.own_size
         began = time.perf_counter()
-        (prediction,) = self.predictor(size)([file.path])
+        (prediction,) = self.predictor(size, MOST_LABELS[self.answers])([file.path])
         return Answer(_named(prediction, file), size, time.perf_counter() - began)
 
     def label(self, files: Sequence[File]) -> Iterator[Prediction]:
@@ -140,10 +163,28 @@ class Exhibit:
 
         The prediction of a broken file has an `error`.
         """
-        top_k = None if self.config.problem_type == "multi_label_classification" else 1
+        is_several = self.config.problem_type == "multi_label_classification" or self.answers == "objects"
+        top_k = None if is_several else 1
         predictions = self.predictor(self.own_size, top_k)([file.path for file in files])
         for prediction, file in zip(predictions, files, strict=True):
             yield _named(prediction, file)
+
+    def overlay(self, file: File) -> np.ndarray:
+        """Return an image with the colours of the classes of its pixels, or its objects, over it, uint8 `[H, W, 3]`.
+
+        Raises:
+            ValueError: If the image cannot be read.
+        """
+        prediction = self.answer(file).prediction
+        if prediction.error is not None:
+            raise ValueError(prediction.error)
+        if prediction.mask is None:
+            return np.asarray(drawn_objects(prediction, read_image(file.path), self.config.id2label))
+        scale = min(1, LARGEST_OVERLAY / max(prediction.mask.shape))
+        height, width = (max(1, round(scale * side)) for side in prediction.mask.shape)
+        pixels = self._pixels(read_image(file.path), (height, width))
+        mask = Image.fromarray(prediction.mask).resize((width, height), Image.Resampling.NEAREST)
+        return overlay(pixels, torch.from_numpy(np.array(mask)), len(self.config.id2label))
 
     def attention(self, file: File, view: str = "rollout", layer: int = -1, head: int | None = None) -> Attention:
         """Light an image by the attention that its patches receive.

@@ -1,6 +1,6 @@
 """HTML of the demo page: predictions as bars, and errors. All text from outside is escaped."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..inspection.page import escape
 from ..prediction.predictor import Prediction
@@ -65,8 +65,8 @@ def cards(headings: Sequence[str], exhibits: Sequence[Exhibit], answers: Sequenc
         if answer.prediction.error is not None:
             return alert(answer.prediction.error)
     each = (
-        f'<section class="vit-card"><h3>{escape(title)}</h3>{_cost(exhibit, answer)}{_bars(answer.prediction)}'
-        "</section>"
+        f'<section class="vit-card"><h3>{escape(title)}</h3>{_cost(exhibit, answer)}'
+        f"{_bars(answer.prediction, exhibit.colors)}</section>"
         for title, exhibit, answer in zip(headings, exhibits, answers, strict=True)
     )
     return f'<div class="vit-cards">{"".join(each)}</div>'
@@ -76,7 +76,7 @@ def _cost(exhibit: Exhibit, answer: Answer) -> str:
     return note(f"{exhibit.patches(answer.size):,} patches, {seconds(answer.seconds)} from file to prediction")
 
 
-def _bars(prediction: Prediction) -> str:
+def _bars(prediction: Prediction, colors: Mapping[str, str]) -> str:
     if prediction.are_values:
         values = (
             f'<li><span class="label">{escape(label)}</span><span class="score">{value:.4g}</span></li>'
@@ -85,7 +85,11 @@ def _bars(prediction: Prediction) -> str:
         return f'<ol class="vit-bars">{"".join(values)}</ol>'
     bars = (
         f'<li><span class="label">{escape(label)}</span><span class="score">{score:.1%}</span>'
-        f'<span class="bar"><span style="width: {score:.1%}"></span></span></li>'
+        f'<span class="bar"><span style="width: {score:.1%}{_background(colors.get(label))}"></span></span></li>'
         for label, score in zip(prediction.labels, prediction.scores, strict=True)
     )
     return f'<ol class="vit-bars">{"".join(bars)}</ol>'
+
+
+def _background(color: str | None) -> str:
+    return "" if color is None else f"; background: {color}"

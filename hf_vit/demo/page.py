@@ -30,7 +30,12 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of cells that a s
 TRIED = (0.5, 1.0, 1.5)  # image sizes that are selected at first, relative to the model's own
 VIEWS = {"All layers up to the selected one (rollout)": "rollout", "The selected layer only": "layer"}
 
-HOW = "Drop an image, choose a file, paste one, or use the camera. The five most likely labels appear here."
+HOW = {
+    "labels": "Drop an image, choose a file, paste one, or use the camera. The five most likely labels appear here.",
+    "classes of pixels": "Drop an image, choose a file, paste one, or use the camera. The classes of its pixels and "
+    "their shares of the image appear here.",
+    "objects": "Drop an image, choose a file, paste one, or use the camera. The objects in it appear here.",
+}
 HOW_MANY = f"Up to {MOST_FILES} files at a time. A file that cannot be read is listed with its error."
 HOW_COMPARED = "Choose an image to see the predictions and the attention of both models."
 NOT_UPLOADED = "Expected an uploaded file, got an address: save the image and upload its file."
@@ -56,9 +61,20 @@ def show_answer(exhibit: Exhibit, uploaded: Uploaded) -> str:
     """Return the most likely labels of an image, or its error, as HTML."""
     file = file_of(uploaded)
     if file is None:
-        return note(HOW)
+        return note(HOW[exhibit.answers])
     answer = exhibit.answer(file)
     return cards((answer.prediction.labels or [file.name])[:1], [exhibit], [answer])
+
+
+def show_overlay(exhibit: Exhibit, uploaded: Uploaded) -> np.ndarray | None:
+    """Return an image with its classes or objects; nothing for an image whose error `show_answer` shows."""
+    file = file_of(uploaded)
+    if file is None:
+        return None
+    try:
+        return exhibit.overlay(file)
+    except (ValueError, OSError):
+        return None
 
 
 def show_attention(
@@ -131,7 +147,7 @@ def show_many(
 
 
 def _row(prediction: Prediction) -> list[Any]:
-    if prediction.are_values:
+    if prediction.are_values or prediction.boxes is not None:
         return [prediction.source, one_line(", ".join(prediction.answers)), None, None]
     label = one_line(", ".join(prediction.labels)) if prediction.labels else None
     score = round(min(prediction.scores), 4) if prediction.scores else None
@@ -200,7 +216,10 @@ def _one_image(exhibit: Exhibit) -> None:
         with gr.Column(min_width=280):
             image = _dropped()
         with gr.Column(min_width=280):
-            answer = gr.HTML(note(HOW))
+            answer = gr.HTML(note(HOW[exhibit.answers]))
+        if exhibit.has_overlay:
+            with gr.Column(min_width=280):
+                overlaid = _shown(f"The {exhibit.answers}")
     gr.Markdown("### Attention")
     with gr.Row():
         with gr.Column(min_width=280):
@@ -220,8 +239,10 @@ def _one_image(exhibit: Exhibit) -> None:
 
     attend = partial(show_attention, exhibit), [image, view, layer, head], [picture, reading]
     resize = partial(show_sizes, exhibit), [image, sizes], compared
-    answered = _on(image.change, partial(show_answer, exhibit), [image], answer)
-    _on(_on(answered.then, *attend).then, *resize)
+    event = _on(image.change, partial(show_answer, exhibit), [image], answer)
+    if exhibit.has_overlay:
+        event = _on(event.then, partial(show_overlay, exhibit), [image], overlaid)
+    _on(_on(event.then, *attend).then, *resize)
     for control in (view, layer, head):
         _on(control.change, *attend, trigger_mode="always_last")
     _on(sizes.change, *resize, trigger_mode="always_last")

@@ -33,14 +33,14 @@ def serve(
     The page makes no requests to other hosts, and sends no telemetry.
 
     Args:
-        model: A classifier: a file, a folder or a name on the Hub, in any layout.
+        model: A classifier of images or pixels: a file, a folder or a name on the Hub, in any layout.
         compare: A second classifier to compare with.
         host: Address to listen on; by default `GRADIO_SERVER_NAME` of the environment, else this machine only.
         port: By default `GRADIO_SERVER_PORT`, else the first free port from 7860.
         say: Prints the line with the address of the page.
 
     Raises:
-        ValueError: If Gradio is missing, a model is no classifier, or the port is in use.
+        ValueError: If Gradio is missing, a model has no classifier, or the port is in use.
     """
     need("demo", "gradio")
     with tempfile.TemporaryDirectory(prefix="hf-vit-demo-") as folder:

@@ -8,14 +8,13 @@ from huggingface_hub import SpaceCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints.checkpoint import CLASSIFIER
 from ..checkpoints.folder import write_checkpoint
 from ..checkpoints.opening import open_checkpoint
 from ..inspection.gallery import name_of
 from ..system.disk import new_folder
 from ..system.extras import need
 from ..system.texts import markdown
-from .exhibit import NO_CLASSIFIER
+from .exhibit import NO_CLASSIFIER, SHOWN
 
 PROGRAM = '''\
 """Demo of a Vision Transformer: `pip install -r requirements.txt && python app.py`."""
@@ -91,7 +90,7 @@ def export_space(folder: str | Path, model: str, compare: str | None = None) -> 
 def _copy(source: str, folder: Path) -> str:
     """Write a model into a subfolder with its name, and return the name."""
     checkpoint = open_checkpoint(source)
-    if checkpoint.architecture != CLASSIFIER:
+    if checkpoint.architecture not in SHOWN:
         raise ValueError(NO_CLASSIFIER.format(source))
     write_checkpoint(checkpoint, folder / name_of(source))
     return name_of(source)

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint, Options
+from ..checkpoints.checkpoint import CLASSIFIER, MULTI_TASK, Checkpoint, Options
 from ..checkpoints.from_pretrained import warn_of_assumptions
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
-from ..data.classes import MULTI, REGRESSION, SEGMENTATION, SINGLE
+from ..data.classes import DENSE, MULTI, REGRESSION, SINGLE
 from ..data.evaluated import load_evaluation_data
 from ..data.images import normalize
 from ..data.labelled import HELD_OUT, ImageData
@@ -26,15 +26,16 @@ from ..data.loaders import evaluation_loader, naming_dead_workers
 from ..inference.optimize import DTYPES, inference_precision, optimize_for_inference
 from ..inference.threads import default_batch_size
 from ..inference.token_merging import merge_tokens
+from ..inference.windows import slide
 from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
 from ..system.progress import progress_bar
 from . import probing
 from .calibration import interval_for
-from .labels import align, contradiction, images_for_model, kind_of, labels_of
-from .metrics import Forward, evaluate_images, extract_features, forward_in_turn, forward_on_cores
+from .labels import OF_ARCHITECTURE, align, contradiction, images_for_model, kind_of, labels_of
+from .metrics import Forward, Results, evaluate_images, extract_features, forward_in_turn, forward_on_cores
 from .mistakes import write_mistakes
-from .results import ImageResults, Results
+from .results import ImageResults
 from .throughput import throughputs
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -56,10 +57,12 @@ def evaluate_checkpoint(
     batch_size: int | None = None,
     num_workers: int = 0,
     image_size: tuple[int, int] | None = None,
+    windows: bool = False,
     precision: str = "auto",
     probes: Sequence[str] = (),
     merged_per_layer: int = 0,
     mistakes: str | Path | None = None,
+    head: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a checkpoint on labelled images, on one process or those of a launcher.
 
@@ -71,12 +74,14 @@ def evaluate_checkpoint(
         image_column, label_column, label_separator: As for `load_data`.
         batch_size: Batch size per device, chosen for the hardware if not given. It changes metrics by rounding only.
         num_workers: Data loading processes, per process.
-        image_size: (height, width) in pixels; the checkpoint's if not given.
+        image_size: (height, width) in pixels; if not given, the checkpoint's, or with windows that of each image.
+        windows: Whether windows of the model's size slide over the images, for segmentation.
         precision: `"fp32"`, `"bf16"`, `"fp8"`, or `"auto"`: as for `optimize_for_inference`.
         probes: Keys of `PROBES`. They are fitted on the training split, and need no classifier.
         merged_per_layer: Tokens to merge per layer by `merge_tokens`, in a second measurement of accuracy and
             throughput.
         mistakes: CSV file for the wrongly classified images; see `write_mistakes`.
+        head: Head of a multi-task model to evaluate.
 
     Returns:
         All measurements, of plain types; `None` on every process but the first.
@@ -91,16 +96,20 @@ def evaluate_checkpoint(
     precision = inference_precision(precision)
     # Without mixed precision: the model itself is cast.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
-    batch_size = batch_size or default_batch_size(accelerator.device.type)
-    checkpoint = open_checkpoint(source, Options(image_size=image_size))
+    has_own_sizes = windows and image_size is None
+    batch_size = 1 if has_own_sizes else batch_size or default_batch_size(accelerator.device.type)
+    checkpoint = open_checkpoint(source, Options(image_size=None if windows else image_size, head=head))
     warn_of_assumptions(checkpoint)
+    _check_head(checkpoint, source, head, probes)
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
     with accelerator.local_main_process_first():  # the others read what it has cached
         data, classes, note = _load_aligned(
-            checkpoint, source, data_source, eval_split=split, needs_train=bool(probes), **columns
+            checkpoint, source, data_source, eval_split=split, needs_train=bool(probes), head=head, **columns
         )
     _check_measurable(classes, note, data, split, probes, merged_per_layer, mistakes)
-    model, processor = load(source, image_size, checkpoint)
+    model, processor = load(source, checkpoint=checkpoint)
+    if windows:
+        slide(model, processor, image_size)
     if merged_per_layer:  # fails now instead of after minutes
         merge_tokens(merge_tokens(model, merged_per_layer), 0)
     model.to(accelerator.device)
@@ -123,7 +132,8 @@ def evaluate_checkpoint(
         "images": count,
         "images_of_data": len(data.evaluation) + (len(data.train) if data.eval_split == HELD_OUT else 0),
         "broken": broken,
-        "image_size": list(model.config.image_shape),
+        "image_size": None if has_own_sizes else list(image_size or model.config.image_shape),
+        **({"windows": list(model.config.image_shape)} if windows else {}),
         "problem_type": data.problem_type if classes is None else kind_of(checkpoint.config),
         "labels": label_names,
         "note": note,
@@ -138,12 +148,22 @@ def evaluate_checkpoint(
     }
 
 
+def _check_head(checkpoint: Checkpoint, source: str, head: str | None, probes: Sequence[str]) -> None:
+    """Raise a `ValueError` if a multi-task model has no one head to evaluate."""
+    if checkpoint.architecture != MULTI_TASK or probes:
+        return
+    heads = checkpoint.config.heads or {}
+    if head is not None:
+        raise ValueError(f"A head for anomalies such as {head!r} cannot be evaluated on labels: use hf-vit predict.")
+    raise ValueError(f"{source} has several heads: choose one with --head, {' or '.join(heads)}.")
+
+
 def _load_aligned(
     checkpoint: Checkpoint, source: str, data_source: str | Sequence[str], needs_train: bool, **options: Any
 ) -> tuple[ImageData, list[int] | None, str]:
     """Return the data, the model's index of each of its classes unless the features alone can be evaluated, a note."""
-    kind = kind_of(checkpoint.config) if checkpoint.architecture in (CLASSIFIER, SEGMENTER) else None
-    if kind in (MULTI, REGRESSION, SEGMENTATION):  # whole numbers could also be classes
+    kind = kind_of(checkpoint.config) if checkpoint.architecture in (CLASSIFIER, *OF_ARCHITECTURE) else None
+    if kind in (MULTI, REGRESSION, *DENSE):  # whole numbers could also be classes
         options["problem_type"] = kind
     data, warning = load_evaluation_data(source, data_source, needs_train=needs_train, **options)
     data, classes, note = align(data, labels_of(checkpoint), needs_all=needs_train)
@@ -166,8 +186,8 @@ def _check_measurable(
         raise ValueError(f"{note} To evaluate its features alone, add --probe.")
     if classes is None and merged:
         raise ValueError(f"{note} --merge-tokens needs a classifier: remove the option.")
-    if merged and data.problem_type == SEGMENTATION:
-        raise ValueError("--merge-tokens needs a classifier of images, not of pixels: remove the option.")
+    if merged and data.problem_type in DENSE:
+        raise ValueError("--merge-tokens needs a classifier of whole images: remove the option.")
     if mistakes is not None and (classes is None or data.problem_type != SINGLE):
         raise ValueError("--mistakes needs a classifier with one label per image: remove the option.")
     if probes and data.problem_type != SINGLE:

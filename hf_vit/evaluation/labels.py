@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint
-from ..data.classes import MULTI, REGRESSION, SEGMENTATION, SINGLE, UNKNOWN
+from ..checkpoints.checkpoint import CLASSIFIER, DETECTOR, SEGMENTER, Checkpoint
+from ..data.classes import DETECTION, MULTI, REGRESSION, SEGMENTATION, SINGLE, UNKNOWN
+from ..data.dense import kinds_of_images
 from ..data.folders import key_of
 from ..data.images import EvaluationImages
 from ..data.labelled import ImageData
-from ..data.masks import kinds_of_images
 from ..system.texts import counted, shortened
 
 # By transformers' name of what the labels are.
@@ -18,19 +18,21 @@ KINDS = {
     MULTI: "several labels per image",
     REGRESSION: "numbers to predict",
     SEGMENTATION: "a class for every pixel",
+    DETECTION: "boxes of objects",
 }
+OF_ARCHITECTURE = {SEGMENTER: SEGMENTATION, DETECTOR: DETECTION}
 
 
 def kind_of(config: Any) -> str:
     """Return what the labels of a model are, a key of `KINDS`."""
-    is_segmenter = SEGMENTER in (config.architectures or ())
-    return SEGMENTATION if is_segmenter else config.problem_type or SINGLE
+    dense = [kind for name, kind in OF_ARCHITECTURE.items() if name in (config.architectures or ())]
+    return dense[0] if dense else config.problem_type or SINGLE
 
 
 def labels_of(checkpoint: Checkpoint) -> list[str] | None:
     """Return the label names of a checkpoint by class index; `None` without a classifier."""
     config: Any = checkpoint.config
-    if checkpoint.architecture not in (CLASSIFIER, SEGMENTER) or not config.num_labels:
+    if checkpoint.architecture not in (CLASSIFIER, *OF_ARCHITECTURE) or not config.num_labels:
         return None
     return [config.id2label[index] for index in range(config.num_labels)]
 
@@ -71,9 +73,22 @@ def images_for_model(
     if data.masks is not None and classes is not None:
         data = replace(data, masks=data.masks.mapped(classes))
     images: EvaluationImages = kinds_of_images(data)[1](split, data.columns, processor)
-    if data.masks is None and classes is not None:
+    if data.problem_type == DETECTION and classes is not None:
+        images.labels = objects_for_model(images.labels, classes)
+    elif data.masks is None and classes is not None:
         images.labels = labels_for_model(images.labels, classes, num_labels)
     return images
+
+
+def objects_for_model(labels: list[list[list[float]]], classes: list[int]) -> list[list[list[float]]]:
+    """Return the objects of images with classes as the model numbers them; those of unknown classes are left out."""
+
+    def class_of(code: float) -> int:
+        index = classes[int(code if code >= 0 else -2 - code)]
+        return -1 if index < 0 else index if code >= 0 else -2 - index
+
+    mapped = ([[class_of(code), *box] for code, *box in objects] for objects in labels)
+    return [[each for each in objects if each[0] != -1] for objects in mapped]
 
 
 def labels_for_model(labels: list[Any], classes: list[int], num_labels: int) -> list[Any]:

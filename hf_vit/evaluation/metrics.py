@@ -1,8 +1,9 @@
 """Metrics and features of a model over a loader: every image once, in order, on any number of processes.
 
 A batch is `pixel_values` (uint8 `[B, C, H, W]`), `labels` (int64 `[B]`; float32 `[B, num_labels]` for several labels
-per image and for targets; or masks, uint8 `[B, H, W]`), `index` `[B]`, and `broken`, the names of images that could
-not be read. The index is the position of the image in the data, or -1 if the image is not counted.
+per image and for targets; masks, uint8 `[B, H, W]`; or objects, float32 `[B, M, 5]`), `index` `[B]`, and `broken`,
+the names of images that could not be read. The index is the position of the image in the data, or -1 if the image is
+not counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +16,16 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..inference.threads import on_every_core
+from ..model.detection_boxes_hf_vit import most_likely_objects
+from ..model.detection_hf_vit import object_losses
 from ..model.image_geometry_hf_vit import resize_logits
 from ..model.losses_hf_vit import pixel_losses
 from ..system.transfers import HostCopies
+from .detection import BoxResults, need_pycocotools
 from .labels import kind_of
-from .results import ImageResults, LabelResults, MaskResults, Results, TargetResults
+from .results import ImageResults, LabelResults, MaskResults, TargetResults
+
+Results = ImageResults | LabelResults | TargetResults | MaskResults | BoxResults
 
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "calibration_error"})  # of the names of metrics
 
@@ -134,11 +140,38 @@ def segment(
     """
 
     def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
-        return _of_pixels(outputs.logits, labels, ignore_index)
+        return pixel_counts(outputs.logits, labels, ignore_index)
 
     (index, *columns), broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
     labels, predicted, hits, losses = columns
     return MaskResults(labels, predicted, hits, losses, broken, index)
+
+
+def detect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Any,
+    normalize: Callable[[Tensor], Tensor],
+    forward: Forward = forward_in_turn,
+    thresholds: Sequence[float] | None = None,
+) -> BoxResults:
+    """Detect the objects of every image of a loader.
+
+    Args:
+        model, loader, accelerator, normalize, forward: As for `classify`. Labels of the batches are `[B, M, 5]`.
+        thresholds: As for `BoxResults`.
+    """
+    need_pycocotools()
+    num_labels = 0
+
+    def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        nonlocal num_labels
+        num_labels = outputs.logits.shape[-1]
+        return labels, most_likely_objects(outputs.logits, outputs.pred_boxes), object_losses(outputs, labels)
+
+    columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
+    index, labels, predicted, losses = columns
+    return BoxResults(labels, predicted, losses, num_labels, thresholds, broken, index)
 
 
 def evaluate_images(
@@ -160,6 +193,7 @@ def evaluate_images(
         "multi_label_classification": partial(recognize, thresholds=config.thresholds),
         "regression": partial(regress, scale=config.target_scale),
         "semantic_segmentation": partial(segment, ignore_index=config.semantic_loss_ignore_index),
+        "object_detection": partial(detect, thresholds=config.thresholds),
     }
     measure = measures[kind_of(config)]
     return measure(model, loader, accelerator, normalize, forward=forward)
@@ -233,7 +267,7 @@ def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     return labels, logits.sigmoid(), losses * (labels != -100)
 
 
-def _of_pixels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+def pixel_counts(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     """Return numbers of pixels by label, by prediction, and where both agree, `[B, num_labels]`, and summed losses."""
     logits = resize_logits(logits, (labels.shape[1], labels.shape[2]))
     losses, is_known = pixel_losses(logits, labels, ignore_index)

@@ -13,6 +13,9 @@ METRICS = {
     "mean_average_precision": ("mAP", "{:.2%}"),
     "r2": ("R²", "{:.4f}"),
     "mean_iou": ("mean IoU", "{:.2%}"),
+    "map": ("mAP", "{:.2%}"),
+    "map_50": ("AP50", "{:.2%}"),
+    "map_75": ("AP75", "{:.2%}"),
     "pixel_accuracy": ("pixel accuracy", "{:.2%}"),
     "top5_accuracy": ("top-5 accuracy", "{:.2%}"),
     "balanced_accuracy": ("balanced accuracy", "{:.2%}"),
@@ -59,18 +62,29 @@ TABLES = {
         "classes",
         {"iou": ("IoU", 6, "{:.1%}"), "recall": ("recall", 7, "{:.1%}"), "share": ("of pixels", 9, "{:.1%}")},
     ),
+    "object_detection": Table(
+        "class",
+        "classes",
+        {
+            "ap": ("AP", 6, "{:.1%}"),
+            "ap_50": ("AP50", 6, "{:.1%}"),
+            "f1": ("F1", 6, "{:.1%}"),
+            "threshold": ("threshold", 9, "{:.3f}"),
+            "boxes": ("boxes", 7, "{:,}"),
+        },
+    ),
 }
 
 
 def report_lines(measured: dict[str, Any]) -> list[str]:
     """Return the measurements of `evaluate_checkpoint` as lines for a terminal."""
-    height, width = measured["image_size"]
+    size = "their own sizes" if measured["image_size"] is None else "{}x{} pixels".format(*measured["image_size"])
     which = {HELD_OUT: "held-out split", ALL: "all images"}.get(measured["split"], f"split {measured['split']}")
     number = f"{measured['images']:,} of " * (measured["split"] == HELD_OUT)
     number += counted(measured["images_of_data" if number else "images"], "image")
     lines = [
-        f"{measured['model']} on {measured['data']}, {which}: {number} of {height}x{width} "
-        f"pixels, {measured['precision']}, {measured['hardware'] if measured['device'] != 'cpu' else 'CPU'}"
+        f"{measured['model']} on {measured['data']}, {which}: {number} of {size}, "
+        f"{measured['precision']}, {measured['hardware'] if measured['device'] != 'cpu' else 'CPU'}"
     ]
     if measured["note"]:
         lines.append(f"Note: {measured['note']}{'' if 'figures' in measured else ' Only probes are run.'}")
@@ -108,6 +122,8 @@ def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
             for shots, result in probe["shots"].items():
                 deviation = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
                 rows.append((f"{shots}-shot", f"{result['mean']:.2%}{deviation}  ({len(probe['seeds'])} draws)"))
+    if "windows" in measured:
+        rows.append(("windows", "{}x{} pixels".format(*measured["windows"])))
     speed = measured["images_per_second"]
     processes = f", {measured['processes']} processes" if measured["processes"] > 1 else ""
     return [*rows, ("images/s", f"{speed['pipeline']:,.3g} with image decoding{processes}")]

@@ -332,9 +332,6 @@ class MaskResults(_Indexed):
         return rows
 
 
-Results = ImageResults | LabelResults | TargetResults | MaskResults
-
-
 def _share(is_hit: Tensor) -> float:
     return is_hit.sum().item() / len(is_hit)
 

@@ -19,13 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..checkpoints.checkpoint import SEGMENTER, Checkpoint
+from ..checkpoints.checkpoint import DETECTOR, MULTI_TASK, Checkpoint
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..inference.optimize import optimize_for_inference
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import activation_of
+from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..system.disk import new_file, new_folder
 from ..system.extras import need
 from .kinds import INPUT, KINDS, QUANTIZERS, Graph, Kind, Run, quiet
@@ -67,8 +68,7 @@ def export_graph(
         Sentences about what was assumed, inputs and outputs, and the difference from torch; then lines of `measure`.
 
     Raises:
-        ValueError: If packages are missing, the model is one for segmentation, or outputs differ by more than
-            `BOUNDS`; then nothing is written.
+        ValueError: If packages are missing, or outputs differ by more than `BOUNDS`; then nothing is written.
     """
     kind, out = KINDS[to], Path(out)
     if int8 is not None and to != "onnx":
@@ -77,8 +77,13 @@ def export_graph(
         raise ValueError(f"Unknown int8 {int8!r}: choose one of {', '.join(QUANTIZERS)}.")
     need("onnx", *kind.packages)
     checkpoint = open_checkpoint(source)
-    if checkpoint.architecture == SEGMENTER:
-        raise ValueError(f"{source} is a model for segmentation, which is not exported as a graph: use it in torch.")
+    if checkpoint.architecture == MULTI_TASK:
+        raise ValueError(
+            f"{source} has several heads, which are not exported as one graph: make a model of one with "
+            "hf-vit convert --head, and export that."
+        )
+    if checkpoint.architecture == DETECTOR:
+        raise ValueError(f"{source} is a model for detection, which is not exported as a graph: use it in torch.")
     model, processor = load(source, checkpoint=checkpoint)
     model.float()
     is_file = out.suffix == kind.suffix
@@ -102,11 +107,18 @@ def export_graph(
 def _description(model: Model) -> str:
     height, width = model.config.patch_shape
     output = Graph(model).output
-    columns = model.config.num_labels if output == "logits" else "features"
+    columns = str(model.config.num_labels) if output == "logits" else "features"
     sizes = fixed_size(model.config) or (
         f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} on."
     )
     scores = f" {SCORES[activation_of(model.config)]}" if output == "logits" else ""
+    if isinstance(model, HFViTForSemanticSegmentation):
+        parts = model.config.patch_subdivision
+        columns += ", rows, columns"
+        scores = (
+            f" Each patch has {parts}x{parts} logits per class. Resize them bilinearly to the image (without aligned "
+            "corners); the class of a pixel is that of the largest logit."
+        )
     return (
         f"Input: {INPUT} [batch, {model.config.num_channels}, height, width]; output: {output} [batch, {columns}]; "
         f"both float32. {sizes}{scores}"

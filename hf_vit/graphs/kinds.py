@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.modeling_hf_vit import HFViTForImageClassification
+from ..model.modeling_hf_vit import HFViTModel
 from .open_sizes import Model, fixed_size, opened
 
 Run = Callable[[np.ndarray], np.ndarray]  # from pixel values, float32 [B, C, H, W], to logits or features
@@ -29,7 +29,7 @@ class Graph(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
-        self.output = "logits" if isinstance(model, HFViTForImageClassification) else "pooler_output"
+        self.output = "pooler_output" if isinstance(model, HFViTModel) else "logits"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.model(pixel_values)[self.output]
@@ -89,10 +89,10 @@ def write_onnx(model: Model, path: Path, metadata: dict[str, str] | None = None)
     graph: Any = written.model.graph
     for node in graph:
         node.metadata_props.clear()  # records of the export, longer than the graph
-    (pixel_values,), (output,) = graph.inputs, graph.outputs
-    sides = zip(pixel_values.shape, ["batch", "channels", "height", "width"], strict=True)
-    pixel_values.shape = onnx_ir.Shape([side if isinstance(side, int) else name for side, name in sides])
-    output.shape = onnx_ir.Shape(["batch", *output.shape[1:]])
+    sides_of_input, sides_of_output = ("batch", "channels", "height", "width"), ("batch", "labels", "rows", "columns")
+    for value, names in ((graph.inputs[0], sides_of_input), (graph.outputs[0], sides_of_output)):
+        sides = zip(value.shape, names, strict=False)  # an output may have two dimensions
+        value.shape = onnx_ir.Shape([side if isinstance(side, int) else name for side, name in sides])
     written.model.metadata_props.update(metadata or {})
     size = sum(parameter.nbytes for parameter in model.parameters())
     written.save(path, external_data=size > MOST_BYTES_INSIDE)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.positions_hf_vit import HFViTPositionTable, HFViTSinCos2DPositions
+from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import GEOMETRIC_SPLINES
 
-Model = HFViTForImageClassification | HFViTModel
+Model = HFViTForImageClassification | HFViTForSemanticSegmentation | HFViTModel
 
 KEYS = {True: -0.5, False: -0.75}  # coefficient of torch's bicubic kernel with and without antialiasing
 

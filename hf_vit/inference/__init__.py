@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "optimize": ["PackedLinear", "optimize_for_inference"],
         "token_merging": ["merge_tokens"],
+        "windows": ["sliding_window_logits"],
     },
 )

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
+from ..model.detection_hf_vit import HFViTForObjectDetection
 from ..model.layers_hf_vit import HFViTGatedMLP, HFViTLayerScale
 from ..model.losses_hf_vit import scaled_logits
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTLayer, HFViTModel
+from ..model.multi_task_hf_vit import HFViTForMultiTask
 from ..model.positions_hf_vit import rotate
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..system.machine import multiplies_in_8_bits, precision_name, resolve_precision
@@ -166,15 +168,14 @@ def inference_precision(precision: str) -> str:
     return precision_name(resolve_precision("auto")) if precision == "auto" else precision
 
 
-def optimize_for_inference(
-    model: Any, precision: str = "auto", compile: bool = False
-) -> InferenceModel | HFViTForSemanticSegmentation:
+def optimize_for_inference(model: Any, precision: str = "auto", compile: bool = False) -> Any:
     """Return a faster copy of a model for inference; `model` itself is not changed.
 
     In float32 the outputs are equal up to the order of summation.
 
     Args:
-        model: An encoder or a classifier, on its device. A model for segmentation gets another precision only.
+        model: An encoder or a classifier, on its device. A model for segmentation, for detection or
+            with several heads gets another precision only.
         precision: `"fp32"`, `"bf16"`, `"fp16"`, or `"auto"` for bf16 on hardware with fast bf16. `"fp8"` computes the
             linear layers in FP8 and the rest in bf16 (Ada, Hopper and later GPUs; needs torchao). It is worthwhile for
             wide models; `hf-vit evaluate --precision fp8` measures its effect on accuracy.
@@ -191,9 +192,9 @@ def optimize_for_inference(
     """
     precision = inference_precision(precision)
     copied = deepcopy(model).eval().requires_grad_(False).to(DTYPES[precision])
-    if isinstance(model, HFViTForSemanticSegmentation):
+    if isinstance(model, HFViTForSemanticSegmentation | HFViTForObjectDetection | HFViTForMultiTask):
         if precision == "fp8":
-            raise ValueError("fp8 is not available for segmentation: use bf16.")
+            raise ValueError("fp8 is not available for segmentation, detection and several heads: use bf16.")
         return copied
     optimized = InferenceModel(copied)
     if precision == "fp8":

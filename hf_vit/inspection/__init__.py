@@ -17,10 +17,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "rollout",
             "uniform_distance",
         ],
+        "boxes": ["plot_boxes"],
         "features": ["feature_components", "outlier_norm", "plot_token_norms", "token_norms"],
         "filters": ["patch_filters", "plot_filters", "stem_filters"],
         "maps": ["lit", "plot_attention_maps", "plot_feature_components", "plot_heads", "plot_norm_maps"],
-        "masks": ["chosen_images", "overlay", "plot_overlays"],
+        "masks": ["chosen_images", "legend_colors", "overlay", "plot_masks", "plot_overlays"],
         "positions": ["plot_position_bias", "plot_position_similarity", "position_bias", "position_similarity"],
         "runs": [
             "plot_average_precision",

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..checkpoints.checkpoint import CLASSIFIER, SEGMENTER, Checkpoint
+from ..checkpoints.checkpoint import CLASSIFIER, DETECTOR, MULTI_TASK, SEGMENTER, Checkpoint
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..variants import variant_of
@@ -15,7 +15,7 @@ LISTED = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "hidden_act"),
     *("use_gated_mlp", "image_size", "patch_size", "position_embedding_type", "position_interpolation"),
     *("num_prefix_positions", "use_cls_token", "use_distillation_token", "num_register_tokens", "pooling"),
-    *("layer_norm_eps", "_out_features", "_out_indices"),
+    *("layer_norm_eps", "_out_features", "_out_indices", "heads"),
 }
 
 
@@ -37,7 +37,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "pooling": config.pooling,
         "LayerNorm eps": f"{config.layer_norm_eps:g}",
         "preprocessing": _preprocessing(checkpoint.processor()),
-        "labels": config.num_labels if checkpoint.architecture in (CLASSIFIER, SEGMENTER) else "no head",
+        **_heads(checkpoint),
         "parameters": f"{checkpoint.num_parameters:,} ({str(checkpoint.dtype).removeprefix('torch.')})",
     }
     default = HFViTConfig()
@@ -46,6 +46,18 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     if changed:
         listed["also"] = ", ".join(f"{name}={getattr(config, name)}" for name in changed)
     return listed
+
+
+def _heads(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the number of labels, or the heads of a multi-task model."""
+    config = checkpoint.config
+    if checkpoint.architecture == MULTI_TASK:
+        number = {name: len(head.get("id2label", ())) for name, head in (config.heads or {}).items()}
+        heads = config.heads or {}
+        stated = [f"{name} ({heads[name]['task']}{f' of {labels}' * bool(labels)})" for name, labels in number.items()]
+        return {"task heads": ", ".join(stated)}
+    has_labels = checkpoint.architecture in (CLASSIFIER, SEGMENTER, DETECTOR)
+    return {"labels": config.num_labels if has_labels else "no head"}
 
 
 def dimensions(size: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from ..checkpoints.opening import open_checkpoint
 from ..data.images import normalize, preprocess
 from ..data.sources import files_of
 from ..inference.threads import BATCH_OF_CPU
+from ..model.image_geometry_hf_vit import resize_logits
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.image_reading_hf_vit import read_image
 from ..system.progress import progress_bar
@@ -39,6 +40,7 @@ from .features import feature_components, plot_token_norms, token_norms
 from .filters import patch_filters, plot_filters, stem_filters
 from .layers import layer_number
 from .maps import plot_attention_maps, plot_feature_components, plot_heads, plot_images, plot_norm_maps
+from .masks import plot_masks
 from .page import Entry, write_page
 from .positions import plot_position_bias, plot_position_similarity, position_bias, position_similarity
 
@@ -54,6 +56,7 @@ READINGS = {
     "predictions": "The most likely label of each image and its probability, or all labels above their thresholds, or "
     "the values of a regression. A label in brackets is the name of the image's folder, if it is another class "
     "than the predicted one.",
+    "masks": "Each image, and the image with the colours of the classes that are predicted for its pixels.",
     "filters": "The principal components of the filters of the patch projection, with their share of the variance. "
     "Training turns noise into smooth blobs, waves and edges of few colours; together they form a basis for the "
     "content of a patch.",
@@ -353,6 +356,8 @@ def _of_images(subject: Subject, photos: Photos) -> Iterator[Picture]:
     subject.arrays |= {"images": photos.pixels, "image_names": np.array(photos.names)}
     if getattr(subject.model, "classifier", None) is not None and subject.model.config.num_labels:
         yield _predictions(subject, photos)
+    if hasattr(subject.model, "decode_head"):
+        yield _masks(subject, photos)
     yield _distance(subject, photos)
     yield _rollout(subject, photos)
     yield from _attention(subject, photos)
@@ -368,6 +373,16 @@ def _predictions(subject: Subject, photos: Photos) -> Picture:
     figure = plot_images(photos.pixels, labels, heading)
     arrays = {"logits": logits.numpy(), "label_names": np.array([names[index] for index in range(len(names))])}
     return subject.picture("predictions", heading, photos.shown, figure, **arrays)
+
+
+@torch.inference_mode()
+def _masks(subject: Subject, photos: Photos) -> Picture:
+    heading, names = "Predicted classes of the pixels", list(subject.model.config.id2label.values())
+    logits = subject.model(photos.pixel_values).logits
+    classes = resize_logits(logits, (photos.pixels.shape[2], photos.pixels.shape[3])).argmax(dim=1).byte().cpu()
+    figure = plot_masks(photos.pixels, classes, photos.names, names, heading)
+    arrays = {"predicted_masks": classes.numpy(), "label_names": np.array(names)}
+    return subject.picture("predictions", heading, photos.shown, figure, "masks", **arrays)
 
 
 def _answer(config: Any, logits: Tensor, folder: str) -> str:

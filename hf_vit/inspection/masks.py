@@ -1,6 +1,6 @@
 """Masks of semantic segmentation as colours, alone and over their images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..data.masks import palette
 from .drawing import GRAY, Figure, heading, new_figure, short
-from .tiles import rgb
+from .tiles import Tile, in_rows, plot_tiles, rgb
 
 OPACITY = 0.6
 LISTED = 24  # classes in the legend
+COLUMNS = 4
 
 
 def overlay(image: Tensor, classes: Tensor, number: int) -> np.ndarray:
@@ -41,8 +42,6 @@ def plot_overlays(
         label_names: Names of the classes.
         title: Heading of the figure.
     """
-    from matplotlib.patches import Patch
-
     height, width = shown[0][1].shape
     column = 2.6
     figure = new_figure(3 * column + 1.6, len(shown) * (column * height / width + 0.25) + 0.6)
@@ -57,14 +56,45 @@ def plot_overlays(
             axis.axis("off")
             axis.set_title(name, fontsize=8, color=GRAY, pad=3)
         seen |= {*mask.unique().tolist(), *predicted.unique().tolist()}
-    colors = palette(len(label_names)) / 255
-    mixed = OPACITY * colors + (1 - OPACITY) * 0.6
-    known = [index for index in sorted(seen) if index < len(label_names)][:LISTED]
-    handles: list[Any] = [
-        Patch(color=tuple(mixed[index].tolist()), label=short(label_names[index], 18)) for index in known
-    ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    _legend(figure, seen, label_names)
     return figure
+
+
+def plot_masks(
+    images: np.ndarray, classes: Tensor, names: Sequence[str], label_names: Sequence[str], title: str = "Predictions"
+) -> Figure:
+    """Draw each image, and the image with the colours of its predicted classes over it.
+
+    Args:
+        images: uint8 `[B, C, H, W]`.
+        classes: Class indices `[B, H, W]`.
+        names: Names of the images.
+        label_names: Names of the classes.
+        title: Heading of the figure.
+    """
+    groups = []
+    for image, predicted, name in zip(images, classes, names, strict=True):
+        pixels = torch.from_numpy(image)
+        overlaid = overlay(pixels, predicted, len(label_names)) / 255
+        groups.append([Tile(rgb(image.transpose(1, 2, 0) / 255), short(name, 19)), Tile(overlaid, "classes")])
+    figure = plot_tiles(in_rows(groups, COLUMNS), title, images.shape[2] / images.shape[3], 2.0)
+    _legend(figure, classes.unique().tolist(), label_names)
+    return figure
+
+
+def legend_colors(number: int) -> np.ndarray:
+    """Return the colours of classes as an overlay shows them on gray, float64 `[number, 3]` in 0 to 1."""
+    return OPACITY * palette(number) / 255 + (1 - OPACITY) * 0.6
+
+
+def _legend(figure: Figure, classes: Iterable[int], label_names: Sequence[str]) -> None:
+    """Add the names and colours of some classes to a figure."""
+    from matplotlib.patches import Patch
+
+    colors = legend_colors(len(label_names)).tolist()
+    known = [index for index in sorted(classes) if index < len(label_names)][:LISTED]
+    handles: list[Any] = [Patch(color=colors[index], label=short(label_names[index], 18)) for index in known]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
 
 
 def chosen_images(accuracies: Tensor, number: int = 3, seed: int = 0) -> list[int]:

@@ -14,6 +14,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .heads_hf_vit import checked_heads
 from .labels_hf_vit import LABELS, label_pair, merge_labels, normalizes_values, plain
 from .validation_hf_vit import (
     POOLINGS_OF_CLS,
@@ -35,12 +36,16 @@ CLASSES = {
     "AutoModelForImageClassification": "modeling_hf_vit.HFViTForImageClassification",
     "AutoModelForMaskedImageModeling": "dense_hf_vit.HFViTForMaskedImageModeling",
     "AutoModelForSemanticSegmentation": "segmentation_hf_vit.HFViTForSemanticSegmentation",
+    "AutoModelForObjectDetection": "detection_hf_vit.HFViTForObjectDetection",
     "AutoBackbone": "dense_hf_vit.HFViTBackbone",
 }
+MULTI_TASK = "multi_task_hf_vit.HFViTForMultiTask"
 # By task: the pipeline in a repository's code, and the Auto class of its model; the last one is for all other models.
 PIPELINES = {
     "image-classification": ("HFViTImageClassificationPipeline", "AutoModelForImageClassification"),
     "image-segmentation": ("HFViTImageSegmentationPipeline", "AutoModelForSemanticSegmentation"),
+    "multi-task": ("HFViTMultiTaskPipeline", "AutoModel"),
+    "object-detection": ("HFViTObjectDetectionPipeline", "AutoModelForObjectDetection"),
     "image-feature-extraction": ("HFViTImageFeatureExtractionPipeline", "AutoModel"),
 }
 
@@ -48,8 +53,14 @@ PIPELINES = {
 def task_of(config: PreTrainedConfig) -> str:
     """Return the pipeline's name for the task of the model that a config was saved with."""
     endings = {task: auto_class.removeprefix("AutoModel") for task, (_, auto_class) in PIPELINES.items()}
+    endings["multi-task"] = MULTI_TASK.rpartition(".")[2]
     names = config.architectures or [""]
     return next(task for task, ending in endings.items() if any(name.endswith(ending) for name in names))
+
+
+def classes_for(config: PreTrainedConfig) -> dict[str, str]:
+    """Return the class of every Auto class for a config: a model with several heads is that of `AutoModel`."""
+    return {**CLASSES, "AutoModel": MULTI_TASK} if task_of(config) == "multi-task" else dict(CLASSES)
 
 
 class PipelineOfRepository:
@@ -158,15 +169,21 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         mim_objective (`str`, *optional*, defaults to `"pixels"`): Target of `HFViTForMaskedImageModeling`: `"pixels"`
             (SimMIM, arXiv:2111.09886) or `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel).
         patch_subdivision (`int`, *optional*, defaults to 4): Number of parts along each side of a patch for which
-            `HFViTForSemanticSegmentation` predicts classes.
+            `HFViTForSemanticSegmentation` predicts classes, and `HFViTForObjectDetection` objects (a power of two).
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Class index of pixels that are ignored in the
             loss of `HFViTForSemanticSegmentation`.
+        heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task`
+            (`"classification"`, `"multi_label"`, `"regression"`, `"segmentation"`, `"detection"` or `"anomaly"`), of
+            `id2label`, and of other fields of that head.
         apply_layernorm (`bool`, *optional*, defaults to `True`): Whether the final LayerNorm is applied to the feature
             maps of a backbone.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): Whether the feature maps of a backbone are
             `[B, D, h, w]` instead of tokens.
+        feature_strides (`list[int]`, *optional*): Strides in pixels of the maps of a pyramid on the last layer
+            (arXiv:2203.16527), which a backbone returns instead of layers, such as `[4, 8, 16, 32]`.
         out_features, out_indices (`list`, *optional*): Stages that a backbone returns and that the head of
-            `HFViTForSemanticSegmentation` reads: `"stem"`, `"stage1"`, ...; the last one by default.
+            `HFViTForSemanticSegmentation` reads: `"stem"`, `"stage1"`, ...; the last one by default. With
+            `feature_strides`: `"stride4"`, `"stride8"`, ...; all by default.
 
     Raises:
         ValueError: For values that do not work together, and for a keyword that nearly matches a field.
@@ -240,8 +257,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     mim_objective: str = "pixels"
     patch_subdivision: int = 4
     semantic_loss_ignore_index: int = 255
+    heads: dict[str, dict[str, Any]] | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
+    feature_strides: list[int] | tuple[int, ...] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -269,12 +288,16 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._set_stages(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         kwargs.pop("stage_names", None)  # derived from the depth; a stored value may not match it
         super().__post_init__(**kwargs)
-        self.auto_map = dict(CLASSES)
+        if self.architectures is None:  # by which `AutoModel` chooses the class
+            self.architectures = [] if self.heads is None else [MULTI_TASK.rpartition(".")[2]]
+        self.auto_map = classes_for(self)
         self.check()
+        self.heads = checked_heads(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the config as `PreTrainedConfig` does, after a check of label names that were changed in place."""
         self.id2label = self.id2label
+        self.auto_map = classes_for(self)  # of the architecture that a model states when it is saved
         super().save_pretrained(*args, **kwargs)
 
     def check(self) -> None:
@@ -298,6 +321,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _set_stages(self, out_features: list[str] | None, out_indices: list[int] | None) -> None:
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        if self.feature_strides is not None:
+            self.stage_names = [f"stride{stride}" for stride in self.feature_strides]
+            if out_features is None and out_indices is None:
+                out_features = list(self.stage_names)
         stages = len(self.stage_names)
         for name, value in (("out_features", out_features), ("out_indices", out_indices)):
             if value is not None and not value:
@@ -324,10 +351,12 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         misspelt = {name: config_dict[name] for name, meant in unknown.items() if meant}
         config_dict = {name: value for name, value in config_dict.items() if name not in misspelt}
+        of_stages = [name for name in ("num_hidden_layers", "feature_strides") if name in overrides]
+        changed = any(overrides[name] != config_dict.get(name) for name in of_stages)
         labels = {name: kwargs.pop(name, None) for name in (*LABELS, "num_labels")}
         labels = {name: value for name, value in labels.items() if value is not None}
         config_dict = {**merge_labels(config_dict, labels), **labels, **overrides}
-        if "num_hidden_layers" in overrides:  # stored stages belong to the stored depth
+        if changed:  # stored stages belong to the stored values
             config_dict.pop("out_features", None)
             config_dict.pop("out_indices", None)
         built = super().from_dict(config_dict, **kwargs)

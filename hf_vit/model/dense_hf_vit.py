@@ -18,6 +18,7 @@ from .configuration_hf_vit import HFViTConfig
 from .layers_hf_vit import patchify, unpatchify
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
+from .pyramid_hf_vit import HFViTPyramid, map_of_patches, pyramid_channels
 
 
 @dataclass
@@ -143,13 +144,18 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
 
 
 class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):  # type: ignore[misc]
-    """The encoder as a backbone of segmentation and detection models."""
+    """The encoder as a backbone of segmentation and detection models.
+
+    With `config.feature_strides`, the stages are the maps of a pyramid on the last layer instead of the layers.
+    """
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         reject_patch_dropout(self)
-        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        channels = config.hidden_size if config.feature_strides is None else pyramid_channels(config)
+        self.num_features = [channels] * len(config.stage_names)
         self.vit = HFViTModel(config, add_pooling_layer=False)
+        self.pyramid = None if config.feature_strides is None else HFViTPyramid(config)
         self.post_init()
 
     @can_return_tuple
@@ -161,21 +167,21 @@ class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):  # type: ignore[misc]
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
 
         Returns:
-            `feature_maps`, `[B, D, h, w]` each; tokens `[B, T, D]` with `reshape_hidden_states=False`.
+            `feature_maps`, `[B, D, h, w]` each; tokens `[B, T, D]` with `reshape_hidden_states=False`. With
+            `feature_strides`, the height and width of each are those of the image divided by its stride, rounded up.
         """
         reject_packs(self, kwargs.get("patch_grids"))
         outputs = self.vit(pixel_values, **kwargs)
         grid = self.config.grid_of(*pixel_values.shape[-2:])
         feature_maps = []
-        for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage not in self.out_features:
-                continue
+        for stage in self.out_features:
+            layer = self.stage_names.index(stage) if self.pyramid is None else -1
+            features = outputs.hidden_states[layer]
             if self.config.apply_layernorm:
-                hidden_state = self.vit.layernorm(hidden_state)
+                features = self.vit.layernorm(features)
             if self.config.reshape_hidden_states:
-                patches = hidden_state[:, self.config.num_prefix_tokens :]
-                hidden_state = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, h, w]
-            feature_maps.append(hidden_state)
+                features = map_of_patches(features, self.config, grid)
+            feature_maps.append(features if self.pyramid is None else self.pyramid[stage](features))
         return BackboneOutput(
             feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

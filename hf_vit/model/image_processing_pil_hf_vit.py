@@ -36,6 +36,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
+from .detection_boxes_hf_vit import HFViTDetectionBoxes
 from .image_conversion_hf_vit import (
     arranged,
     checked_range,
@@ -148,7 +149,7 @@ def check_options(given: Mapping[str, Any]) -> None:
             raise ValueError(f"Unknown option {name!r} of the image processor: did you mean {meant!r}?")
 
 
-class HFViTImageProcessing(HFViTSegmentationMaps, BaseImageProcessor):  # type: ignore[misc]
+class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImageProcessor):  # type: ignore[misc]
     """Implement what both backends share; a backend adds `_resize_side`.
 
     Accepts PIL images of any mode, arrays and tensors of shape (H, W), (H, W, C) or (C, H, W) and any dtype, paths,

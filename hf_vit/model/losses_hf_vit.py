@@ -141,3 +141,9 @@ def pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Ten
         resize_logits(logits, (labels.shape[1], labels.shape[2])), labels, ignore_index=ignore_index, reduction="none"
     )
     return losses, labels != ignore_index
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, config: HFViTConfig) -> Tensor:
+    """Return the mean cross-entropy of the pixels that count, at the size of the labels; as for `pixel_losses`."""
+    losses, is_known = pixel_losses(logits, labels, config.semantic_loss_ignore_index)
+    return losses.sum() / is_known.sum().clamp(min=1)

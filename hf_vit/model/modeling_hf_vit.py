@@ -44,7 +44,7 @@ from .layers_hf_vit import (
 )
 from .losses_hf_vit import classification_loss, scaled_logits
 from .packing_hf_vit import HFViTPacking, check_pack_options
-from .pooling_hf_vit import HFViTAttentionPooling, HFViTPooler
+from .pooling_hf_vit import HFViTAttentionPooling, HFViTPooler, classifier_of
 from .positions_hf_vit import (
     POSITIONS,
     POSITIONS_OF_LAYERS,
@@ -398,19 +398,6 @@ class HFViTModel(HFViTPreTrainedModel):
 # -------------------------------------------------------------------------------------------------- the classifier
 
 
-class HFViTDistilledClassifier(nn.Module):
-    """Classify by the class token and by the distillation token, and average the logits (arXiv:2012.12877)."""
-
-    def __init__(self, width: int, num_labels: int) -> None:
-        super().__init__()
-        self.cls = nn.Linear(width // 2, num_labels)
-        self.distillation = nn.Linear(width // 2, num_labels)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        cls, distillation = pooled.chunk(2, dim=-1)
-        return (self.cls(cls) + self.distillation(distillation)) / 2
-
-
 class HFViTForImageClassification(HFViTPreTrainedModel):
     """The encoder with a linear classifier on the pooled output.
 
@@ -427,9 +414,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels  # custom losses of Trainer read it
         self.vit = HFViTModel(config)
-        width = config.representation_size or config.pooled_width
-        classifier = HFViTDistilledClassifier if config.pooling == "cls_and_distillation" else nn.Linear
-        self.classifier = classifier(width, config.num_labels) if config.num_labels else nn.Identity()
+        self.classifier = classifier_of(config)
         self.loss_function = classification_loss
         self.post_init()
 

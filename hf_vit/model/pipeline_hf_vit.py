@@ -8,11 +8,14 @@ pixels get an arbitrary color, and an error does not name the file. With the pac
 
 from typing import Any
 
+import torch
 from transformers import (
     BatchFeature,
     ImageClassificationPipeline,
     ImageFeatureExtractionPipeline,
     ImageSegmentationPipeline,
+    ObjectDetectionPipeline,
+    Pipeline,
 )
 
 from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
@@ -40,21 +43,67 @@ class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtract
     """Feature extraction from images as `hf_vit` reads them."""
 
 
-class HFViTImageSegmentationPipeline(FilePreprocessing, ImageSegmentationPipeline):
-    """Semantic segmentation of images as `hf_vit` reads them; masks have the size of the upright image."""
+class SizedFilePreprocessing(FilePreprocessing):
+    """Preprocess files as above, and keep the size of the upright image, which masks and boxes refer to."""
 
-    def preprocess(  # type: ignore[override]
-        self, image: Any, subtask: str | None = None, timeout: float | None = None
-    ) -> BatchFeature:
+    def preprocess(self, image: Any, timeout: float | None = None, **options: Any) -> BatchFeature:
         """Return the model's inputs for an image, and its size; arguments as in transformers."""
-        processor: Any = self.image_processor
-        if not hasattr(processor, "original_size"):  # of another library
-            return ImageSegmentationPipeline.preprocess(self, image, subtask, timeout)
+        pipeline: Any = self
+        if not hasattr(pipeline.image_processor, "original_size"):  # of another library
+            return super().preprocess(image, timeout=timeout, **options)
         if is_url(image):
             image = download(image, timeout or DOWNLOAD_TIMEOUT)
         inputs = super().preprocess(image)
-        inputs["target_size"] = [processor.original_size(image)]
+        inputs["target_size"] = torch.tensor([pipeline.image_processor.original_size(image)])
         return inputs
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept any model: transformers compares with a list of names that registered classes are not added to."""
+
+
+class HFViTImageSegmentationPipeline(SizedFilePreprocessing, ImageSegmentationPipeline):  # type: ignore[misc]
+    """Semantic segmentation of images as `hf_vit` reads them; masks have the size of the upright image."""
+
+
+class HFViTObjectDetectionPipeline(SizedFilePreprocessing, ObjectDetectionPipeline):  # type: ignore[misc]
+    """Object detection in images as `hf_vit` reads them; boxes are in pixels of the upright image."""
+
+
+class HFViTMultiTaskPipeline(SizedFilePreprocessing, Pipeline):
+    """Answers of all heads of a multi-task model, by the names of the heads.
+
+    Images are files, addresses, PIL images or arrays, one or a list. Heads of classes answer with labels and scores,
+    of numbers with a value for each target, of pixels with a mask for each class, of objects with boxes, and of
+    anomalies with a score and a map. `top_k` is the number of labels, five if not given.
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def _sanitize_parameters(
+        self, top_k: int | None = None, timeout: float | None = None, **unknown: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown:
+            raise ValueError(f"Unknown option {', '.join(unknown)}: the options are top_k and timeout.")
+        before = {} if timeout is None else {"timeout": timeout}
+        return before, {}, {} if top_k is None else {"top_k": top_k}
+
+    def _forward(self, inputs: Any) -> dict[str, Any]:
+        sizes = inputs.pop("target_size")
+        outputs = self.model(**inputs)
+        flat = {f"{name}.{key}": tensor for name in self.model.heads for key, tensor in outputs[name].items()}
+        return {**flat, "target_size": sizes}
+
+    def postprocess(self, outputs: dict[str, Any], top_k: int | None = None) -> dict[str, Any]:
+        """Return the answer of every head for one image."""
+        height, width = outputs.pop("target_size")[0].tolist()
+        by_head: dict[str, dict[str, Any]] = {}
+        for name, tensor in outputs.items():
+            head, _, key = name.partition(".")
+            by_head.setdefault(head, {})[key] = tensor
+        return {
+            name: head.answer(by_head[name], self.image_processor, (height, width), top_k)
+            for name, head in self.model.heads.items()
+        }

@@ -1,4 +1,7 @@
-"""Pooling: from all tokens to one vector per image, equation (4) of the paper. `POOLINGS` maps the config's names."""
+"""Pooling: from all tokens to one vector per image, equation (4) of the paper, and the classifier of that vector.
+
+`POOLINGS` maps the config's names.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -114,3 +117,24 @@ class HFViTPooler(nn.Module):
         else:
             pooled = torch.cat([self.pooling(images) for images in packing.split(hidden_states)])
         return self.activation(self.pre_logits(self.layernorm(pooled)))
+
+
+class HFViTDistilledClassifier(nn.Module):
+    """Classify by the class token and by the distillation token, and average the logits (arXiv:2012.12877)."""
+
+    def __init__(self, width: int, num_labels: int) -> None:
+        super().__init__()
+        self.cls = nn.Linear(width // 2, num_labels)
+        self.distillation = nn.Linear(width // 2, num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        cls, distillation = pooled.chunk(2, dim=-1)
+        return (self.cls(cls) + self.distillation(distillation)) / 2
+
+
+def classifier_of(config: HFViTConfig) -> nn.Module:
+    """Return the layer that maps the pooled output to logits."""
+    if not config.num_labels:
+        return nn.Identity()
+    classifier = HFViTDistilledClassifier if config.pooling == "cls_and_distillation" else nn.Linear
+    return classifier(config.representation_size or config.pooled_width, config.num_labels)

@@ -356,11 +356,13 @@ class ResamplePositions(ConversionOps):
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict:
         (stored,) = input_dict.values()
         table = stored[0] if isinstance(stored, list) else stored
-        name, interpolation = kwargs["full_layer_name"], kwargs["config"].position_interpolation
-        _, rows, columns, _ = kwargs["model"].get_parameter(name).shape
+        name, model = kwargs["full_layer_name"], kwargs["model"]
+        _, rows, columns, _ = model.get_parameter(name).shape
         if not table.numel():  # sharded along its first dimension, which is often 1: this rank may hold no row
             return {name: table.new_empty(table.shape[0], rows, columns, table.shape[3])}
-        return {name: resample_table(table, (rows, columns), interpolation)}
+        # The model may be another one, such as DETR, that has ours as its backbone: its config is not ours.
+        config = model.get_submodule(name.rpartition(".position_embeddings.")[0]).config
+        return {name: resample_table(table, (rows, columns), config.position_interpolation)}
 
     @property
     def reverse_op(self) -> "ConversionOps":

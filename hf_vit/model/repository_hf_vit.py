@@ -20,6 +20,8 @@ from .image_processing_pil_hf_vit import HFViTImageProcessorPil
 
 if TYPE_CHECKING:  # never executed: transformers copies the files that relative imports name, and needs these too
     from .dense_hf_vit import HFViTBackbone  # noqa: F401
+    from .detection_hf_vit import HFViTForObjectDetection  # noqa: F401
+    from .multi_task_hf_vit import HFViTForMultiTask  # noqa: F401
     from .pipeline_hf_vit import HFViTImageClassificationPipeline  # noqa: F401
     from .segmentation_hf_vit import HFViTForSemanticSegmentation  # noqa: F401
 

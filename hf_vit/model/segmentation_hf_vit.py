@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_hf_vit import HFViTConfig
 from .dense_hf_vit import reject_patch_dropout
 from .layers_hf_vit import unpatchify
-from .losses_hf_vit import pixel_losses
+from .losses_hf_vit import segmentation_loss
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 
@@ -55,6 +55,11 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         reject_patch_dropout(self)
+        if config.feature_strides is not None:
+            raise ValueError(
+                "feature_strides are maps of a backbone, and the head for semantic segmentation reads layers: set "
+                "feature_strides=None."
+            )
         if cast(int, config.num_labels) < 2:
             raise ValueError(
                 f"Semantic segmentation needs at least two classes, got num_labels={config.num_labels}: count the "
@@ -63,6 +68,11 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
         self.vit = HFViTModel(config, add_pooling_layer=False)
         self.decode_head = HFViTSegmentationHead(config)
         self.post_init()
+
+    def reset_classifier(self) -> None:
+        """Give the classifier new weights, for other classes."""
+        nn.init.normal_(self.decode_head.classifier.weight, std=self.config.initializer_range)
+        nn.init.zeros_(self.decode_head.classifier.bias)
 
     @can_return_tuple
     @filter_output_hidden_states
@@ -91,8 +101,7 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
         logits = self.decode_head(patches, self.config.grid_of(*pixel_values.shape[-2:]))  # type: ignore[union-attr]
         loss = None
         if labels is not None:
-            losses, is_known = pixel_losses(logits, labels, self.config.semantic_loss_ignore_index)
-            loss = losses.sum() / is_known.sum().clamp(min=1)
+            loss = segmentation_loss(logits, labels, self.config)
         return SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -75,6 +75,7 @@ MAX_TARGET = 1e30
 MAX_SIDE = 2**16
 MAX_PATCHES = 2**20
 MAX_STEM_STAGES = 8
+MAX_DOUBLINGS = 5  # of the grid of patches, or halvings, in a pyramid
 MAX_COLOR_CHANNELS = 6  # 8^6 = 262,144 colours
 
 # Names that other libraries give a field. Without this table such a keyword would be stored and have no effect.
@@ -172,6 +173,9 @@ def check_fields(given: dict[str, Any]) -> None:
         dtype = given.get(name)
         if dtype is not None and (dtype if isinstance(dtype, str) else str(dtype)[len("torch.") :]) not in DTYPES:
             raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    strides = given["feature_strides"]
+    if strides is not None and not (strides and list(strides) == sorted({*strides}) and strides[0] >= 1):
+        raise ValueError(f"feature_strides must be positive numbers of pixels in increasing order, got {strides}.")
     labels = given.get("id2label")
     number = given.get("num_labels")
     if labels is not None and number not in (None, len(labels)):
@@ -194,7 +198,7 @@ def multiples_around(value: int, divisor: int) -> list[int]:
 
 def check_config(config: Any) -> None:
     """Raise `ValueError` for the first combination of values that cannot work, with a remedy."""
-    for problems in (_choices, _head, _width, _tokens, _stem, _sizes):
+    for problems in (_choices, _head, _width, _tokens, _stem, _sizes, _strides):
         for problem in problems(config):
             raise ValueError(problem)
 
@@ -310,3 +314,18 @@ def _sizes(config: Any) -> Iterator[str]:
         raise ValueError(f"{sizes}: {error}") from None
     if rows * columns > MAX_PATCHES:
         yield f"{sizes} give {rows}x{columns} patches, more than {MAX_PATCHES}: use a larger patch_size."
+
+
+def _strides(config: Any) -> Iterator[str]:
+    if config.feature_strides is None:
+        return
+    patch, strides = config.patch_shape[0], list(config.feature_strides)
+    known = sorted({patch >> step for step in range(MAX_DOUBLINGS + 1) if not patch % 2**step}) + [
+        patch << step for step in range(1, MAX_DOUBLINGS + 1)
+    ]
+    if config.patch_shape != (patch, patch):
+        yield f"feature_strides need a square patch, got patch_size={config.patch_size!r}: set feature_strides=None."
+    if not {*strides} <= {*known}:
+        yield f"feature_strides must be among {known} for patches of {patch} pixels, got {strides}."
+    if not config.reshape_hidden_states:
+        yield "feature_strides are maps, not tokens: set reshape_hidden_states=True."

@@ -16,7 +16,7 @@ from ..data.sources import Part, Sources
 from ..inference.optimize import inference_precision
 from ..inference.threads import default_batch_size
 from ..system.progress import progress_bar, show
-from .predictor import Prediction, Predictor
+from .predictor import Prediction
 from .shards import Settings, jobs_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def predict_each(sources: Sources, settings: Settings) -> Iterator[tuple[str, Pr
     Raises:
         ValueError: If there are no images.
     """
-    predictor = Predictor.from_pretrained(settings.model, image_size=settings.image_size, **settings.options)
+    predictor = settings.predictor()
     rows = sources.rows()
     first = next(rows, None)
     if first is None:
@@ -102,6 +102,7 @@ def predict_to_file(
             "chosen labels": "above their thresholds" if settings.top_k is None else "the most likely",
             "features": settings.has_features,
             "compile": settings.compile,
+            "windows": settings.has_windows,
         }
         try:
             with lock_folder_together(accelerator, table.folder):

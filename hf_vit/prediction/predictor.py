@@ -5,11 +5,13 @@ each other at its end, and a small batch fits the core's cache. On a GPU, CPU co
 pixels, and the GPU normalizes and classifies them.
 """
 
+import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -18,9 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.models import load
+from ..data.boxes import corners_of
 from ..data.images import normalize, preprocess, read_stored
 from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
+from ..model.detection_boxes_hf_vit import MOST_OBJECTS, most_likely_objects
 from ..model.image_geometry_hf_vit import resize_logits, size_of
 from ..model.image_reading_hf_vit import LeastSize, read_image, upright
 from ..model.losses_hf_vit import activation_of
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike | bytes | Image.Image | dict[str, Any]
 Tag = TypeVar("Tag")
+
+MOST_VALUES = 2**26  # logits of pixels that are in memory at a time
 
 
 @dataclass
@@ -47,6 +53,10 @@ class Prediction:
         features: Input of the classifier, float32 `[pooled_width]`, if requested; `None` if the image is broken.
         mask: Class of every pixel of the upright image, uint8 `[H, W]`, if the model is one for segmentation. Labels
             are then classes in the mask, the largest first, and scores their shares of the pixels.
+        boxes: (left, top, right, bottom) of every object in pixels of the upright image, float32 `[n, 4]`, if the
+            model is one for detection. Labels and scores are then those of the objects, the highest score first.
+        size: (height, width) of the upright image, if there is a mask or there are boxes.
+        heads: Answers of a multi-task model by head, as its pipeline gives them; there are no labels then.
     """
 
     source: Any
@@ -56,12 +66,34 @@ class Prediction:
     features: np.ndarray | None = None
     are_values: bool = False
     mask: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+    heads: dict[str, Any] = field(default_factory=dict)
 
     @property
     def answers(self) -> list[str]:
-        """Labels with their scores as text, such as `"cat 93.1%"`, or for a target `"age 41.5"`."""
+        """Labels with their scores as text: `"cat 93.1%"`, for a target `"age 41.5"`, and for objects `"3 cat"`."""
+        if self.heads:
+            return [f"{name} ({in_words(answer)})" for name, answer in self.heads.items()]
+        if self.boxes is not None:
+            return [f"{number} {label}" for label, number in Counter(self.labels).most_common()] or ["no objects"]
         form = "{} {:.4g}" if self.are_values else "{} {:.1%}"
         return [form.format(*pair) for pair in zip(self.labels, self.scores, strict=True)]
+
+
+def in_words(answer: Any) -> str:
+    """Return the answer of one head of a multi-task model as text."""
+    if isinstance(answer, dict) and "map" in answer:  # of a head for anomalies
+        verdict = {True: ", an anomaly", False: ", normal"}.get(answer.get("is_anomaly"), "")  # type: ignore[arg-type]
+        return f"score {answer['score']:.3g}{verdict}"
+    if isinstance(answer, dict):
+        return ", ".join(f"{name} {value:.4g}" for name, value in answer.items())
+    if any("box" in each for each in answer):
+        counted = Counter(each["label"] for each in answer).most_common()
+        return ", ".join(f"{number} {label}" for label, number in counted)
+    scores = [each["score"] if "score" in each else np.asarray(each["mask"]).mean() / 255 for each in answer]
+    found = sorted(zip(scores, (each["label"] for each in answer), strict=True), key=lambda pair: -pair[0])
+    return ", ".join(f"{label} {score:.1%}" for score, label in found) or "none"
 
 
 # The most likely classes of images, their scores, for each: from logits `[B, num_labels]`, float32.
@@ -153,6 +185,8 @@ class Predictor:
         config: Config of the model, which states what its labels are; one label per image if not given.
     """
 
+    outputs: tuple[str, ...] = ("logits",)  # of the model, that answers are made from
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -178,15 +212,17 @@ class Predictor:
         source: str | os.PathLike,
         precision: str = "auto",
         image_size: tuple[int, int] | None = None,
+        head: str | None = None,
         **options: Any,
     ) -> Self:
         """Load a model from a file, a folder or the Hub, in any supported layout.
 
         Args:
             image_size: (height, width) in pixels, if it is not the model's.
+            head: Head of a multi-task model; without it, predictions have the answers of all heads.
             precision, options: As for `from_model`, which also lists the errors.
         """
-        model, processor = load(str(source), image_size)
+        model, processor = load(str(source), image_size, head=head)
         return cls.from_model(model, processor, precision, name=str(source), **options)
 
     @classmethod
@@ -212,9 +248,10 @@ class Predictor:
         Raises:
             ValueError: If the model has no classifier and `has_features` is not set.
         """
-        if hasattr(model, "decode_head") and not issubclass(cls, MaskPredictor):
-            return MaskPredictor.from_model(model, processor, precision, device, compile, name, **options)  # type: ignore
-        is_classifier = any(getattr(model, head, None) is not None for head in ("classifier", "decode_head"))
+        special = next((kind for head, kind in OF_HEADS.items() if hasattr(model, head)), None)
+        if special is not None and not issubclass(cls, special):
+            return special.from_model(model, processor, precision, device, compile, name, **options)  # type: ignore
+        is_classifier = any(getattr(model, head, None) is not None for head in ("classifier", *OF_HEADS))
         is_classifier = is_classifier and bool(model.config.num_labels)
         if not is_classifier and not options.get("has_features"):
             raise ValueError(
@@ -290,11 +327,11 @@ class Predictor:
         self, predictions: list[Prediction], batches: list[tuple[list[int], Tensor]]
     ) -> Callable[[], list[Prediction]]:
         """Start to compute batches; return a function that waits for the results and returns the predictions."""
-        wanted = ["logits"] * bool(self.labels) + ["pooler_output"] * self.has_features
+        wanted = list(self.outputs) * bool(self.labels) + ["pooler_output"] * self.has_features
         results: list[Tensor] = []
         for indices, batch in batches:
             pixels = batch.to(self.device, non_blocking=has_own_memory(self.device))
-            outputs = self.model(normalize(pixels, self.processor))
+            outputs = self._outputs(normalize(pixels, self.processor))
             results += [getattr(outputs, name)[: len(indices)].float() for name in wanted]
         copies = HostCopies(results, self.device)
 
@@ -305,6 +342,9 @@ class Predictor:
             return predictions
 
         return finish
+
+    def _outputs(self, pixel_values: Tensor) -> Any:
+        return self.model(pixel_values)
 
     def _fill(
         self, predictions: list[Prediction], logits: Tensor | None = None, pooler_output: Tensor | None = None
@@ -326,17 +366,18 @@ def read_source(source: Source, least_size: LeastSize) -> Image.Image | Tensor:
     return read_stored(source, least_size) if isinstance(source, dict) else read_image(source, least_size)
 
 
-class MaskPredictor(Predictor):
-    """Predict the classes of pixels: `Prediction.mask` has the size of the upright image.
-
-    Arguments are those of `Predictor`; `top_k` limits the labels only.
-    """
+class DensePredictor(Predictor):
+    """Predict what has a place in the upright image, whose (height, width) is noted when it is read."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if self.has_features:
-            raise ValueError("A model for segmentation has no pooled features: use AutoModel for those of patches.")
-        self.top_k = options.get("top_k") or 5
+            raise ValueError(
+                "A model for segmentation or detection has no pooled features: use AutoModel for those of patches."
+            )
+        self.top_k = options.get("top_k")
+        if not self.processor.do_resize:  # images of any size, one of which fills many windows
+            self.batch_size = options.get("batch_size") or 1
 
     def _pixels(self, prediction: Prediction) -> Tensor:
         sizes: list[tuple[int, int]] = []  # of a JPEG, which may be decoded at another size
@@ -347,16 +388,116 @@ class MaskPredictor(Predictor):
 
         image = read_source(prediction.source, least_size)
         sizes.append(size_of(upright(image) if isinstance(image, Image.Image) else image))
-        prediction.mask = np.zeros(sizes[0], dtype=np.uint8)
+        prediction.size = sizes[0]
         return preprocess(image, self.processor)
+
+
+class MaskPredictor(DensePredictor):
+    """Predict the classes of pixels: `Prediction.mask` has the size of the upright image.
+
+    Arguments are those of `Predictor`; `top_k` limits the labels only.
+    """
 
     def _fill(self, predictions: list[Prediction], logits: Tensor | None = None, pooler_output: Any = None) -> None:
         assert logits is not None
         for prediction, of_image in zip(predictions, logits, strict=True):
-            assert prediction.mask is not None
-            height, width = prediction.mask.shape
-            prediction.mask = resize_logits(of_image[None], (height, width))[0].argmax(dim=0).byte().numpy()
+            assert prediction.size is not None
+            prediction.mask = classes_of_pixels(of_image, prediction.size).numpy()
             shares = np.bincount(prediction.mask.ravel(), minlength=len(self.labels)) / prediction.mask.size
-            order = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]][: self.top_k]
+            order = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]][
+                : self.top_k or 5
+            ]
             prediction.labels = [self.labels[index] for index in order]
             prediction.scores = [float(shares[index]) for index in order]
+
+
+def classes_of_pixels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the most likely class of every pixel, uint8 `[H, W]`, for logits `[num_labels, h, w]`.
+
+    A few classes are resized at a time: 150 classes of 12 million pixels would take 7 GB.
+    """
+    step = max(1, MOST_VALUES // math.prod(size))
+    parts = (
+        (first, resize_logits(logits[None, first : first + step], size)[0]) for first in range(0, len(logits), step)
+    )
+    highest, classes = torch.full(size, -math.inf), torch.zeros(size, dtype=torch.uint8)
+    for first, part in parts:
+        values, indices = part.max(dim=0)
+        classes = torch.where(values > highest, (first + indices).byte(), classes)
+        highest = torch.maximum(values, highest)
+    return classes
+
+
+class BoxPredictor(DensePredictor):
+    """Detect objects: `Prediction.boxes` are in pixels of the upright image.
+
+    Arguments are those of `Predictor`. Objects are those above the thresholds of their classes in the config, 0.5 if
+    it has none; with `top_k`, as many as this with the highest scores, whatever their thresholds.
+    """
+
+    outputs = ("objects",)
+
+    def __init__(self, *arguments: Any, config: Any = None, **options: Any) -> None:
+        super().__init__(*arguments, config=config, **options)
+        self.thresholds = torch.tensor((config and config.thresholds) or [0.5] * len(self.labels))
+
+    def _outputs(self, pixel_values: Tensor) -> Any:
+        outputs = self.model(pixel_values)
+        return SimpleNamespace(
+            objects=most_likely_objects(outputs.logits, outputs.pred_boxes, self.top_k or MOST_OBJECTS)
+        )
+
+    def _fill(  # type: ignore[override]
+        self, predictions: list[Prediction], objects: Tensor | None = None, pooler_output: Any = None
+    ) -> None:
+        assert objects is not None
+        for prediction, of_image in zip(predictions, objects, strict=True):
+            assert prediction.size is not None
+            height, width = prediction.size
+            scores, classes, boxes = of_image[:, 0], of_image[:, 1].long(), corners_of(of_image[:, 2:]).clamp(0, 1)
+            is_kept = scores > (self.thresholds[classes] if self.top_k is None else 0)
+            prediction.boxes = (boxes[is_kept] * torch.tensor([width, height, width, height])).numpy()
+            prediction.labels = [self.labels[index] for index in classes[is_kept].tolist()]
+            prediction.scores = scores[is_kept].tolist()
+
+
+class MultiTaskPredictor(DensePredictor):
+    """Predict the answers of all heads of a multi-task model: `Prediction.heads`."""
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        processor: "HFViTImageProcessor",
+        precision: str = "auto",
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        name: str = "The model",
+        **options: Any,
+    ) -> Self:
+        """Prepare a loaded model; arguments are those of `Predictor`."""
+        chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
+        return cls(optimize_for_inference(model.to(chosen), precision, compile), processor, {}, chosen, **options)
+
+    @torch.inference_mode()
+    def _start(
+        self, predictions: list[Prediction], batches: list[tuple[list[int], Tensor]]
+    ) -> Callable[[], list[Prediction]]:
+        model: Any = self.model
+        for indices, batch in batches:
+            outputs = model(normalize(batch.to(self.device), self.processor))
+            for row, index in enumerate(indices):
+                prediction = predictions[index]
+                assert prediction.size is not None
+                for name, head in model.heads.items():
+                    of_image = {key: tensor[row : row + 1].cpu() for key, tensor in outputs[name].items()}
+                    prediction.heads[name] = head.answer(of_image, self.processor, prediction.size, self.top_k)
+        return lambda: predictions
+
+
+# By the name of the head of a model.
+OF_HEADS: dict[str, type[DensePredictor]] = {
+    "decode_head": MaskPredictor,
+    "detection_head": BoxPredictor,
+    "heads": MultiTaskPredictor,
+}

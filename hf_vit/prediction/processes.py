@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from ..checkpoints.models import load
 from ..system.machine import cores
 from .predictor import Predictor
 from .shards import Settings, ShardJob, model_digest, predict_shards
@@ -18,7 +17,7 @@ class Processes:
     """An engine whose workers are the processes of an accelerator."""
 
     def __init__(self, settings: Settings, accelerator: "Accelerator") -> None:
-        model, processor = load(settings.model, settings.image_size)
+        model, processor = settings.load(is_to_file=True)
         self.model, self.device = model_digest(model, processor), accelerator.device.type
         workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         options = {**settings.options, "workers": workers}

@@ -10,9 +10,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoints.models import load
 from ..system.extras import need
-from .predictor import Predictor
 from .shards import Settings, ShardJob, model_digest, predict_shards
 from .table import PredictionTable
 
@@ -42,10 +40,7 @@ class Actor:
 
     def __init__(self, settings: Settings, table: PredictionTable, division: Division, folder: str) -> None:
         os.chdir(folder)
-        options = {**settings.options, "workers": division.threads}
-        self.predictor = Predictor.from_pretrained(
-            settings.model, image_size=settings.image_size, device=division.device, **options
-        )
+        self.predictor = settings.predictor(device=division.device, workers=division.threads)
         self.table = table
 
     def write(self, job: ShardJob) -> tuple[int, int]:
@@ -77,7 +72,7 @@ class RayActors:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.division = Division.of(nodes, settings.workers)
         self.device = self.division.device
-        self.settings, self.model = settings, model_digest(*load(settings.model, settings.image_size))
+        self.settings, self.model = settings, model_digest(*settings.load(is_to_file=True))
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
         """Have the actors write all shards; see `predict_shards`.

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..checkpoints.models import load
 from ..data.sources import Part, Stored
+from ..inference.windows import slide
 from .predictor import Prediction, Predictor
 
 if TYPE_CHECKING:
@@ -31,8 +33,10 @@ class Settings:
     Attributes:
         model: A file, a folder or a name on the Hub, in any supported layout.
         precision, compile: As for `optimize_for_inference`.
-        image_size: (height, width) in pixels; the model's if not given.
+        image_size: (height, width) in pixels; if not given, the model's, or with windows that of each image.
         batch_size, workers, top_k, has_features: As for `Predictor`.
+        has_windows: Whether windows of the model's size slide over the images, for segmentation.
+        head: Head of a multi-task model, which is then used as a model of this task alone.
     """
 
     model: str
@@ -43,11 +47,30 @@ class Settings:
     workers: int | None = None
     top_k: int | None = None
     has_features: bool = False
+    has_windows: bool = False
+    head: str | None = None
+
+    def load(self, is_to_file: bool = False) -> tuple[Any, Any]:
+        """Load the model and its image processor; raise `ValueError` for several heads if answers go to a file."""
+        model, processor = load(self.model, None if self.has_windows else self.image_size, head=self.head)
+        if is_to_file and hasattr(model, "heads"):
+            named = " or ".join(name for name, head in model.config.heads.items() if head["task"] != "anomaly")
+            if not named:
+                raise ValueError("Scores of anomalies are printed, not written to a file: leave out --output.")
+            raise ValueError(f"A file has the answers of one head with labels: choose it with --head, {named}.")
+        if self.has_windows:
+            slide(model, processor, self.image_size)
+        return model, processor
+
+    def predictor(self, is_to_file: bool = False, **options: Any) -> Predictor:
+        """Load the model, and return a predictor; `options` override `self.options`."""
+        return Predictor.from_model(*self.load(is_to_file), name=self.model, **{**self.options, **options})
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of `Predictor.from_model`."""
-        return {name: value for name, value in vars(self).items() if name not in ("model", "image_size")}
+        of_model = ("model", "image_size", "has_windows", "head")
+        return {name: value for name, value in vars(self).items() if name not in of_model}
 
 
 class Shard(NamedTuple):

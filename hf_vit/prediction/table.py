@@ -8,8 +8,11 @@ A row is an image, in the order of the sources, in .parquet and .jsonl files:
     scores    list<float>    their probabilities, or the values of targets
     error     string         why the image is broken, or null
     features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
+    boxes     list<list<float>>  of a detector: left, top, right and bottom of each object in pixels of the image
 
-A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features.
+A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features. That of a
+detector has a row for each object, with the columns image, label, score, left, top, right, bottom and error; an image
+without objects has one row.
 
 A shard is written under another name, synced and renamed; its name says which images it holds. The folder also holds
 the plan: the sources and settings of the shards. The file appears by one renaming, and then the folder is removed.
@@ -36,17 +39,19 @@ from .shards import Shard
 
 PLAN = "plan.json"
 ROW_GROUP_BYTES = 32 << 20  # before compression
+SIDES = ("left", "top", "right", "bottom")  # of a box
 
 
 def schema_of(has_features: bool) -> pa.Schema:
-    """Return the columns of the table and their types, which do not depend on the images."""
+    """Return the columns of shards and their types, which do not depend on the images."""
     fields = [
         pa.field("image", pa.string()),
         pa.field("labels", pa.list_(pa.string())),
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
     ]
-    return pa.schema(fields + [pa.field("features", pa.list_(pa.float32()))] * has_features)
+    features, boxes = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32(), 4))
+    return pa.schema([*fields, *[pa.field("features", features)] * has_features, pa.field("boxes", boxes)])
 
 
 def table_of(predictions: list[Prediction], schema: pa.Schema) -> pa.Table:
@@ -57,6 +62,7 @@ def table_of(predictions: list[Prediction], schema: pa.Schema) -> pa.Table:
         "scores": [prediction.scores for prediction in predictions],
         "error": [_text(prediction.error) for prediction in predictions],
         "features": [prediction.features for prediction in predictions],
+        "boxes": [None if prediction.boxes is None else prediction.boxes.tolist() for prediction in predictions],
     }
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
@@ -96,15 +102,23 @@ def _text_table(
     path: Path, schema: pa.Schema, most: int, delimiter: str = ","
 ) -> Iterator[Callable[[pa.Table], None]]:
     numbers = ["", *(f"_{number}" for number in range(2, most + 1))][:most]
+    columns = [f"{what}{number}" for number in numbers for what in ("label", "score")]
+    has_boxes = "boxes" in schema.names
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(["image", *(f"{what}{number}" for number in numbers for what in ("label", "score")), "error"])
+        writer.writerow(["image", *(["label", "score", *SIDES] if has_boxes else columns), "error"])
 
         def write(table: pa.Table) -> None:
             for row in table.to_pylist():
+                error = row["error"] or ""
                 pairs = [(label, f"{score:.6g}") for label, score in zip(row["labels"], row["scores"], strict=True)]
-                pairs += [("", "")] * (most - len(pairs))
-                writer.writerow([row["image"], *chain.from_iterable(pairs), row["error"] or ""])
+                if has_boxes:
+                    sides = [[f"{side:.6g}" for side in box] for box in row["boxes"] or ()]
+                    objects = [[*pair, *box] for pair, box in zip(pairs, sides, strict=True)]
+                    writer.writerows([row["image"], *cells, error] for cells in objects or [[""] * 6])
+                else:
+                    pairs += [("", "")] * (most - len(pairs))
+                    writer.writerow([row["image"], *chain.from_iterable(pairs), error])
 
         yield write
 
@@ -199,7 +213,8 @@ class PredictionTable:
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
             most = max((self._most_labels(shard) for shard in shards), default=0)
-            with WRITERS[self.output.suffix](unfinished, self.schema, most) as write:
+            schema = self.schema if self._have_boxes(shards) else self.schema.remove(len(self.schema) - 1)
+            with WRITERS[self.output.suffix](unfinished, schema, most) as write:
                 for shard in shards:
                     table = pq.read_table(self.folder / shard.name, schema=self.schema)
                     names = [name or str(images + row) for row, name in enumerate(table["image"].to_pylist())]
@@ -207,13 +222,18 @@ class PredictionTable:
                     errors = table["error"].to_pylist()
                     broken += [name for name, error in zip(names, errors, strict=True) if error is not None]
                     images += len(names)
-                    write(table)
+                    write(table.select(schema.names))
             sync(unfinished)
             unfinished.rename(self.output)
             sync(self.output.absolute().parent)
         (self.folder / PLAN).unlink(missing_ok=True)  # there is nothing to resume from here on
         self._clear()
         return images, broken
+
+    def _have_boxes(self, shards: list[Shard]) -> bool:
+        """Return whether a shard is of a detector; one of an older version has no such column."""
+        columns = (pq.read_table(self.folder / shard.name, schema=self.schema)["boxes"] for shard in shards)
+        return any(column.null_count < len(column) for column in columns)
 
     def _most_labels(self, shard: Shard) -> int:
         lengths = pc.list_value_length(pq.read_table(self.folder / shard.name, columns=["labels"])["labels"])

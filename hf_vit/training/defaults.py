@@ -31,6 +31,7 @@ ACTIVATION_SHARE = 0.8  # of the free memory, for activations
 VALUES_KEPT = 17
 STEPS_PER_EPOCH = {"fine-tuning": 10, "scratch": 64}  # at least, where the smallest batch size allows it
 SMALLEST_BATCH, LARGEST_BATCH = 32, 128
+SMALLEST_BATCH_OF_OBJECTS = 8  # of images, each of which has many objects to learn
 # Number of epochs: at least and at most, the image visits that end a long run, and the steps that a short one needs.
 EPOCHS = {"fine-tuning": (3, 20, 600_000, 500), "scratch": (10, 100, 3_000_000, 2_000)}
 MOST_EPOCHS = 100
@@ -110,6 +111,9 @@ def _image_size(config: TrainConfig, facts: Facts) -> Choice:
     patch = max(_patch_of(config, facts))
     usual = 224 // patch * patch
     stored = min(facts.stored_size) if facts.stored_size else math.inf
+    if config.task == "detection" and facts.stored_size:  # boxes keep their shapes
+        sides = [max(1, round(side / stored * min(stored, usual) / patch)) * patch for side in facts.stored_size]
+        return sides, f"the aspect ratio of the images, at most {usual} pixels along the shorter side"
     if stored >= usual:
         return usual, "usual for models from scratch"
     size = min(usual, max(round(stored / patch), SMALLEST_GRID) * patch)
@@ -134,7 +138,8 @@ def _kind(facts: Facts) -> str:
 
 def _batch_size(config: TrainConfig, facts: Facts) -> Choice:
     steps = STEPS_PER_EPOCH[_kind(facts)]
-    wanted = min(LARGEST_BATCH, max(SMALLEST_BATCH, facts.images // steps), max(1, facts.images))
+    least = SMALLEST_BATCH_OF_OBJECTS if config.task == "detection" else SMALLEST_BATCH
+    wanted = min(LARGEST_BATCH, max(least, facts.images // steps), max(1, facts.images))
     size = 2 ** int(math.log2(wanted))
     size = max(1, math.ceil(size / facts.processes)) * facts.processes
     return size, f"{facts.images:,} training images, {counted(max(1, facts.images // size), 'step')} per epoch"

@@ -60,6 +60,9 @@ class TrainConfig:
         None, "Name of the label column, or a list of 0/1 or number columns; null: found by its name and type."
     )
     label_separator: str | None = option(None, "Text between several labels of one image; null: found.")
+    box_format: Literal["coco", "voc", "yolo"] | None = option(
+        None, "Format of boxes in columns: coco (x, y, width, height), voc (corners), yolo; null: found."
+    )
     eval_fraction: float = option(0.2, "Share of each class to hold out if the data has no evaluation split.")
     train_share: float = option(1.0, "Share of each class of the training images to use.")
     train_repeats: float = option(1.0, "Number of times that each image is used per epoch, at least 1.")
@@ -74,10 +77,12 @@ class TrainConfig:
     )
 
     # model
-    task: Literal["classification", "multi_label", "regression", "segmentation", "masked_patches"] = option(
-        "classification",
-        "Training objective: classification, multi_label, regression, segmentation (images and masks), masked_patches "
-        "(pre-training without labels), or auto for what the labels are.",
+    task: Literal["classification", "multi_label", "regression", "segmentation", "detection", "masked_patches"] = (
+        option(
+            "classification",
+            "Training objective: classification, multi_label, regression, segmentation (images and masks), detection "
+            "(boxes of objects), masked_patches (pre-training without labels), or auto for what the labels are.",
+        )
     )
     model: str | None = option(
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: a model of model_config alone."

@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
 from ..data.channels import Channels, adapt_processor, channels_of
-from ..data.classes import TASK_OF
+from ..data.classes import DENSE, DETECTION, TASK_OF
+from ..data.dense import kinds_of_images, stop_cropping
 from ..data.images import derive_seed, normalize
 from ..data.labelled import METRICS, RECIPE, ImageData, load_data
 from ..data.loaders import evaluation_loader
-from ..data.masks import kinds_of_images, stop_cropping
 from ..data.orders import BatchDivision, steps_of
-from ..evaluation.results import Results
+from ..evaluation.metrics import Results
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..system.disk import check_output_folder, same_place, writing
 from ..system.machine import free_memory, precision_name
@@ -85,8 +85,8 @@ class Plan:
 def data_of(config: TrainConfig) -> ImageData:
     """Load the training and evaluation images of a recipe; labels decide what they are for if the task is `auto`."""
     names = (
-        *("train_split", "eval_split", "image_column", "label_column", "label_separator", "eval_fraction"),
-        *("train_share", "train_repeats", "split_seed", "streaming", "train_images"),
+        *("train_split", "eval_split", "image_column", "label_column", "label_separator", "box_format"),
+        *("eval_fraction", "train_share", "train_repeats", "split_seed", "streaming", "train_images"),
     )
     options = {name: getattr(config, name) for name in names}
     if "task" not in config.auto:
@@ -187,7 +187,7 @@ class Run:
             )
         model, self.processor = build(config, self.task)
         adapt_processor(self.processor, channels, model.config.num_channels)
-        if data.masks is not None:
+        if data.problem_type in DENSE:
             stop_cropping(self.processor)
         self.model_class = type(model)  # FSDP2 changes the class of the model itself
         if config.trained == "lora":
@@ -233,6 +233,7 @@ class Run:
             fill=self.processor.image_mean,
             num_channels=model_config.num_channels,
             has_masks=data.masks is not None,
+            has_boxes=data.problem_type == DETECTION,
         )
         self.to_model = partial(normalize, processor=self.processor)
         cache = accelerator.device if config.cache == "device" else config.cache

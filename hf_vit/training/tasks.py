@@ -11,16 +11,23 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
-from ..checkpoints.models import fields_of_labels, load_classifier, load_for_masked_patches, load_segmenter
+from ..checkpoints.models import (
+    fields_of_labels,
+    load_classifier,
+    load_detector,
+    load_for_masked_patches,
+    load_segmenter,
+)
 from ..checkpoints.opening import open_checkpoint
 from ..data.augmentation import BatchMixer, one_hot
-from ..data.classes import SEGMENTATION
+from ..data.classes import DETECTION, SEGMENTATION
 from ..data.images import derive_seed
 from ..data.labelled import ImageData
-from ..evaluation.metrics import classify, recognize, regress, segment
-from ..evaluation.results import Results
+from ..evaluation.detection import need_pycocotools
+from ..evaluation.metrics import Results, classify, detect, recognize, regress, segment
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
+from ..model.detection_hf_vit import HFViTForObjectDetection, object_losses
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import classification_loss, pixel_losses
 from ..model.modeling_hf_vit import HFViTForImageClassification
@@ -249,6 +256,43 @@ class Segmentation(Classification):
         return partial(segment, ignore_index=_config_of(model).semantic_loss_ignore_index)(model, *evaluation)
 
 
+class Detection(Classification):
+    """Find objects: a box and a class for each. The loss is the mean over images, so that divided batches have it."""
+
+    best_metric = "map"
+    metric_names = ("map", "map_50", "map_75", "loss")
+    problem_type = DETECTION
+    model_class: Any = HFViTForObjectDetection
+
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        _refuse_mixing(config, "Detection does not mix images or weigh classes")
+        if config.loss != "cross_entropy":
+            raise ValueError(f"Detection has a loss of its own: remove loss={config.loss}.")
+        need_pycocotools()  # now, instead of after the first epoch
+        self.label_names = data.label_names
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(self.label_names))}
+
+    def load(self, source: str, **fields: Any) -> tuple[Any, HFViTImageProcessor]:
+        return load_detector(source, self.label_names, **fields)
+
+    def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        return object_losses(model(pixel_values=pixel_values), labels).mean()
+
+    def results(self, model: nn.Module, *evaluation: Any) -> Results:
+        """Return the results at the scores with the best F1 for these images, which the model's config gets."""
+        results = detect(model, *evaluation)
+        results.thresholds = results.best_thresholds()
+        self.adopt(model, results)
+        return results
+
+    def adopt(self, model: nn.Module, results: Any) -> None:
+        """Set the thresholds of the results in the config of the evaluated model."""
+        _config_of(model).thresholds = results.thresholds
+
+
 def _refuse_mixing(config: TrainConfig, reason: str) -> None:
     """Raise `ValueError` if a recipe mixes images or weighs classes."""
     given = {name: getattr(config, name) for name in ("cutmix", "mixup", "label_smoothing")}
@@ -360,6 +404,7 @@ TASKS: dict[str, type[Classification | MaskedPatches]] = {
     "multi_label": MultiLabel,
     "regression": Regression,
     "segmentation": Segmentation,
+    "detection": Detection,
     "masked_patches": MaskedPatches,
 }
 

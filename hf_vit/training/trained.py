@@ -28,7 +28,7 @@ from ..evaluation.report import report_lines
 from ..hub.upload import push
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..prediction.predict import Summary, predict_to_file
-from ..prediction.predictor import Prediction, Predictor
+from ..prediction.predictor import Prediction
 from ..prediction.shards import Settings
 from ..system.texts import without_tokens
 from .recipe import TrainConfig, default_recipe
@@ -89,6 +89,7 @@ class TrainedModel:
         images: Source | Sequence[Any],
         output: Source | None = None,
         *,
+        head: str | None = None,
         top_k: int | None = None,
         features: bool = False,
         split: str | None = None,
@@ -96,6 +97,7 @@ class TrainedModel:
         batch_size: int | None = None,
         workers: int | None = None,
         image_size: tuple[int, int] | None = None,
+        windows: bool = False,
         precision: str = "auto",
         restart: bool = False,
     ) -> "Predictions | Summary | None":
@@ -105,8 +107,10 @@ class TrainedModel:
             images: Files, folders, globs, parquet files or data sets, one or several; or a list of PIL images, bytes,
                 or images as `datasets` stores them.
             output: A .csv, .tsv, .jsonl or .parquet file. Without it, the predictions are returned.
+            head: Head of a model with several heads; without it, predictions have the answers of all of them.
             top_k, features, split, image_column, batch_size, workers, precision, restart: As for `hf-vit predict`.
-            image_size: (height, width) in pixels; the model's if not given.
+            image_size: (height, width) in pixels; if not given, the model's, or with windows that of each image.
+            windows: Whether windows of the model's size slide over the images, for segmentation.
 
         Returns:
             A list of `Prediction`, one per image in order; with `output`, a summary.
@@ -117,16 +121,15 @@ class TrainedModel:
         words = [images] if isinstance(images, str | os.PathLike) else list(images)
         if not words:
             raise ValueError("Expected images, got an empty list.")
+        settings = Settings(
+            self.source, precision, image_size, False, batch_size, workers, top_k, features, windows, head
+        )
         if not all(isinstance(word, str | os.PathLike) for word in words):
-            options = {"batch_size": batch_size, "workers": workers, "top_k": top_k, "has_features": features}
-            predictor = Predictor.from_pretrained(self.source, precision, image_size, **options)
-            return Predictions(predictor(words))
+            return Predictions(settings.predictor()(words))
         sources = Sources([os.fspath(word) for word in words], split, image_column)
-        settings = Settings(self.source, precision, image_size, False, batch_size, workers, top_k, features)
         if output is not None:
             return predict_to_file(Path(output), sources, settings, restart=restart)
-        predictor = Predictor.from_pretrained(self.source, image_size=image_size, **settings.options)
-        found = Predictions(map(_with_path, predictor(sources.rows())))
+        found = Predictions(map(_with_path, settings.predictor()(sources.rows())))
         if not found:
             raise ValueError(f"Found no images in {', '.join(sources.words)}.")
         return found

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import inspection
-from ..data.classes import SEGMENTATION
+from ..data.boxes import corners_of
+from ..data.classes import DETECTION, SEGMENTATION
+from ..data.dense import kinds_of_images
 from ..data.images import EvaluationImages, Visit, stored_rows
 from ..data.labelled import HELD_OUT, ImageData
-from ..data.masks import kinds_of_images
 from ..evaluation.flops import count_parameters
 from ..evaluation.mistakes import write_mistakes
 from ..evaluation.results import ImageResults
@@ -233,6 +234,58 @@ class OfTargets(Unlabelled):
         return [f"The evaluation images cover {', '.join(ranges)}: expect larger errors outside of that."]
 
 
+class OfBoxes(Unlabelled):
+    """Results of object detection."""
+
+    kind = "Trained for object detection"
+    headline = "mAP {eval_map:.2%}, AP50 {eval_map_50:.2%}"
+    results = {"eval_map": "map", "eval_map_50": "map_50", "eval_map_75": "map_75", "eval_loss": "loss"}
+    best = ("ap", 1)
+    columns = {
+        "class": ("label", "{}"),
+        "images": ("count", "{:,}"),
+        "boxes": ("boxes", "{:,}"),
+        "AP": ("ap", "{:.1%}"),
+        "AP50": ("ap_50", "{:.1%}"),
+        "F1": ("f1", "{:.1%}"),
+        "threshold": ("threshold", "{:.3f}"),
+    }
+
+    def figures(self, run: Any, title: str) -> dict[str, Figure]:
+        results, images = run.predictions, _images_of(run)
+        scores, is_shown, shown = results.image_f1(), results.shown(), []
+        for position in inspection.chosen_images(scores):
+            example = images[int(results.index[position])]
+            pixels, truth = example["pixel_values"].byte(), example["labels"]
+            rows = truth[truth[:, 0] >= 0], results.predicted[position][is_shown[position], 1:]
+            both = [(corners_of(each[:, 1:]), each[:, 0].long().tolist()) for each in rows]
+            shown.append((pixels, *both, f"F1 {scores[position]:.0%}"))
+        what = f"{title}: {run.measured_on}, random ones and the worst"
+        return {"predictions.png": inspection.plot_boxes(shown, run.data.label_names, what)}
+
+    def sections(self, run: Any) -> dict[str, str]:
+        return {"Classes": self._table(run)}
+
+    def limitations(self, run: Any) -> list[str]:
+        rows = run.predictions.per_class([markdown(name) for name in run.data.label_names])
+        known = [row for row in rows if row["boxes"]]
+        lines = [
+            f"The threshold of each class is the score with the highest F1 at an IoU of 0.5 on the "
+            f"{run.thresholds_from}. `hf-vit predict` reads it from `config.thresholds`; the pipeline takes a "
+            "`threshold`, 0.5 if it is not given."
+        ]
+        if len(known) < len(rows):
+            without = counted(len(rows) - len(known), "class", "classes")
+            lines.append(f"The precision of {without} is unknown: there are no evaluation images with them.")
+        worst = min(known, key=lambda row: row["ap_50"], default=None)
+        if worst is not None and worst["ap_50"] < 1:
+            lines.append(
+                f"Its worst class is {worst['label']}, with an AP50 of {worst['ap_50']:.1%} on "
+                f"{counted(worst['boxes'], 'box', 'boxes')}."
+            )
+        return lines
+
+
 class OfPixels(Unlabelled):
     """Results of semantic segmentation."""
 
@@ -249,7 +302,7 @@ class OfPixels(Unlabelled):
     }
 
     def figures(self, run: Any, title: str) -> dict[str, Figure]:
-        accuracies, images = run.predictions.accuracies(), self._images(run)
+        accuracies, images = run.predictions.accuracies(), _images_of(run)
         shown = []
         for position in inspection.chosen_images(accuracies):
             example = images[int(run.predictions.index[position])]
@@ -259,9 +312,6 @@ class OfPixels(Unlabelled):
         names = run.data.label_names
         what = f"{title}: {run.measured_on}, random ones and the worst"
         return {"predictions.png": inspection.plot_overlays(shown, names, what)}
-
-    def _images(self, run: Any) -> Any:
-        return kinds_of_images(run.data)[1](run.data.evaluation, run.data.columns, run.processor)
 
     def sections(self, run: Any) -> dict[str, str]:
         return {"Classes": self._table(run)}
@@ -286,6 +336,11 @@ class OfPixels(Unlabelled):
         return lines
 
 
+def _images_of(run: Any) -> Any:
+    """Return the evaluation images of a run, with their labels."""
+    return kinds_of_images(run.data)[1](run.data.evaluation, run.data.columns, run.processor)
+
+
 @torch.inference_mode()
 def _predicted_classes(run: Any, pixels: Tensor) -> Tensor:
     """Return the predicted classes `[H, W]` of a processed image `[C, H, W]`."""
@@ -302,6 +357,7 @@ VIEWS: dict[str | None, Unlabelled] = {
     "multi_label_classification": OfLabels(),
     "regression": OfTargets(),
     SEGMENTATION: OfPixels(),
+    DETECTION: OfBoxes(),
 }
 
 

@@ -14,7 +14,15 @@ from transformers_tests.test_pipeline_mixin import PipelineTesterMixin, pipeline
 from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from hf_vit import HFViTBackbone, HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTModel
+from hf_vit import (
+    HFViTBackbone,
+    HFViTConfig,
+    HFViTForImageClassification,
+    HFViTForMaskedImageModeling,
+    HFViTForObjectDetection,
+    HFViTForSemanticSegmentation,
+    HFViTModel,
+)
 
 pytestmark = pytest.mark.upstream
 
@@ -29,6 +37,7 @@ for mapping, model_class in {
     "MODEL_MAPPING_NAMES": HFViTModel,
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": HFViTForImageClassification,
     "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES": HFViTForMaskedImageModeling,
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES": HFViTForSemanticSegmentation,
     "MODEL_FOR_BACKBONE_MAPPING_NAMES": HFViTBackbone,
 }.items():
     setattr(common, mapping, {**getattr(common, mapping), "hf_vit": model_class.__name__})
@@ -67,6 +76,7 @@ class HFViTModelTester:
             intermediate_size=self.intermediate_size,
             num_labels=self.num_labels,
             position_embedding_type=self.position_embedding_type,
+            patch_subdivision=1,
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[HFViTConfig, dict[str, torch.Tensor]]:
@@ -83,7 +93,14 @@ class HFViTModelTest(
     FSDPTesterMixin,
     unittest.TestCase,
 ):
-    all_model_classes = (HFViTModel, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTBackbone)
+    all_model_classes = (
+        HFViTModel,
+        HFViTForImageClassification,
+        HFViTForMaskedImageModeling,
+        HFViTForSemanticSegmentation,
+        HFViTForObjectDetection,
+        HFViTBackbone,
+    )
     pipeline_model_mapping = {
         "image-classification": HFViTForImageClassification,
         "image-feature-extraction": HFViTModel,
@@ -96,6 +113,13 @@ class HFViTModelTest(
     def setUp(self) -> None:
         super().setUp()
         self.model_tester = HFViTModelTester()
+
+    def _prepare_for_class(self, inputs_dict: Any, model_class: Any, return_labels: bool = False) -> dict[str, Any]:
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels and model_class is HFViTForObjectDetection:  # the common tests know no labels for it
+            box = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])}
+            inputs["labels"] = [box] * self.model_tester.batch_size
+        return inputs
 
     def test_config(self) -> None:
         ConfigTester(self, config_class=HFViTConfig, has_text_modality=False, hidden_size=36).run_common_tests()

@@ -4,13 +4,18 @@ import json
 from typing import Any
 
 from ...model.configuration_hf_vit import CLASSES, HFViTConfig
+from ...model.heads_hf_vit import config_of_head
+from ...model.multi_task_hf_vit import HEADS
 from ...model.repository_hf_vit import warn_of_other_code
-from ..checkpoint import ENCODER, Family, Options, Reading, check_depth, parameters_of, processor_beside
+from ..checkpoint import ENCODER, MULTI_TASK, Family, Options, Reading, check_depth, parameters_of, processor_beside
 from ..files import Source
 from ..layouts import Row
 from ..pickles import OWN_CONFIG
 
-ARCHITECTURES = [place.split(".")[1] for auto_class, place in CLASSES.items() if auto_class != "AutoConfig"]
+ARCHITECTURES = [
+    *(place.split(".")[1] for auto_class, place in CLASSES.items() if auto_class != "AutoConfig"),
+    MULTI_TASK,
+]
 
 
 NAMES = {"embeddings.patch_embeddings.projection.weight", "layers.0.attention.qkv.weight"}
@@ -47,9 +52,34 @@ def _read(source: Source, options: Options) -> Reading:
     check_depth(source, config)
     if source.folder is not None:
         warn_of_other_code(source.folder)
-    names = parameters_of(architecture, config)
-    table = [Row(name.removeprefix("vit."), name) for name in names]
-    return Reading(fields, architecture, table, (rf"(.*\.)?{OWN_CONFIG}",), processor=processor_beside(source))
+    places: dict[str, str] = {}  # of parameters that have other names in the file
+    if options.head is not None:
+        fields, architecture = _head(source.name, config, architecture, options.head)
+        config, prefix = HFViTConfig.from_dict(dict(fields)), f"heads.{options.head}."
+        names = (name.removeprefix(prefix) for name in source.tensors if name.startswith(prefix))
+        places = {name: prefix + name for name in names} if architecture != MULTI_TASK else {}
+    short = {name.removeprefix("vit."): name for name in parameters_of(architecture, config)}
+    table = [Row(ours, places.get(ours, name)) for ours, name in short.items()]
+    left_out = [rf"(.*\.)?{OWN_CONFIG}", *([r"heads\..*", r"vit\.pooler\..*"] if options.head is not None else [])]
+    return Reading(fields, architecture, table, left_out, processor=processor_beside(source))
+
+
+def no_head(source: str, name: str) -> ValueError:
+    """Return the error for the head of a model that has none by name."""
+    return ValueError(f"{source} is no model with several heads, so it has no head {name!r}: leave the head out.")
+
+
+def _head(source: str, config: HFViTConfig, architecture: str, name: str) -> tuple[dict[str, Any], str]:
+    """Return the config fields and the architecture of a model with one head of a multi-task model."""
+    heads = config.heads if architecture == MULTI_TASK else None
+    if heads is None:
+        raise no_head(source, name)
+    if name not in heads:
+        raise ValueError(f"{source} has no head {name!r}: choose one of {', '.join(heads)}.")
+    single = HEADS[heads[name]["task"]].model_class
+    if single is None:  # a multi-task model of this head alone
+        return {**config.to_dict(), "heads": {name: heads[name]}}, MULTI_TASK
+    return {**config_of_head(config, heads[name]).to_dict(), "architectures": [single.__name__]}, single.__name__
 
 
 FAMILY = Family("hf_vit", _recognises, _read)

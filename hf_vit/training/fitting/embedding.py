@@ -23,12 +23,14 @@ from ...checkpoints.models import load
 from ...checkpoints.opening import open_checkpoint
 from ...data.audit import Contents, content_digest, read_contents
 from ...data.channels import Channels, adapt_processor
+from ...data.dense import stop_cropping
 from ...data.images import NO_IMAGE, normalize, preprocess, read_stored
 from ...data.opening import as_stored
 from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core
 from ...model.pooling_hf_vit import POOLINGS
 from ...system.machine import cores
+from ...system.progress import progress_bar
 
 SHARD = 512  # images per file of the cache
 VERSION = 1  # of the cache; a change of what features are makes older files unused
@@ -37,7 +39,16 @@ PHOTOGRAPHS = Channels()
 # Config fields that do not change features, so they do not make cached ones unused.
 NOT_OF_THE_ENCODER = (
     *("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id"),
-    *("problem_type", "temperature", "thresholds", "target_mean", "target_scale", "zero_init_head", "pooling"),
+    *(
+        "problem_type",
+        "heads",
+        "temperature",
+        "thresholds",
+        "target_mean",
+        "target_scale",
+        "zero_init_head",
+        "pooling",
+    ),
 )
 
 
@@ -77,6 +88,7 @@ class Encoder:
         image_size: tuple[int, int] | None = None,
         precision: str = "auto",
         channels: Channels = PHOTOGRAPHS,
+        is_cropping: bool = True,
     ) -> Self:
         """Load a checkpoint in any layout.
 
@@ -84,11 +96,14 @@ class Encoder:
             image_size: (height, width) in pixels; by default that of its image processor.
             precision: As for `optimize_for_inference`.
             channels: What the images are; the patch projection is adapted to their number of channels.
+            is_cropping: Whether the image processor may crop images; otherwise it resizes complete ones.
         """
         number = channels.num_channels if channels.num_channels != 3 else None
         size = image_size or usual_size(open_checkpoint(source))
         model, processor = load(source, size, open_checkpoint(source, Options(image_size=size, num_channels=number)))
         adapt_processor(processor, channels, model.config.num_channels)
+        if not is_cropping:
+            stop_cropping(processor)
         return cls(model, processor, source, precision)
 
     def _fingerprint(self, encoder: nn.Module) -> str:
@@ -190,6 +205,14 @@ def embed(
     if JOINED in encoder.poolings and JOINED not in features:
         features[JOINED] = torch.cat([features["cls"], features["mean"]], dim=-1)
     return Embeddings(readable, features, Contents(digests, names), len(missing), time.perf_counter() - began)
+
+
+def with_bar(batches: Any, number: int) -> Any:
+    """Yield batches of features, and show a progress bar of their images; none if `number`, that of images, is 0."""
+    with progress_bar(number, "images", what="Features", disable=None if number else True) as bar:
+        for batch in batches:
+            bar.update(len(batch))
+            yield batch
 
 
 def _read(encoder: Encoder, rows: Any, column: str, index: int) -> Tensor | None:

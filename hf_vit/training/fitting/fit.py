@@ -26,7 +26,6 @@ from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
 from ...system.disk import check_output_folder
 from ...system.locking import alone_in
-from ...system.progress import progress_bar
 from ...system.stopping import StopSignals
 from ...system.texts import counted, hanging
 from ...variants import is_from_scratch
@@ -35,7 +34,7 @@ from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data
 from .calibration import expected_score
-from .embedding import JOINED, Embeddings, Encoder, embed, logits_of
+from .embedding import JOINED, Embeddings, Encoder, embed, logits_of, with_bar
 from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
 from .race import Candidate, Entrants, Verdict, candidates_for, race
 from .report import Report, summary, write_fit
@@ -240,7 +239,7 @@ class _Fitting:
         """Compute all features, report what is odd, and drop unreadable images."""
         self.say("Computing the features of all images; those in the cache are reused.")
         splits = [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
-        results = [embed(self.encoder, split, self.data.columns, self.cache, _progress) for split in splits]
+        results = [embed(self.encoder, split, self.data.columns, self.cache, with_bar) for split in splits]
         train, evaluation = results[0], results[1] if len(results) > 1 else None
         computed, seconds = sum(part.computed for part in results), sum(part.seconds for part in results)
         if "evaluation_seconds" not in self.state:
@@ -328,7 +327,7 @@ class _Fitting:
         """Write the encoder with a head as a classifier."""
         fields = {**self.problem.fields(self.labels), "pooling": pooling, "representation_size": None}
         fields |= {"num_channels": self.encoder.config.num_channels}
-        with _quiet_about_the_new_head():
+        with quiet_about_the_new_head():
             model, processor = load_classifier(
                 self.source, self.data.label_names, image_size=self.encoder.image_size, **fields
             )
@@ -427,7 +426,7 @@ def _is(row: dict[str, Any], candidate: Candidate | None) -> bool:
 
 
 @contextmanager
-def _quiet_about_the_new_head() -> Iterator[None]:
+def quiet_about_the_new_head() -> Iterator[None]:
     """Silence the warnings about a head that is not in the checkpoint: it gets its weights at once."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -443,10 +442,3 @@ def _thresholds(logits: Tensor, targets: Tensor) -> list[float]:
     from ...evaluation.results import LabelResults
 
     return LabelResults(targets, logits.sigmoid(), torch.zeros_like(logits)).best_thresholds()
-
-
-def _progress(batches: Any, number: int) -> Any:
-    with progress_bar(number, "images", what="Features", disable=None if number else True) as bar:
-        for batch in batches:
-            bar.update(len(batch))
-            yield batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...data.classes import UNKNOWN
 from ...data.images import derive_seed
 from ...evaluation.results import LabelResults, TargetResults
-from ...model.modeling_hf_vit import HFViTDistilledClassifier
+from ...model.pooling_hf_vit import HFViTDistilledClassifier
 from ...system.machine import cores
 from ..tasks import binary_cross_entropy_of_labels, moments_of
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ...data.audit import Audit
 from ...data.labelled import RECIPE, ImageData
-from ...evaluation.metrics import results_of
-from ...evaluation.results import Results
+from ...evaluation.metrics import Results, results_of
 from ...hub.card import write_card
 from ...inspection.drawing import save
 from ...model.configuration_hf_vit import HFViTConfig

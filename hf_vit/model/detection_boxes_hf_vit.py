@@ -1,0 +1,152 @@
+"""Boxes of objects in the image processor: from COCO's annotations to labels, and from outputs to boxes in pixels.
+
+Boxes of annotations are in pixels of the upright image: where EXIF says that a photo is turned, after the turn. Boxes
+of labels are relative to the image, so that resizing does not change them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_base import BatchFeature
+from transformers.image_transforms import center_to_corners_format, corners_to_center_format
+
+from .image_conversion_hf_vit import flatten_images
+
+MOST_OBJECTS = 100  # of an image, as COCO counts them
+
+
+class HFViTDetectionBoxes:
+    """Process the boxes of images, too; mixed into `HFViTImageProcessing`."""
+
+    crop_pct: Any
+    do_center_crop: Any
+    packing: Any
+
+    def preprocess(self, images: Any, *args: Any, annotations: Any = None, **kwargs: Any) -> BatchFeature:
+        """Preprocess images and, if given, the annotations of each, which become `labels`, a dictionary per image.
+
+        Args:
+            images: As the class says.
+            args: Segmentation maps, if there are any.
+            annotations: As COCO has them, for each image: `{"image_id": 7, "annotations": [{"bbox": [left, top,
+                width, height], "category_id": 0, "area": 12.0, "iscrowd": 0}]}` in pixels of the upright image.
+                Boxes are clipped to the image. Crowds, and boxes outside of the image, are left out.
+            kwargs: Options of this call.
+
+        Returns:
+            `labels` has `class_labels` int64 `[n]`; `boxes` float32 `[n, 4]`, centre x, centre y, width and height
+            relative to the image; and `image_id`, `area`, `iscrowd`, `orig_size`, `size`, as in transformers' DETR.
+        """
+        parent: Any = super()
+        inputs = parent.preprocess(images, *args, **kwargs)
+        if annotations is None:
+            return inputs
+        processor: Any = self
+        self._require_whole_images(**kwargs)
+        sizes = [processor.original_size(image) for image in flatten_images(images)]
+        annotations = [annotations] if isinstance(annotations, Mapping) else list(annotations)
+        if len(annotations) != len(sizes):
+            raise ValueError(f"Expected annotations for each of {len(sizes)} images, got {len(annotations)}.")
+        pixels = inputs["pixel_values"]
+        new_sizes = [(each.shape[-2], each.shape[-1]) for each in pixels]
+        kind = kwargs.get("return_tensors")
+        labels = map(labels_of, annotations, sizes, new_sizes)
+        inputs["labels"] = [BatchFeature(each, tensor_type=kind) for each in labels]
+        return inputs
+
+    def post_process_object_detection(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        top_k: int = MOST_OBJECTS,
+    ) -> list[dict[str, Tensor]]:
+        """Return the detected objects of each image: `scores`, `labels` and `boxes`, the highest score first.
+
+        Args:
+            outputs: Output of a model for object detection.
+            threshold: Scores of returned objects are above it.
+            target_sizes: (height, width) of each image, in whose pixels boxes (left, top, right, bottom) are; by
+                default they are relative to the image.
+            top_k: Maximum number of objects per image.
+
+        Raises:
+            ValueError: If the numbers of sizes and images differ, or the processor crops images.
+        """
+        self._require_whole_images()
+        scores, classes, boxes = most_likely_objects(outputs.logits, outputs.pred_boxes, top_k).split([1, 1, 4], dim=2)
+        scores, labels = scores.squeeze(2), classes.squeeze(2).long()
+        boxes = center_to_corners_format(boxes).clamp(0, 1)
+        if target_sizes is not None:
+            if len(target_sizes) != len(boxes):
+                raise ValueError(f"Expected a target size for each of {len(boxes)} images, got {len(target_sizes)}.")
+            sizes = torch.as_tensor(target_sizes, device=boxes.device, dtype=boxes.dtype)
+            boxes = boxes * sizes.flip(1).repeat(1, 2).unsqueeze(1)
+        found = scores > threshold
+        return [
+            {"scores": scores[image][kept], "labels": labels[image][kept], "boxes": boxes[image][kept]}
+            for image, kept in enumerate(found)
+        ]
+
+    def _require_whole_images(self, **call: Any) -> None:
+        options = {name: call.get(name, getattr(self, name)) for name in ("crop_pct", "do_center_crop", "packing")}
+        if given := [f"{name}={value}" for name, value in options.items() if value]:
+            raise ValueError(
+                f"Expected an image processor that resizes whole images for object detection, got {', '.join(given)}: "
+                "set crop_pct=None, do_center_crop=False and packing=None."
+            )
+
+
+def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return the labels of an image for its annotations in COCO's form.
+
+    Args:
+        target: `image_id` and `annotations`, as for `preprocess`.
+        size: (height, width) of the upright image.
+        new_size: That of its pixel values.
+    """
+    if missing := {"image_id", "annotations"} - {*target}:
+        raise ValueError(
+            f"Expected annotations as a dictionary with image_id and annotations for each image, got one without "
+            f"{' and '.join(sorted(missing))}: its keys are {', '.join(map(str, target)) or 'none'}."
+        )
+    objects = [each for each in target["annotations"] if not each.get("iscrowd")]
+    if incomplete := [each for each in objects if not {"bbox", "category_id"} <= {*each}]:
+        raise ValueError(
+            "Expected bbox, [left, top, width, height], and category_id for every object, got one with the keys "
+            f"{', '.join(map(str, incomplete[0])) or 'none'}."
+        )
+    height, width = size
+    boxes = torch.tensor([[float(number) for number in each["bbox"]] for each in objects]).reshape(-1, 4)
+    areas = [each.get("area", box[2] * box[3]) for each, box in zip(objects, boxes.tolist(), strict=True)]
+    classes = torch.tensor([int(each["category_id"]) for each in objects], dtype=torch.int64)
+    relative = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    relative = (relative / torch.tensor([width, height, width, height])).clamp(0, 1)
+    kept = (relative[:, 2:] > relative[:, :2]).all(dim=1)
+    scale = new_size[0] * new_size[1] / (height * width)
+    return {
+        "image_id": torch.tensor([target["image_id"]]),
+        "class_labels": classes[kept],
+        "boxes": corners_to_center_format(relative[kept]),
+        "area": torch.tensor(areas, dtype=torch.float32)[kept] * scale,
+        "iscrowd": torch.zeros_like(classes[kept]),
+        "orig_size": torch.tensor(size),
+        "size": torch.tensor(new_size),
+    }
+
+
+def most_likely_objects(logits: Tensor, boxes: Tensor, number: int = MOST_OBJECTS) -> Tensor:
+    """Return the objects with the highest scores, float32 `[B, K, 6]`: score, class, and the box as it is given.
+
+    Args:
+        logits: `[B, Q, num_labels]`, of which the sigmoid is the score.
+        boxes: `[B, Q, 4]`.
+        number: Largest K.
+    """
+    queries, num_labels = logits.shape[1:]
+    scores, chosen = logits.float().sigmoid().flatten(1).topk(min(number, queries * num_labels), dim=1)
+    classes = (chosen % num_labels).float()
+    boxes = boxes.float().gather(1, (chosen // num_labels).unsqueeze(2).expand(-1, -1, 4))
+    return torch.cat([scores.unsqueeze(2), classes.unsqueeze(2), boxes], dim=2)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
-from transformers.image_transforms import center_to_corners_format, corners_to_center_format
 
 from .image_conversion_hf_vit import flatten_images
+from .image_geometry_hf_vit import corners
+
+MOST_OBJECTS = 100  # of an image, as COCO counts them
 
 
 class HFViTDetectionBoxes:
@@ -59,7 +61,7 @@ class HFViTDetectionBoxes:
         outputs: Any,
         threshold: float = 0.5,
         target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
-        top_k: int = 100,
+        top_k: int = MOST_OBJECTS,
     ) -> list[dict[str, Tensor]]:
         """Return the detected objects of each image: `scores`, `labels` and `boxes`, the highest score first.
 
@@ -74,18 +76,17 @@ class HFViTDetectionBoxes:
             ValueError: If the numbers of sizes and images differ, or the processor crops images.
         """
         self._require_whole_images()
-        batch, queries, num_labels = outputs.logits.shape
-        scores, chosen = outputs.logits.float().sigmoid().flatten(1).topk(min(top_k, queries * num_labels), dim=1)
-        boxes = center_to_corners_format(outputs.pred_boxes.float()).clamp(0, 1)
-        boxes = boxes.gather(1, (chosen // num_labels).unsqueeze(2).expand(-1, -1, 4))
+        scores, classes, boxes = most_likely_objects(outputs.logits, outputs.pred_boxes, top_k).split([1, 1, 4], dim=2)
+        scores, labels = scores.squeeze(2), classes.squeeze(2).long()
+        boxes = torch.cat(corners(boxes), dim=2).clamp(0, 1)
         if target_sizes is not None:
-            if len(target_sizes) != batch:
-                raise ValueError(f"Expected a target size for each of {batch} images, got {len(target_sizes)}.")
+            if len(target_sizes) != len(boxes):
+                raise ValueError(f"Expected a target size for each of {len(boxes)} images, got {len(target_sizes)}.")
             sizes = torch.as_tensor(target_sizes, device=boxes.device, dtype=boxes.dtype)
             boxes = boxes * sizes.flip(1).repeat(1, 2).unsqueeze(1)
         found = scores > threshold
         return [
-            {"scores": scores[image][kept], "labels": chosen[image][kept] % num_labels, "boxes": boxes[image][kept]}
+            {"scores": scores[image][kept], "labels": labels[image][kept], "boxes": boxes[image][kept]}
             for image, kept in enumerate(found)
         ]
 
@@ -121,16 +122,32 @@ def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[
     boxes = torch.tensor([[float(number) for number in each["bbox"]] for each in objects]).reshape(-1, 4)
     areas = [each.get("area", box[2] * box[3]) for each, box in zip(objects, boxes.tolist(), strict=True)]
     classes = torch.tensor([int(each["category_id"]) for each in objects], dtype=torch.int64)
-    relative = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    relative = (relative / torch.tensor([width, height, width, height])).clamp(0, 1)
-    kept = (relative[:, 2:] > relative[:, :2]).all(dim=1)
+    size_of_image = torch.tensor([width, height])
+    low = (boxes[:, :2] / size_of_image).clamp(0, 1)
+    high = ((boxes[:, :2] + boxes[:, 2:]) / size_of_image).clamp(0, 1)
+    kept = (high > low).all(dim=1)
     scale = new_size[0] * new_size[1] / (height * width)
     return {
         "image_id": torch.tensor([target["image_id"]]),
         "class_labels": classes[kept],
-        "boxes": corners_to_center_format(relative[kept]),
+        "boxes": torch.cat([(low + high) / 2, high - low], dim=1)[kept],
         "area": torch.tensor(areas, dtype=torch.float32)[kept] * scale,
         "iscrowd": torch.zeros_like(classes[kept]),
         "orig_size": torch.tensor(size),
         "size": torch.tensor(new_size),
     }
+
+
+def most_likely_objects(logits: Tensor, boxes: Tensor, number: int = MOST_OBJECTS) -> Tensor:
+    """Return the objects with the highest scores, float32 `[B, K, 6]`: score, class, and the box as it is given.
+
+    Args:
+        logits: `[B, Q, num_labels]`, of which the sigmoid is the score.
+        boxes: `[B, Q, 4]`.
+        number: Largest K.
+    """
+    queries, num_labels = logits.shape[1:]
+    scores, chosen = logits.float().sigmoid().flatten(1).topk(min(number, queries * num_labels), dim=1)
+    classes = (chosen % num_labels).float()
+    boxes = boxes.float().gather(1, (chosen // num_labels).unsqueeze(2).expand(-1, -1, 4))
+    return torch.cat([scores.unsqueeze(2), classes.unsqueeze(2), boxes], dim=2)

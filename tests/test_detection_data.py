@@ -230,6 +230,7 @@ def test_boxes_that_do_not_fit(tmp_path: Path) -> None:
         f"Skipped 4 boxes without an area in the image, or without four numbers: in {tmp_path.name}/0.png.",
         "2 boxes reach beyond their images, and are clipped to them.",
         "2 images have no boxes: they are all background.",
+        "1 class has a single training image: plate.",
     ]
 
 

@@ -71,7 +71,7 @@ def test_a_run_learns_and_reports(trained: Any, photos: Path) -> None:
     assert trained.metrics["eval_map_50"] > 0.6, trained.metrics
     card = (trained.output_dir / "README.md").read_text()
     assert "pipeline_tag: object-detection" in card and "| plate |" in card and "![predictions.png]" in card
-    assert "AutoModelForObjectDetection" in card and "post_process_object_detection" in card
+    assert "AutoModelForObjectDetection" in card and "post_process_object_detection(outputs, threshold=0." in card
     config = json.loads((trained.output_dir / "config.json").read_text())
     assert config["thresholds"] == trained.predictions.thresholds
     measured = evaluate_checkpoint(str(trained.output_dir), str(photos))

@@ -231,3 +231,9 @@ def test_trainer_learns_from_dictionaries(model: HFViTForObjectDetection, tmp_pa
     trainer.train()
     assert np.isfinite(trainer.evaluate()["eval_loss"])
     assert not torch.equal(model.detection_head.classifier.weight, before)
+
+
+def test_compiled_training_has_the_same_loss(model: HFViTForObjectDetection) -> None:
+    pixels, labels = torch.rand(2, 3, 32, 48), padded_boxes(LABELS)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(pixels, labels=labels).loss, model(pixels, labels=labels).loss)

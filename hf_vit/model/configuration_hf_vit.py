@@ -185,6 +185,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     model_type = "hf_vit"
     _auto_class = "AutoConfig"
     custom_pipelines: ClassVar[Any] = PipelineOfRepository()
+    keys_to_ignore_at_inference = ["heatmap"]  # an input of the loss, which Trainer would keep for all images
     base_model_tp_plan = {
         "layers.*.attention.qkv": "colwise",  # rows are ordered (head, q/k/v, head_dim): a shard is whole heads
         "layers.*.attention.o_proj": "rowwise",

@@ -40,19 +40,19 @@ class HFViTDetectionBoxes:
             relative to the image; and `image_id`, `area`, `iscrowd`, `orig_size`, `size`, as in transformers' DETR.
         """
         parent: Any = super()
-        inputs = parent.preprocess(images, *args, **kwargs)
         if annotations is None:
-            return inputs
+            return parent.preprocess(images, *args, **kwargs)
         processor: Any = self
         self._require_whole_images(**kwargs)
-        sizes = [processor.original_size(image) for image in flatten_images(images)]
+        images = list(flatten_images(images))
+        sizes = [processor.original_size(image) for image in images]
         annotations = [annotations] if isinstance(annotations, Mapping) else list(annotations)
         if len(annotations) != len(sizes):
             raise ValueError(f"Expected annotations for each of {len(sizes)} images, got {len(annotations)}.")
-        pixels = inputs["pixel_values"]
-        new_sizes = [(each.shape[-2], each.shape[-1]) for each in pixels]
-        kind = kwargs.get("return_tensors")
+        inputs = parent.preprocess(images, *args, **kwargs)
+        new_sizes = [(each.shape[-2], each.shape[-1]) for each in inputs["pixel_values"]]
         labels = map(labels_of, annotations, sizes, new_sizes)
+        kind = kwargs.get("return_tensors")
         inputs["labels"] = [BatchFeature(each, tensor_type=kind) for each in labels]
         return inputs
 

@@ -1,6 +1,6 @@
 """Images with boxes of objects: from their rows to batches, and as drawings.
 
-Labels of a batch are float32 `[B, M, 5]`: the class, and the center, width and height of the box, relative to the
+Labels of a batch are float32 `[B, M, 5]`: the class, and the centre, width and height of the box, relative to the
 image. Rows of the class -1 are empty, and those below are ignored objects: see `objects`.
 """
 
@@ -68,9 +68,9 @@ class BoxedTrainingImages(WithBoxes, TrainingImages):
 
 
 def corners_of(objects: Tensor) -> Tensor:
-    """Return (left, top, right, bottom) of boxes `[..., 4]` of center, width and height."""
-    centers, sizes = objects[..., :2], objects[..., 2:]
-    return torch.cat([centers - sizes / 2, centers + sizes / 2], dim=-1)
+    """Return (left, top, right, bottom) of boxes `[..., 4]` of centre, width and height."""
+    centres, sizes = objects[..., :2], objects[..., 2:]
+    return torch.cat([centres - sizes / 2, centres + sizes / 2], dim=-1)
 
 
 def draw_boxes(

@@ -3,9 +3,10 @@
     python scripts/segment_with_mask2former.py camvid/ mask2former/ --steps 2000
     python scripts/segment_with_mask2former.py camvid/ mask2former/ --model my-encoder/ --size 384 512
 
-DATA is a folder of parquet files, or a data set on the Hub, with the columns `image` and `mask`; masks hold class
-indices, 255 where unknown, and their names come from the features or are numbers. The backbone returns maps of the
-strides 4, 8, 16 and 32, which Mask2Former was made for. Every class in an image is one mask to predict.
+DATA is a folder of parquet files, or a data set on the Hub, with the splits train and test, and with the columns
+`image` and `mask`. Masks hold class indices, 255 where unknown; a column of lists of `ClassLabel` has their names. The
+backbone returns maps of the strides 4, 8, 16 and 32, which Mask2Former was made for. Every class in an image is one
+mask to predict.
 """
 
 import argparse
@@ -24,12 +25,13 @@ SMALL = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "
 
 def build_model(arguments: argparse.Namespace, names: list[str]) -> Mask2FormerForUniversalSegmentation:
     """Return a Mask2Former on the encoder of a checkpoint, or on a small new one."""
-    options = {"image_size": arguments.size, "feature_strides": STRIDES}
+    fields = {"image_size": arguments.size, "feature_strides": STRIDES}
     if arguments.model is None:
-        backbone = HFViTBackbone(HFViTConfig(**SMALL, **options, pooling="mean"))
+        backbone = HFViTBackbone(HFViTConfig(**SMALL, **fields, pooling="mean"))
     else:
-        backbone = HFViTBackbone.from_pretrained(arguments.model, **options)
-    config = Mask2FormerConfig(backbone.config, id2label=dict(enumerate(names)), decoder_layers=4, num_queries=30)
+        backbone = HFViTBackbone.from_pretrained(arguments.model, **fields)
+    options = {"id2label": dict(enumerate(names)), "decoder_layers": 4, "num_queries": 30}
+    config = Mask2FormerConfig(backbone_config=backbone.config, **options)
     model = Mask2FormerForUniversalSegmentation(config)
     model.model.pixel_level_module.encoder.load_state_dict(backbone.state_dict())
     return model

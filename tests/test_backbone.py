@@ -1,13 +1,19 @@
 """The backbone under the heads of other models of transformers, with the maps of layers or of a pyramid."""
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List
+from datasets import Image as ImageFeature
+from PIL import Image
 from transformers import (
     AutoBackbone,
+    AutoModelForUniversalSegmentation,
     DetrConfig,
     DetrForObjectDetection,
     DFineConfig,
@@ -26,6 +32,7 @@ from transformers import (
 
 from hf_vit import HFViTBackbone, HFViTConfig, HFViTForSemanticSegmentation
 
+ROOT = Path(__file__).parents[1]
 PIXELS = torch.rand(2, 3, 64, 96)
 MASKS: dict[str, Any] = {
     "mask_labels": [torch.randint(2, (2, 64, 96)).float() for _ in range(2)],
@@ -165,6 +172,26 @@ def test_strides_are_those_of_the_maps(
     [single] = loaded(torch.ones(1, 3, height, width)).feature_maps
     torch.testing.assert_close(single, model(torch.ones(1, 3, height, width)).feature_maps[strides.index(patch)])
     assert HFViTBackbone.from_pretrained(tmp_path, feature_strides=None).out_features == ["stage3"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of Trainer and of the model are not ours
+def test_the_script_trains_mask2former(tmp_path: Path) -> None:
+    names, images, masks = ["sky", "field"], [], []
+    for seed in range(4):
+        classes = np.zeros((40, 60), dtype=np.uint8)
+        classes[15 + seed :] = 1
+        images.append(Image.fromarray(np.stack([classes * 200] * 3, axis=2)))
+        masks.append(Image.fromarray(classes))
+    features = Features({"image": ImageFeature(), "mask": ImageFeature(), "classes": List(ClassLabel(names=names))})
+    data = Dataset.from_dict({"image": images, "mask": masks, "classes": [[0, 1]] * 4}, features=features)
+    for split in ("train", "test"):
+        data.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    main = runpy.run_path(str(ROOT / "scripts" / "segment_with_mask2former.py"))["main"]
+    options = ["--steps", "2", "--batch-size", "2", "--size", "32", "64"]
+    assert 0 <= main([str(tmp_path / "data"), str(tmp_path / "model"), *options]) <= 1
+    loaded = AutoModelForUniversalSegmentation.from_pretrained(tmp_path / "model")
+    assert loaded.config.id2label == {0: "sky", 1: "field"}
 
 
 def test_strides_that_do_not_fit_are_refused(tiny_config: Callable[..., HFViTConfig]) -> None:

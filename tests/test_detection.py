@@ -1,5 +1,6 @@
 """Object detection: the model, its loss, the image processor's boxes, and the pipeline."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from isolated import python
 from PIL import Image
 from torchvision.ops import box_convert, generalized_box_iou_loss
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments, pipeline
@@ -212,6 +214,25 @@ def test_the_pipeline_gives_boxes_in_the_upright_image(
     batched = detect([str(tmp_path / "photo.jpg"), photo], threshold=0.1, batch_size=2)[0]
     assert [each["box"] for each in batched] == [each["box"] for each in found]
     assert "not supported" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_saved_folder_detects_the_same_without_the_package(model: HFViTForObjectDetection, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.detection_head.classifier.bias.fill_(1.0)
+    model.save_pretrained(tmp_path / "model")
+    Image.effect_noise((90, 60), 60).convert("RGB").save(tmp_path / "photo.png")
+    code = (
+        "import json, sys; from transformers import pipeline; "
+        "detect = pipeline('object-detection', sys.argv[1], trust_remote_code=True); "
+        "print(json.dumps([type(detect).__module__, detect(sys.argv[2])]))"
+    )
+    answer = python(code, tmp_path / "model", tmp_path / "photo.png", home=tmp_path).stdout
+    module, found = json.loads(answer.strip().splitlines()[-1])
+    assert module.startswith("transformers_modules")
+    local = pipeline("object-detection", str(tmp_path / "model"))(str(tmp_path / "photo.png"))
+    assert local and [each["box"] for each in found] == [each["box"] for each in local]
+    assert [each["score"] for each in found] == pytest.approx([each["score"] for each in local], abs=1e-5)
 
 
 def test_trainer_learns_from_dictionaries(model: HFViTForObjectDetection, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
+from ..model.image_geometry_hf_vit import corners
 from .images import EvaluationImages, TrainingImages, padded
 from .masks import palette, refuse_cropping
 
@@ -67,10 +68,9 @@ class BoxedTrainingImages(WithBoxes, TrainingImages):
         return {"pixel_values": image, "labels": padded(objects, max(1, len(objects)))}
 
 
-def corners_of(objects: Tensor) -> Tensor:
+def corners_of(boxes: Tensor) -> Tensor:
     """Return (left, top, right, bottom) of boxes `[..., 4]` of centre, width and height."""
-    centres, sizes = objects[..., :2], objects[..., 2:]
-    return torch.cat([centres - sizes / 2, centres + sizes / 2], dim=-1)
+    return torch.cat(corners(boxes), dim=-1)
 
 
 def draw_boxes(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
-from transformers.image_transforms import center_to_corners_format, corners_to_center_format
 
 from .image_conversion_hf_vit import flatten_images
+from .image_geometry_hf_vit import corners
 
 MOST_OBJECTS = 100  # of an image, as COCO counts them
 
@@ -78,7 +78,7 @@ class HFViTDetectionBoxes:
         self._require_whole_images()
         scores, classes, boxes = most_likely_objects(outputs.logits, outputs.pred_boxes, top_k).split([1, 1, 4], dim=2)
         scores, labels = scores.squeeze(2), classes.squeeze(2).long()
-        boxes = center_to_corners_format(boxes).clamp(0, 1)
+        boxes = torch.cat(corners(boxes), dim=2).clamp(0, 1)
         if target_sizes is not None:
             if len(target_sizes) != len(boxes):
                 raise ValueError(f"Expected a target size for each of {len(boxes)} images, got {len(target_sizes)}.")
@@ -122,14 +122,15 @@ def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[
     boxes = torch.tensor([[float(number) for number in each["bbox"]] for each in objects]).reshape(-1, 4)
     areas = [each.get("area", box[2] * box[3]) for each, box in zip(objects, boxes.tolist(), strict=True)]
     classes = torch.tensor([int(each["category_id"]) for each in objects], dtype=torch.int64)
-    relative = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    relative = (relative / torch.tensor([width, height, width, height])).clamp(0, 1)
-    kept = (relative[:, 2:] > relative[:, :2]).all(dim=1)
+    size_of_image = torch.tensor([width, height])
+    low = (boxes[:, :2] / size_of_image).clamp(0, 1)
+    high = ((boxes[:, :2] + boxes[:, 2:]) / size_of_image).clamp(0, 1)
+    kept = (high > low).all(dim=1)
     scale = new_size[0] * new_size[1] / (height * width)
     return {
         "image_id": torch.tensor([target["image_id"]]),
         "class_labels": classes[kept],
-        "boxes": corners_to_center_format(relative[kept]),
+        "boxes": torch.cat([(low + high) / 2, high - low], dim=1)[kept],
         "area": torch.tensor(areas, dtype=torch.float32)[kept] * scale,
         "iscrowd": torch.zeros_like(classes[kept]),
         "orig_size": torch.tensor(size),

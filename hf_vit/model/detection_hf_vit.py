@@ -21,11 +21,13 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_hf_vit import HFViTConfig
 from .dense_hf_vit import reject_patch_dropout
+from .image_geometry_hf_vit import corners
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 from .pyramid_hf_vit import HFViTPyramidLevel, map_of_patches, pyramid_channels
 
-PRIOR = 0.01  # initial probability of an object at a point: RetinaNet, arXiv:1708.02002, section 4.1
+# Initial probability of an object at a point, 1 %: RetinaNet, arXiv:1708.02002, section 4.1.
+LOGIT_OF_PRIOR = math.log(0.01 / 0.99)
 SUPPRESSED = -1e4  # logit of a point that is no peak, within the range of float16
 MAX_LOG_DISTANCE = 7.0  # of a distance in patches: no infinity, and more than any image has
 EXTENT = 0.54  # share of a box, along each side, in which points are near its centre: TTFNet, section 4.2
@@ -47,13 +49,13 @@ class HFViTObjectDetectionOutput(ModelOutput):
         heatmap: Logits of all points `[B, num_labels, h, w]`, from which the loss is computed.
     """
 
-    loss: torch.FloatTensor | None = None
+    loss: Tensor | None = None
     loss_dict: dict[str, Tensor] | None = None
-    logits: torch.FloatTensor | None = None
-    pred_boxes: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    heatmap: torch.FloatTensor | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    heatmap: Tensor | None = None
 
 
 def padded_boxes(labels: Any) -> Tensor:
@@ -139,12 +141,6 @@ def boxes_loss(pred_boxes: Tensor, boxes: Tensor, near: Tensor) -> Tensor:
     return (shares * (1 - generalized_iou(pred_boxes, targets))).sum(dim=1)
 
 
-def corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (left, top) and the (right, bottom) of boxes `[..., 4]` of centre and size."""
-    centre, size = boxes.split(2, dim=-1)
-    return centre - size / 2, centre + size / 2
-
-
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     """Return the generalized IoU (arXiv:1902.09630) of boxes `[..., 4]`, from -1 to 1."""
     (low, high), (other_low, other_high) = corners(first), corners(second)
@@ -225,12 +221,12 @@ class HFViTForObjectDetection(HFViTPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self.detection_head.classifier:
-            init.constant_(module.bias, math.log(PRIOR / (1 - PRIOR)))
+            init.constant_(cast(Tensor, module.bias), LOGIT_OF_PRIOR)
 
     def reset_classifier(self) -> None:
         """Give the classifier new weights, for other classes."""
         nn.init.normal_(self.detection_head.classifier.weight, std=self.config.initializer_range)
-        nn.init.constant_(self.detection_head.classifier.bias, math.log(PRIOR / (1 - PRIOR)))
+        nn.init.constant_(cast(Tensor, self.detection_head.classifier.bias), LOGIT_OF_PRIOR)
 
     @can_return_tuple
     def forward(

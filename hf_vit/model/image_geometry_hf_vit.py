@@ -1,4 +1,4 @@
-"""Sizes, crops and patches of images. Sizes are (height, width)."""
+"""Sizes, crops and patches of images, and boxes in them. Sizes are (height, width)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -118,3 +118,9 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (left, top) and the (right, bottom) of boxes `[..., 4]` of centre and size."""
+    centre, size = boxes.split(2, dim=-1)
+    return centre - size / 2, centre + size / 2

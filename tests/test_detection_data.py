@@ -230,6 +230,7 @@ def test_boxes_that_do_not_fit(tmp_path: Path) -> None:
         f"Skipped 4 boxes without an area in the image, or without four numbers: in {tmp_path.name}/0.png.",
         "2 boxes reach beyond their images, and are clipped to them.",
         "2 images have no boxes: they are all background.",
+        "1 class has a single training image: plate.",
     ]
 
 
@@ -280,8 +281,8 @@ def test_formats_of_boxes() -> None:
     data = load({"train": column(corners, CLASSES, Value("string"))}, holds_out=False)
     assert_scenes(data.train)
     assert "box_format: voc" in data.notes[0]
-    centers = [[row[1:] for row in expected(objects)] for objects in SCENES]
-    shares = column(centers, CLASSES, Value("string"))
+    centres = [[row[1:] for row in expected(objects)] for objects in SCENES]
+    shares = column(centres, CLASSES, Value("string"))
     assert_scenes(load({"train": shares}, holds_out=False, box_format="yolo").train)
     assert_scenes(load({"train": shares}, holds_out=False).train)
     far = column([[[100 + value for value in box] for box in own] for own in BOXES], CLASSES, Value("string"))
@@ -294,7 +295,7 @@ def test_formats_of_boxes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("0 0.5 0.5 0.1", "Line 1 of .*0.txt is not an object of YOLO: expected a class index and center x"),
+        ("0 0.5 0.5 0.1", "Line 1 of .*0.txt is not an object of YOLO: expected a class index and centre x"),
         ("0 5 5 10 10", "its values are in pixels"),
         ("2 0.5 0.5 0.1 0.1", r"has the class 2, but 2 classes are named \(cell, plate\)"),
         ("cell 0.5 0.5 0.1 0.1", "is not an object of YOLO"),

@@ -71,7 +71,7 @@ def test_a_run_learns_and_reports(trained: Any, photos: Path) -> None:
     assert trained.metrics["eval_map_50"] > 0.6, trained.metrics
     card = (trained.output_dir / "README.md").read_text()
     assert "pipeline_tag: object-detection" in card and "| plate |" in card and "![predictions.png]" in card
-    assert "AutoModelForObjectDetection" in card and "post_process_object_detection" in card
+    assert "AutoModelForObjectDetection" in card and "post_process_object_detection(outputs, threshold=0." in card
     config = json.loads((trained.output_dir / "config.json").read_text())
     assert config["thresholds"] == trained.predictions.thresholds
     measured = evaluate_checkpoint(str(trained.output_dir), str(photos))
@@ -121,10 +121,10 @@ def test_a_table_has_the_boxes_in_pixels_of_the_images(trained: Any, tmp_path: P
     true = [(NAMES[index], box) for index, box in zip(objects["category"], objects["bbox"], strict=True)]
     assert [name for name, _ in found] == sorted(name for name, _ in true)
     for name, (left, top, right, bottom) in found:
-        centers = [
+        centres = [
             (abs(left + right - 2 * (2 * x + w)), abs(top + bottom - 2 * (2 * y + h))) for _, (x, y, w, h) in true
         ]
-        assert min(map(max, centers)) < 16, (name, found, true)
+        assert min(map(max, centres)) < 16, (name, found, true)
     lines = (tmp_path / "boxes.csv").read_text().splitlines()
     assert lines[0] == "image,label,score,left,top,right,bottom,error"
     assert len(lines) == 1 + 1 + len(found) + 1 and lines[-1].endswith("empty.png,,,,,,,")
@@ -140,7 +140,7 @@ def test_a_table_has_the_boxes_in_pixels_of_the_images(trained: Any, tmp_path: P
 def results_of(labels: list[list[list[float]]], predicted: list[list[list[float]]]) -> BoxResults:
     """Return results for objects as (class, left, top, right, bottom), predicted ones with a score before."""
 
-    def centered(rows: Any, first: int, most: int, empty: float) -> list[list[float]]:
+    def centred(rows: Any, first: int, most: int, empty: float) -> list[list[float]]:
         boxes = [
             [*codes, (left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
             for *codes, left, top, right, bottom in rows
@@ -149,7 +149,7 @@ def results_of(labels: list[list[list[float]]], predicted: list[list[list[float]
 
     def stacked(all_rows: Any, first: int, empty: float) -> torch.Tensor:
         most = max(map(len, all_rows))
-        return torch.tensor([centered(rows, first, most, empty) for rows in all_rows])
+        return torch.tensor([centred(rows, first, most, empty) for rows in all_rows])
 
     return BoxResults(stacked(labels, 1, -1.0), stacked(predicted, 2, 0.0), torch.zeros(len(labels)), 2)
 

@@ -18,7 +18,7 @@ LEAST_VISIBLE = 0.3  # share of the area of a box, below which it is removed
 
 
 class BoxedAugmentation:
-    """Augment an image uint8 `[C, H, W]` and its objects `[N, 5]`: class, and center, width and height of the box.
+    """Augment an image uint8 `[C, H, W]` and its objects `[N, 5]`: class, and centre, width and height of the box.
 
     All random numbers come from torch's default generator.
 

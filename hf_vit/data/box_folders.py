@@ -262,8 +262,8 @@ def _rows_of_coco(path: Path, content: dict[str, Any], finder: Finder) -> tuple[
         if annotation.get("image_id") not in known or annotation.get("category_id") not in names:
             raise ValueError(
                 f"An annotation of {path.name} (id {annotation.get('id')}) has the image_id "
-                f"{annotation.get('image_id')} and the category_id {annotation.get('category_id')}: the file does not "
-                "list both."
+                f"{annotation.get('image_id')} and the category_id {annotation.get('category_id')}, but the file does "
+                "not list both."
             )
         if (row := rows.get(annotation["image_id"])) is not None:
             box = annotation.get("bbox") or _around(annotation.get("segmentation"))
@@ -416,7 +416,7 @@ def _objects_in(path: Path) -> Iterator[tuple[int, list[float], bool]]:
         except (ValueError, ArithmeticError) as error:
             pixels = "; its values are in pixels" if isinstance(error, ArithmeticError) else ""
             raise ValueError(
-                f"Line {number} of {path} is not an object of YOLO: expected a class index and center x, center y, "
+                f"Line {number} of {path} is not an object of YOLO: expected a class index and centre x, centre y, "
                 f"width and height from 0 to 1, got {shortened([line], 60)}{pixels}."
             ) from None
         if is_polygon:

@@ -1,6 +1,6 @@
 """Images with boxes of objects: from their rows to batches, and as drawings.
 
-Labels of a batch are float32 `[B, M, 5]`: the class, and the center, width and height of the box, relative to the
+Labels of a batch are float32 `[B, M, 5]`: the class, and the centre, width and height of the box, relative to the
 image. Rows of the class -1 are empty, and those below are ignored objects: see `objects`.
 """
 
@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
+from ..model.image_geometry_hf_vit import corners
 from .images import EvaluationImages, TrainingImages, padded
 from .masks import palette, refuse_cropping
 
@@ -67,10 +68,9 @@ class BoxedTrainingImages(WithBoxes, TrainingImages):
         return {"pixel_values": image, "labels": padded(objects, max(1, len(objects)))}
 
 
-def corners_of(objects: Tensor) -> Tensor:
-    """Return (left, top, right, bottom) of boxes `[..., 4]` of center, width and height."""
-    centers, sizes = objects[..., :2], objects[..., 2:]
-    return torch.cat([centers - sizes / 2, centers + sizes / 2], dim=-1)
+def corners_of(boxes: Tensor) -> Tensor:
+    """Return (left, top, right, bottom) of boxes `[..., 4]` of centre, width and height."""
+    return torch.cat(corners(boxes), dim=-1)
 
 
 def draw_boxes(

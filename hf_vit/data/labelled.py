@@ -275,17 +275,17 @@ class _Choice:
         labels = []
         if self.needs_labels or self.label_columns:
             found = label_columns(features)
+            if not self.label_columns and (boxes := objects_without_classes(features)):
+                raise ValueError(
+                    f"{name} has boxes of objects in {boxes!r}: set the task to detection (--task detection), or "
+                    "specify a label_column."
+                )
             if not found and not self.label_columns:
                 raise ValueError(
                     f"Found images without labels in {name}: expected one subfolder per class, or a metadata.csv "
                     "beside them with the columns file_name and label. For another column, set label_column "
                     "(--label-column). "
                     f"{' '.join([_seen(split, image), *self.notes])}".rstrip()
-                )
-            if not self.label_columns and (boxes := objects_without_classes(features)):
-                raise ValueError(
-                    f"{name} has boxes of objects in {boxes!r}: set the task to detection (--task detection), or "
-                    "specify a label_column."
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)
         return Part(split, image, labels, is_train)

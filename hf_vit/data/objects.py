@@ -1,6 +1,6 @@
 """Boxes of objects in the columns of a data set: where they are, what their numbers mean, and what their classes are.
 
-From here on, an object is a row of five numbers: the index of its class, and the center, width and height of its box
+From here on, an object is a row of five numbers: the index of its class, and the centre, width and height of its box
 as shares of the upright image. An ignored object, such as a crowd, has the class `-2 - index`: the loss skips negative
 classes, and metrics count nothing there.
 """
@@ -44,7 +44,7 @@ def _corners_of_yolo(boxes: Boxes) -> Boxes:
 FORMATS: dict[str, tuple[Callable[[Boxes], Boxes], str]] = {
     "coco": (_corners_of_coco, "[x, y, width, height] in pixels"),
     "voc": (lambda boxes: boxes, "[x1, y1, x2, y2] in pixels"),
-    "yolo": (_corners_of_yolo, "[center x, center y, width, height] from 0 to 1"),
+    "yolo": (_corners_of_yolo, "[centre x, centre y, width, height] from 0 to 1"),
 }
 FITTING, MISFIT = 0.95, 0.5  # shares of boxes in their images at which a format is certain, and is wrong
 TOLERANCE = 0.02  # of a side, by which a box may leave its image
@@ -257,7 +257,7 @@ def _relative_format(boxes: Boxes) -> tuple[str, str]:
     fits = {name: _fitting(relative_corners(boxes, ones, name)).mean() for name in FORMATS}
     if fits["yolo"] < FITTING or max(fits["coco"], fits["voc"]) >= FITTING:
         raise ValueError(
-            "The boxes have values from 0 to 1: if they are [center x, center y, width, height], set box_format to "
+            "The boxes have values from 0 to 1: if they are [centre x, centre y, width, height], set box_format to "
             "yolo; store others in pixels."
         )
     return "yolo", f"The boxes are read as {FORMATS['yolo'][1]} (box_format: yolo)."
@@ -457,7 +457,7 @@ def _fixed(stated: str | None) -> str | None:
 def _rows(
     own: Objects, classes: np.ndarray, frames: np.ndarray, turned: np.ndarray, box_format: str, seen: _Seen
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the objects of a part as rows of class, center, width and height, and the image of each."""
+    """Return the objects of a part as rows of class, centre, width and height, and the image of each."""
     owners = np.repeat(np.arange(len(own.counts)), own.counts)
     sides = frames[owners]
     is_known = (sides > 0).all(axis=1)

@@ -42,8 +42,8 @@ ROW_GROUP_BYTES = 32 << 20  # before compression
 SIDES = ("left", "top", "right", "bottom")  # of a box
 
 
-def schema_of(has_features: bool) -> pa.Schema:
-    """Return the columns of shards and their types, which do not depend on the images."""
+def schema_of(has_features: bool, has_boxes: bool = False) -> pa.Schema:
+    """Return the columns of the table and their types, which do not depend on the images."""
     fields = [
         pa.field("image", pa.string()),
         pa.field("labels", pa.list_(pa.string())),
@@ -51,7 +51,8 @@ def schema_of(has_features: bool) -> pa.Schema:
         pa.field("error", pa.string()),
     ]
     features, boxes = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32(), 4))
-    return pa.schema([*fields, *[pa.field("features", features)] * has_features, pa.field("boxes", boxes)])
+    fields += [pa.field("features", features)] * has_features + [pa.field("boxes", boxes)] * has_boxes
+    return pa.schema(fields)
 
 
 def table_of(predictions: list[Prediction], schema: pa.Schema) -> pa.Table:
@@ -146,7 +147,8 @@ class PredictionTable:
 
     def __init__(self, output: Path, has_features: bool) -> None:
         check_output(output, has_features)
-        self.output, self.schema = output, schema_of(has_features)
+        self.output, self.has_features = output, has_features
+        self.schema = schema_of(has_features, has_boxes=True)  # of shards, in which boxes may all be null
         self.folder = output.with_name(f"{output.name}.parts")
 
     def check(self, plan: dict[str, Any], restart: bool) -> None:
@@ -213,7 +215,7 @@ class PredictionTable:
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
             most = max((self._most_labels(shard) for shard in shards), default=0)
-            schema = self.schema if self._have_boxes(shards) else self.schema.remove(len(self.schema) - 1)
+            schema = schema_of(self.has_features, self._have_boxes(shards))
             with WRITERS[self.output.suffix](unfinished, schema, most) as write:
                 for shard in shards:
                     table = pq.read_table(self.folder / shard.name, schema=self.schema)
@@ -232,7 +234,8 @@ class PredictionTable:
 
     def _have_boxes(self, shards: list[Shard]) -> bool:
         """Return whether a shard is of a detector; one of an older version has no such column."""
-        columns = (pq.read_table(self.folder / shard.name, schema=self.schema)["boxes"] for shard in shards)
+        read = partial(pq.read_table, schema=self.schema, columns=["boxes"])
+        columns = (read(self.folder / shard.name)["boxes"] for shard in shards)
         return any(column.null_count < len(column) for column in columns)
 
     def _most_labels(self, shard: Shard) -> int:

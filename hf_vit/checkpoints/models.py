@@ -16,7 +16,7 @@ from ..model import model_class
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
-from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
+from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation, equal_for_parts
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
@@ -151,8 +151,10 @@ def load_segmenter(
     model, report = _fill(HFViTForSemanticSegmentation, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, "decode_head.", fields)
     if not is_kept:
-        nn.init.normal_(model.decode_head.classifier.weight, std=model.config.initializer_range)
-        nn.init.zeros_(model.decode_head.classifier.bias)
+        weight, bias = model.decode_head.classifier.weight, model.decode_head.classifier.bias
+        nn.init.normal_(weight, std=model.config.initializer_range)
+        weight.data.copy_(equal_for_parts(weight.data, len(label_names)))
+        nn.init.zeros_(bias)
     return model, _processor(checkpoint, model.config.image_shape)
 
 

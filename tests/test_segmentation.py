@@ -33,6 +33,20 @@ def test_logits_of_any_size_have_four_rows_and_columns_per_patch(model: HFViTFor
     assert model(torch.rand(1, 3, 56, 16)).logits.shape == (1, 5, 28, 8)
 
 
+def test_parts_of_a_patch_start_equal_and_keep_what_they_learned(
+    model: HFViTForSemanticSegmentation, tmp_path: Path
+) -> None:
+    def parts(model: HFViTForSemanticSegmentation) -> torch.Tensor:
+        return model.decode_head.classifier.weight.unflatten(0, (5, 16))
+
+    logits = model(torch.rand(1, 3, 32, 48)).logits
+    assert (parts(model) == parts(model)[:, :1]).all() and parts(model).std(dim=0).min() > 0
+    assert torch.equal(logits, F.interpolate(logits[..., ::4, ::4], scale_factor=4, mode="nearest"))
+    torch.nn.init.normal_(model.decode_head.classifier.weight)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(parts(HFViTForSemanticSegmentation.from_pretrained(tmp_path)), parts(model))
+
+
 def test_loss_is_that_of_known_pixels_at_the_size_of_the_labels(model: HFViTForSemanticSegmentation) -> None:
     pixels, labels = torch.rand(2, 3, 32, 48), torch.randint(5, (2, 64, 96))
     labels[0, :20] = 255

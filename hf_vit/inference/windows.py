@@ -75,7 +75,7 @@ class WindowedSegmenter(HFViTForSemanticSegmentation):
     the configurations of mmsegmentation.
     """
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SemanticSegmenterOutput:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SemanticSegmenterOutput:
         """Return `logits` `[B, num_labels, h, w]` of the whole images.
 
         Args:

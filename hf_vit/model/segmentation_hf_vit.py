@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.processing_utils import Unpack
@@ -21,6 +22,16 @@ from .layers_hf_vit import unpatchify
 from .losses_hf_vit import segmentation_loss
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
+
+
+def equal_for_parts(weight: Tensor, num_labels: int) -> Tensor:
+    """Return weights of the head in which all parts of a patch have those of the first part.
+
+    Training begins with them: 1.5 CPU minutes on CamVid gave a mean IoU of 22.2 % instead of 20.6 % (one seed), since
+    random weights give each part its own noise.
+    """
+    of_parts = weight.unflatten(0, (num_labels, -1))  # [num_labels, parts, width]
+    return of_parts[:, :1].expand_as(of_parts).flatten(0, 1)
 
 
 class HFViTSegmentationHead(nn.Module):
@@ -69,10 +80,19 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
         self.decode_head = HFViTSegmentationHead(config)
         self.post_init()
 
+<<<<<<< HEAD
     def reset_classifier(self) -> None:
         """Give the classifier new weights, for other classes."""
         nn.init.normal_(self.decode_head.classifier.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.decode_head.classifier.bias)
+=======
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.decode_head.classifier:
+            weight = self.decode_head.classifier.weight
+            init.copy_(weight, equal_for_parts(weight, cast(int, self.config.num_labels)))
+>>>>>>> wt-D
 
     @can_return_tuple
     @filter_output_hidden_states

@@ -17,12 +17,8 @@ from ..model.dense_hf_vit import HFViTForMaskedImageModeling
 from ..model.detection_hf_vit import HFViTForObjectDetection
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
-<<<<<<< HEAD
 from ..model.multi_task_hf_vit import HFViTForMultiTask
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
-=======
-from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation, equal_for_parts
->>>>>>> wt-D
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
@@ -181,8 +177,7 @@ def _load_with_classes(
     model, report = _fill(loaded, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, f"{head}.", fields)
     if not is_kept:
-<<<<<<< HEAD
-        model.reset_classifier()
+        getattr(model, head).reset_classifier()
     return model, _processor(checkpoint, model.config.image_shape, **WHOLE_IMAGES)
 
 
@@ -204,12 +199,6 @@ def load_multi_task(
     of_model = {**OF_HEAD, **fields, "num_labels": 2, "problem_type": None, "heads": {**(known or {}), **heads}}
     model, report = _fill(HFViTForMultiTask, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, tuple(f"heads.{name}." for name in heads), fields)
-=======
-        weight, bias = model.decode_head.classifier.weight, model.decode_head.classifier.bias
-        nn.init.normal_(weight, std=model.config.initializer_range)
-        weight.data.copy_(equal_for_parts(weight.data, len(label_names)))
-        nn.init.zeros_(bias)
->>>>>>> wt-D
     return model, _processor(checkpoint, model.config.image_shape)
 
 

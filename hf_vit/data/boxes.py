@@ -49,7 +49,7 @@ class BoxedEvaluationImages(WithBoxes, EvaluationImages):
     @cached_property
     def most(self) -> int:
         """The largest number of objects of an image, at least 1."""
-        return max([1, *map(len, self.labels)])
+        return max([1, *(len(rows) for rows in self.labels)])
 
     def example(self, pixels: Any, visit: Any) -> dict[str, Any]:
         image, objects = pixels

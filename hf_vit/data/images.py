@@ -105,9 +105,9 @@ def upright_size(stored: dict[str, Any]) -> tuple[int, int, int] | None:
     try:
         source = stored_source(stored)
         try:
-            with PILImage.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-                width, height = image.size
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            with PILImage.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                width, height = opened.size
+                orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # of a format that Pillow lacks
             image = read_image(source)
             (height, width), orientation = size_of(image), 1

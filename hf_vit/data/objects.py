@@ -271,8 +271,8 @@ def relative_corners(boxes: Boxes, frames: np.ndarray, box_format: str) -> Boxes
 
 def _fitting(corners: Boxes) -> np.ndarray:
     """Return for each box whether it has an area, and lies in its image."""
-    is_inside = (corners >= -TOLERANCE).all(axis=1) & (corners <= 1 + TOLERANCE).all(axis=1)
-    return is_inside & (corners[:, 2:] > corners[:, :2]).all(axis=1)
+    is_inside = np.logical_and(corners >= -TOLERANCE, corners <= 1 + TOLERANCE).all(axis=1)
+    return np.logical_and(is_inside, (corners[:, 2:] > corners[:, :2]).all(axis=1))
 
 
 # --------------------------------------------------------------------------------------------------------- uniting
@@ -416,7 +416,8 @@ def _frames(own: Objects, sizes: np.ndarray, seen: _Seen) -> tuple[np.ndarray, n
     upright, orientations = sizes[:, :2], sizes[:, 2]
     is_stated = (own.sizes > 0).all(axis=1)
     differs = is_stated & (upright > 0).all(axis=1) & (own.sizes != upright).any(axis=1) & (own.counts > 0)
-    is_turned = differs & (own.sizes == upright[:, ::-1]).all(axis=1) & np.isin(orientations, list(TURNED))
+    is_swapped = (own.sizes == upright[:, ::-1]).all(axis=1)
+    is_turned: np.ndarray = np.logical_and(differs & is_swapped, np.isin(orientations, list(TURNED)))
     seen.turned += int(is_turned.sum())
     seen.scaled += int((differs & ~is_turned).sum())
     return np.where(is_stated[:, None], own.sizes, upright), np.where(is_turned, orientations, 0)

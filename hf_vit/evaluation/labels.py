@@ -72,7 +72,7 @@ def images_for_model(
     """Return the images of a split with labels as the model numbers them, or as the data does without `classes`."""
     if data.masks is not None and classes is not None:
         data = replace(data, masks=data.masks.mapped(classes))
-    images: EvaluationImages = kinds_of_images(data)[1](split, data.columns, processor)
+    images: Any = kinds_of_images(data)[1](split, data.columns, processor)
     if data.problem_type == DETECTION and classes is not None:
         images.labels = objects_for_model(images.labels, classes)
     elif data.masks is None and classes is not None:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, MaskedImageModelingOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -19,6 +20,36 @@ from .layers_hf_vit import patchify, unpatchify
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 from .pyramid_hf_vit import HFViTPyramid, map_of_patches, pyramid_channels
+
+
+class HFViTDenseHead(nn.Module):
+    """Base class of heads whose `classifier` does not start from random weights alone.
+
+    Args:
+        config: The architecture.
+    """
+
+    classifier: nn.Module
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        self.num_labels, self.std = cast(int, config.num_labels), config.initializer_range
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Return a parameter of the classifier, and its initial values, which may depend on random ones."""
+        raise NotImplementedError
+
+    def init_own_weights(self) -> None:
+        """Set the initial values, unless they were loaded from a checkpoint."""
+        init.copy_(*self.start())
+
+    @torch.no_grad()
+    def reset_classifier(self) -> None:
+        """Give the classifier new weights, for other classes."""
+        nn.init.normal_(cast(Tensor, self.classifier.weight), std=self.std)
+        nn.init.zeros_(cast(Tensor, self.classifier.bias))
+        parameter, values = self.start()
+        parameter.copy_(values)
 
 
 @dataclass

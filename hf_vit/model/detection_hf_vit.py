@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hf_vit import HFViTConfig
-from .dense_hf_vit import reject_patch_dropout
+from .dense_hf_vit import HFViTDenseHead, reject_patch_dropout
 from .image_geometry_hf_vit import corners
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
@@ -150,17 +149,22 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     return common / union.clamp(min=1e-9) - (around - union) / around.clamp(min=1e-9)
 
 
-class HFViTDetectionHead(nn.Module):
+class HFViTDetectionHead(HFViTDenseHead):
     """Predict classes and distances at `patch_subdivision` points along each side of a patch."""
 
     def __init__(self, config: HFViTConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         channels = pyramid_channels(config)
         self.features = HFViTPyramidLevel(config, config.patch_subdivision.bit_length() - 1)
         self.class_conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         self.box_conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.classifier = nn.Conv2d(channels, cast(int, config.num_labels), kernel_size=1)
+        self.classifier = nn.Conv2d(channels, self.num_labels, kernel_size=1)
         self.distances = nn.Conv2d(channels, 4, kernel_size=1)
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Return the bias, and values that make objects rare."""
+        bias = cast(Tensor, self.classifier.bias)
+        return bias, torch.full_like(bias, LOGIT_OF_PRIOR)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[B, num_labels, h*s, w*s]` and boxes `[B, h*s*w*s, 4]` for a map `[B, D, h, w]`."""
@@ -216,17 +220,6 @@ class HFViTForObjectDetection(HFViTPreTrainedModel):
         self.vit = HFViTModel(config, add_pooling_layer=False)
         self.detection_head = HFViTDetectionHead(config)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self.detection_head.classifier:
-            init.constant_(cast(Tensor, module.bias), LOGIT_OF_PRIOR)
-
-    def reset_classifier(self) -> None:
-        """Give the classifier new weights, for other classes."""
-        nn.init.normal_(self.detection_head.classifier.weight, std=self.config.initializer_range)
-        nn.init.constant_(cast(Tensor, self.detection_head.classifier.bias), LOGIT_OF_PRIOR)
 
     @can_return_tuple
     def forward(

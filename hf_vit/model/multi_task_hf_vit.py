@@ -6,7 +6,6 @@ with a memory of normal ones (PatchCore, arXiv:2106.08265; with a frozen ViT and
 arXiv:2405.14529).
 """
 
-import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, cast
@@ -29,7 +28,6 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_hf_vit import HFViTConfig
 from .dense_hf_vit import reject_patch_dropout
 from .detection_hf_vit import (
-    PRIOR,
     HFViTDetectionHead,
     HFViTForObjectDetection,
     HFViTObjectDetectionOutput,
@@ -131,9 +129,7 @@ class HFViTPixelHead(HFViTHead):
         self.decode_head = HFViTSegmentationHead(self.config)
 
     def reset_classifier(self) -> None:
-        """Give the classifier the initial weights of `HFViTForSemanticSegmentation`."""
-        init.normal_(self.decode_head.classifier.weight, std=self.config.initializer_range)
-        init.zeros_(self.decode_head.classifier.bias)
+        self.decode_head.reset_classifier()
 
     def forward(self, encoding: Encoding, labels: Tensor | None = None) -> SemanticSegmenterOutput:
         logits = self.decode_head([encoding.layers[stage] for stage in self.stages], encoding.grid)
@@ -160,10 +156,7 @@ class HFViTObjectHead(HFViTHead):
         self.detection_head = HFViTDetectionHead(self.config)
 
     def reset_classifier(self) -> None:
-        """Give the classifier the initial weights of `HFViTForObjectDetection`: objects are rare."""
-        classifier: Any = self.detection_head.classifier
-        init.normal_(classifier.weight, std=self.config.initializer_range)
-        init.constant_(classifier.bias, math.log(PRIOR / (1 - PRIOR)))
+        self.detection_head.reset_classifier()
 
     def forward(self, encoding: Encoding, labels: Any = None) -> HFViTObjectDetectionOutput:
         patches = encoding.layers[self.stages[0]].transpose(1, 2).unflatten(2, encoding.grid)  # [B, D, h, w]
@@ -208,6 +201,9 @@ class HFViTAnomalyHead(HFViTHead):
         size = (head["memory_size"], len(self.stages) * config.hidden_size)
         self.memory = nn.Parameter(torch.empty(size), requires_grad=False)
 
+    def init_own_weights(self) -> None:
+        init.normal_(self.memory)
+
     def features(self, layers: list[Tensor]) -> Tensor:
         """Return patches `[B, N, D]` as vectors of length 1, float32."""
         return F.normalize(torch.cat(layers, dim=-1).float(), dim=-1)
@@ -220,7 +216,8 @@ class HFViTAnomalyHead(HFViTHead):
         distances = (1 - similarity.topk(self.num_neighbors, dim=-1).values.mean(dim=-1)).clamp(min=0)  # [B, N]
         number = max(1, round(SHARE_OF_PATCHES * distances.shape[1]))
         scores = distances.topk(number, dim=-1).values.mean(dim=-1)
-        return HFViTAnomalyOutput(scores=scores, anomaly_maps=distances.unflatten(1, encoding.grid))
+        maps = distances.unflatten(1, encoding.grid)
+        return HFViTAnomalyOutput(scores=cast(Any, scores), anomaly_maps=cast(Any, maps))
 
     def answer(self, outputs: dict[str, Tensor], processor: Any, size: tuple[int, int], top_k: int | None) -> Any:
         """Return the score, whether it is above the threshold if there is one, and a map of the size of the image."""
@@ -281,17 +278,8 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
             self.heads[name] = HEADS[head["task"]](config, head)
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, HFViTAnomalyHead):
-            init.normal_(module.memory)
-        for head in self.heads.values():
-            if isinstance(head, HFViTObjectHead) and module is head.detection_head.classifier:
-                head.reset_classifier()
-
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         pixel_values: Tensor | None = None,
         labels: dict[str, Any] | None = None,

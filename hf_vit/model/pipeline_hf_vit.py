@@ -69,7 +69,7 @@ class HFViTObjectDetectionPipeline(SizedFilePreprocessing, ObjectDetectionPipeli
     """Object detection in images as `hf_vit` reads them; boxes are in pixels of the upright image."""
 
 
-class HFViTMultiTaskPipeline(SizedFilePreprocessing, Pipeline):
+class HFViTMultiTaskPipeline(SizedFilePreprocessing, Pipeline):  # type: ignore[misc]
     """Answers of all heads of a multi-task model, by the names of the heads.
 
     Images are files, addresses, PIL images or arrays, one or a list. Heads of classes answer with labels and scores,
@@ -77,10 +77,11 @@ class HFViTMultiTaskPipeline(SizedFilePreprocessing, Pipeline):
     anomalies with a score and a map. `top_k` is the number of labels, five if not given.
     """
 
-    _load_processor = False
-    _load_image_processor = True
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    model: Any
+    _load_processor: Any = False
+    _load_image_processor: Any = True
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
 
     def _sanitize_parameters(
         self, top_k: int | None = None, timeout: float | None = None, **unknown: Any
@@ -90,13 +91,13 @@ class HFViTMultiTaskPipeline(SizedFilePreprocessing, Pipeline):
         before = {} if timeout is None else {"timeout": timeout}
         return before, {}, {} if top_k is None else {"top_k": top_k}
 
-    def _forward(self, inputs: Any) -> dict[str, Any]:
+    def _forward(self, inputs: Any) -> Any:  # type: ignore[override]
         sizes = inputs.pop("target_size")
         outputs = self.model(**inputs)
         flat = {f"{name}.{key}": tensor for name in self.model.heads for key, tensor in outputs[name].items()}
         return {**flat, "target_size": sizes}
 
-    def postprocess(self, outputs: dict[str, Any], top_k: int | None = None) -> dict[str, Any]:
+    def postprocess(self, outputs: Any, top_k: int | None = None) -> dict[str, Any]:  # type: ignore[override]
         """Return the answer of every head for one image."""
         height, width = outputs.pop("target_size")[0].tolist()
         by_head: dict[str, dict[str, Any]] = {}

@@ -447,7 +447,7 @@ class BoxPredictor(DensePredictor):
             objects=most_likely_objects(outputs.logits, outputs.pred_boxes, self.top_k or MOST_OBJECTS)
         )
 
-    def _fill(  # type: ignore[override]
+    def _fill(
         self, predictions: list[Prediction], objects: Tensor | None = None, pooler_output: Any = None
     ) -> None:
         assert objects is not None

@@ -160,7 +160,8 @@ def _write(source: str, trained: dict[str, TrainedHead], output_dir: Path, image
     with quiet_about_the_new_head():
         model, processor = load_multi_task(source, fields, image_size=image_size)
     stop_cropping(processor)
-    of_encoder: dict[str, Tensor] = model.vit.pooler.state_dict()
+    encoder: Any = model.vit
+    of_encoder: dict[str, Tensor] = encoder.pooler.state_dict()
     for name, head in trained.items():
         module: Any = model.heads[name]
         own = {part: tensor for part, tensor in module.state_dict().items() if part.startswith("pooler.")}

@@ -6,7 +6,7 @@ image. Rows of the class -1 are empty, and those below are ignored objects: see 
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class BoxedEvaluationImages(WithBoxes, EvaluationImages):
     @cached_property
     def most(self) -> int:
         """The largest number of objects of an image, at least 1."""
-        return max([1, *(len(rows) for rows in self.labels)])
+        return max([1, *map(len, cast(list[list[Any]], self.labels))])
 
     def example(self, pixels: Any, visit: Any) -> dict[str, Any]:
         image, objects = pixels

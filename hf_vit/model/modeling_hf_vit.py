@@ -308,7 +308,7 @@ class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: igno
         elif isinstance(module, HFViTLayerScale):
             init.constant_(module.weight, cast(float, self.config.layer_scale_init_value))
         elif hasattr(module, "init_own_weights"):  # a head of another file
-            module.init_own_weights()
+            cast(Any, module).init_own_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Also save the config, as metadata, without which `torch.save(model.state_dict(), path)` has no heads."""

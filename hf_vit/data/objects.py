@@ -414,7 +414,7 @@ def _frames(own: Objects, sizes: np.ndarray, seen: _Seen) -> tuple[np.ndarray, n
     The frame, (width, height), is the stated one, or else that of the upright image.
     """
     upright, orientations = sizes[:, :2], sizes[:, 2]
-    is_stated: np.ndarray = (own.sizes > 0).all(axis=1)
+    is_stated = np.asarray((own.sizes > 0).all(axis=1))
     differs = is_stated & (upright > 0).all(axis=1) & (own.sizes != upright).any(axis=1) & (own.counts > 0)
     is_swapped = (own.sizes == upright[:, ::-1]).all(axis=1)
     is_turned: np.ndarray = np.logical_and(differs & is_swapped, np.isin(orientations, list(TURNED)))

@@ -447,9 +447,7 @@ class BoxPredictor(DensePredictor):
             objects=most_likely_objects(outputs.logits, outputs.pred_boxes, self.top_k or MOST_OBJECTS)
         )
 
-    def _fill(
-        self, predictions: list[Prediction], objects: Tensor | None = None, pooler_output: Any = None
-    ) -> None:
+    def _fill(self, predictions: list[Prediction], objects: Tensor | None = None, pooler_output: Any = None) -> None:
         assert objects is not None
         for prediction, of_image in zip(predictions, objects, strict=True):
             assert prediction.size is not None

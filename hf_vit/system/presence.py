@@ -32,6 +32,8 @@ class SignsOfLife:
         """Give signs and read those of the others until the run is over; may block while the network is down."""
         from torch.distributed import TCPStore
 
+        if "MASTER_ADDR" not in os.environ:  # of a process group that was not started by a launcher
+            return
         store = None
         for number in count():
             with suppress(RuntimeError):  # no connection: the looks are counted

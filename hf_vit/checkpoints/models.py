@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..model import model_class
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
-from ..model.detection_hf_vit import HFViTForObjectDetection
+from ..model.detection_hf_vit import NEW_DETECTOR, HFViTForObjectDetection
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.multi_task_hf_vit import HFViTForMultiTask
@@ -153,7 +153,7 @@ def load_segmenter(
     Raises:
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
-    return _load_with_classes(HFViTForSemanticSegmentation, "decode_head", source, label_names, fields)
+    return _load_with_classes(HFViTForSemanticSegmentation, "decode_head", source, label_names, fields, {})
 
 
 def load_detector(
@@ -163,16 +163,23 @@ def load_detector(
 
     Arguments, processor and errors are as for `load_segmenter`.
     """
-    return _load_with_classes(HFViTForObjectDetection, "detection_head", source, label_names, fields)
+    return _load_with_classes(HFViTForObjectDetection, "detection_head", source, label_names, fields, NEW_DETECTOR)
 
 
 def _load_with_classes(
-    loaded: Any, head: str, source: str | Path, label_names: Sequence[str], fields: dict[str, Any]
+    loaded: Any,
+    head: str,
+    source: str | Path,
+    label_names: Sequence[str],
+    fields: dict[str, Any],
+    of_new_head: dict[str, Any],
 ) -> tuple[Any, HFViTImageProcessor]:
     """Load a model whose `head` has a `classifier` of names, and is new but for what the checkpoint has of it."""
     checkpoint, fields = _open_for(source, fields)
     stored = list((checkpoint.config.id2label or {}).values())
-    is_kept = checkpoint.architecture == loaded.__name__ and stored == list(label_names)
+    has_head = checkpoint.architecture == loaded.__name__
+    is_kept = has_head and stored == list(label_names)
+    fields = fields if has_head else {**of_new_head, **fields}
     of_model = {**OF_HEAD, "feature_strides": None, **fields, **fields_of_labels(label_names, None)}
     model, report = _fill(loaded, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, f"{head}.", fields)

@@ -27,7 +27,7 @@ from ..evaluation.detection import need_pycocotools
 from ..evaluation.metrics import Results, classify, detect, recognize, regress, segment
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.dense_hf_vit import HFViTForMaskedImageModeling
-from ..model.detection_hf_vit import HFViTForObjectDetection, object_losses
+from ..model.detection_hf_vit import NEW_DETECTOR, HFViTForObjectDetection, object_losses
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import classification_loss, pixel_losses
 from ..model.modeling_hf_vit import HFViTForImageClassification
@@ -411,7 +411,7 @@ TASKS: dict[str, type[Classification | MaskedPatches]] = {
 
 def architecture_of(config: TrainConfig, **fields: Any) -> HFViTConfig:
     """Return the model config of a recipe that trains from scratch; `fields` override the recipe's."""
-    fields = {**_fields_of(config), **fields}
+    fields = {**(NEW_DETECTOR if config.task == "detection" else {}), **_fields_of(config), **fields}
     return HFViTConfig(**fields) if config.model is None else config_of(config.model, **fields)
 
 

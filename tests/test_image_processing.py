@@ -593,7 +593,8 @@ def test_what_is_saved_is_loaded(backend: Any, preset: str, tmp_path: Path) -> N
         assert loaded.to_dict() == processor.to_dict()
     names = {path.name for path in tmp_path.iterdir()}
     kinds = ("arrays", "conversion", "geometry", "processing", "processing_pil", "reading")
-    code = {*(f"image_{kind}_hf_vit.py" for kind in kinds), "segmentation_maps_hf_vit.py"}
+    code = {f"image_{kind}_hf_vit.py" for kind in kinds}
+    code |= {"detection_boxes_hf_vit.py", "segmentation_maps_hf_vit.py"}
     assert names == {"preprocessor_config.json", *code}
 
 

@@ -19,6 +19,7 @@ from hf_vit import (
     HFViTConfig,
     HFViTForImageClassification,
     HFViTForObjectDetection,
+    HFViTForSemanticSegmentation,
     HFViTImageProcessor,
     HFViTImageProcessorPil,
 )
@@ -258,3 +259,17 @@ def test_compiled_training_has_the_same_loss(model: HFViTForObjectDetection) -> 
     pixels, labels = torch.rand(2, 3, 32, 48), padded_boxes(LABELS)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(pixels, labels=labels).loss, model(pixels, labels=labels).loss)
+
+
+def test_new_classifiers_start_from_values_of_their_own(tiny_config: Any, tmp_path: Path) -> None:
+    """Objects are rare, and the parts of a patch are equal; loaded weights stay as they are."""
+    detector = HFViTForObjectDetection(tiny_config(num_labels=3, patch_subdivision=2))
+    bias = detector.detection_head.classifier.bias
+    torch.testing.assert_close(bias.sigmoid(), torch.full((3,), 0.01))
+    segmenter = HFViTForSemanticSegmentation(tiny_config(num_labels=3, patch_subdivision=2))
+    parts = segmenter.decode_head.classifier.weight.unflatten(0, (3, 4))
+    assert parts.std() > 0 and (parts == parts[:, :1]).all()
+    with torch.no_grad():
+        bias.copy_(torch.randn(3))
+    detector.save_pretrained(tmp_path)
+    assert torch.equal(HFViTForObjectDetection.from_pretrained(tmp_path).detection_head.classifier.bias, bias)

@@ -94,7 +94,8 @@ def test_weights_alone_give_filters_and_positions(saved: Any, tmp_path: Path) ->
     model = saved()
     result = inspect(model, "-o", tmp_path / "out" / "deeper")
     assert result.exit_code == 0, result.output
-    assert f"Wrote to {tmp_path}/out/deeper: filters.png, positions.png, arrays.npz" in result.output
+    said = " ".join(result.output.split())  # in lines of 80 columns
+    assert f"Wrote to {tmp_path}/out/deeper: filters.png, positions.png, arrays.npz" in said
     assert names_in(tmp_path / "out" / "deeper") == OF_WEIGHTS
     with np.load(tmp_path / "out" / "deeper" / "arrays.npz") as arrays:
         assert set(arrays) == {"patch_filters", "patch_filter_shares", "position_similarity"}

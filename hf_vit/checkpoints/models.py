@@ -184,7 +184,7 @@ def _load_with_classes(
     model, report = _fill(loaded, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, f"{head}.", fields)
     if not is_kept:
-        getattr(model, head).reset_classifier()
+        getattr(model, head).classifier.reset(model.config.initializer_range)
     return model, _processor(checkpoint, model.config.image_shape, **WHOLE_IMAGES)
 
 

@@ -22,21 +22,14 @@ from .packing_hf_vit import reject_packs
 from .pyramid_hf_vit import HFViTPyramid, map_of_patches, pyramid_channels
 
 
-class HFViTDenseHead(nn.Module):
-    """Base class of heads whose `classifier` does not start from random weights alone.
+class HFViTDenseClassifier(nn.Module):
+    """Base class of classifiers that do not start from random weights alone; mixed into a layer of torch."""
 
-    Args:
-        config: The architecture.
-    """
-
-    classifier: nn.Module
-
-    def __init__(self, config: HFViTConfig) -> None:
-        super().__init__()
-        self.num_labels, self.std = cast(int, config.num_labels), config.initializer_range
+    weight: Tensor
+    bias: Tensor
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Return a parameter of the classifier, and its initial values, which may depend on random ones."""
+        """Return a parameter and its initial values, which may depend on random ones."""
         raise NotImplementedError
 
     def init_own_weights(self) -> None:
@@ -44,10 +37,10 @@ class HFViTDenseHead(nn.Module):
         init.copy_(*self.start())
 
     @torch.no_grad()
-    def reset_classifier(self) -> None:
-        """Give the classifier new weights, for other classes."""
-        nn.init.normal_(cast(Tensor, self.classifier.weight), std=self.std)
-        nn.init.zeros_(cast(Tensor, self.classifier.bias))
+    def reset(self, std: float) -> None:
+        """Set new weights, for other classes."""
+        nn.init.normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
         parameter, values = self.start()
         parameter.copy_(values)
 

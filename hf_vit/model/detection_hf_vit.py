@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hf_vit import HFViTConfig
-from .dense_hf_vit import HFViTDenseHead, reject_patch_dropout
+from .dense_hf_vit import HFViTDenseClassifier, reject_patch_dropout
 from .image_geometry_hf_vit import corners
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
@@ -151,22 +151,24 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     return common / union.clamp(min=1e-9) - (around - union) / around.clamp(min=1e-9)
 
 
-class HFViTDetectionHead(HFViTDenseHead):
+class HFViTPointClassifier(HFViTDenseClassifier, nn.Conv2d):
+    """Classify the points of a map; objects are rare at first."""
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        return self.bias, torch.full_like(self.bias, LOGIT_OF_PRIOR)
+
+
+class HFViTDetectionHead(nn.Module):
     """Predict classes and distances at `patch_subdivision` points along each side of a patch."""
 
     def __init__(self, config: HFViTConfig) -> None:
-        super().__init__(config)
+        super().__init__()
         channels = pyramid_channels(config)
         self.features = HFViTPyramidLevel(config, config.patch_subdivision.bit_length() - 1)
         self.class_conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         self.box_conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.classifier = nn.Conv2d(channels, self.num_labels, kernel_size=1)
+        self.classifier = HFViTPointClassifier(channels, cast(int, config.num_labels), kernel_size=1)
         self.distances = nn.Conv2d(channels, 4, kernel_size=1)
-
-    def start(self) -> tuple[Tensor, Tensor]:
-        """Return the bias, and values that make objects rare."""
-        bias = cast(Tensor, self.classifier.bias)
-        return bias, torch.full_like(bias, LOGIT_OF_PRIOR)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[B, num_labels, h*s, w*s]` and boxes `[B, h*s*w*s, 4]` for a map `[B, D, h, w]`."""

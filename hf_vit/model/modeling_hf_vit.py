@@ -307,7 +307,7 @@ class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: igno
                 init.trunc_normal_(parameter, std=self.config.initializer_range)
         elif isinstance(module, HFViTLayerScale):
             init.constant_(module.weight, cast(float, self.config.layer_scale_init_value))
-        elif hasattr(module, "init_own_weights"):  # a head of another file
+        elif hasattr(module, "init_own_weights"):  # of another file
             cast(Any, module).init_own_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -129,7 +129,7 @@ class HFViTPixelHead(HFViTHead):
         self.decode_head = HFViTSegmentationHead(self.config)
 
     def reset_classifier(self) -> None:
-        self.decode_head.reset_classifier()
+        self.decode_head.classifier.reset(self.config.initializer_range)
 
     def forward(self, encoding: Encoding, labels: Tensor | None = None) -> SemanticSegmenterOutput:
         logits = self.decode_head([encoding.layers[stage] for stage in self.stages], encoding.grid)
@@ -156,7 +156,7 @@ class HFViTObjectHead(HFViTHead):
         self.detection_head = HFViTDetectionHead(self.config)
 
     def reset_classifier(self) -> None:
-        self.detection_head.reset_classifier()
+        self.detection_head.classifier.reset(self.config.initializer_range)
 
     def forward(self, encoding: Encoding, labels: Any = None) -> HFViTObjectDetectionOutput:
         patches = encoding.layers[self.stages[0]].transpose(1, 2).unflatten(2, encoding.grid)  # [B, D, h, w]

@@ -16,22 +16,19 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hf_vit import HFViTConfig
-from .dense_hf_vit import HFViTDenseHead, reject_patch_dropout
+from .dense_hf_vit import HFViTDenseClassifier, reject_patch_dropout
 from .layers_hf_vit import unpatchify
 from .losses_hf_vit import segmentation_loss
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 
 
-class HFViTSegmentationHead(HFViTDenseHead):
-    """Classify the parts of every patch by its tokens in the layers that `config.out_indices` names."""
+class HFViTPartsClassifier(HFViTDenseClassifier, nn.Linear):
+    """Classify the parts of a patch, `[..., num_labels * parts]`."""
 
-    def __init__(self, config: HFViTConfig) -> None:
-        super().__init__(config)
-        width, number = config.hidden_size, len(config.out_indices)
-        self.subdivision = (config.patch_subdivision, config.patch_subdivision)
-        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(number)])
-        self.classifier = nn.Linear(number * width, self.num_labels * config.patch_subdivision**2)
+    def __init__(self, width: int, num_labels: int, parts: int) -> None:
+        super().__init__(width, num_labels * parts)
+        self.parts = parts
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return the weight, and values in which all parts of a patch have those of its first part.
@@ -39,9 +36,19 @@ class HFViTSegmentationHead(HFViTDenseHead):
         1.5 CPU minutes on CamVid gave a mean IoU of 22.2 % instead of 20.6 % (one seed), since random weights give
         each part its own noise.
         """
-        weight = cast(Tensor, self.classifier.weight)
-        of_parts = weight.unflatten(0, (self.num_labels, -1))  # [num_labels, parts, width]
-        return weight, of_parts[:, :1].expand_as(of_parts).flatten(0, 1)
+        of_parts = self.weight.unflatten(0, (-1, self.parts))  # [num_labels, parts, width]
+        return self.weight, of_parts[:, :1].expand_as(of_parts).flatten(0, 1)
+
+
+class HFViTSegmentationHead(nn.Module):
+    """Classify the parts of every patch by its tokens in the layers that `config.out_indices` names."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+        width, number, num_labels = config.hidden_size, len(config.out_indices), cast(int, config.num_labels)
+        self.subdivision = (config.patch_subdivision, config.patch_subdivision)
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(number)])
+        self.classifier = HFViTPartsClassifier(number * width, num_labels, config.patch_subdivision**2)
 
     def forward(self, layers: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """Return logits `[B, num_labels, h*s, w*s]` for tokens `[B, N, D]` of each layer; s is the subdivision."""

@@ -372,11 +372,11 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         ("mask_ratio: 1", "mask_ratio must be between 0 and 1, got 1.0"),
         ("ema_decay: 1", "ema_decay must be between 0 and 1, such as 0.999, got 1.0"),
         ("cache: disk", "cache must be one of none, ram, device, got 'disk'"),
-        ("precision: int8", "precision must be one of auto, fp32, bf16, fp16, got 'int8'"),
+        ("precision: int8", "precision must be one of auto, fp32, bf16, fp16, fp8, got 'int8'"),
         (
-            "task: detection",
-            "task must be one of classification, multi_label, regression, segmentation, masked_patches, got "
-            "'detection'",
+            "task: tracking",
+            "task must be one of classification, multi_label, regression, segmentation, detection, masked_patches, "
+            "got 'tracking'",
         ),
         (
             "{loss: binary_cross_entropy, label_smoothing: 0.1}",

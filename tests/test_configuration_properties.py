@@ -97,7 +97,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "semantic_loss_ignore_index": st.integers(-100, 255),
     "apply_layernorm": flags,
     "reshape_hidden_states": flags,
-    "heads": st.none() | st.just({"color": {"task": "classification", "id2label": {0: "red", 1: "blue"}}}),
+    "task_heads": st.none() | st.just({"color": {"task": "classification", "id2label": {0: "red", 1: "blue"}}}),
     "feature_strides": st.none() | st.lists(few(16), max_size=2) | st.just([2, 4, 8]),
     "out_features": st.none() | st.lists(st.sampled_from(["stem", "stage1", "stage2"]), max_size=2),
     "out_indices": st.none() | st.lists(st.integers(-3, 2), max_size=2),

@@ -93,7 +93,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "animal": {"task": "segmentation", "id2label": {0: "background", 1: "cat"}},
         "head_box": {"task": "regression", "id2label": {0: "center_x", 1: "width"}},
     }
-    HFViTForMultiTask(HFViTConfig(**size, image_size=32, patch_size=8, heads=heads)).save_pretrained(
+    HFViTForMultiTask(HFViTConfig(**size, image_size=32, patch_size=8, task_heads=heads)).save_pretrained(
         folder / "my-heads"
     )
     stock: dict[str, Any] = {

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def model(tiny_config: Any) -> HFViTForMultiTask:
-    return HFViTForMultiTask(tiny_config(heads=HEADS)).eval()
+    return HFViTForMultiTask(tiny_config(task_heads=HEADS)).eval()
 
 
 def output_of(outputs: Any, name: str) -> Any:
@@ -93,7 +93,7 @@ def test_a_saved_folder_loads_exactly_and_can_be_published(model: HFViTForMultiT
     assert stored["auto_map"]["AutoModel"] == "multi_task_hf_vit.HFViTForMultiTask"
     assert check_folder(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
-    assert type(again) is HFViTForMultiTask and again.config.heads == model.config.heads
+    assert type(again) is HFViTForMultiTask and again.config.task_heads == model.config.task_heads
     for name, output in again(pixels).items():
         assert_same(output, model(pixels)[name])
     fields = {field: value for field, value in model.config.to_dict().items() if field not in ("architectures",)}
@@ -192,14 +192,14 @@ def test_losses_of_labelled_heads_are_added(model: HFViTForMultiTask) -> None:
 )
 def test_heads_of_a_config_are_checked(tiny_config: Any, heads: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_config(heads=heads)
+        tiny_config(task_heads=heads)
 
 
 def test_a_model_needs_heads(tiny_config: Any) -> None:
-    with pytest.raises(ValueError, match="needs heads: set heads in the config"):
+    with pytest.raises(ValueError, match="needs heads: set task_heads in the config"):
         HFViTForMultiTask(tiny_config())
     with pytest.raises(ValueError, match="cannot be named 'training'"):
-        HFViTForMultiTask(tiny_config(heads={"training": HEADS["box"]}))
+        HFViTForMultiTask(tiny_config(task_heads={"training": HEADS["box"]}))
 
 
 def test_two_further_heads_cost_at_most_five_percent() -> None:
@@ -212,7 +212,7 @@ def test_two_further_heads_cost_at_most_five_percent() -> None:
     width = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "patch_size": 14}
 
     def flops(names: list[str]) -> int:
-        config = HFViTConfig(**width, heads={name: heads[name] for name in names})
+        config = HFViTConfig(**width, task_heads={name: heads[name] for name in names})
         with torch.device("meta"):
             model, pixels = HFViTForMultiTask(config).eval(), torch.empty(1, 3, 224, 224)
             with FlopCounterMode(display=False) as counter, torch.no_grad():

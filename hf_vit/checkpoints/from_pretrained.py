@@ -112,7 +112,7 @@ def config_for(checkpoint: Checkpoint, class_name: str, options: dict[str, Any])
     if class_name == CLASSIFIER and is_new_head and checkpoint.family != own.FAMILY.name:
         stored["representation_size"] = None  # pre-logits belong to the head of the pre-training
     if class_name != MULTI_TASK:
-        stored["heads"] = None
+        stored["task_heads"] = None
     names = {*HFViTConfig.__annotations__, "out_features", "out_indices", *OF_ALL_CONFIGS}.intersection(options)
     config = HFViTConfig.from_dict(stored, **{name: options[name] for name in names})
     config.dtype = checkpoint.dtype

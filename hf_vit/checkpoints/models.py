@@ -202,8 +202,8 @@ def load_multi_task(
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
     checkpoint, fields = _open_for(source, fields)
-    known = checkpoint.config.heads if checkpoint.architecture == MULTI_TASK else None
-    of_model = {**OF_HEAD, **fields, "num_labels": 2, "problem_type": None, "heads": {**(known or {}), **heads}}
+    known = checkpoint.config.task_heads if checkpoint.architecture == MULTI_TASK else None
+    of_model = {**OF_HEAD, **fields, "num_labels": 2, "problem_type": None, "task_heads": {**(known or {}), **heads}}
     model, report = _fill(HFViTForMultiTask, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, tuple(f"heads.{name}." for name in heads), fields)
     return model, _processor(checkpoint, model.config.image_shape)

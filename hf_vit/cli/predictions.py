@@ -222,7 +222,7 @@ def demo(
         typer.Option("--export-space", metavar="DIR", help="Folder to export the page to, as a Space of the Hub."),
     ] = None,
 ) -> None:
-    """Show a classifier, or a model for segmentation or detection, on a web page.
+    """Show a model on a web page.
 
     Drop an image to see its labels, the classes of its pixels or its objects, attention maps, and predictions at other
     resolutions; drop many to download a table. Nothing is sent to other machines. Ctrl-C stops the server. Needs

@@ -152,7 +152,7 @@ def _check_head(checkpoint: Checkpoint, source: str, head: str | None, probes: S
     """Raise a `ValueError` if a multi-task model has no one head to evaluate."""
     if checkpoint.architecture != MULTI_TASK or probes:
         return
-    heads = checkpoint.config.heads or {}
+    heads = checkpoint.config.task_heads or {}
     if head is not None:
         raise ValueError(f"A head for anomalies such as {head!r} cannot be evaluated on labels: use hf-vit predict.")
     raise ValueError(f"{source} has several heads: choose one with --head, {' or '.join(heads)}.")

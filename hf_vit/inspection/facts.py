@@ -15,7 +15,7 @@ LISTED = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "hidden_act"),
     *("use_gated_mlp", "image_size", "patch_size", "position_embedding_type", "position_interpolation"),
     *("num_prefix_positions", "use_cls_token", "use_distillation_token", "num_register_tokens", "pooling"),
-    *("layer_norm_eps", "_out_features", "_out_indices", "heads"),
+    *("layer_norm_eps", "_out_features", "_out_indices", "task_heads"),
 }
 
 
@@ -52,8 +52,8 @@ def _heads(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the number of labels, or the heads of a multi-task model."""
     config = checkpoint.config
     if checkpoint.architecture == MULTI_TASK:
-        number = {name: len(head.get("id2label", ())) for name, head in (config.heads or {}).items()}
-        heads = config.heads or {}
+        number = {name: len(head.get("id2label", ())) for name, head in (config.task_heads or {}).items()}
+        heads = config.task_heads or {}
         stated = [f"{name} ({heads[name]['task']}{f' of {labels}' * bool(labels)})" for name, labels in number.items()]
         return {"task heads": ", ".join(stated)}
     has_labels = checkpoint.architecture in (CLASSIFIER, SEGMENTER, DETECTOR)

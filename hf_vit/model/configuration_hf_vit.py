@@ -172,7 +172,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             `HFViTForSemanticSegmentation` predicts classes, and `HFViTForObjectDetection` objects (a power of two).
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Class index of pixels that are ignored in the
             loss of `HFViTForSemanticSegmentation`.
-        heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task`
+        task_heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task`
             (`"classification"`, `"multi_label"`, `"regression"`, `"segmentation"`, `"detection"` or `"anomaly"`), of
             `id2label`, and of other fields of that head.
         apply_layernorm (`bool`, *optional*, defaults to `True`): Whether the final LayerNorm is applied to the feature
@@ -258,7 +258,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     mim_objective: str = "pixels"
     patch_subdivision: int = 4
     semantic_loss_ignore_index: int = 255
-    heads: dict[str, dict[str, Any]] | None = None
+    task_heads: dict[str, dict[str, Any]] | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     feature_strides: list[int] | tuple[int, ...] | None = None
@@ -290,10 +290,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         kwargs.pop("stage_names", None)  # derived from the depth; a stored value may not match it
         super().__post_init__(**kwargs)
         if self.architectures is None:  # by which `AutoModel` chooses the class
-            self.architectures = [] if self.heads is None else [MULTI_TASK.rpartition(".")[2]]
+            self.architectures = [] if self.task_heads is None else [MULTI_TASK.rpartition(".")[2]]
         self.auto_map = classes_for(self)
         self.check()
-        self.heads = checked_heads(self)
+        self.task_heads = checked_heads(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the config as `PreTrainedConfig` does, after a check of label names that were changed in place."""

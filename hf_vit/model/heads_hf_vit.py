@@ -31,15 +31,15 @@ TAKEN = {*dir(dict), "loss", "hidden_states", "attentions", "to_tuple", "move_to
 
 
 def checked_heads(config: Any) -> dict[str, dict[str, Any]] | None:
-    """Return `config.heads` with integers as class indices and defaults filled in.
+    """Return `config.task_heads` with integers as class indices and defaults filled in.
 
     Raises:
         ValueError: For a name that cannot be an attribute, an unknown task or field, and values that do not fit.
     """
-    if config.heads is None:
+    if config.task_heads is None:
         return None
     # Sorted, as config.json is: the order of the outputs does not change when a model is saved.
-    return {name: _checked_head(config, name, head) for name, head in sorted(config.heads.items())}
+    return {name: _checked_head(config, name, head) for name, head in sorted(config.task_heads.items())}
 
 
 def _checked_head(config: Any, name: str, head: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def config_of_head(config: Any, head: dict[str, Any]) -> Any:
     """Return the config of the single-task model that has the encoder of `config` and one of its heads."""
     fields, problem_type = TASKS[head["task"]]
     own = {field: head[field] for field in fields if field in head}
-    left_out = {*LABELS, *OF_HEAD, "num_labels", "problem_type", "heads", "architectures", "auto_map", *fields}
+    left_out = {*LABELS, *OF_HEAD, "num_labels", "problem_type", "task_heads", "architectures", "auto_map", *fields}
     left_out |= {"out_features", "out_indices", "feature_strides"}
     shared = {field: value for field, value in config.to_dict().items() if field not in left_out}
     inherited = {field: getattr(config, field) for field in ("pooling", "representation_size") if field in fields}

@@ -244,7 +244,7 @@ HEADS: dict[str, type[HFViTHead]] = {
 
 
 class HFViTForMultiTask(HFViTPreTrainedModel):
-    """The encoder with several heads, `config.heads`, which all read one forward.
+    """The encoder with several heads, `config.task_heads`, which all read one forward.
 
     Example:
         >>> small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
@@ -252,7 +252,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         ...     "species": {"task": "classification", "id2label": {0: "cat", 1: "dog"}},
         ...     "parts": {"task": "segmentation", "id2label": {0: "background", 1: "head", 2: "tail"}},
         ... }
-        >>> model = HFViTForMultiTask(HFViTConfig(**small, patch_size=8, heads=heads)).eval()
+        >>> model = HFViTForMultiTask(HFViTConfig(**small, patch_size=8, task_heads=heads)).eval()
         >>> outputs = model(torch.rand(2, 3, 32, 32))
         >>> outputs["species"].logits.shape, outputs["parts"].logits.shape
         (torch.Size([2, 2]), torch.Size([2, 3, 16, 16]))
@@ -265,9 +265,9 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
         reject_patch_dropout(self)
-        if not config.heads:
+        if not config.task_heads:
             raise ValueError(
-                "A multi-task model needs heads: set heads in the config, for example "
+                "A multi-task model needs heads: set task_heads in the config, for example "
                 "{'species': {'task': 'classification', 'id2label': {0: 'cat', 1: 'dog'}}}."
             )
         self.vit = HFViTModel(config)
@@ -340,7 +340,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         head = cast(HFViTHead, self.heads[name])
         with torch.device("meta"):  # every parameter is replaced
             if head.model_class is None:
-                stated = {**self.config.to_dict(), "heads": {name: cast(Any, self.config.heads)[name]}}
+                stated = {**self.config.to_dict(), "task_heads": {name: cast(Any, self.config.task_heads)[name]}}
                 model: Any = type(self)(type(self.config).from_dict(stated))
             else:
                 model = head.model_class(head.config)

@@ -54,7 +54,7 @@ class Settings:
         """Load the model and its image processor; raise `ValueError` for several heads if answers go to a file."""
         model, processor = load(self.model, None if self.has_windows else self.image_size, head=self.head)
         if is_to_file and hasattr(model, "heads"):
-            named = " or ".join(name for name, head in model.config.heads.items() if head["task"] != "anomaly")
+            named = " or ".join(name for name, head in model.config.task_heads.items() if head["task"] != "anomaly")
             if not named:
                 raise ValueError("Scores of anomalies are printed, not written to a file: leave out --output.")
             raise ValueError(f"A file has the answers of one head with labels: choose it with --head, {named}.")

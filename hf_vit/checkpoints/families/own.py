@@ -71,14 +71,14 @@ def no_head(source: str, name: str) -> ValueError:
 
 def _head(source: str, config: HFViTConfig, architecture: str, name: str) -> tuple[dict[str, Any], str]:
     """Return the config fields and the architecture of a model with one head of a multi-task model."""
-    heads = config.heads if architecture == MULTI_TASK else None
+    heads = config.task_heads if architecture == MULTI_TASK else None
     if heads is None:
         raise no_head(source, name)
     if name not in heads:
         raise ValueError(f"{source} has no head {name!r}: choose one of {', '.join(heads)}.")
     single = HEADS[heads[name]["task"]].model_class
     if single is None:  # a multi-task model of this head alone
-        return {**config.to_dict(), "heads": {name: heads[name]}}, MULTI_TASK
+        return {**config.to_dict(), "task_heads": {name: heads[name]}}, MULTI_TASK
     return {**config_of_head(config, heads[name]).to_dict(), "architectures": [single.__name__]}, single.__name__
 
 

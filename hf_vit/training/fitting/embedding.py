@@ -41,7 +41,7 @@ NOT_OF_THE_ENCODER = (
     *("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id"),
     *(
         "problem_type",
-        "heads",
+        "task_heads",
         "temperature",
         "thresholds",
         "target_mean",

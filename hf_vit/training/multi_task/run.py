@@ -106,7 +106,7 @@ def _opened(model: str) -> Checkpoint:
 
 def _known_heads(checkpoint: Checkpoint, model: str, image_size: Any, plans: list[HeadPlan]) -> dict[str, str]:
     """Return the tasks of the heads that a model has already; raise `ValueError` if a new one has the same name."""
-    known = (checkpoint.config.heads or {}) if checkpoint.architecture == MULTI_TASK else {}
+    known = (checkpoint.config.task_heads or {}) if checkpoint.architecture == MULTI_TASK else {}
     if twice := [plan.name for plan in plans if plan.name in known]:
         same = f"{counted(len(twice), 'head')} of the same name ({shortened(twice)})"
         raise ValueError(f"{model} already has {same}: choose other names in the file of heads.")

@@ -1,6 +1,7 @@
 """`fit` from images to a folder: what it writes, what it states, and that an interrupted one continues."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def test_more_minutes_continue_a_finished_fit(
     longer = fit(str(photos), **{**options, "minutes": 3}, candidates=candidates)
     assert any(line.startswith("Continuing the fit") for line in lines)
     assert longer.metrics["race"] and longer.metrics["minutes"] == 3
+    assert longer.metrics["seconds"]["total"] < 60 * 3  # the minutes of the first fit do not count
     again = fit(str(photos), **{**options, "minutes": 2}, candidates=candidates)
     assert any("finished result of this command (--minutes 3)" in line for line in lines)
     assert again.metrics == longer.metrics
@@ -194,6 +196,19 @@ def test_a_machine_that_is_too_slow_for_a_race_is_noticed_after_one_step(
     monkeypatch.setattr(race_module, "_fewest_steps", lambda epoch: 10**9)
     fitted = fit(str(photos), output_dir=tmp_path / "mine", say=lambda line: None, **{**options, "minutes": 1})
     assert fitted.metrics["method"] == "probe" and fitted.metrics["race"] == []
+
+
+def test_a_race_that_cannot_fit_is_not_measured(
+    photos: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forwards of the features show the time of a step."""
+    monkeypatch.setattr(race_module, "STEP_IN_FORWARDS", 10**6)
+    monkeypatch.setattr(race_module, "_speed", lambda *arguments: pytest.fail("measured"))
+    options = {**options, "cache": tmp_path / "cache", "minutes": 1}
+    fitted = fit(str(photos), output_dir=tmp_path / "mine", say=lambda line: None, **options)
+    assert re.search(
+        r"its \d+ steps would take about \d+ s, .* Give [\d,]+ more minutes? to try it", fitted.metrics["why"]
+    )
 
 
 @pytest.mark.slow

@@ -245,6 +245,8 @@ class _Fitting:
         if "evaluation_seconds" not in self.state:
             each = seconds / computed if computed else 0.0
             self.state.put(evaluation_seconds=round(each * (len(splits[1]) if evaluation else 0), 1))
+        if computed and self.encoder.device.type == "cpu":  # on a GPU, reading takes longer than the forward
+            self.state.put(forward_seconds=seconds / computed)
         total = sum(len(part.rows) for part in results)
         cached = total - computed
         some = f" ({cached:,} from the cache)" if cached > 0 else ""
@@ -294,7 +296,9 @@ class _Fitting:
     def race(self, head: FittedHead) -> Verdict:
         """Race fine-tuning against the probe."""
         if self.minutes == 0:
-            verdict = Verdict(None, "No fine-tuning was tried: with 0 minutes, only a linear classifier is fitted", [])
+            verdict = Verdict(
+                None, "Fine-tuning was not tried: with 0 minutes, only a linear classifier is fitted", []
+            )
         else:
             self.entrants, held_out = self._entrants(), head.folds == 0
             start = partial(self.starting_points, head, held_out)

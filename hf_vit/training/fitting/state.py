@@ -12,7 +12,7 @@ from ...system.disk import same_place
 
 FIT, STATE = "fit", "state.json"  # folder in output_dir, and a file in it
 # What does not depend on the time that a fit has.
-KEPT = ("identity", "seconds", "step_seconds", "evaluation_seconds", "head", "speed")
+KEPT = ("identity", "evaluation_seconds", "forward_seconds", "head", "speed")
 
 
 class FitState:
@@ -62,8 +62,12 @@ class FitState:
         self.write()
 
     def reopen(self) -> None:
-        """Continue a finished fit: forget the race, and keep what more time does not change."""
+        """Continue a finished fit: forget the race, and keep what more time does not change.
+
+        Its minutes count anew, so that as many more as it said to need are enough, whatever its start takes.
+        """
         self.values = {name: value for name, value in self.values.items() if name in KEPT}
+        self.before = 0.0
         self.write()
 
     def write(self) -> None:

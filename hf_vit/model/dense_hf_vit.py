@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from .pyramid_hf_vit import HFViTPyramid, map_of_patches, pyramid_channels
 class HFViTDenseClassifier(nn.Module):
     """Base class of classifiers that do not start from random weights alone; mixed into a layer of torch."""
 
-    weight: Tensor
-    bias: Tensor
+    weight: Any  # parameters, which the layers of torch type in different ways
+    bias: Any
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return a parameter and its initial values, which may depend on random ones."""

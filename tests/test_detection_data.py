@@ -13,9 +13,10 @@ from PIL import Image as PILImage
 
 from hf_vit.data.augmentation import AUGMENTATIONS, WITH_BOXES, build_augmentation
 from hf_vit.data.box_augmentation import visible
-from hf_vit.data.boxes import corners_of, draw_boxes
+from hf_vit.data.boxes import draw_boxes
 from hf_vit.data.labelled import ImageData, load_data
 from hf_vit.evaluation.labels import objects_for_model
+from hf_vit.model.image_geometry_hf_vit import corners_of
 
 HEIGHT, WIDTH = 20, 40
 NAMES = ["cell", "plate"]

@@ -131,15 +131,21 @@ def test_two_machines_give_the_run_of_one_also_over_a_slow_cable(
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+def with_a_checkpoint(machines: list[Machine], photos: Path, folder: Path) -> tuple[TrainConfig, Any]:
+    """Run a recipe as a whole, start it again on all machines, and wait for its first checkpoint."""
+    fields = {**FIELDS, "epochs": 12, "save_every": 4}
+    on_one_machine(tiny_recipe(photos, folder / "whole", **fields))
+    config = tiny_recipe(photos, folder / "parts", **fields)
+    launchers = launch(machines, config, folder / "parts.yaml")
+    while not list((folder / "parts" / CHECKPOINTS).glob("step-*")):
+        assert launchers[0].poll() is None, launchers[0].communicate()
+    return config, launchers
+
+
 def test_a_machine_that_dies_ends_the_run_which_resumes_on_one(
     machines: list[Machine], photos: Path, tmp_path: Path
 ) -> None:
-    fields = {**FIELDS, "epochs": 12, "save_every": 4}
-    on_one_machine(tiny_recipe(photos, tmp_path / "whole", **fields))
-    config = tiny_recipe(photos, tmp_path / "parts", **fields)
-    launchers = launch(machines, config, tmp_path / "parts.yaml")
-    while not list((tmp_path / "parts" / CHECKPOINTS).glob("step-*")):
-        assert launchers[0].poll() is None, launchers[0].communicate()
+    config, launchers = with_a_checkpoint(machines, photos, tmp_path)
     os.killpg(launchers[1].pid, signal.SIGKILL)
     for number in subprocess.run(
         ["ip", "netns", "pids", machines[1].name], capture_output=True, text=True, check=True
@@ -173,12 +179,7 @@ def test_a_cut_cable_ends_the_run_on_both_machines_and_it_resumes(
 ) -> None:
     """A cable that is cut closes no connection, and the time-out of a collective is a day."""
     monkeypatch.setenv(LONGEST_SILENCE, "6")
-    fields = {**FIELDS, "epochs": 12, "save_every": 4}
-    on_one_machine(tiny_recipe(photos, tmp_path / "whole", **fields))
-    config = tiny_recipe(photos, tmp_path / "parts", **fields)
-    launchers = launch(machines, config, tmp_path / "parts.yaml")
-    while not list((tmp_path / "parts" / CHECKPOINTS).glob("step-*")):
-        assert launchers[0].poll() is None, launchers[0].communicate()
+    config, launchers = with_a_checkpoint(machines, photos, tmp_path)
     ip("-n", machines[1].name, "link", "set", machines[1].interface, "down")
     endings = results(launchers, seconds=60)
     for code, printed in endings:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
-from .boxes import corners_of
+from ..model.image_geometry_hf_vit import corners_of
 
 LARGEST_WINDOW = 1.25  # side of the window, relative to that of the image
 MOST_SQUEEZED = 1.25  # ratio of the sides of the window, relative to that of the image

@@ -14,7 +14,6 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from ..model.image_geometry_hf_vit import corners
 from .images import EvaluationImages, TrainingImages, padded
 from .masks import palette, refuse_cropping
 
@@ -66,11 +65,6 @@ class BoxedTrainingImages(WithBoxes, TrainingImages):
     def example(self, pixels: Any, visit: Any) -> dict[str, Any]:
         image, objects = pixels
         return {"pixel_values": image, "labels": padded(objects, max(1, len(objects)))}
-
-
-def corners_of(boxes: Tensor) -> Tensor:
-    """Return (left, top, right, bottom) of boxes `[..., 4]` of centre, width and height."""
-    return torch.cat(corners(boxes), dim=-1)
 
 
 def draw_boxes(

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.boxes import corners_of
 from ..model.detection_boxes_hf_vit import MOST_OBJECTS
+from ..model.image_geometry_hf_vit import corners_of
 from ..system.extras import need
-from .results import _Indexed, _ratio
+from .results import Indexed, ratio
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -29,7 +29,7 @@ def need_pycocotools() -> None:
 
 
 @dataclass
-class BoxResults(_Indexed):
+class BoxResults(Indexed):
     """Results of a detector per image, in the order of the data, on the CPU.
 
     Attributes:
@@ -101,7 +101,7 @@ class BoxResults(_Indexed):
                     "boxes": int(is_class.sum()),
                     "ap": float(own.mean()) if is_known else None,
                     "ap_50": float(own[0].mean()) if is_known else None,
-                    "f1": _ratio(2 * float(hits[is_shown].sum()), positives + float(is_shown.sum())),
+                    "f1": ratio(2 * float(hits[is_shown].sum()), positives + float(is_shown.sum())),
                     "threshold": threshold,
                 }
             )

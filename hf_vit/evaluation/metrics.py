@@ -167,7 +167,7 @@ def detect(
     def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
         nonlocal num_labels
         num_labels = outputs.logits.shape[-1]
-        return labels, most_likely_objects(outputs.logits, outputs.pred_boxes), object_losses(outputs, labels)
+        return objects_and_losses(outputs, labels)
 
     columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
     index, labels, predicted, losses = columns
@@ -282,6 +282,11 @@ def pixel_counts(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Ten
     labels = labels.long()
     each = (labels, is_known), (predicted, is_known), (labels, is_known & (labels == predicted))
     return (*(counts(*pair) for pair in each), losses.sum(dim=(1, 2)))
+
+
+def objects_and_losses(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
+    """Return labels, the most likely objects, and losses, `[B, ...]` each, for outputs of a detector."""
+    return labels, most_likely_objects(outputs.logits, outputs.pred_boxes), object_losses(outputs, labels)
 
 
 @torch.no_grad()

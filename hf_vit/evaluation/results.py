@@ -14,7 +14,7 @@ from torch import Tensor
 DENSE_CLASSES = 1000
 
 
-class _Indexed:
+class Indexed:
     """Results in the order of the data; without an index, they are of all images."""
 
     labels: Tensor
@@ -26,7 +26,7 @@ class _Indexed:
 
 
 @dataclass
-class ImageResults(_Indexed):
+class ImageResults(Indexed):
     """Results of a classifier per image, 1-D, in the order of the data, on the CPU.
 
     Attributes:
@@ -96,9 +96,9 @@ class ImageResults(_Indexed):
         rows = []
         for name, *counts in zip(label_names, *(counts.tolist() for counts in self._counts()), strict=True):
             count, predicted, hits = counts
-            recall = _ratio(hits, count)
-            f1 = _ratio(2 * hits, count + predicted)
-            precision = _ratio(hits, predicted)
+            recall = ratio(hits, count)
+            f1 = ratio(2 * hits, count + predicted)
+            precision = ratio(hits, predicted)
             row = {"label": name, "count": count, "accuracy": recall, "recall": recall, "precision": precision}
             rows.append({**row, "f1": f1})
         return rows
@@ -121,7 +121,7 @@ class ImageResults(_Indexed):
 
 
 @dataclass
-class LabelResults(_Indexed):
+class LabelResults(Indexed):
     """Results of a classifier with several labels per image, in the order of the data, on the CPU.
 
     Attributes:
@@ -209,14 +209,14 @@ class LabelResults(_Indexed):
         A value that is undefined is `None`.
         """
         count, thresholds = (self.labels == 1).sum(dim=0).tolist(), self.thresholds or [0.5] * self.labels.shape[1]
-        f1 = [_ratio(2 * hits, both) for hits, both in zip(*(part.tolist() for part in self._counts()), strict=True)]
+        f1 = [ratio(2 * hits, both) for hits, both in zip(*(part.tolist() for part in self._counts()), strict=True)]
         columns = zip(label_names, count, self.average_precisions(), f1, thresholds, strict=True)
         names = ("label", "count", "average_precision", "f1", "threshold")
         return [dict(zip(names, row, strict=True)) for row in columns]
 
 
 @dataclass
-class TargetResults(_Indexed):
+class TargetResults(Indexed):
     """Results of a regression, in the order of the data, on the CPU.
 
     Attributes:
@@ -271,7 +271,7 @@ class TargetResults(_Indexed):
 
 
 @dataclass
-class MaskResults(_Indexed):
+class MaskResults(Indexed):
     """Results of semantic segmentation per image, in the order of the data, on the CPU. Ignored pixels do not count.
 
     Attributes:
@@ -327,8 +327,8 @@ class MaskResults(_Indexed):
         rows = []
         for name, count, *pixels in zip(label_names, images, *(each.tolist() for each in self._counts()), strict=True):
             labels, predicted, hits = pixels
-            values = {"iou": _ratio(hits, labels + predicted - hits), "recall": _ratio(hits, labels)}
-            rows.append({"label": name, "count": count, "share": _ratio(labels, total), **values})
+            values = {"iou": ratio(hits, labels + predicted - hits), "recall": ratio(hits, labels)}
+            rows.append({"label": name, "count": count, "share": ratio(labels, total), **values})
         return rows
 
 
@@ -336,5 +336,5 @@ def _share(is_hit: Tensor) -> float:
     return is_hit.sum().item() / len(is_hit)
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None

@@ -1,7 +1,6 @@
 """Boxes of objects over their images: the true ones beside the predicted ones."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,8 +8,8 @@ from torch import Tensor
 
 from ..data.boxes import draw_boxes
 from ..data.masks import palette
-from .drawing import GRAY, Figure, heading, new_figure, short
-from .masks import LISTED
+from .drawing import GRAY, Figure, heading, new_figure
+from .masks import legend
 from .tiles import rgb
 
 SHARP = 480  # least length of the longer side of a drawn image, pixels
@@ -28,8 +27,6 @@ def plot_boxes(
         label_names: Names of the classes.
         title: Heading of the figure.
     """
-    from matplotlib.patches import Patch
-
     height, width = shown[0][0].shape[-2:]
     column = 3.6
     figure = new_figure(2 * column + 1.6, len(shown) * (column * height / width + 0.25) + 0.6)
@@ -42,13 +39,8 @@ def plot_boxes(
             axis.axis("off")
             axis.set_title(name, fontsize=8, color=GRAY, pad=3)
             seen.update(objects[1])
-    colors = palette(len(label_names)) / 255
-    handles: list[Any] = [
-        Patch(color=tuple(colors[index].tolist()), label=short(label_names[index], 18))
-        for index in sorted(seen)[:LISTED]
-    ]
-    if handles:
-        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    if seen:
+        legend(figure, seen, palette(len(label_names)) / 255, label_names)
     return figure
 
 

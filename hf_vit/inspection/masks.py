@@ -56,7 +56,7 @@ def plot_overlays(
             axis.axis("off")
             axis.set_title(name, fontsize=8, color=GRAY, pad=3)
         seen |= {*mask.unique().tolist(), *predicted.unique().tolist()}
-    _legend(figure, seen, label_names)
+    legend(figure, seen, legend_colors(len(label_names)), label_names)
     return figure
 
 
@@ -78,7 +78,7 @@ def plot_masks(
         overlaid = overlay(pixels, predicted, len(label_names)) / 255
         groups.append([Tile(rgb(image.transpose(1, 2, 0) / 255), short(name, 19)), Tile(overlaid, "classes")])
     figure = plot_tiles(in_rows(groups, COLUMNS), title, images.shape[2] / images.shape[3], 2.0)
-    _legend(figure, classes.unique().tolist(), label_names)
+    legend(figure, classes.unique().tolist(), legend_colors(len(label_names)), label_names)
     return figure
 
 
@@ -87,13 +87,14 @@ def legend_colors(number: int) -> np.ndarray:
     return OPACITY * palette(number) / 255 + (1 - OPACITY) * 0.6
 
 
-def _legend(figure: Figure, classes: Iterable[int], label_names: Sequence[str]) -> None:
-    """Add the names and colours of some classes to a figure."""
+def legend(figure: Figure, classes: Iterable[int], colors: np.ndarray, label_names: Sequence[str]) -> None:
+    """Add the names and colours of some classes to a figure, given the colours of all, `[num_labels, 3]` in 0 to 1."""
     from matplotlib.patches import Patch
 
-    colors = legend_colors(len(label_names)).tolist()
     known = [index for index in sorted(classes) if index < len(label_names)][:LISTED]
-    handles: list[Any] = [Patch(color=colors[index], label=short(label_names[index], 18)) for index in known]
+    handles: list[Any] = [
+        Patch(color=tuple(colors[index].tolist()), label=short(label_names[index], 18)) for index in known
+    ]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
 from .image_conversion_hf_vit import flatten_images
-from .image_geometry_hf_vit import corners
+from .image_geometry_hf_vit import corners_of
 
 MOST_OBJECTS = 100  # of an image, as COCO counts them
 
@@ -78,7 +78,7 @@ class HFViTDetectionBoxes:
         self._require_whole_images()
         scores, classes, boxes = most_likely_objects(outputs.logits, outputs.pred_boxes, top_k).split([1, 1, 4], dim=2)
         scores, labels = scores.squeeze(2), classes.squeeze(2).long()
-        boxes = torch.cat(corners(boxes), dim=2).clamp(0, 1)
+        boxes = corners_of(boxes).clamp(0, 1)
         if target_sizes is not None:
             if len(target_sizes) != len(boxes):
                 raise ValueError(f"Expected a target size for each of {len(boxes)} images, got {len(target_sizes)}.")

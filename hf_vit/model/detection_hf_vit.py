@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_hf_vit import HFViTConfig
 from .dense_hf_vit import HFViTDenseClassifier, reject_patch_dropout
-from .image_geometry_hf_vit import corners
+from .image_geometry_hf_vit import corners_of
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 from .pyramid_hf_vit import HFViTPyramidLevel, map_of_patches, pyramid_channels
@@ -144,7 +144,7 @@ def boxes_loss(pred_boxes: Tensor, boxes: Tensor, near: Tensor) -> Tensor:
 
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     """Return the generalized IoU (arXiv:1902.09630) of boxes `[..., 4]`, from -1 to 1."""
-    (low, high), (other_low, other_high) = corners(first), corners(second)
+    (low, high), (other_low, other_high) = (corners_of(boxes).split(2, dim=-1) for boxes in (first, second))
     common = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(dim=-1)
     around = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(dim=-1)
     union = first[..., 2:].prod(dim=-1) + second[..., 2:].prod(dim=-1) - common

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -120,7 +121,7 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
-def corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (left, top) and the (right, bottom) of boxes `[..., 4]` of centre and size."""
+def corners_of(boxes: Tensor) -> Tensor:
+    """Return (left, top, right, bottom) of boxes `[..., 4]` of centre, width and height."""
     centre, size = boxes.split(2, dim=-1)
-    return centre - size / 2, centre + size / 2
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)

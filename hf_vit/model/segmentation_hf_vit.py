@@ -74,7 +74,7 @@ class HFViTForSemanticSegmentation(HFViTPreTrainedModel):
         reject_patch_dropout(self)
         if config.feature_strides is not None:
             raise ValueError(
-                "feature_strides are maps of a backbone, and the head for semantic segmentation reads layers: set "
+                "feature_strides belongs to HFViTBackbone, and the head for semantic segmentation reads layers: set "
                 "feature_strides=None."
             )
         if cast(int, config.num_labels) < 2:

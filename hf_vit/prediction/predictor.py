@@ -20,12 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.models import load
-from ..data.boxes import corners_of
 from ..data.images import normalize, preprocess, read_stored
 from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
 from ..model.detection_boxes_hf_vit import MOST_OBJECTS, most_likely_objects
-from ..model.image_geometry_hf_vit import resize_logits, size_of
+from ..model.image_geometry_hf_vit import corners_of, resize_logits, size_of
 from ..model.image_reading_hf_vit import LeastSize, read_image, upright
 from ..model.losses_hf_vit import activation_of
 from ..system.transfers import HostCopies, has_own_memory

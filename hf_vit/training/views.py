@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import inspection
-from ..data.boxes import corners_of
 from ..data.classes import DETECTION, SEGMENTATION
 from ..data.dense import kinds_of_images
 from ..data.images import EvaluationImages, Visit, stored_rows
@@ -19,7 +18,7 @@ from ..evaluation.flops import count_parameters
 from ..evaluation.mistakes import write_mistakes
 from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
-from ..model.image_geometry_hf_vit import resize_logits
+from ..model.image_geometry_hf_vit import corners_of, resize_logits
 from ..system.machine import device_name, precision_name
 from ..system.texts import counted, fenced, hanging, markdown, one_line, shell_word
 from ..variants import is_from_scratch

@@ -39,16 +39,8 @@ PHOTOGRAPHS = Channels()
 # Config fields that do not change features, so they do not make cached ones unused.
 NOT_OF_THE_ENCODER = (
     *("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id"),
-    *(
-        "problem_type",
-        "task_heads",
-        "temperature",
-        "thresholds",
-        "target_mean",
-        "target_scale",
-        "zero_init_head",
-        "pooling",
-    ),
+    *("problem_type", "temperature", "thresholds", "target_mean", "target_scale", "zero_init_head", "pooling"),
+    "task_heads",
 )
 
 

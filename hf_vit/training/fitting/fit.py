@@ -24,7 +24,6 @@ from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
 from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
-from ...system.disk import check_output_folder
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
 from ...system.texts import counted, hanging
@@ -38,7 +37,7 @@ from .embedding import JOINED, Embeddings, Encoder, embed, logits_of, with_bar
 from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
 from .race import Candidate, Entrants, Verdict, candidates_for, race
 from .report import Report, summary, write_fit
-from .state import FIT, STATE, FitState, stable
+from .state import FIT, FitState, check_fit_folder, stable
 
 REPORT_SECONDS = 10  # reserved for figures and files
 
@@ -95,7 +94,8 @@ def fit(
     options |= {"label_column": label_column, "label_separator": label_separator}
     options |= {"problem_type": None if task is None else {name: kind for kind, name in TASK_OF.items()}[task]}
     sources = str(data) if isinstance(data, str | Path) else [str(source) for source in data]
-    _check_output_dir(output_dir, model, sources)
+    _check_encoder(model)
+    check_fit_folder(output_dir, model, sources)
     if resume == "never":
         shutil.rmtree(output_dir / FIT, ignore_errors=True)
     at_once = f": what is finished is saved in {output_dir / FIT} and in the cache of features."
@@ -122,15 +122,12 @@ def fit(
     return TrainedModel(output_dir)
 
 
-def _check_output_dir(output_dir: Path, model: str, sources: str | list[str]) -> None:
+def _check_encoder(model: str) -> None:
     if is_from_scratch(model):
         raise ValueError(
             f"fit starts from a trained encoder, and {model} is a variant without weights: choose a checkpoint, such "
             "as facebook/dinov2-small."
         )
-    if Path(model).resolve() == output_dir.resolve():
-        raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
-    check_output_folder(output_dir, (output_dir / FIT / STATE).is_file(), sources)
 
 
 def open_data(source: str | list[str], **options: Any) -> ImageData:

@@ -8,11 +8,18 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...system.disk import same_place
+from ...system.disk import check_output_folder, same_place
 
 FIT, STATE = "fit", "state.json"  # folder in output_dir, and a file in it
 # What does not depend on the time that a fit has.
 KEPT = ("identity", "evaluation_seconds", "forward_seconds", "head", "speed")
+
+
+def check_fit_folder(output_dir: Path, model: str, sources: str | list[str]) -> None:
+    """Raise `ValueError` if a folder holds the model to start from, or other files than those of a fit."""
+    if Path(model).resolve() == output_dir.resolve():
+        raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
+    check_output_folder(output_dir, (output_dir / FIT / STATE).is_file(), sources)
 
 
 class FitState:

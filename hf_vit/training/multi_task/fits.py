@@ -19,11 +19,9 @@ from ...data.dense import kinds_of_images
 from ...data.images import derive_seed
 from ...evaluation.calibration import fit_temperature
 from ...evaluation.detection import BoxResults, need_pycocotools
-from ...evaluation.metrics import pixel_counts, results_of
+from ...evaluation.metrics import objects_and_losses, pixel_counts, results_of
 from ...evaluation.results import LabelResults, MaskResults
 from ...inference.threads import on_every_core
-from ...model.detection_boxes_hf_vit import most_likely_objects
-from ...model.detection_hf_vit import object_losses
 from ...model.heads_hf_vit import OF_ANOMALY, config_of_head
 from ...model.multi_task_hf_vit import HFViTAnomalyHead, HFViTObjectHead, HFViTPixelHead
 from ...model.pooling_hf_vit import classifier_of
@@ -107,13 +105,8 @@ def fit_object_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     need_pycocotools()
     head, fields = _new_head(HFViTObjectHead, plan, found, seed)
     boxes = torch.stack(list(_dense_labels(found, found.data.train, found.train)))
-
-    def measure(output: Any, labels: Tensor) -> tuple[Tensor, ...]:
-        objects = most_likely_objects(output.logits, output.pred_boxes)
-        return labels, objects, object_losses(output, labels)
-
     results = partial(BoxResults, num_labels=len(found.data.label_names))
-    return _trained_on_patches(plan, found, head, fields, boxes, measure, results, seed)
+    return _trained_on_patches(plan, found, head, fields, boxes, objects_and_losses, results, seed)
 
 
 def _new_head(kind: Any, plan: HeadPlan, found: HeadData, seed: int) -> tuple[Any, dict[str, Any]]:

@@ -14,13 +14,12 @@ from ...checkpoints.models import load_multi_task
 from ...checkpoints.opening import open_checkpoint
 from ...data.dense import stop_cropping
 from ...inference.optimize import inference_precision
-from ...system.disk import check_output_folder
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
 from ...system.texts import counted, hanging, shortened
 from ...variants import is_from_scratch
 from ..fitting.fit import quiet_about_the_new_head
-from ..fitting.state import FIT, STATE, FitState, stable
+from ..fitting.state import FIT, FitState, check_fit_folder, stable
 from ..run import save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data
@@ -69,7 +68,7 @@ def train_heads(
     checkpoint = _opened(model)
     known = _known_heads(checkpoint, model, image_size, plans)
     sources = [str(source) for plan in plans for source in _listed(plan.recipe.data)]
-    _check_output_dir(output_dir, model, sources)
+    check_fit_folder(output_dir, model, sources)
     if resume == "never":
         shutil.rmtree(output_dir / FIT, ignore_errors=True)
     at_once = f": finished heads are saved in {output_dir / FIT}, and features in their cache."
@@ -113,12 +112,6 @@ def _known_heads(checkpoint: Checkpoint, model: str, image_size: Any, plans: lis
     if known and image_size is not None:
         raise ValueError(f"The heads of {model} were trained at its image size: leave out the image size.")
     return {name: head["task"] for name, head in known.items()}
-
-
-def _check_output_dir(output_dir: Path, model: str, sources: list[str]) -> None:
-    if Path(model).resolve() == output_dir.resolve():
-        raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
-    check_output_folder(output_dir, (output_dir / FIT / STATE).is_file(), sources)
 
 
 def _trained(

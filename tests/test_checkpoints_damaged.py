@@ -45,6 +45,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Path:
     return folder
 
 
+def at_once(call: Callable[[], Any], seconds: float = 1) -> Any:
+    """Return the result of a call that takes less than this CPU time in one of three attempts.
+
+    A collection of garbage in the midst of a call takes a second where other tests left millions of objects.
+    """
+    for _ in range(3):
+        before = time.process_time()
+        result = call()
+        if time.process_time() - before < seconds:
+            return result
+    raise AssertionError(f"every attempt took {seconds} s or more")
+
+
 # ------------------------------------------------------------------------------------------------- safetensors
 
 
@@ -232,12 +245,15 @@ SHARDS: dict[str, tuple[Damage, str]] = {
 
 def refuse(folder: Path, message: str) -> str:
     """Hold that commands and `from_pretrained` refuse a folder at once, in one sentence."""
-    before = time.process_time()
-    said = assert_refused(folder.parent, folder)
-    for auto_class in (AutoModelForImageClassification, HFViTForImageClassification):
-        with pytest.raises((ValueError, OSError), match=str(folder)):
-            auto_class.from_pretrained(folder)
-    assert time.process_time() - before < 3
+
+    def refused() -> str:
+        said = assert_refused(folder.parent, folder)
+        for auto_class in (AutoModelForImageClassification, HFViTForImageClassification):
+            with pytest.raises((ValueError, OSError), match=str(folder)):
+                auto_class.from_pretrained(folder)
+        return said
+
+    said = at_once(refused, seconds=3)
     assert message in said and not (folder / "marker").exists()
     return said
 
@@ -285,10 +301,8 @@ def test_a_damaged_config_is_refused(whole: Path, content: Any, message: str, tm
     folder = shutil.copytree(whole, tmp_path / "model")
     file = folder / "config.json"
     file.write_text(content if isinstance(content, str) else json.dumps({**json.loads(file.read_text()), **content}))
-    before = time.process_time()
-    said = assert_refused(tmp_path, folder)
+    said = at_once(lambda: assert_refused(tmp_path, folder))
     assert str(folder) in said and message in said
-    assert time.process_time() - before < 1
 
 
 # -------------------------------------------------------------------------------------------------------- npz
@@ -362,18 +376,14 @@ def test_a_damaged_npz_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = npz(tmp_path / "ViT.npz", change, method)
-    before = time.process_time()
-    said = assert_refused(tmp_path, path)
+    said = at_once(lambda: assert_refused(tmp_path, path))
     assert str(path) in said and message in said and not (tmp_path / "marker").exists()
-    assert time.process_time() - before < 1
 
 
 def test_an_archive_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path) -> None:
     zeros = array_of(np.zeros(2**26 + 1, np.uint8))
     path = npz(tmp_path / "ViT.npz", lambda members: members.update({"opt/zeros.npy": zeros}), zipfile.ZIP_DEFLATED)
-    before = time.process_time()
-    assert "more than any weights" in assert_refused(tmp_path, path)
-    assert time.process_time() - before < 1
+    assert "more than any weights" in at_once(lambda: assert_refused(tmp_path, path))
 
 
 def test_a_name_twice_in_an_npz_is_refused(tmp_path: Path) -> None:
@@ -412,18 +422,21 @@ def test_damage_at_any_place_is_refused_or_harmless(name: str, files: dict[str, 
         damaged[place] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
         del damaged[data.draw(places) :]
-    before = time.process_time()
     path.unlink()  # what is mapped into memory must not be written over
+
+    def read() -> None:
+        try:
+            state = open_checkpoint(path).state_dict()
+            assert all(tensor.isfinite().all() for tensor in state.values())
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
     try:
         path.write_bytes(damaged)
-        state = open_checkpoint(path).state_dict()
-        assert all(tensor.isfinite().all() for tensor in state.values())
-    except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
+        at_once(read)
     finally:
         path.unlink()
         path.write_bytes(good)
-    assert time.process_time() - before < 1
 
 
 # ------------------------------------------------------------------------------------------------------ links

@@ -378,16 +378,14 @@ def test_a_wrong_token_is_refused(folder: Path, client: Hub) -> None:
 
 
 def test_a_run_does_not_wait_for_its_pushes(folder: Path, client: Hub) -> None:
-    client.delay("POST /api/repos/create", seconds=1)
+    client.delay("POST /api/repos/create", seconds=3)
     said: list[str] = []
     hub = BackgroundPush("tester/run", say=said.append)
     hub.submit(copying(folder, "note 0"), "Step 0")
     while not client.asked("/api/repos/create"):  # the first is under way
         time.sleep(0.01)
     for step in range(1, 5):
-        began = time.perf_counter()
         hub.submit(copying(folder, f"note {step}"), f"Step {step}")
-        assert time.perf_counter() - began < 0.5
     assert client.messages("tester/run") == [] and len(list(Path(hub.snapshots).iterdir())) == 2
     assert hub.finish(timeout=30)
     assert client.messages("tester/run") == ["Step 0", "Step 4"]  # those between were overtaken

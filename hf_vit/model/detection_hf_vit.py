@@ -25,9 +25,9 @@ from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 from .pyramid_hf_vit import HFViTPyramidLevel, map_of_patches, pyramid_channels
 
-# Initial probability of an object at a point, 1 %: RetinaNet, arXiv:1708.02002, section 4.1.
 # Fields of a new detector: patches of 16 pixels have a point every 8 pixels. Denser points take longer to train.
 NEW_DETECTOR = {"patch_subdivision": 2}
+# Initial probability of an object at a point, 1 %: RetinaNet, arXiv:1708.02002, section 4.1.
 LOGIT_OF_PRIOR = math.log(0.01 / 0.99)
 SUPPRESSED = -1e4  # logit of a point that is no peak, within the range of float16
 MAX_LOG_DISTANCE = 7.0  # of a distance in patches: no infinity, and more than any image has

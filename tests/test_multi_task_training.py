@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from sklearn.metrics import pairwise_distances
@@ -35,7 +35,7 @@ place: {task: regression, label_column: [left]}
 def scenes(number: int, seed: int) -> Dataset:
     """Return black images with a square of one of `COLORS`: its colour, its mask and its left edge are the labels."""
     random = np.random.default_rng(seed)
-    rows: dict[str, list[Any]] = {"image": [], "label": [], "mask": [], "left": []}
+    rows: dict[str, list[Any]] = {"image": [], "label": [], "mask": [], "left": [], "objects": []}
     for index in range(number):
         mask, left = np.zeros((32, 32), dtype=np.uint8), int(random.integers(0, 3)) * 8
         mask[8:24, left : left + 16] = 1
@@ -44,9 +44,11 @@ def scenes(number: int, seed: int) -> Dataset:
         rows["mask"].append(PILImage.fromarray(mask))
         rows["label"].append(index % 3)
         rows["left"].append(left / 32 + 0.001)
+        rows["objects"].append({"bbox": [[left, 8, 16, 16]], "category": [index % 3]})
     label = ClassLabel(names=list(COLORS))
-    features = Features({"image": Image(), "label": label, "mask": Image(), "left": Value("float32")})
-    return Dataset.from_dict(rows, features=features)
+    objects = {"bbox": List(List(Value("float32"))), "category": List(label)}
+    features = {"image": Image(), "label": label, "mask": Image(), "left": Value("float32"), "objects": objects}
+    return Dataset.from_dict(rows, features=Features(features))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,21 @@ def test_all_heads_predict_at_once(heads: Path, photos: Path) -> None:
     assert np.mean([color == list(COLORS)[row["label"]] for color, row in zip(colors, split, strict=True)]) > 0.9
     one = list(Predictor.from_pretrained(str(heads), precision="fp32", head="color")([split[0]["image"]]))
     assert one[0].labels[0] == colors[0] and not one[0].heads
+
+
+def test_a_head_finds_objects_and_chooses_its_thresholds(photos: Path, encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    file = "square: {task: detection, label_column: objects, max_steps: 150, learning_rate: 0.01}"
+    trained(file, photos, encoder, tmp_path / "finder")
+    model = hf_vit.HFViTForMultiTask.from_pretrained(tmp_path / "finder")
+    config = model.single("square").config
+    assert config.patch_subdivision == 2 and config.thresholds is not None and len(config.thresholds) == 3
+    found = json.loads((tmp_path / "finder" / "metrics.json").read_text())["heads"]["square"]["metrics"]
+    assert found["map_50"] > 0.6, found
+    split = load_data(str(photos)).evaluation
+    (answer,) = Predictor.from_pretrained(str(tmp_path / "finder"), precision="fp32")([split[0]["image"]])
+    for each in answer.heads["square"]:
+        assert each["score"] > config.thresholds[config.label2id[each["label"]]]
 
 
 def test_an_interrupted_training_continues_with_the_head_it_was_at(

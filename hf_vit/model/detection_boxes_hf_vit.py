@@ -59,7 +59,7 @@ class HFViTDetectionBoxes:
     def post_process_object_detection(
         self,
         outputs: Any,
-        threshold: float = 0.5,
+        threshold: float | Sequence[float] = 0.5,
         target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
         top_k: int = MOST_OBJECTS,
     ) -> list[dict[str, Tensor]]:
@@ -67,7 +67,7 @@ class HFViTDetectionBoxes:
 
         Args:
             outputs: Output of a model for object detection.
-            threshold: Scores of returned objects are above it.
+            threshold: Scores of returned objects are above it; a number, or one for each class.
             target_sizes: (height, width) of each image, in whose pixels boxes (left, top, right, bottom) are; by
                 default they are relative to the image.
             top_k: Maximum number of objects per image.
@@ -84,7 +84,8 @@ class HFViTDetectionBoxes:
                 raise ValueError(f"Expected a target size for each of {len(boxes)} images, got {len(target_sizes)}.")
             sizes = torch.as_tensor(target_sizes, device=boxes.device, dtype=boxes.dtype)
             boxes = boxes * sizes.flip(1).repeat(1, 2).unsqueeze(1)
-        found = scores > threshold
+        least = torch.as_tensor(threshold, device=scores.device)
+        found = scores > (least[labels] if least.ndim else least)
         return [
             {"scores": scores[image][kept], "labels": labels[image][kept], "boxes": boxes[image][kept]}
             for image, kept in enumerate(found)

@@ -1,6 +1,6 @@
 """Heads of a multi-task model as its config states them: one task, its labels and its options for each name.
 
-`HFViTConfig.heads` maps names to dictionaries such as `{"task": "classification", "id2label": {0: "cat", 1: "dog"}}`.
+`HFViTConfig.task_heads` maps names to dictionaries such as `{"task": "classification", "id2label": {0: "cat", 1: "dog"}}`.
 `configuration_hf_vit` imports this file, so the functions below receive the config as an argument.
 """
 
@@ -16,7 +16,7 @@ TASKS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "multi_label": ((*OF_IMAGES, "temperature", "thresholds"), "multi_label_classification"),
     "regression": ((*OF_IMAGES, "target_mean", "target_scale"), "regression"),
     "segmentation": (("id2label", "out_indices", "patch_subdivision", "semantic_loss_ignore_index"), None),
-    "detection": (("id2label", "patch_subdivision"), None),
+    "detection": (("id2label", "patch_subdivision", "thresholds"), None),
     "anomaly": (("out_indices",), None),
 }
 # Further fields of an anomaly head, with their defaults and least values: the number of normal patches in its memory,

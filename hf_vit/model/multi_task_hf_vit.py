@@ -168,7 +168,9 @@ class HFViTObjectHead(HFViTHead):
 
     def answer(self, outputs: dict[str, Tensor], processor: Any, size: tuple[int, int], top_k: int | None) -> Any:
         """Return a label, a score and a box in pixels for every object, the highest score first."""
-        limits = {"threshold": 0.5} if top_k is None else {"threshold": 0.0, "top_k": top_k}
+        limits: dict[str, Any] = {"threshold": self.config.thresholds or 0.5}
+        if top_k is not None:
+            limits = {"threshold": 0.0, "top_k": top_k}
         (found,) = processor.post_process_object_detection(SimpleNamespace(**outputs), target_sizes=[size], **limits)
         names, sides = cast(dict[int, str], self.config.id2label), ("xmin", "ymin", "xmax", "ymax")
         rows = zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist(), strict=True)

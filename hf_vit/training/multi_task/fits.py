@@ -8,7 +8,6 @@ arXiv:2106.08265).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ...evaluation.detection import BoxResults, need_pycocotools
 from ...evaluation.metrics import objects_and_losses, pixel_counts, results_of
 from ...evaluation.results import LabelResults, MaskResults
 from ...inference.threads import on_every_core
+from ...model.detection_hf_vit import NEW_DETECTOR
 from ...model.heads_hf_vit import OF_ANOMALY, config_of_head
 from ...model.multi_task_hf_vit import HFViTAnomalyHead, HFViTObjectHead, HFViTPixelHead
 from ...model.pooling_hf_vit import classifier_of
@@ -105,13 +105,19 @@ def fit_object_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     need_pycocotools()
     head, fields = _new_head(HFViTObjectHead, plan, found, seed)
     boxes = torch.stack(list(_dense_labels(found, found.data.train, found.train)))
-    results = partial(BoxResults, num_labels=len(found.data.label_names))
+
+    def results(*columns: Tensor) -> BoxResults:
+        found_boxes = BoxResults(*columns, num_labels=len(found.data.label_names))
+        found_boxes.thresholds = fields["thresholds"] = found_boxes.best_thresholds()
+        return found_boxes
+
     return _trained_on_patches(plan, found, head, fields, boxes, objects_and_losses, results, seed)
 
 
 def _new_head(kind: Any, plan: HeadPlan, found: HeadData, seed: int) -> tuple[Any, dict[str, Any]]:
     """Return a head for pixels or objects with its initial weights, and its fields in the config."""
-    fields = {"task": plan.task, "id2label": dict(enumerate(found.data.label_names)), **plan.own}
+    default = NEW_DETECTOR if plan.task == "detection" else {}
+    fields = {"task": plan.task, "id2label": dict(enumerate(found.data.label_names)), **default, **plan.own}
     with seeded(derive_seed(seed, plan.name, "weights")):
         head = kind(found.encoder.config, fields)
         head.reset_classifier()

@@ -37,9 +37,9 @@ from transformers import (
 )
 
 from hf_vit.data.classes import SEGMENTATION
+from hf_vit.data.dense import kinds_of_images
 from hf_vit.data.labelled import load_data
 from hf_vit.data.loaders import evaluation_loader
-from hf_vit.data.masks import kinds_of_images
 from hf_vit.model.configuration_hf_vit import HFViTConfig
 from hf_vit.system.machine import machine, versions
 from hf_vit.training.loop import train

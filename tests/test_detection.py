@@ -11,7 +11,7 @@ import pytest
 import torch
 from isolated import python
 from PIL import Image
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import batched_nms, box_convert, generalized_box_iou_loss
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments, pipeline
 from transformers.models.detr.image_processing_detr import DetrImageProcessor
 
@@ -24,6 +24,7 @@ from hf_vit import (
     HFViTImageProcessorPil,
 )
 from hf_vit.checkpoints.models import load_detector
+from hf_vit.model.detection_boxes_hf_vit import MOST_OVERLAP, are_duplicates, most_likely_objects
 from hf_vit.model.detection_hf_vit import boxes_at_points, generalized_iou, losses_by_name, object_losses, padded_boxes
 
 PROCESSORS = [HFViTImageProcessor, HFViTImageProcessorPil]
@@ -102,6 +103,25 @@ def test_a_peak_is_found_once(model: HFViTForObjectDetection) -> None:
     same = (classes[:, None] == classes) & ~torch.eye(len(rows), dtype=torch.bool)
     assert len(rows) and distances[same].min() > 1
     assert torch.equal(outputs.logits[0][kept.flatten(0, 1)], outputs.heatmap[0].flatten(1).T[kept.flatten(0, 1)])
+
+
+def test_an_object_with_several_peaks_is_found_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 0.2 + 0.6 * torch.rand(50, 2, 2, generator=generator)  # two objects per image, each found three times
+    boxes = torch.cat([centres, torch.full_like(centres, 0.1)], dim=2).repeat(1, 3, 1)
+    boxes[..., :2] += 0.01 * torch.rand(50, 6, 2, generator=generator)
+    classes = torch.randint(0, 2, (50, 6), generator=generator)
+    found = are_duplicates(boxes, classes)
+    for image in range(50):
+        corners = box_convert(boxes[image], "cxcywh", "xyxy")
+        kept = batched_nms(corners, torch.linspace(1, 0.5, 6), classes[image], MOST_OVERLAP)
+        assert (~found[image]).nonzero().flatten().tolist() == kept.tolist()
+
+    logits = torch.tensor([[[2.0, -1e4], [3.0, -1e4], [-1e4, 1.0], [1.0, -1e4]]])
+    near = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.52, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.2, 0.2]]])
+    objects = most_likely_objects(logits, near, 4)
+    assert objects[0, :, 0].tolist() == pytest.approx([0.9526, 0.7311, 0.7311, 0.0], abs=1e-4)
+    assert sorted(objects[0, 1:3, 1].tolist()) == [0, 1] and objects[0, 0, 2].item() == pytest.approx(0.52)
 
 
 def test_saved_models_and_encoders_load(model: HFViTForObjectDetection, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from .image_conversion_hf_vit import flatten_images
 from .image_geometry_hf_vit import corners_of
 
 MOST_OBJECTS = 100  # of an image, as COCO counts them
+MOST_OVERLAP = 0.5  # intersection over union of two objects of a class, as in torchvision's detectors
 
 
 class HFViTDetectionBoxes:
@@ -142,13 +143,35 @@ def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[
 def most_likely_objects(logits: Tensor, boxes: Tensor, number: int = MOST_OBJECTS) -> Tensor:
     """Return the objects with the highest scores, float32 `[B, K, 6]`: score, class, and the box as it is given.
 
+    An object that overlaps a likelier one of its class has the score 0.
+
     Args:
         logits: `[B, Q, num_labels]`, of which the sigmoid is the score.
-        boxes: `[B, Q, 4]`.
+        boxes: `[B, Q, 4]`: centre, width and height.
         number: Largest K.
     """
     queries, num_labels = logits.shape[1:]
     scores, chosen = logits.float().sigmoid().flatten(1).topk(min(number, queries * num_labels), dim=1)
-    classes = (chosen % num_labels).float()
+    classes = chosen % num_labels
     boxes = boxes.float().gather(1, (chosen // num_labels).unsqueeze(2).expand(-1, -1, 4))
-    return torch.cat([scores.unsqueeze(2), classes.unsqueeze(2), boxes], dim=2)
+    scores, order = scores.where(~are_duplicates(boxes, classes), 0).sort(dim=1, descending=True, stable=True)
+    objects = torch.cat([classes.unsqueeze(2), boxes], dim=2)
+    return torch.cat([scores.unsqueeze(2), objects.gather(1, order.unsqueeze(2).expand_as(objects))], dim=2)
+
+
+def are_duplicates(boxes: Tensor, classes: Tensor) -> Tensor:
+    """Return whether each box overlaps an earlier one of its class by more than `MOST_OVERLAP`, `[B, K]`.
+
+    A large object can have several peaks. This is Fast NMS (YOLACT, arXiv:1904.02689): earlier boxes count even if
+    they are duplicates themselves.
+
+    Args:
+        boxes: `[B, K, 4]`: centre, width and height; the likeliest first.
+        classes: `[B, K]`.
+    """
+    low, high = corners_of(boxes).unsqueeze(1).split(2, dim=-1)  # [B, 1, K, 2]
+    sides = torch.minimum(high, high.transpose(1, 2)) - torch.maximum(low, low.transpose(1, 2))  # [B, K, K, 2]
+    common, areas = sides.clamp(min=0).prod(dim=-1), (high - low).prod(dim=-1)
+    overlap = common / (areas + areas.transpose(1, 2) - common).clamp(min=1e-9)
+    is_same = classes.unsqueeze(1) == classes.unsqueeze(2)
+    return ((overlap > MOST_OVERLAP) & is_same).triu(diagonal=1).any(dim=1)

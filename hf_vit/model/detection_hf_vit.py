@@ -3,7 +3,8 @@
 The last layer's map is enlarged as in ViTDet (arXiv:2203.16527). Every point of it has a logit for each class, which
 is high at the centres of objects (CenterNet, arXiv:1904.07850), and the distances to the four sides of a box (FCOS,
 arXiv:1904.01355). All points near a centre learn its box, weighted by their nearness, so that few images suffice
-(TTFNet, arXiv:1909.00700). A point is a detection if its logit is the highest of its 3x3 neighbours.
+(TTFNet, arXiv:1909.00700). A point is a detection if its logit is the highest of its 3x3 neighbours; of
+detections that overlap, `most_likely_objects` keeps the likeliest.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Heads of a multi-task model as its config states them: one task, its labels and its options for each name.
 
-`HFViTConfig.task_heads` maps names to dictionaries such as `{"task": "classification", "id2label": {0: "cat", 1: "dog"}}`.
+`HFViTConfig.task_heads` maps names to dictionaries such as
+`{"task": "classification", "id2label": {0: "cat", 1: "dog"}}`.
 `configuration_hf_vit` imports this file, so the functions below receive the config as an argument.
 """
 

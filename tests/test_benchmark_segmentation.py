@@ -43,9 +43,9 @@ def test_methods_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         script["main"]()
 
     monkeypatch.setitem(script["main"].__globals__, "ENCODER", TINY)
-    options = ["--minutes", 0.01, "--image-size", "32x48", "--width", 16, "--field", "batch_size=4", "--output", results]
+    options = ["--minutes", 0.01, "--image-size", "32x48", "--width", 16, "--field", "batch_size=4"]
     for method in ("linear", "upernet", "segformer"):
-        run(method, data, "--seed", 0, "--learning-rate", 1e-3, *options)
+        run(method, data, "--seed", 0, "--learning-rate", 1e-3, "--output", results, *options)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["method"] for row in rows] == ["linear", "upernet", "segformer"]
     for row in rows:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor, HFViTModel
 from hf_vit.cli.main import app
 from hf_vit.graphs import export as graphs
-from hf_vit.graphs import kinds
+from hf_vit.graphs import onnx_files
 from hf_vit.graphs.kinds import KINDS, Graph, Kind, Run, read_onnx, write_onnx
 from hf_vit.graphs.open_sizes import fixed_size, resampling_weights
 from hf_vit.model.validation_hf_vit import POSITION_EMBEDDINGS, POSITION_INTERPOLATIONS
@@ -71,6 +71,7 @@ slow, full = pytest.mark.slow, pytest.mark.full
 # The export to ONNX runs torch.export first: learned and rotary positions prove the latter.
 POSITIONS = [
     *(pytest.param("onnx", each, marks=[full] * (each in ("none", "learned_rotary"))) for each in POSITION_EMBEDDINGS),
+    *(pytest.param("openvino", each, marks=[slow] * (each != "learned")) for each in POSITION_EMBEDDINGS),
     *(
         pytest.param("torch-export", each, marks=[slow] if each in ("learned", "rotary") else [slow, full])
         for each in POSITION_EMBEDDINGS
@@ -81,10 +82,11 @@ POSITIONS = [
 @pytest.mark.parametrize(("kind", "positions"), POSITIONS)
 def test_answers_are_torch_s_at_every_size(kind: str, positions: str, tmp_path: Path) -> None:
     model = make(position_embedding_type=positions)
-    KINDS[kind].write(model, tmp_path / "graph", {})
-    assert_same_answers(KINDS[kind].read(tmp_path / "graph"), model)
-    with zipfile.ZipFile(tmp_path / "graph") if kind == "torch-export" else nullcontext() as archive:
-        parts = [archive.read(name) for name in archive.namelist()] if archive else [(tmp_path / "graph").read_bytes()]
+    path = tmp_path / f"graph{KINDS[kind].suffix}"
+    KINDS[kind].write(model, path, {})
+    assert_same_answers(KINDS[kind].read(path), model)
+    with zipfile.ZipFile(path) if kind == "torch-export" else nullcontext() as archive:
+        parts = [archive.read(name) for name in archive.namelist()] if archive else [path.read_bytes()]
     assert not [part for part in parts if str(Path(graphs.__file__).parent).encode() in part]  # nobody's folders
     assert model.config._attn_implementation == "sdpa"
 
@@ -180,7 +182,7 @@ def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     assert said["preprocessor_config"]["size"] == {"height": 32, "width": 48}
     stored = onnx.load(out / "model.onnx")
     onnx.checker.check_model(stored)
-    assert [each.version for each in stored.opset_import if not each.domain] == [kinds.OPSET]
+    assert [each.version for each in stored.opset_import if not each.domain] == [onnx_files.OPSET]
     weights = [each for each in stored.graph.initializer if np.prod(each.dims) == 64 * 256]
     assert len(weights) == 2 and all(each.data_type == onnx.TensorProto.UINT8 for each in weights)
 
@@ -243,7 +245,7 @@ def test_what_is_no_number_differs_most() -> None:
 
 @pytest.mark.full
 def test_weights_beyond_the_limit_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "MOST_BYTES_INSIDE", 1000)
+    monkeypatch.setattr(onnx_files, "MOST_BYTES_INSIDE", 1000)
     source, out = save(tmp_path / "ours"), tmp_path / "model.onnx"
     for int8 in ((), ("--int8", "weights"), ("--int8", "dynamic")):
         done = run(source, out, "--to", "onnx", "--force", *int8)

@@ -25,7 +25,7 @@ from ..checkpoints.families.vit_pytorch import ERAS, table
 from ..checkpoints.layouts import rules_of
 from ..data.images import derive_seed
 from ..evaluation.flops import count_flops
-from ..graphs.kinds import write_onnx
+from ..graphs.onnx_files import write_onnx
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import HFViTImageProcessorPil
 from ..model.modeling_hf_vit import HFViTForImageClassification

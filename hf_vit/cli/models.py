@@ -21,7 +21,7 @@ Model = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
-ENDINGS = {".onnx": "onnx", ".pt2": "torch-export", ".npz": "npz"}  # formats of an export
+ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch-export", ".npz": "npz"}  # formats of an export
 
 # Fields of `checkpoints.Options`, by name.
 CHECKPOINT_OPTIONS: dict[str, Any] = {

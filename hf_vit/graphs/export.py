@@ -29,8 +29,9 @@ from ..model.losses_hf_vit import activation_of
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..system.disk import new_file, new_folder
 from ..system.extras import need
-from .kinds import INPUT, KINDS, QUANTIZERS, Graph, Kind, Run, quiet
+from .kinds import KINDS, Kind
 from .open_sizes import Model, fixed_size
+from .tracing import INPUT, Graph, Run, quiet
 
 # Largest difference from torch's outputs, as a share of the largest output where that is above 1.
 BOUNDS = {None: 1e-4, "weights": 0.1, "dynamic": 0.2}
@@ -71,11 +72,12 @@ def export_graph(
         ValueError: If packages are missing, or outputs differ by more than `BOUNDS`; then nothing is written.
     """
     kind, out = KINDS[to], Path(out)
-    if int8 is not None and to != "onnx":
-        raise ValueError(f"{to} has no int8: leave it out, or export to onnx.")
-    if int8 is not None and int8 not in QUANTIZERS:
-        raise ValueError(f"Unknown int8 {int8!r}: choose one of {', '.join(QUANTIZERS)}.")
-    need("onnx", *kind.packages)
+    if int8 is not None and int8 not in kind.quantizers:
+        able = " and ".join(
+            f"{name} ({', '.join(each.quantizers)})" for name, each in KINDS.items() if each.quantizers
+        )
+        raise ValueError(f"{to} has no int8 {int8!r}: leave it out, or use {able}.")
+    need(kind.extra, *kind.packages)
     checkpoint = open_checkpoint(source)
     if checkpoint.architecture == MULTI_TASK:
         raise ValueError(
@@ -141,10 +143,10 @@ def _write(
     runs, differences = {"fp32": run}, [difference]
     if int8 is not None:
         with quiet():
-            QUANTIZERS[int8](original, path)
+            kind.quantizers[int8](original, path, ())
         runs[f"int8 {int8}"], difference = _checked(kind, path, model, processor, int8)
         differences.append(difference)
-        for part in original.parent.glob(f"{original.name}*"):
+        for part in original.parent.glob(f"{original.stem}*"):
             part.unlink()
     return runs, differences
 

@@ -1,0 +1,90 @@
+"""ONNX: how it is written, quantized, and run by onnxruntime."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .open_sizes import Model
+from .tracing import INPUT, Graph, Images, Run, quiet, trace
+
+OPSET = 20  # the first with GELU as one operation
+MOST_BYTES_INSIDE = 2**31 - 2**24  # a protobuf is limited to 2 GiB; everything except weights is small
+BLOCK = 64  # weights that share a scale
+
+
+def write_onnx(model: Model, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a model as ONNX with its weights inside; above 2 GB they are in a second file, `path` with `.data`."""
+    import onnx_ir
+
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others export the same products with more operations
+    program = trace(model)
+    model.set_attn_implementation(attention)
+    with quiet():
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[Graph(model).output],
+            verbose=False,
+        )
+    assert written is not None
+    graph: Any = written.model.graph
+    for node in graph:
+        node.metadata_props.clear()  # records of the export, longer than the graph
+    sides_of_input, sides_of_output = ("batch", "channels", "height", "width"), ("batch", "labels", "rows", "columns")
+    for value, names in ((graph.inputs[0], sides_of_input), (graph.outputs[0], sides_of_output)):
+        sides = zip(value.shape, names, strict=False)  # an output may have two dimensions
+        value.shape = onnx_ir.Shape([side if isinstance(side, int) else name for side, name in sides])
+    written.model.metadata_props.update(metadata or {})
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    written.save(path, external_data=size > MOST_BYTES_INSIDE)
+
+
+def read_onnx(path: Path) -> Run:
+    """Return a function that runs a file in onnxruntime, with as many threads as torch uses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda pixel_values: session.run(None, {INPUT: pixel_values})[0]
+
+
+def bytes_of(model: Any) -> int:
+    """Return the size of an ONNX model's weights in bytes."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def quantize_dynamic(source: Path, path: Path, images: Images = ()) -> None:
+    """Write an ONNX file that multiplies in 8 bits; the range of activations is measured at every call."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(source)
+    is_large = bytes_of(model) > MOST_BYTES_INSIDE
+    del model.graph.value_info[:]  # the quantizer transposes weights, and their old shapes would contradict it
+    quantize_dynamic(
+        model,
+        path,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        weight_type=QuantType.QUInt8,  # signed sums overflow 16 bits on CPUs without VNNI
+        use_external_data_format=is_large,
+        extra_options={"MatMulConstBOnly": True},
+    )
+
+
+def quantize_weights(source: Path, path: Path, images: Images = ()) -> None:
+    """Write an ONNX file with the weights of products in 8 bits, one scale for each `BLOCK` of them."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=8, block_size=BLOCK, is_symmetric=True)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(path), bytes_of(quantizer.model.model) > MOST_BYTES_INSIDE)
+
+
+ONNX_QUANTIZERS = {"weights": quantize_weights, "dynamic": quantize_dynamic}

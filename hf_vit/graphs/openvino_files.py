@@ -1,0 +1,108 @@
+"""OpenVINO: how its files are written, quantized and run.
+
+A model is read from our ONNX, whose size stays dynamic. The converter of PyTorch programs would do, but it reports
+every use to its makers (`openvino_telemetry`), as NNCF does; a graph is nobody's business but the user's.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..system.extras import need
+from .onnx_files import write_onnx
+from .open_sizes import Model
+from .tracing import INPUT, Images, Run, quiet
+
+SECTION = "model_info"  # of the metadata, as other exporters name it
+# Otherwise CPUs with units for bf16 or fp16 compute in these.
+PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def write_openvino(model: Model, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a model as OpenVINO's XML, with its weights in a second file `.bin`, and `metadata` under `SECTION`."""
+    import openvino
+
+    with TemporaryDirectory() as folder:
+        write_onnx(model, Path(folder) / "model.onnx")
+        network = openvino.Core().read_model(Path(folder) / "model.onnx")
+        for name, value in (metadata or {}).items():
+            network.set_rt_info(value, [SECTION, name])
+        openvino.save_model(network, path, compress_to_fp16=False)
+
+
+def read_openvino(path: Path) -> Run:
+    """Return a function that runs a file in float32 on the CPU, with as many threads as torch uses."""
+    import openvino
+
+    options = {**PRECISION, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+
+    def run(pixel_values: np.ndarray) -> np.ndarray:
+        return compiled({INPUT: pixel_values})[0]
+
+    return run
+
+
+def quantize_weights(source: Path, path: Path, images: Images) -> None:
+    """Write a file with weights in 8 bits, one scale per output."""
+    nncf = import_nncf()
+    _save(nncf.compress_weights(_network(source), mode=nncf.CompressWeightsMode.INT8_SYM), path)
+
+
+def quantize_static(source: Path, path: Path, images: Images) -> None:
+    """Write a file that multiplies in 8 bits; the range of activations is that of `images`."""
+    nncf = import_nncf()
+    images = list(images)
+    _save(
+        nncf.quantize(
+            _network(source), nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER
+        ),
+        path,
+    )
+
+
+def _network(source: Path) -> Any:
+    import openvino
+
+    return openvino.Core().read_model(source)
+
+
+def _save(network: Any, path: Path) -> None:
+    import openvino
+
+    openvino.save_model(network, path, compress_to_fp16=False)
+
+
+def import_nncf() -> Any:
+    """Import NNCF without its reports of use."""
+    need("openvino", "nncf")
+    with _without("openvino_telemetry"), quiet():
+        import nncf
+
+    nncf.set_log_level(40)  # of logging.ERROR
+    return nncf
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Let a package look as if it were not installed."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    loaded = modules.get(package)
+    modules[package] = None
+    try:
+        yield
+    finally:
+        if loaded is None:
+            del modules[package]
+        else:
+            modules[package] = loaded
+
+
+OPENVINO_QUANTIZERS = {"weights": quantize_weights, "static": quantize_static}

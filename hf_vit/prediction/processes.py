@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from ..inference.digest import digest_of
 from ..system.machine import cores
 from .predictor import Predictor
-from .shards import Settings, ShardJob, model_digest, predict_shards
+from .shards import Settings, ShardJob, predict_shards
 from .table import PredictionTable
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ class Processes:
 
     def __init__(self, settings: Settings, accelerator: "Accelerator") -> None:
         model, processor = settings.load(is_to_file=True)
-        self.model, self.device = model_digest(model, processor), accelerator.device.type
+        self.model, self.device = digest_of(model, model.config, processor), accelerator.device.type
         workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         options = {**settings.options, "workers": workers}
         self.predictor = Predictor.from_model(

@@ -10,8 +10,9 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..inference.digest import digest_of
 from ..system.extras import need
-from .shards import Settings, ShardJob, model_digest, predict_shards
+from .shards import Settings, ShardJob, predict_shards
 from .table import PredictionTable
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class RayActors:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.division = Division.of(nodes, settings.workers)
         self.device = self.division.device
-        self.settings, self.model = settings, model_digest(*settings.load(is_to_file=True))
+        model, processor = settings.load(is_to_file=True)
+        self.settings, self.model = settings, digest_of(model, model.config, processor)
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
         """Have the actors write all shards; see `predict_shards`.

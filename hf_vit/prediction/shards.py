@@ -4,15 +4,11 @@ Parts of the sources are divided into shards, and shards into batches, always in
 not depend on which worker makes them, or on how often a run was interrupted.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
 
 from ..checkpoints.models import load
 from ..data.sources import Part, Stored
@@ -158,15 +154,3 @@ def predict_shards(
             table.write(shard, waiting)
             waiting = []
         yield len(predictions), sum(prediction.error is not None for prediction in predictions)
-
-
-def model_digest(model: Any, processor: Any) -> str:
-    """Return a digest of a model's weights and config and of its preprocessing."""
-    digest = hashlib.blake2b(digest_size=16)
-    for described in (model.config, processor):
-        fields = {**described.to_dict(), "transformers_version": None, "_name_or_path": None}
-        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -4,8 +4,6 @@ The cache is a folder per encoder, in which each file has the features of up to 
 absent, so an interrupted pass continues where it stopped.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from ...data.channels import Channels, adapt_processor
 from ...data.dense import stop_cropping
 from ...data.images import NO_IMAGE, normalize, preprocess, read_stored
 from ...data.opening import as_stored
+from ...inference.digest import digest_of
 from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core
 from ...model.pooling_hf_vit import POOLINGS
@@ -99,14 +98,9 @@ class Encoder:
         return cls(model, processor, source, precision)
 
     def _fingerprint(self, encoder: nn.Module) -> str:
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(encoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         config = {name: value for name, value in self.config.to_dict().items() if name not in NOT_OF_THE_ENCODER}
         facts = [VERSION, config, self.processor.to_dict(), self.precision, self.stored_poolings]
-        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
+        return digest_of(encoder, facts, size=8)
 
     def __call__(self, pixels: Tensor) -> list[Tensor]:
         """Return the stored poolings of uint8 images `[B, C, H, W]`, each float32 on the CPU."""

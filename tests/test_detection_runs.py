@@ -11,10 +11,13 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tiny_run import RECIPE, assert_same_weights, stop_at, tiny_recipe, weights
 
+from hf_vit.checkpoints.models import load
 from hf_vit.evaluation.detection import BoxResults
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.evaluation.report import report_lines
 from hf_vit.graphs.export import export_graph
+from hf_vit.graphs.kinds import KINDS
+from hf_vit.model.detection_hf_vit import HFViTObjectDetectionOutput
 from hf_vit.system.stopping import Interrupted
 from hf_vit.training.loop import train
 from hf_vit.training.report import train_and_report
@@ -191,10 +194,21 @@ def test_what_detection_cannot_do_is_refused(
         train(recipe(photos, tmp_path, **fields))
 
 
-def test_no_graph_is_exported(trained: Any, tmp_path: Path) -> None:
+def test_a_graph_finds_the_same_objects(trained: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    with pytest.raises(ValueError, match="is a model for detection, which is not exported as a graph"):
-        export_graph(trained.output_dir, tmp_path / "model.onnx", "onnx")
+    lines = export_graph(trained.output_dir, tmp_path / "model.onnx", "onnx")
+    assert "logits [batch, points, 2] and pred_boxes [batch, points, 4]" in lines[0]
+    model, processor = load(str(trained.output_dir))
+    pixel_values = processor(scene(103)[0], return_tensors="pt")["pixel_values"]
+    answers = KINDS["onnx"].read(tmp_path / "model.onnx")(pixel_values.numpy())
+    outputs = HFViTObjectDetectionOutput(
+        **dict(zip(("logits", "pred_boxes"), map(torch.from_numpy, answers), strict=True))
+    )
+    with torch.no_grad():
+        [expected] = processor.post_process_object_detection(model(pixel_values), 0.3, [(HEIGHT, WIDTH)])
+    [found] = processor.post_process_object_detection(outputs, 0.3, [(HEIGHT, WIDTH)])
+    assert len(found["labels"]) > 0 and torch.equal(found["labels"], expected["labels"])
+    torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=1e-3, atol=1e-2)
 
 
 def test_a_page_shows_objects(trained: Any, tmp_path: Path) -> None:

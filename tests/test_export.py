@@ -940,7 +940,13 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
             "--to",
             "tflite",
         ): "Unknown format 'tflite' for --to: choose one of onnx, torch-export, ",
-        (source, "--to", "timm", "--int8", "weights"): "--int8 and --data apply only to onnx and torch-export",
+        (
+            source,
+            "--to",
+            "timm",
+            "--int8",
+            "weights",
+        ): "--int8, --precision, --data, --calibration and --with-preprocessing apply only to onnx",
         (source, "--to", "transformers"): "does not fit into transformers: num_register_tokens=2",
         (tmp_path / "nothing", "--to", "timm"): "nothing",
     }.items():

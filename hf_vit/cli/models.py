@@ -21,7 +21,13 @@ Model = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
-ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch-export", ".npz": "npz"}  # formats of an export
+ENDINGS = {
+    ".onnx": "onnx",
+    ".xml": "openvino",
+    ".pte": "executorch",
+    ".pt2": "torch-export",
+    ".npz": "npz",
+}  # formats of an export
 
 # Fields of `checkpoints.Options`, by name.
 CHECKPOINT_OPTIONS: dict[str, Any] = {
@@ -154,40 +160,55 @@ def inspect(
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or a file: .npz, .onnx, .pt2.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write, or a file: .npz, .onnx, .xml, .pte, .pt2.")
+    ],
     to: Annotated[
         str | None,
         typer.Option(
-            help="Format: onnx, torch-export, transformers, timm, or npz (big_vision). Default: by the ending of OUT."
+            help="Format: onnx, openvino, executorch, torch-export, transformers, timm, or npz (big_vision). Default: by the "
+            "ending of OUT."
         ),
     ] = None,
     int8: Annotated[
-        Literal["weights", "dynamic"] | None,
-        typer.Option(help="Quantization (onnx): weights only, or also matrix products."),
+        Literal["weights", "dynamic", "static"] | None,
+        typer.Option(
+            help="Quantization (onnx, openvino): weights only, or also matrix products, with ranges of each call or "
+            "of calibration images."
+        ),
     ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"], typer.Option(help="Precision of the graph's weights.")
+    ] = "fp32",
     data: Annotated[
         str | None, typer.Option(help="Labeled images to compare accuracy and speed with torch on.")
     ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Images for --int8 static. Default: those of --data.")
+    ] = None,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="Graph from uint8 images of any size to probabilities.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Export a model as a graph, or for another library.
 
-    A graph (onnx, torch-export) accepts any batch size and image size. It is compared with the model in torch on
-    random and real images, and deleted if the outputs differ. Export to another library (transformers, timm, npz)
-    fails if the model has a feature that the library does not support. If the checkpoint is ambiguous, run
+    A graph (onnx, openvino, executorch, torch-export) accepts any batch size and image size. It is compared with the model in
+    torch on random and real images, and deleted if the outputs differ. Export to another library (transformers, timm,
+    npz) fails if the model has a feature that the library does not support. If the checkpoint is ambiguous, run
     hf-vit convert first; it has the options to resolve that.
 
     Example: hf-vit export hf-vit-digits digits.onnx --int8 dynamic --data digits
     """
-    check_exist([model, data])
+    check_exist([model, data, calibration])
     from ..checkpoints.export import TARGETS, export_checkpoint
     from ..graphs.export import export_graph
     from ..graphs.kinds import KINDS
 
-    def measure(checkpoint: "Checkpoint", processor: Any, models: dict[str, Any]) -> list[str]:
+    def measure(checkpoint: "Checkpoint", processor: Any, models: dict[str, Any], sizes: dict[str, int]) -> list[str]:
         from ..evaluation.throughput import compare
 
-        return compare(model, checkpoint, str(data), processor, models)
+        return compare(model, checkpoint, str(data), processor, models, sizes=sizes)
 
     formats = [*KINDS, *TARGETS]
     to = to or ENDINGS.get(out.suffix.lower())
@@ -197,13 +218,27 @@ def export(
             f"{', '.join(formats)}."
         )
     if to in KINDS:
-        echo("\n".join(export_graph(model, out, to, int8, None if data is None else measure, force)))
+        lines = export_graph(
+            model,
+            out,
+            to,
+            int8,
+            None if data is None else measure,
+            force,
+            precision=precision,
+            calibration=calibration or (data if int8 == "static" else None),
+            with_preprocessing=with_preprocessing,
+        )
+        echo("\n".join(lines))
         echo(f"Wrote {out}, and compared its outputs with torch.")
         return
     if to not in TARGETS:
         raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join(formats)}.")
-    if int8 is not None or data is not None:
-        raise ValueError(f"--int8 and --data apply only to {' and '.join(KINDS)}: remove them to export to {to}.")
+    if int8 is not None or data is not None or calibration is not None or precision != "fp32" or with_preprocessing:
+        raise ValueError(
+            f"--int8, --precision, --data, --calibration and --with-preprocessing apply only to {', '.join(KINDS)}: "
+            f"remove them to export to {to}."
+        )
     for sentence in export_checkpoint(model, out, to, force):
         echo(f"Note: {sentence}")
     echo(f"Wrote {out}, and read it back: all tensors are equal bit for bit.")

@@ -1,9 +1,10 @@
 """Throughput of models, and a comparison of several forms of one classifier."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ SHORT = {"mean_average_precision": "mAP", "r2": "R²"}
 
 
 def compare(
-    source: str, checkpoint: Checkpoint, data_source: str, processor: Any, models: dict[str, Any], turns: int = 9
+    source: str,
+    checkpoint: Checkpoint,
+    data_source: str,
+    processor: Any,
+    models: dict[str, Any],
+    turns: int = 9,
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> list[str]:
     """Measure forms of one classifier on the same labelled images on the CPU, and return a table as lines.
 
@@ -32,6 +39,7 @@ def compare(
         data_source: As for `load_data`; if a run left the model, the images that the run held out are used.
         models: The forms by name; each maps `pixel_values` to outputs with `logits`.
         turns: Number of throughput measurements per form.
+        sizes: Bytes of the files of some of the forms.
 
     Raises:
         ValueError: If the classes of the model are not those of the data.
@@ -56,12 +64,13 @@ def compare(
     lines = [
         f"{counted(len(first.labels), 'image')} of {data.name}, {data.eval_split}. Throughput: batch size "
         f"{BATCH_OF_CPU}, {counted(threads, 'thread')}, median of {turns} runs (min to max).",
-        f"{'':28}{SHORT.get(metric, metric):>9}  {'agreement':>9}  images/s",
+        f"{'':28}{SHORT.get(metric, metric):>9}  {'agreement':>9}  {'MB':>7}  images/s",
     ]
     for name, result in results.items():
         agreement = result.agreement(first)
         speed = f"{median(speeds[name]):,.1f} ({min(speeds[name]):,.1f} to {max(speeds[name]):,.1f})"
-        lines.append(f"{name:28}{result.metrics()[metric]:9.2%}  {agreement:9.2%}  {speed}")
+        size = f"{sizes[name] / 1e6:,.1f}" if name in sizes else ""
+        lines.append(f"{name:28}{result.metrics()[metric]:9.2%}  {agreement:9.2%}  {size:>7}  {speed}")
     return lines
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from .executorch_files import read_executorch, write_executorch
 from .onnx_files import ONNX_QUANTIZERS, read_onnx, write_onnx
 from .open_sizes import Model
 from .openvino_files import OPENVINO_QUANTIZERS, read_openvino, write_openvino
 from .torch_export_files import read_torch_export, write_torch_export
 from .tracing import INPUT, Graph, Images, Run
 
-Write = Callable[[Model, Path, dict[str, str]], None]  # a model, and metadata, to a file
+Write = Callable[[Model | Graph, Path, dict[str, str]], None]  # a model, and metadata, to a file
 Quantize = Callable[[Path, Path, Images], None]  # a file in float32 to one in 8 bits, by the range of images
 NONE: Mapping[str, Quantize] = MappingProxyType({})
 
@@ -22,10 +23,12 @@ class Kind(NamedTuple):
     Attributes:
         suffix: Suffix of its files.
         packages: The packages that it needs.
-        write: Write a model in float32.
+        write: Write a model, or a graph in float32 or one of `precisions`.
         read: Return the function that runs a file.
         extra: The optional dependencies of this project that contain the packages.
         quantizers: The ways to write it in 8 bits, by name.
+        precisions: The other precisions that it has.
+        is_bounded: Whether batch and size have upper bounds.
     """
 
     suffix: str
@@ -34,15 +37,24 @@ class Kind(NamedTuple):
     read: Callable[[Path], Run]
     extra: str = "onnx"
     quantizers: Mapping[str, Quantize] = NONE
+    precisions: tuple[str, ...] = ()
+    is_bounded: bool = False
 
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 KINDS = {
-    "onnx": Kind(".onnx", ONNX_PACKAGES, write_onnx, read_onnx, quantizers=ONNX_QUANTIZERS),
+    "onnx": Kind(".onnx", ONNX_PACKAGES, write_onnx, read_onnx, "onnx", ONNX_QUANTIZERS, ("fp16",)),
     "openvino": Kind(
-        ".xml", (*ONNX_PACKAGES, "openvino"), write_openvino, read_openvino, "openvino", OPENVINO_QUANTIZERS
+        ".xml",
+        (*ONNX_PACKAGES, "openvino"),
+        write_openvino,
+        read_openvino,
+        "openvino",
+        OPENVINO_QUANTIZERS,
+        ("fp16",),
     ),
-    "torch-export": Kind(".pt2", (), write_torch_export, read_torch_export),
+    "executorch": Kind(".pte", ("executorch",), write_executorch, read_executorch, "executorch", is_bounded=True),
+    "torch-export": Kind(".pt2", (), write_torch_export, read_torch_export, precisions=("bf16", "fp16")),
 }
 
 __all__ = ["INPUT", "KINDS", "Graph", "Kind", "Run", "read_onnx", "write_onnx"]

@@ -3,43 +3,49 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .open_sizes import Model
-from .tracing import INPUT, Graph, Images, Run, quiet, trace
+from .tracing import IMAGES, INPUT, Graph, Images, Run, graph_of, quiet, trace
 
 OPSET = 20  # the first with GELU as one operation
 MOST_BYTES_INSIDE = 2**31 - 2**24  # a protobuf is limited to 2 GiB; everything except weights is small
 BLOCK = 64  # weights that share a scale
+# Names of dynamic sides, by rank: of one output per image, per point, and per cell of a map.
+SIDES_OF_INPUT = {INPUT: ("batch", "channels", "height", "width"), IMAGES: ("batch", "height", "width", "channels")}
+SIDES_OF_OUTPUT = {
+    2: ("batch", "labels"), 3: ("batch", "points", "values"), 4: ("batch", "labels", "rows", "columns"),
+}  # fmt: skip
 
 
-def write_onnx(model: Model, path: Path, metadata: dict[str, str] | None = None) -> None:
+def write_onnx(model: Model | Graph, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a model as ONNX with its weights inside; above 2 GB they are in a second file, `path` with `.data`."""
     import onnx_ir
 
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the others export the same products with more operations
-    program = trace(model)
-    model.set_attn_implementation(attention)
+    graph = graph_of(model)
+    attention = graph.model.config._attn_implementation
+    graph.model.set_attn_implementation("eager")  # the others export the same products with more operations
+    program = trace(graph)
+    graph.model.set_attn_implementation(attention)
     with quiet():
         written = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[Graph(model).output],
+            input_names=[graph.input],
+            output_names=list(graph.outputs),
             verbose=False,
         )
     assert written is not None
-    graph: Any = written.model.graph
-    for node in graph:
+    network: Any = written.model.graph
+    for node in network:
         node.metadata_props.clear()  # records of the export, longer than the graph
-    sides_of_input, sides_of_output = ("batch", "channels", "height", "width"), ("batch", "labels", "rows", "columns")
-    for value, names in ((graph.inputs[0], sides_of_input), (graph.outputs[0], sides_of_output)):
-        sides = zip(value.shape, names, strict=False)  # an output may have two dimensions
+    for value in (*network.inputs, *network.outputs):
+        sides = zip(value.shape, SIDES_OF_INPUT.get(value.name) or SIDES_OF_OUTPUT[len(value.shape)], strict=True)
         value.shape = onnx_ir.Shape([side if isinstance(side, int) else name for side, name in sides])
     written.model.metadata_props.update(metadata or {})
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    size = sum(parameter.nbytes for parameter in graph.model.parameters())
     written.save(path, external_data=size > MOST_BYTES_INSIDE)
 
 
@@ -50,7 +56,13 @@ def read_onnx(path: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda pixel_values: session.run(None, {INPUT: pixel_values})[0]
+    [given] = session.get_inputs()
+
+    def run(images: np.ndarray) -> Any:
+        answers = session.run(None, {given.name: images})
+        return answers[0] if len(answers) == 1 else tuple(answers)
+
+    return run
 
 
 def bytes_of(model: Any) -> int:
@@ -77,6 +89,35 @@ def quantize_dynamic(source: Path, path: Path, images: Images = ()) -> None:
     )
 
 
+def quantize_static(source: Path, path: Path, images: Images) -> None:
+    """Write an ONNX file that multiplies in 8 bits; the range of activations is that of `images`."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.images, None)
+            return None if batch is None else {INPUT: batch}
+
+    model = onnx.load(source)
+    is_large = bytes_of(model) > MOST_BYTES_INSIDE
+    quantize_static(
+        model,
+        path,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QUInt8,  # as above
+        use_external_data_format=is_large,
+        extra_options={"MatMulConstBOnly": True},
+    )
+
+
 def quantize_weights(source: Path, path: Path, images: Images = ()) -> None:
     """Write an ONNX file with the weights of products in 8 bits, one scale for each `BLOCK` of them."""
     import onnx
@@ -87,4 +128,4 @@ def quantize_weights(source: Path, path: Path, images: Images = ()) -> None:
     quantizer.model.save_model_to_file(str(path), bytes_of(quantizer.model.model) > MOST_BYTES_INSIDE)
 
 
-ONNX_QUANTIZERS = {"weights": quantize_weights, "dynamic": quantize_dynamic}
+ONNX_QUANTIZERS = {"weights": quantize_weights, "dynamic": quantize_dynamic, "static": quantize_static}

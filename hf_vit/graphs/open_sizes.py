@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
+from ..model.dense_hf_vit import HFViTBackbone
+from ..model.detection_hf_vit import HFViTForObjectDetection
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.positions_hf_vit import HFViTPositionTable, HFViTSinCos2DPositions
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import GEOMETRIC_SPLINES
 
-Model = HFViTForImageClassification | HFViTForSemanticSegmentation | HFViTModel
+Model = (
+    HFViTForImageClassification | HFViTForSemanticSegmentation | HFViTForObjectDetection | HFViTModel | HFViTBackbone
+)
 
 KEYS = {True: -0.5, False: -0.75}  # coefficient of torch's bicubic kernel with and without antialiasing
 
@@ -66,6 +70,8 @@ class OpenPositionTable(HFViTPositionTable):
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         table = self.weight.permute(0, 3, 1, 2)  # [K, D, rows, columns]
+        dtype = table.dtype
+        table = table if dtype == torch.float32 else table.float()
         how = dict(POSITION_INTERPOLATIONS[self.interpolation])
         if "offset" in how:  # the table's own grid is not resampled
             is_other = (as_tensor(grid[0]) != table.shape[2]) | (as_tensor(grid[1]) != table.shape[3])
@@ -75,7 +81,8 @@ class OpenPositionTable(HFViTPositionTable):
             table = table @ resampling_weights(table.shape[3], grid[1], **how).T
         if table.shape[2] > 1:
             table = resampling_weights(table.shape[2], grid[0], **how) @ table
-        return table.permute(0, 2, 3, 1)
+        table = table.permute(0, 2, 3, 1)
+        return table if dtype == torch.float32 else table.to(dtype)
 
 
 class OpenSinCos2DPositions(HFViTSinCos2DPositions):

@@ -6,7 +6,8 @@ every use to its makers (`openvino_telemetry`), as NNCF does; a graph is nobody'
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -18,23 +19,27 @@ import torch
 from ..system.extras import need
 from .onnx_files import write_onnx
 from .open_sizes import Model
-from .tracing import INPUT, Images, Run, quiet
+from .tracing import Graph, Images, Run, graph_of, quiet
 
 SECTION = "model_info"  # of the metadata, as other exporters name it
 # Otherwise CPUs with units for bf16 or fp16 compute in these.
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
-def write_openvino(model: Model, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a model as OpenVINO's XML, with its weights in a second file `.bin`, and `metadata` under `SECTION`."""
+def write_openvino(model: Model | Graph, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a model as OpenVINO's XML, with its weights in a second file `.bin`, and `metadata` under `SECTION`.
+
+    In fp16 the weights are stored in half precision, and OpenVINO chooses the precision of its computations.
+    """
     import openvino
 
+    graph = graph_of(model)
     with TemporaryDirectory() as folder:
-        write_onnx(model, Path(folder) / "model.onnx")
+        write_onnx(graph.in_float32(), Path(folder) / "model.onnx")
         network = openvino.Core().read_model(Path(folder) / "model.onnx")
         for name, value in (metadata or {}).items():
             network.set_rt_info(value, [SECTION, name])
-        openvino.save_model(network, path, compress_to_fp16=False)
+        openvino.save_model(network, path, compress_to_fp16=graph.dtype == torch.float16)
 
 
 def read_openvino(path: Path) -> Run:
@@ -44,28 +49,30 @@ def read_openvino(path: Path) -> Run:
     options = {**PRECISION, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(path, "CPU", options)
 
-    def run(pixel_values: np.ndarray) -> np.ndarray:
-        return compiled({INPUT: pixel_values})[0]
+    def run(images: np.ndarray) -> Any:
+        answers = [each.copy() for each in compiled(images, share_inputs=True).to_tuple()]
+        return answers[0] if len(answers) == 1 else tuple(answers)
 
     return run
 
 
-def quantize_weights(source: Path, path: Path, images: Images) -> None:
+def quantize_weights(source: Path, path: Path, images: Images = ()) -> None:
     """Write a file with weights in 8 bits, one scale per output."""
     nncf = import_nncf()
-    _save(nncf.compress_weights(_network(source), mode=nncf.CompressWeightsMode.INT8_SYM), path)
+    with redirect_stdout(StringIO()):  # progress bars
+        network = nncf.compress_weights(_network(source), mode=nncf.CompressWeightsMode.INT8_SYM)
+    _save(network, path)
 
 
 def quantize_static(source: Path, path: Path, images: Images) -> None:
     """Write a file that multiplies in 8 bits; the range of activations is that of `images`."""
     nncf = import_nncf()
-    images = list(images)
-    _save(
-        nncf.quantize(
-            _network(source), nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER
-        ),
-        path,
-    )
+    images, transformer = list(images), nncf.ModelType.TRANSFORMER
+    with redirect_stdout(StringIO()):  # progress bars
+        network = nncf.quantize(
+            _network(source), nncf.Dataset(images), subset_size=len(images), model_type=transformer
+        )
+    _save(network, path)
 
 
 def _network(source: Path) -> Any:

@@ -1,0 +1,62 @@
+"""What goes into a graph and comes out of it, in sentences."""
+
+from ..model.configuration_hf_vit import HFViTConfig
+from ..model.detection_hf_vit import HFViTForObjectDetection
+from ..model.losses_hf_vit import activation_of
+from ..model.modeling_hf_vit import HFViTForImageClassification
+from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
+from .open_sizes import fixed_size
+from .preprocessing import PreprocessedGraph
+from .tracing import IMAGES, INPUT, MOST_IMAGES, Graph, most_patches
+
+# What the logits become, by `activation_of`. The temperature is in the graph.
+SCORES = {
+    "softmax": "The probabilities of the classes are the softmax of the logits.",
+    "sigmoid": "The probability of each label is the sigmoid of its logit.",
+    "none": "The logits are the values of the targets.",
+}
+
+
+def description(graph: Graph, is_bounded: bool) -> str:
+    """Return sentences about the inputs and outputs of a graph, whose batch and size may have upper bounds."""
+    outputs, scores = _outputs(graph)
+    if isinstance(graph, PreprocessedGraph):
+        height, width = graph.preprocessing.plan.size
+        given = f"{IMAGES} [batch, height, width, {graph.preprocessing.num_channels}], uint8"
+        sizes = f"Images have any size from 2x2 on, and are preprocessed to {height}x{width} inside the graph."
+        types = "float32"
+    else:
+        given, sizes = f"{INPUT} [batch, {graph.config.num_channels}, height, width]", _sizes(graph.config, is_bounded)
+        types = "both float32" if len(graph.outputs) == 1 else "all float32"
+    return " ".join(part for part in (f"Input: {given}; output: {outputs}; {types}.", sizes, scores) if part)
+
+
+def _sizes(config: HFViTConfig, is_bounded: bool) -> str:
+    height, width = config.patch_shape
+    batch = f" A batch has at most {MOST_IMAGES} images." if is_bounded else ""
+    if (reason := fixed_size(config)) is not None:
+        return reason + batch
+    to = f"to {most_patches(config) * height}x{most_patches(config) * width}" if is_bounded else "on"
+    return f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} {to}.{batch}"
+
+
+def _outputs(graph: Graph) -> tuple[str, str]:
+    """Return the outputs with their shapes, and what they mean."""
+    model, labels = graph.original, graph.config.num_labels
+    if isinstance(model, HFViTForSemanticSegmentation):
+        parts = graph.config.patch_subdivision
+        return f"logits [batch, {labels}, rows, columns]", (
+            f"Each patch has {parts}x{parts} logits per class. Resize them bilinearly to the image (without aligned "
+            "corners); the class of a pixel is that of the largest logit."
+        )
+    if isinstance(model, HFViTForObjectDetection):
+        return f"logits [batch, points, {labels}] and pred_boxes [batch, points, 4]", (
+            "The score of each class is the sigmoid of its logit, which is very low at points without an object. "
+            "Boxes are centre x, centre y, width and height, as shares of the image."
+        )
+    if isinstance(model, HFViTForImageClassification):
+        activation = activation_of(graph.config)
+        return f"{graph.output} [batch, {labels}]", SCORES[activation] if graph.output == "logits" else ""
+    if graph.output == "pooler_output":
+        return "pooler_output [batch, features]", ""
+    return " and ".join(f"{name} [batch, features, rows, columns]" for name in graph.outputs), ""

@@ -1,0 +1,254 @@
+"""Graphs in their runtimes: precisions, 8 bits with calibration, several outputs, and preprocessing inside."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_graphs import NAMES, TINY, make, run, save
+
+from hf_vit import HFViTBackbone, HFViTConfig, HFViTForImageClassification, HFViTImageProcessor, HFViTModel
+from hf_vit.graphs import export as graphs
+from hf_vit.graphs.kinds import KINDS
+from hf_vit.graphs.preprocessing import PreprocessedGraph, Preprocessing
+from hf_vit.graphs.tracing import Graph
+from hf_vit.model.detection_hf_vit import SUPPRESSED, HFViTForObjectDetection
+from hf_vit.model.segmentation_hf_vit import HFViTForSemanticSegmentation
+
+slow, full = pytest.mark.slow, pytest.mark.full
+PROCESSOR = HFViTImageProcessor(size={"height": 32, "width": 48})
+
+
+def pictures(folder: Path, number: int = 5) -> Path:
+    generator = np.random.default_rng(0)
+    for name in NAMES:
+        (folder / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = generator.integers(256, size=(40, 52, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+def written(kind: str, graph: Graph, path: Path) -> Any:
+    """Write a graph, and return the function that runs it."""
+    KINDS[kind].write(graph, path / f"graph{KINDS[kind].suffix}", {})
+    return KINDS[kind].read(path / f"graph{KINDS[kind].suffix}")
+
+
+# ------------------------------------------------------------------------------------------------ precisions, 8 bits
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("openvino", "fp16"),
+        *(pytest.param(*each, marks=slow) for each in [("onnx", "fp16"), ("torch-export", "bf16")]),
+        pytest.param("torch-export", "fp16", marks=full),
+    ],
+)
+def test_half_precision_is_smaller_and_near(kind: str, precision: str, tmp_path: Path) -> None:
+    model = make(hidden_size=64, intermediate_size=256, initializer_range=0.05)
+    source, out = save(tmp_path / "ours", model), tmp_path / f"model{KINDS[kind].suffix}"
+    done = run(source, out, "--precision", precision)
+    assert done.exit_code == 0, done.output
+    assert f"{precision}: logits differ from torch's by at most" in done.output
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if kind != "torch-export":  # a program of a tiny model is longer than its weights
+        assert sum(path.stat().st_size for path in tmp_path.glob("model.*")) < 0.5 * weights + 150_000
+    pixel_values = torch.randn(2, 3, 32, 48)
+    answer = KINDS[kind].read(out)(pixel_values.numpy())
+    assert answer.dtype == np.float32
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(answer), model(pixel_values).logits, rtol=0.05, atol=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=slow), "openvino"])
+def test_static_8_bits_take_ranges_from_images(kind: str, tmp_path: Path) -> None:
+    model = make(hidden_size=64, intermediate_size=256, initializer_range=0.05)
+    source, data, out = save(tmp_path / "ours", model), pictures(tmp_path / "data"), tmp_path / "graph"
+    done = run(source, out, "--to", kind, "--int8", "static", "--data", data)
+    assert done.exit_code == 0, done.output
+    assert "int8 static: logits differ from torch's by at most" in done.output
+    rows = {line[:28].strip(): line[28:].split() for line in done.output.splitlines() if line[28:36].strip()}
+    assert float(rows[f"{kind} int8 static"][2]) < float(rows[f"{kind} fp32"][2])  # megabytes
+    assert rows[f"{kind} fp32"][:2] == [rows["torch fp32"][0], "100.00%"]
+    assert not [path for path in out.iterdir() if path.name.startswith("fp32-")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--to", "onnx", "--int8", "static"), "ranges of activations from images: give some with --calibration"),
+        (("--to", "onnx", "--calibration", "{data}"), "used by int8 static only"),
+        (("--to", "onnx", "--precision", "bf16"), "onnx has no precision 'bf16': use fp32 or fp16"),
+        (("--to", "openvino", "--int8", "dynamic"), "openvino has no int8 'dynamic': leave it out, or use onnx with"),
+        (("--to", "onnx", "--int8", "weights", "--precision", "fp16"), "exclude each other"),
+        (("--to", "onnx", "--with-preprocessing", "--data", "{data}"), "neither calibrated nor measured"),
+        (("--to", "timm", "--with-preprocessing"), "apply only to onnx, openvino"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    source, data = save(tmp_path / "ours"), pictures(tmp_path / "data", 1)
+    done = run(source, tmp_path / "out", *(option.format(data=data) for option in options))
+    assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "ours"]
+
+
+def test_an_encoder_is_not_measured(tmp_path: Path) -> None:
+    source, data = save(tmp_path / "ours", make(HFViTModel)), pictures(tmp_path / "data", 1)
+    done = run(source, tmp_path / "encoder.onnx", "--data", data)
+    assert done.exit_code == 2 and "has no head to measure: leave out --data" in done.output
+
+
+def test_overflow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    with torch.no_grad():
+        model.classifier.weight.fill_(7e4)  # infinite in half precision
+    done = run(save(tmp_path / "ours", model), tmp_path / "model.pt2", "--precision", "fp16")
+    assert done.exit_code == 2 and "values above 65504 overflow" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+# --------------------------------------------------------------------------------------------------- several outputs
+
+DENSE = {
+    "detector": (HFViTForObjectDetection, {"patch_subdivision": 2}),
+    "segmenter": (HFViTForSemanticSegmentation, {"patch_subdivision": 2}),
+    "backbone": (HFViTBackbone, {"num_hidden_layers": 2, "out_features": ["stage1", "stage2"]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("detector", "onnx"),
+        *(pytest.param(*each, marks=slow) for each in [("detector", "openvino"), ("segmenter", "openvino")]),
+        *(pytest.param(*each, marks=slow) for each in [("backbone", "onnx"), ("detector", "torch-export")]),
+    ],
+)
+def test_every_output_is_torch_s(name: str, kind: str, tmp_path: Path) -> None:
+    model_class, fields = DENSE[name]
+    model = make(model_class, **fields)
+    answer = written(kind, Graph(model), tmp_path)
+    assert graphs.largest_difference(answer, model, PROCESSOR) < 1e-5
+
+
+def test_a_detector_keeps_its_objects(tmp_path: Path) -> None:
+    model = make(HFViTForObjectDetection, patch_subdivision=2)
+    done = run(save(tmp_path / "ours", model), tmp_path / "detector.onnx")
+    assert done.exit_code == 0, done.output
+    assert "logits [batch, points, 3] and pred_boxes [batch, points, 4]; all float32" in done.output
+    pixel_values = torch.randn(2, 3, 40, 64)
+    logits, boxes = KINDS["onnx"].read(tmp_path / "detector.onnx")(pixel_values.numpy())
+    with torch.no_grad():
+        outputs = model(pixel_values)
+    torch.testing.assert_close(torch.from_numpy(logits), outputs.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(boxes), outputs.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+def test_a_peak_of_two_equal_points_may_be_either() -> None:
+    heatmap = torch.tensor([0.0, 2.0, 2.0 - 1e-6, -3.0]).view(1, 1, 1, 4)
+
+    def difference(point: int, value: float) -> float:
+        logits = torch.full((1, 4, 1), SUPPRESSED)
+        logits[0, point] = value
+        return graphs.difference_of_peaks(logits, heatmap)
+
+    assert difference(1, 2.0) == 0
+    assert 0 < difference(2, 2.0 - 1e-6) < 1e-6
+    assert difference(1, 2.5) == pytest.approx(0.5 / 3)
+    assert difference(3, -3.0) > 1
+    assert np.isnan(difference(1, float("nan")))
+
+
+# ----------------------------------------------------------------------------------------------------- preprocessing
+
+PROCESSORS: dict[str, tuple[int, HFViTImageProcessor]] = {
+    "bilinear": (3, PROCESSOR),
+    "bicubic": (3, HFViTImageProcessor(size={"height": 32, "width": 48}, resample=3)),
+    "crop of a rectangle": (3, HFViTImageProcessor.from_preset("timm", size=(32, 48))),
+    "crop of a square": (3, HFViTImageProcessor.from_preset("center_crop", size=48)),
+    "shortest edge": (
+        3,
+        HFViTImageProcessor(size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 48, "width": 32}),
+    ),
+    "luma": (1, HFViTImageProcessor.from_preset("original", size=(32, 48), num_channels=1)),
+    "five channels": (5, HFViTImageProcessor.from_preset("original", size=(32, 48), num_channels=5)),
+    "not normalized": (3, HFViTImageProcessor(size={"height": 32, "width": 48}, do_normalize=False)),
+    "not rescaled": (
+        3,
+        HFViTImageProcessor(size={"height": 32, "width": 48}, do_normalize=False, do_rescale=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", [(32, 48), (33, 47), (64, 96), (7, 5), (2, 300), (427, 640), (31, 200)])
+def test_pixels_are_those_of_the_processor(name: str, size: tuple[int, int]) -> None:
+    channels, processor = PROCESSORS[name]
+    preprocessing = Preprocessing(processor, channels)
+    images = np.random.default_rng(0).integers(256, size=(2, *size, preprocessing.num_channels), dtype=np.uint8)
+    expected = processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    levels = (preprocessing(torch.from_numpy(images)) - expected) * preprocessing.std
+    assert levels.abs().max() < 1.01
+    if channels <= 3:  # others are not rounded between the two sides
+        assert (levels.abs() > 0.5).float().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": 16}, "packs patches"),
+        ({"value_range": (0, 4095)}, "maps a range of values"),
+        ({"do_resize": False}, "does not resize"),
+        ({"resample": 0}, "resample=0, neither bilinear"),
+        ({"size": {"shortest_edge": 32}}, "images of different sizes"),
+        ({"do_rescale": False}, "normalizes without do_rescale"),
+    ],
+)
+def test_a_processor_that_no_graph_can_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(HFViTImageProcessor(**options), 3)
+
+
+@pytest.mark.parametrize(
+    "kind", ["onnx", pytest.param("openvino", marks=slow), pytest.param("torch-export", marks=slow)]
+)
+def test_images_to_probabilities(kind: str, tmp_path: Path) -> None:
+    model, out = make(), tmp_path / f"model{KINDS[kind].suffix}"
+    source = save(tmp_path / "ours", model)
+    done = run(source, out, "--with-preprocessing")
+    assert done.exit_code == 0, done.output
+    assert "Input: images [batch, height, width, 3], uint8; output: probabilities [batch, 3]" in done.output
+    answer = KINDS[kind].read(out)
+    for size in [(61, 33), (32, 48), (9, 100)]:
+        images = np.random.default_rng(0).integers(256, size=(3, *size, 3), dtype=np.uint8)
+        pixel_values = PROCESSOR(list(images), return_tensors="pt", input_data_format="channels_last")
+        with torch.no_grad():
+            expected = model(**pixel_values).logits.softmax(dim=-1)
+        probabilities = torch.from_numpy(answer(images))
+        torch.testing.assert_close(probabilities, expected, rtol=0, atol=0.01)
+        torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3))
+    if kind == "onnx":
+        import onnxruntime
+
+        metadata = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["id2label"]) == dict(zip("012", NAMES, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({"problem_type": "multi_label_classification"}, "probabilities"), ({"problem_type": "regression"}, "values")],
+)
+def test_scores_follow_the_activation(fields: dict[str, Any], name: str) -> None:
+    model = HFViTForImageClassification(HFViTConfig(**TINY, **fields)).eval()
+    graph = PreprocessedGraph(model, PROCESSOR)
+    images = torch.randint(256, (2, 40, 30, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        logits, scores = model(graph.preprocessed(images)).logits, graph(images)
+    assert graph.outputs == (name,)
+    assert torch.equal(scores, logits.sigmoid() if name == "probabilities" else logits)

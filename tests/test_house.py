@@ -15,7 +15,7 @@ FLOORS = (
     {"model", "system"},
     {"data", "checkpoints", "inference", "hub", "variants"},
     {"prediction", "evaluation", "inspection", "graphs", "registration"},
-    {"training", "benchmark", "demo"},
+    {"training", "benchmark", "demo", "serving"},
     {"studies"},
     {"cli"},
 )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import data, fitting, models, predictions, runs
+from . import data, fitting, models, predictions, runs, serving
 from .endings import clear_endings, echo
 from .options import Command
 
@@ -48,6 +48,7 @@ for command in (
     predictions.evaluate,
     predictions.predict,
     predictions.demo,
+    serving.serve,
     models.push,
     models.convert,
     models.inspect,

@@ -68,9 +68,14 @@ def predict_masks(folder: Path, sources: Sources, settings: Settings, restart: b
 def _save_mask(prediction: Prediction, path: Path, labels: dict[int, str]) -> None:
     """Write a mask as `path.png`."""
     assert prediction.mask is not None
-    mask = Image.fromarray(prediction.mask, mode="L")
-    mask.putpalette(palette(len(labels)).flatten().tolist())
-    mask.save(f"{path}.png")
+    mask_picture(prediction.mask, len(labels)).save(f"{path}.png")
+
+
+def mask_picture(mask: np.ndarray, number: int) -> Image.Image:
+    """Return a mask `[H, W]` as an image with a palette that shows each of a number of classes as a colour."""
+    picture = Image.fromarray(mask, mode="L")
+    picture.putpalette(palette(number).flatten().tolist())
+    return picture
 
 
 def _save_drawing(prediction: Prediction, path: Path, labels: dict[int, str]) -> None:

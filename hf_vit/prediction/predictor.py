@@ -95,6 +95,9 @@ def in_words(answer: Any) -> str:
     return ", ".join(f"{label} {score:.1%}" for score, label in found) or "none"
 
 
+# What `Predictor.read` returns, and `Predictor.start` computes.
+ReadImage = tuple[Prediction, Tensor | None]
+
 # The most likely classes of images, their scores, for each: from logits `[B, num_labels]`, float32.
 Answers = list[tuple[list[int], list[float]]]
 
@@ -296,18 +299,34 @@ class Predictor:
         for first, finish in waiting:
             yield first, finish()
 
+    def read(self, source: Source) -> ReadImage:
+        """Return a prediction without an answer, and the pixels of an image, `[C, H, W]`; `None` if it is broken."""
+        prediction = Prediction(source)
+        try:
+            return prediction, self._pixels(prediction)
+        except (ValueError, OSError) as error:
+            prediction.error = str(error)
+            return prediction, None
+
+    def start(self, images: Sequence[ReadImage]) -> Callable[[], list[Prediction]]:
+        """Start to compute one batch of what `read` returned, of at most `batch_size` images.
+
+        Returns:
+            A function that waits for the results and returns the predictions.
+        """
+        return self._start(*self._batches(images))
+
     def _read(self, sources: Sequence[Source]) -> tuple[list[Prediction], list[tuple[list[int], Tensor]]]:
-        """Return empty predictions, and the readable images as batches, uint8 `[B, C, H, W]`, with their indices."""
-        predictions = [Prediction(source) for source in sources]
+        return self._batches([self.read(source) for source in sources])
+
+    def _batches(self, images: Sequence[ReadImage]) -> tuple[list[Prediction], list[tuple[list[int], Tensor]]]:
+        """Return the predictions, and the readable images as batches, uint8 `[B, C, H, W]`, with their indices."""
         by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # one shape, unless the processor keeps the aspect ratio
-        for index, prediction in enumerate(predictions):
-            try:
-                pixels = self._pixels(prediction)
-            except (ValueError, OSError) as error:
-                prediction.error = str(error)
-            else:
+        for index, (_, pixels) in enumerate(images):
+            if pixels is not None:
                 by_shape.setdefault(pixels.shape, {})[index] = pixels
-        return predictions, [(list(images), self._batch(list(images.values()))) for images in by_shape.values()]
+        batches = [(list(of_shape), self._batch(list(of_shape.values()))) for of_shape in by_shape.values()]
+        return [prediction for prediction, _ in images], batches
 
     def _batch(self, images: list[Tensor]) -> Tensor:
         batch = torch.stack(images)

@@ -29,6 +29,10 @@ Windows = Annotated[
 ]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")]
 Head = Annotated[str | None, typer.Option(metavar="NAME", help="Head of a model with several heads.")]
+Runtime = Annotated[
+    Literal["torch", "onnxruntime", "openvino", "auto"],
+    typer.Option(help="Runtime on a CPU; auto is the fastest that is installed."),
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size per device (CPU core or GPU).")]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="Precision; auto is bf16 where it is fast.")
@@ -135,6 +139,7 @@ def predict(
     windows: Windows = False,
     precision: Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
+    runtime: Runtime = "torch",
     engine: Annotated[
         Literal["processes", "ray"], typer.Option(help="Processes of a launcher, or Ray actors.")
     ] = "processes",
@@ -170,7 +175,7 @@ def predict(
     announce(f"Predicting labels of {shortened(words)} with {model}.")
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
-    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features, windows, head)
+    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features, windows, head, runtime)
     summary: Summary | None
     if output is not None and not output.suffix:
         from ..prediction.masks import predict_masks

@@ -8,7 +8,7 @@ from ..system.extras import need
 from ..system.places import check_exist
 from .endings import announce, echo, read_size
 from .models import Model
-from .predictions import Head, ImageSize, Precision, Windows
+from .predictions import Head, ImageSize, Precision, Runtime, Windows
 
 
 def serve(
@@ -26,6 +26,7 @@ def serve(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the model, for batches of the full size only.")
     ] = False,
+    runtime: Runtime = "torch",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Largest batch. Default: 8 on a CPU, 256 on a GPU.")
     ] = None,
@@ -57,5 +58,5 @@ def serve(
     from ..serving.running import serve as run
 
     size = read_size("--image-size", image_size)
-    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, False, windows, head)
+    settings = Settings(model, precision, size, compile, batch_size, workers, top_k, False, windows, head, runtime)
     run(settings, host, port, max_wait_ms / 1000, queue_size, int(max_upload_mb * 2**20), timeout, echo)

@@ -49,12 +49,15 @@ def write_onnx(model: Model | Graph, path: Path, metadata: dict[str, str] | None
     written.save(path, external_data=size > MOST_BYTES_INSIDE)
 
 
-def read_onnx(path: Path) -> Run:
-    """Return a function that runs a file in onnxruntime, with as many threads as torch uses."""
+def read_onnx(path: Path, threads: int | None = None) -> Run:
+    """Return a function that runs a file in onnxruntime, with as many threads as torch uses if not given.
+
+    Several threads can call it at once.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     [given] = session.get_inputs()
 

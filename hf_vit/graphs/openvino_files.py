@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import local
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +18,14 @@ import numpy as np
 import torch
 
 from ..system.extras import need
+from ..system.machine import cores
 from .onnx_files import write_onnx
 from .open_sizes import Model
 from .tracing import Graph, Images, Run, graph_of, quiet
 
 SECTION = "model_info"  # of the metadata, as other exporters name it
-# Otherwise CPUs with units for bf16 or fp16 compute in these.
-PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
+# Without a hint, CPUs with units for bf16 or fp16 compute in these.
+HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 def write_openvino(model: Model | Graph, path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -42,15 +44,32 @@ def write_openvino(model: Model | Graph, path: Path, metadata: dict[str, str] | 
         openvino.save_model(network, path, compress_to_fp16=graph.dtype == torch.float16)
 
 
-def read_openvino(path: Path) -> Run:
-    """Return a function that runs a file in float32 on the CPU, with as many threads as torch uses."""
+def read_openvino(path: Path, precision: str = "fp32", threads: int | None = None) -> Run:
+    """Return a function that runs a file on the CPU, with as many threads as torch uses if not given.
+
+    Several threads can call it at once; each has a stream of its own.
+
+    Args:
+        path: An XML file of OpenVINO, or an ONNX file.
+        precision: `"fp32"`, or `"bf16"` for CPUs with units for it.
+        threads: Number of threads of one call.
+    """
     import openvino
 
-    options = {**PRECISION, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    threads = threads or torch.get_num_threads()
+    streams = max(1, cores() // threads)
+    options = {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "INFERENCE_NUM_THREADS": streams * threads,
+        "NUM_STREAMS": streams,
+    }
     compiled = openvino.Core().compile_model(path, "CPU", options)
+    own = local()
 
     def run(images: np.ndarray) -> Any:
-        answers = [each.copy() for each in compiled(images, share_inputs=True).to_tuple()]
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        answers = [each.copy() for each in own.request.infer(images, share_inputs=True).to_tuple()]
         return answers[0] if len(answers) == 1 else tuple(answers)
 
     return run

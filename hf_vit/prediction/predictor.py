@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoints.models import load
 from ..data.images import normalize, preprocess, read_stored
-from ..inference.optimize import optimize_for_inference
+from ..graphs.runtimes import in_runtime
 from ..inference.threads import default_batch_size, on_every_core
 from ..model.detection_boxes_hf_vit import MOST_OBJECTS, most_likely_objects
 from ..model.image_geometry_hf_vit import corners_of, resize_logits, size_of
@@ -174,7 +174,7 @@ class Predictor:
     """Classify images, or extract their features, in order, while they are read.
 
     Args:
-        model: Maps `pixel_values` to outputs; made by `optimize_for_inference`.
+        model: Maps `pixel_values` to outputs; made by `optimize_for_inference` or `in_runtime`.
         processor: Image processor of the model.
         labels: Label names by class index; empty for a model without a classifier.
         device: Device of the model.
@@ -188,6 +188,7 @@ class Predictor:
     """
 
     outputs: tuple[str, ...] = ("logits",)  # of the model, that answers are made from
+    runtime = "torch"  # that computes the model
 
     def __init__(
         self,
@@ -236,6 +237,8 @@ class Predictor:
         device: str | torch.device | None = None,
         compile: bool = False,
         name: str = "The model",
+        runtime: str = "torch",
+        threads: int = 1,
         **options: Any,
     ) -> Self:
         """Prepare a loaded model.
@@ -244,6 +247,9 @@ class Predictor:
             model, processor: As `hf_vit.inference.load` returns them.
             precision, compile: As for `optimize_for_inference`.
             device: Device to run on; an accelerator if there is one.
+            runtime: What computes the model: `"torch"`; on a CPU also `"onnxruntime"`, `"openvino"`, or `"auto"` for
+                the fastest that is installed.
+            threads: Number of threads of each forward in a runtime that is not torch.
             name: Name of the model in errors.
             options: Options of the class.
 
@@ -252,7 +258,9 @@ class Predictor:
         """
         special = next((kind for head, kind in OF_HEADS.items() if hasattr(model, head)), None)
         if special is not None and not issubclass(cls, special):
-            return special.from_model(model, processor, precision, device, compile, name, **options)  # type: ignore
+            return special.from_model(  # type: ignore[return-value]
+                model, processor, precision, device, compile, name, runtime, threads, **options
+            )
         is_classifier = any(getattr(model, head, None) is not None for head in ("classifier", *OF_HEADS))
         is_classifier = is_classifier and bool(model.config.num_labels)
         if not is_classifier and not options.get("has_features"):
@@ -260,9 +268,11 @@ class Predictor:
                 f"{name} has no classifier: train one first, or extract features with --features or AutoModel."
             )
         chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
-        optimized = optimize_for_inference(model.to(chosen), precision, compile)
+        computed, used = in_runtime(model.to(chosen), processor, runtime, precision, chosen.type, compile, threads)
         labels = model.config.id2label if is_classifier else {}
-        return cls(optimized, processor, labels, chosen, is_compiled=compile, config=model.config, **options)
+        predictor = cls(computed, processor, labels, chosen, is_compiled=compile, config=model.config, **options)
+        predictor.runtime = used
+        return predictor
 
     def __call__(self, images: Iterable[Source]) -> Iterator[Prediction]:
         """Yield a prediction for every image, in order; a broken image has an `error`.
@@ -479,21 +489,6 @@ class BoxPredictor(DensePredictor):
 
 class MultiTaskPredictor(DensePredictor):
     """Predict the answers of all heads of a multi-task model: `Prediction.heads`."""
-
-    @classmethod
-    def from_model(
-        cls,
-        model: Any,
-        processor: "HFViTImageProcessor",
-        precision: str = "auto",
-        device: str | torch.device | None = None,
-        compile: bool = False,
-        name: str = "The model",
-        **options: Any,
-    ) -> Self:
-        """Prepare a loaded model; arguments are those of `Predictor`."""
-        chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
-        return cls(optimize_for_inference(model.to(chosen), precision, compile), processor, {}, chosen, **options)
 
     @torch.inference_mode()
     def _start(

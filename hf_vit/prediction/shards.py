@@ -29,6 +29,7 @@ class Settings:
     Attributes:
         model: A file, a folder or a name on the Hub, in any supported layout.
         precision, compile: As for `optimize_for_inference`.
+        runtime: As for `in_runtime`.
         image_size: (height, width) in pixels; if not given, the model's, or with windows that of each image.
         batch_size, workers, top_k, has_features: As for `Predictor`.
         has_windows: Whether windows of the model's size slide over the images, for segmentation.
@@ -45,6 +46,7 @@ class Settings:
     has_features: bool = False
     has_windows: bool = False
     head: str | None = None
+    runtime: str = "torch"
 
     def load(self, is_to_file: bool = False) -> tuple[Any, Any]:
         """Load the model and its image processor; raise `ValueError` for several heads if answers go to a file."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..system.extras import need
+from ..system.machine import cores
 from ..system.texts import one_line
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def load(settings: "Settings") -> "tuple[Predictor, Tensor, dict[str, Any]]":
 
     model, processor = settings.load()
     has_features = not any(hasattr(model, head) for head in OF_HEADS)
-    options = {**settings.options, "has_features": has_features}
+    threads = max(1, cores() // (settings.workers or 1))
+    options = {**settings.options, "has_features": has_features, "threads": threads}
     predictor = Predictor.from_model(model, processor, name=settings.model, **options)
     if predictor.device.type != "cpu" and (settings.workers or 1) > 1:
         raise ValueError(f"Only a CPU can have several --workers, and the model runs on {predictor.device}: use one.")
@@ -89,6 +91,7 @@ def load(settings: "Settings") -> "tuple[Predictor, Tensor, dict[str, Any]]":
         "image_size": list(config.image_shape),
         "channels": config.num_channels,
         "precision": inference_precision(settings.precision),
+        "runtime": predictor.runtime,
         "device": str(predictor.device),
         "batch_size": predictor.batch_size,
         "version": hf_vit.__version__,

@@ -4,7 +4,7 @@ import glob
 import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from .texts import nearest
 
@@ -18,6 +18,13 @@ JUNK = (
     ".ds_store", "._*", "thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "__macosx", "__pycache__",
     "@eadir", "$recycle*", ".spotlight-v100", ".trashes", ".fseventsd", ".directory",
 )  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again, below that of Hugging Face."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf_vit"
 
 
 def is_path(name: str) -> bool:

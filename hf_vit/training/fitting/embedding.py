@@ -29,6 +29,7 @@ from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core
 from ...model.pooling_hf_vit import POOLINGS
 from ...system.machine import cores
+from ...system.places import cache_folder
 from ...system.progress import progress_bar
 
 SHARD = 512  # images per file of the cache
@@ -45,9 +46,7 @@ NOT_OF_THE_ENCODER = (
 
 def default_cache() -> Path:
     """Return the folder of cached features, below that of Hugging Face."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "hf_vit" / "features"
+    return cache_folder() / "features"
 
 
 class Encoder:

@@ -21,13 +21,8 @@ Model = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
-ENDINGS = {
-    ".onnx": "onnx",
-    ".xml": "openvino",
-    ".pte": "executorch",
-    ".pt2": "torch-export",
-    ".npz": "npz",
-}  # formats of an export
+# Formats of an export.
+ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pte": "executorch", ".pt2": "torch-export", ".npz": "npz"}
 
 # Fields of `checkpoints.Options`, by name.
 CHECKPOINT_OPTIONS: dict[str, Any] = {
@@ -166,8 +161,8 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Format: onnx, openvino, executorch, torch-export, transformers, timm, or npz (big_vision). Default: by the "
-            "ending of OUT."
+            help="Format: onnx, openvino, executorch, torch-export, transformers, timm, or npz (big_vision). "
+            "Default: by the ending of OUT."
         ),
     ] = None,
     int8: Annotated[
@@ -193,10 +188,10 @@ def export(
 ) -> None:
     """Export a model as a graph, or for another library.
 
-    A graph (onnx, openvino, executorch, torch-export) accepts any batch size and image size. It is compared with the model in
-    torch on random and real images, and deleted if the outputs differ. Export to another library (transformers, timm,
-    npz) fails if the model has a feature that the library does not support. If the checkpoint is ambiguous, run
-    hf-vit convert first; it has the options to resolve that.
+    A graph (onnx, openvino, executorch, torch-export) accepts any batch size and image size. It is compared with the
+    model in torch on random and real images, and deleted if the outputs differ. Export to another library
+    (transformers, timm, npz) fails if the model has a feature that the library does not support. If the checkpoint is
+    ambiguous, run hf-vit convert first; it has the options to resolve that.
 
     Example: hf-vit export hf-vit-digits digits.onnx --int8 dynamic --data digits
     """

@@ -39,8 +39,8 @@ from .preprocessing import PreprocessedGraph
 from .tracing import INPUT, Graph, Images, Run, graph_of, quiet
 
 # Largest difference from torch's outputs in float32, as a share of the largest output where that is above 1.
-PREPROCESSED = 0.01  # least bound with preprocessing inside, since runtimes may round a pixel to another level
 BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "int8 weights": 0.1, "int8 dynamic": 0.2, "int8 static": 0.5}
+PREPROCESSED = 0.01  # least bound with preprocessing inside, since runtimes may round a pixel to another level
 
 
 class Form(NamedTuple):

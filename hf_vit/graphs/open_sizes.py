@@ -37,7 +37,7 @@ def resampling_weights(
 
     `new` may be symbolic. The arguments are those of `POSITION_INTERPOLATIONS`.
     """
-    points = torch.arange(new).float()  # [new]; TensorRT counts in integers only, where the end is symbolic
+    points = torch.arange(new).float()  # [new]; older versions of TensorRT have no range of floats
     number = as_tensor(new)
     corners = points * (old - 1) / (number - 1).clamp(min=1)
     centers = corners if align_corners else (points + 0.5) * old / (number + offset) - 0.5

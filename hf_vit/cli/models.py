@@ -21,13 +21,8 @@ Model = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
-ENDINGS = {
-    ".onnx": "onnx",
-    ".xml": "openvino",
-    ".pte": "executorch",
-    ".pt2": "torch-export",
-    ".npz": "npz",
-}  # formats of an export
+# Formats of an export.
+ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pte": "executorch", ".pt2": "torch-export", ".npz": "npz"}
 
 # Fields of `checkpoints.Options`, by name.
 CHECKPOINT_OPTIONS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Export of models as graphs: ONNX and torch.export."""
+"""Export of models as graphs for other runtimes: ONNX, OpenVINO, ExecuTorch and torch.export."""
 
 from ..system.lazy import lazy_exports
 

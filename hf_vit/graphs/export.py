@@ -39,8 +39,8 @@ from .preprocessing import PreprocessedGraph
 from .tracing import INPUT, Graph, Images, Run, graph_of, quiet
 
 # Largest difference from torch's outputs in float32, as a share of the largest output where that is above 1.
-PREPROCESSED = 0.01  # least bound with preprocessing inside, since runtimes may round a pixel to another level
 BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "int8 weights": 0.1, "int8 dynamic": 0.2, "int8 static": 0.5}
+PREPROCESSED = 0.01  # least bound with preprocessing inside, since runtimes may round a pixel to another level
 
 
 class Form(NamedTuple):
@@ -88,15 +88,8 @@ def export_graph(
     """
     kind, out = KINDS[to], Path(out)
     _check_form(to, kind, precision, int8, calibration)
-    if with_preprocessing and kind.is_bounded:
-        raise ValueError(
-            f"{to} plans memory for the largest images, which have no bound: leave out --with-preprocessing."
-        )
-    if with_preprocessing and (int8 == "static" or measure is not None):
-        raise ValueError(
-            "A graph with preprocessing is neither calibrated nor measured: leave out --int8 static and --data, or "
-            "--with-preprocessing."
-        )
+    if with_preprocessing:
+        _check_preprocessing(to, kind, int8, measure is not None)
     need(kind.extra, *kind.packages)
     checkpoint = open_checkpoint(source)
     if checkpoint.architecture == MULTI_TASK:
@@ -148,6 +141,19 @@ def _check_form(to: str, kind: Kind, precision: str, int8: str | None, calibrati
         )
     if int8 != "static" and calibration is not None:
         raise ValueError("Images for calibration are used by int8 static only: leave them out, or add --int8 static.")
+
+
+def _check_preprocessing(to: str, kind: Kind, int8: str | None, is_measured: bool) -> None:
+    """Raise `ValueError` if a graph cannot have its preprocessing inside."""
+    if kind.is_bounded:
+        raise ValueError(
+            f"{to} plans memory for the largest image, and images have any size: leave out --with-preprocessing."
+        )
+    if int8 == "static" or is_measured:
+        raise ValueError(
+            "A graph with preprocessing is neither calibrated nor measured: leave out --int8 static and --data, or "
+            "--with-preprocessing."
+        )
 
 
 def _write(

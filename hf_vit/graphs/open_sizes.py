@@ -37,7 +37,7 @@ def resampling_weights(
 
     `new` may be symbolic. The arguments are those of `POSITION_INTERPOLATIONS`.
     """
-    points = torch.arange(new, dtype=torch.float32)  # [new]
+    points = torch.arange(new).float()  # [new]; older versions of TensorRT have no range of floats
     number = as_tensor(new)
     corners = points * (old - 1) / (number - 1).clamp(min=1)
     centers = corners if align_corners else (points + 0.5) * old / (number + offset) - 0.5
@@ -52,7 +52,7 @@ def resampling_weights(
 
 def as_tensor(size: int) -> Tensor:
     """Return a symbolic size as a float tensor `[1]`: not every runtime can compute with symbolic sizes."""
-    return torch.arange(size, dtype=torch.float32)[-1:] + 1
+    return torch.arange(size)[-1:].float() + 1
 
 
 def kernel(distances: Tensor, mode: str, antialias: bool) -> Tensor:

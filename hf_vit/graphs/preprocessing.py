@@ -93,7 +93,7 @@ def resizing_matrix(old: int, resized: Tensor, first: Tensor, new: int, mode: st
     side = as_tensor(old)
     points = torch.arange(new, dtype=torch.float32) + first  # [new]
     centers = (points + 0.5) * side / resized
-    distances = (centers.unsqueeze(1) - (torch.arange(old, dtype=torch.float32) + 0.5)).abs()
+    distances = (centers.unsqueeze(1) - (torch.arange(old).float() + 0.5)).abs()
     weights = kernel(distances * torch.minimum(resized / side, torch.ones(1)), mode, antialias=True)
     weights = weights / weights.sum(dim=1, keepdim=True)
     is_inside = (points >= 0) & (points < resized)

@@ -8,8 +8,10 @@ its outputs are those of the model in torch, for random images and photographs, 
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..system.disk import new_file, new_folder
 from ..system.extras import need
 from .kinds import INPUT, KINDS, QUANTIZERS, Graph, Kind, Run, quiet
+from .layers import sentence_on_layers
 from .open_sizes import Model, fixed_size
 
 # Largest difference from torch's outputs, as a share of the largest output where that is above 1.
@@ -140,13 +143,17 @@ def _write(
     run, difference = _checked(kind, original, model, processor, None)
     runs, differences = {"fp32": run}, [difference]
     if int8 is not None:
-        with quiet():
-            QUANTIZERS[int8](original, path)
+        _quantize(int8, original, path)
         runs[f"int8 {int8}"], difference = _checked(kind, path, model, processor, int8)
         differences.append(difference)
         for part in original.parent.glob(f"{original.name}*"):
             part.unlink()
     return runs, differences
+
+
+def _quantize(int8: str, original: Path, path: Path) -> None:
+    with quiet():
+        QUANTIZERS[int8](original, path)
 
 
 def _checked(
@@ -155,17 +162,29 @@ def _checked(
     """Return the function that runs a file, and a sentence about its difference from torch.
 
     Raises:
-        ValueError: If the difference is above the bound.
+        ValueError: If the difference is above the bound; names the first layer that differs.
     """
     run, bound = kind.read(path), BOUNDS[int8]
-    difference = largest_difference(run, model, processor)
+    found = list(differences_of(run, model, processor, has_faint=int8 is None))
+    difference = float(np.max([size for _, size in found]))  # NaN if any is
     precision = "fp32" if int8 is None else f"int8 {int8}"
     sentence = (
         f"{precision}: {Graph(model).output} differ from torch's by at most {difference:.1e}; the bound is {bound:g}"
     )
     if not difference <= bound:
+        images = next(images for images, size in found if not size <= bound)
+
+        def outputs_of_graph() -> np.ndarray:
+            with tempfile.TemporaryDirectory() as folder:
+                written, original = Path(folder) / path.name, Path(folder) / f"fp32-{path.name}"
+                kind.write(model, written if int8 is None else original, {})
+                if int8 is not None:
+                    _quantize(int8, original, written)
+                return kind.read(written)(images)
+
         remedy = "please report the model" if int8 is None else "leave --int8 out, or try its other value"
-        raise ValueError(f"{sentence}. Nothing is written: {remedy}.")
+        layer = sentence_on_layers(model, outputs_of_graph, images, bound)
+        raise ValueError(f"{sentence}. Nothing is written: {remedy}. {layer}")
     return run, f"{sentence} (as a share of the largest output if that is above 1; on random and real images)."
 
 
@@ -184,6 +203,15 @@ def trials(config: HFViTConfig, processor: HFViTImageProcessor) -> Iterator[np.n
         yield torch.randn(number, config.num_channels, *size, generator=generator).numpy()
         if config.num_channels in (1, 3):
             yield photographs(processor, (size[0], size[1]), number)
+
+
+def faint(config: HFViTConfig) -> np.ndarray:
+    """Return pixel values of little contrast, `[2, C, H, W]`: an epsilon of LayerNorm matters where variance is small.
+
+    They are not for graphs of low precision, which may round such images to constants.
+    """
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, config.num_channels, *config.image_shape, generator=generator).mul(1e-2).numpy()
 
 
 @cache
@@ -206,13 +234,21 @@ def photographs(processor: HFViTImageProcessor, size: tuple[int, int], number: i
 
 
 @torch.no_grad()
+def differences_of(
+    run: Run, model: Model, processor: HFViTImageProcessor, has_faint: bool = False
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield pixel values and the difference of a graph's outputs from the model's, in the unit of `BOUNDS`."""
+    graph = Graph(model).eval()
+    for pixel_values in chain(trials(model.config, processor), [faint(model.config)] if has_faint else []):
+        expected, outputs = graph(torch.from_numpy(pixel_values)).numpy(), run(pixel_values)
+        if outputs.shape != expected.shape:
+            raise ValueError(f"The graph has outputs {list(outputs.shape)}, not {list(expected.shape)}.")
+        yield pixel_values, float(np.abs(outputs - expected).max() / max(1.0, np.abs(expected).max()))
+
+
 def largest_difference(run: Run, model: Model, processor: HFViTImageProcessor) -> float:
-    """Return the largest difference between a graph's outputs and the model's, in the unit of `BOUNDS`."""
-    graph, differences = Graph(model).eval(), []
-    for pixel_values in trials(model.config, processor):
-        expected = graph(torch.from_numpy(pixel_values)).numpy()
-        differences.append(np.abs(run(pixel_values) - expected).max() / max(1.0, np.abs(expected).max()))
-    return float(np.max(differences))  # NaN if any difference is
+    """Return the largest difference of a graph's outputs from the model's, in the unit of `BOUNDS`; NaN if one is."""
+    return float(np.max([size for _, size in differences_of(run, model, processor)]))
 
 
 class GraphClassifier(nn.Module):

@@ -158,7 +158,8 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Format: onnx, torch-export, transformers, timm, or npz (big_vision). Default: by the ending of OUT."
+            help="Format: onnx, torch-export, transformers-js, transformers, timm, or npz (big_vision). "
+            "Default: by the ending of OUT."
         ),
     ] = None,
     int8: Annotated[
@@ -173,9 +174,10 @@ def export(
     """Export a model as a graph, or for another library.
 
     A graph (onnx, torch-export) accepts any batch size and image size. It is compared with the model in torch on
-    random and real images, and deleted if the outputs differ. Export to another library (transformers, timm, npz)
-    fails if the model has a feature that the library does not support. If the checkpoint is ambiguous, run
-    hf-vit convert first; it has the options to resolve that.
+    random and real images, and deleted if the outputs differ; the error names the first layer that differs. The folder
+    for transformers.js (transformers-js) holds a graph, and is also tried under Node if it is found.
+    Export to another library (transformers, timm, npz) fails if the model has a feature that the library does not
+    support. If the checkpoint is ambiguous, run hf-vit convert first; it has the options to resolve that.
 
     Example: hf-vit export hf-vit-digits digits.onnx --int8 dynamic --data digits
     """
@@ -183,27 +185,35 @@ def export(
     from ..checkpoints.export import TARGETS, export_checkpoint
     from ..graphs.export import export_graph
     from ..graphs.kinds import KINDS
+    from ..graphs.transformers_js import NAME, export_transformers_js
 
     def measure(checkpoint: "Checkpoint", processor: Any, models: dict[str, Any]) -> list[str]:
         from ..evaluation.throughput import compare
 
         return compare(model, checkpoint, str(data), processor, models)
 
-    formats = [*KINDS, *TARGETS]
+    formats = [*KINDS, NAME, *TARGETS]
     to = to or ENDINGS.get(out.suffix.lower())
     if to is None:
         raise ValueError(
             f"Expected a format, since {out} does not end in {', '.join(ENDINGS)}: add --to, one of "
             f"{', '.join(formats)}."
         )
-    if to in KINDS:
-        echo("\n".join(export_graph(model, out, to, int8, None if data is None else measure, force)))
+    compare_on_data = None if data is None else measure
+    if to in KINDS or to == NAME:
+        if to == NAME:
+            lines = export_transformers_js(model, out, int8, compare_on_data, force)
+        else:
+            lines = export_graph(model, out, to, int8, compare_on_data, force)
+        echo("\n".join(lines))
         echo(f"Wrote {out}, and compared its outputs with torch.")
         return
     if to not in TARGETS:
         raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join(formats)}.")
     if int8 is not None or data is not None:
-        raise ValueError(f"--int8 and --data apply only to {' and '.join(KINDS)}: remove them to export to {to}.")
+        raise ValueError(
+            f"--int8 and --data apply only to {' and '.join(KINDS)}, and to {NAME}: remove them to export to {to}."
+        )
     for sentence in export_checkpoint(model, out, to, force):
         echo(f"Note: {sentence}")
     echo(f"Wrote {out}, and read it back: all tensors are equal bit for bit.")

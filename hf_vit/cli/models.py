@@ -226,6 +226,9 @@ def push(
     license: Annotated[
         str | None, typer.Option(metavar="NAME", help="License for the model card, such as apache-2.0.")
     ] = None,
+    with_handler: Annotated[
+        bool, typer.Option("--with-handler", help="Also upload handler.py, the code of an Inference Endpoint.")
+    ] = False,
 ) -> None:
     """Publish a model on the Hugging Face Hub.
 
@@ -236,7 +239,8 @@ def push(
     """
     from ..hub.upload import push
 
-    echo(f"Published at {push(folder, repo_id, private=private, license=license)}")
+    url = push(folder, repo_id, private=private, license=license, with_handler=with_handler)
+    echo(f"Published at {url}")
 
 
 def _write_template(source: str, path: Path, weights: str | None) -> None:

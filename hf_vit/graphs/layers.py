@@ -113,7 +113,7 @@ def _compare(
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest difference as a share of the largest expected element; infinity if it is no number."""
-    difference = np.abs(found - expected).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny)
+    difference = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6)
     return float(difference) if np.isfinite(difference) else float("inf")
 
 

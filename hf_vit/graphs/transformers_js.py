@@ -153,7 +153,7 @@ def _loaded_as(model: Model) -> Loaded:
 def _obstacles(checkpoint: Checkpoint, loaded: Loaded, processor: HFViTImageProcessor) -> list[str]:
     """Return what the pipelines and the image processor of transformers.js cannot do."""
     config, found = checkpoint.config, []
-    height, width = config.image_shape
+    height, width = processor.size.get("height"), processor.size.get("width")
     activation = activation_of(config)
     if loaded is CLASSIFIER and activation != "softmax":
         outputs = {"sigmoid": "the sigmoids of its logits", "none": "its logits themselves"}[activation]

@@ -161,7 +161,8 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Format: onnx, openvino, executorch, torch-export, transformers, timm, or npz (big_vision). "
+            help="Format: onnx, openvino, executorch, torch-export, transformers-js, transformers, timm, or npz "
+            "(big_vision). "
             "Default: by the ending of OUT."
         ),
     ] = None,
@@ -189,9 +190,10 @@ def export(
     """Export a model as a graph, or for another library.
 
     A graph (onnx, openvino, executorch, torch-export) accepts any batch size and image size. It is compared with the
-    model in torch on random and real images, and deleted if the outputs differ. Export to another library
-    (transformers, timm, npz) fails if the model has a feature that the library does not support. If the checkpoint is
-    ambiguous, run hf-vit convert first; it has the options to resolve that.
+    model in torch on random and real images, and deleted if the outputs differ; the error names the first layer that
+    differs. The folder for transformers.js (transformers-js) holds a graph, and is also tried under Node if it is
+    found. Export to another library (transformers, timm, npz) fails if the model has a feature that the library does
+    not support. If the checkpoint is ambiguous, run hf-vit convert first; it has the options to resolve that.
 
     Example: hf-vit export hf-vit-digits digits.onnx --int8 dynamic --data digits
     """
@@ -199,26 +201,34 @@ def export(
     from ..checkpoints.export import TARGETS, export_checkpoint
     from ..graphs.export import export_graph
     from ..graphs.kinds import KINDS
+    from ..graphs.transformers_js import NAME, export_transformers_js
 
     def measure(checkpoint: "Checkpoint", processor: Any, models: dict[str, Any], sizes: dict[str, int]) -> list[str]:
         from ..evaluation.throughput import compare
 
         return compare(model, checkpoint, str(data), processor, models, sizes=sizes)
 
-    formats = [*KINDS, *TARGETS]
+    formats = [*KINDS, NAME, *TARGETS]
     to = to or ENDINGS.get(out.suffix.lower())
     if to is None:
         raise ValueError(
             f"Expected a format, since {out} does not end in {', '.join(ENDINGS)}: add --to, one of "
             f"{', '.join(formats)}."
         )
+    compare_on_data = None if data is None else measure
+    if to == NAME and (calibration is not None or with_preprocessing):
+        raise ValueError(f"--calibration and --with-preprocessing do not apply to {NAME}: leave them out.")
+    if to == NAME:
+        echo("\n".join(export_transformers_js(model, out, int8, compare_on_data, force, precision=precision)))
+        echo(f"Wrote {out}, and compared its outputs with torch.")
+        return
     if to in KINDS:
         lines = export_graph(
             model,
             out,
             to,
             int8,
-            None if data is None else measure,
+            compare_on_data,
             force,
             precision=precision,
             calibration=calibration or (data if int8 == "static" else None),
@@ -231,8 +241,8 @@ def export(
         raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join(formats)}.")
     if int8 is not None or data is not None or calibration is not None or precision != "fp32" or with_preprocessing:
         raise ValueError(
-            f"--int8, --precision, --data, --calibration and --with-preprocessing apply only to {', '.join(KINDS)}: "
-            f"remove them to export to {to}."
+            f"--int8, --precision, --data, --calibration and --with-preprocessing apply only to graphs "
+            f"({', '.join(KINDS)}, {NAME}): remove them to export to {to}."
         )
     for sentence in export_checkpoint(model, out, to, force):
         echo(f"Note: {sentence}")
@@ -246,6 +256,9 @@ def push(
     license: Annotated[
         str | None, typer.Option(metavar="NAME", help="License for the model card, such as apache-2.0.")
     ] = None,
+    with_handler: Annotated[
+        bool, typer.Option("--with-handler", help="Also upload handler.py, the code of an Inference Endpoint.")
+    ] = False,
 ) -> None:
     """Publish a model on the Hugging Face Hub.
 
@@ -256,7 +269,8 @@ def push(
     """
     from ..hub.upload import push
 
-    echo(f"Published at {push(folder, repo_id, private=private, license=license)}")
+    url = push(folder, repo_id, private=private, license=license, with_handler=with_handler)
+    echo(f"Published at {url}")
 
 
 def _write_template(source: str, path: Path, weights: str | None) -> None:

@@ -9,9 +9,11 @@ its outputs are those of the model in torch, for random images and photographs, 
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from glob import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ from ..system.extras import need
 from .calibration import calibration_images
 from .describing import description
 from .kinds import KINDS, Kind
+from .layers import sentence_on_layers
 from .open_sizes import Model, fixed_size
 from .preprocessing import PreprocessedGraph
 from .tracing import INPUT, Graph, Images, Run, graph_of, quiet
@@ -172,9 +175,8 @@ def _write(
     made, difference = _checked(kind, original, graph, processor, precision)
     forms, differences = {precision: made}, [difference]
     if int8 is not None:
-        with quiet():
-            kind.quantizers[int8](original, path, images)
-        forms[form], difference = _checked(kind, path, graph, processor, form)
+        _quantize(kind, int8, original, path, images)
+        forms[form], difference = _checked(kind, path, graph, processor, form, images)
         differences.append(difference)
         for part in _files_of(original):
             part.unlink()
@@ -186,20 +188,41 @@ def _files_of(path: Path) -> list[Path]:
     return list(path.parent.glob(f"{escape(path.stem)}*"))
 
 
-def _checked(kind: Kind, path: Path, graph: Graph, processor: HFViTImageProcessor, form: str) -> tuple[Form, str]:
+def _quantize(kind: Kind, int8: str, original: Path, path: Path, images: Images) -> None:
+    with quiet():
+        kind.quantizers[int8](original, path, images)
+
+
+def _checked(
+    kind: Kind, path: Path, graph: Graph, processor: HFViTImageProcessor, form: str, calibration: Images = ()
+) -> tuple[Form, str]:
     """Return a file as a form of the model, and a sentence about its difference from torch.
 
     Raises:
-        ValueError: If the difference is above the bound.
+        ValueError: If the difference is above the bound; names the first layer that differs.
     """
-    run, bound = kind.read(path), BOUNDS[form]
+    run, bound, reference = kind.read(path), BOUNDS[form], graph.in_float32()
     if isinstance(graph, PreprocessedGraph):
         bound = max(bound, PREPROCESSED)
-    difference = largest_difference(run, graph.in_float32(), processor)
+    found = list(differences_of(run, reference, processor, has_faint=form == "fp32"))
+    difference = float(np.max([size for _, size in found]))  # NaN if any is
     names = " and ".join(graph.outputs)
     sentence = f"{form}: {names} differ from torch's by at most {difference:.1e}; the bound is {bound:g}"
     if not difference <= bound:
-        raise ValueError(f"{sentence}. Nothing is written: {_remedy(form, difference)}.")
+
+        def values_of_graph(images: np.ndarray) -> np.ndarray:
+            with tempfile.TemporaryDirectory() as folder:
+                written, original = Path(folder) / path.name, Path(folder) / f"fp32-{path.name}"
+                if form.startswith("int8 "):
+                    kind.write(graph, original, {})
+                    _quantize(kind, form.removeprefix("int8 "), original, written, calibration)
+                else:
+                    kind.write(graph, written, {})
+                return kind.read(written)(images)
+
+        images = next(images for images, size in found if not size <= bound)
+        layer = sentence_on_layers(graph, reference, values_of_graph, images, bound)
+        raise ValueError(f"{sentence}. Nothing is written: {_remedy(form, difference)}. {layer}")
     return (
         Form(run, sum(part.stat().st_size for part in _files_of(path))),
         f"{sentence} (as a share of the largest output if that is above 1; on random and real images).",
@@ -262,16 +285,31 @@ def image_trials(graph: PreprocessedGraph) -> Iterator[np.ndarray]:
             yield np.stack([np.array(photo.resize((width, height), Image.Resampling.BICUBIC)) for photo in photos])
 
 
+def faint(config: HFViTConfig) -> np.ndarray:
+    """Return pixel values of little contrast, `[2, C, H, W]`: an epsilon of LayerNorm matters where variance is small.
+
+    They are not for graphs of low precision, which may round such images to constants.
+    """
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, config.num_channels, *config.image_shape, generator=generator).mul(1e-2).numpy()
+
+
 @torch.no_grad()
-def largest_difference(run: Run, model: Model | Graph, processor: HFViTImageProcessor) -> float:
-    """Return the largest difference between a graph's outputs and the model's, in the unit of `BOUNDS`."""
-    graph, differences = graph_of(model).eval(), []
+def differences_of(
+    run: Run, model: Model | Graph, processor: HFViTImageProcessor, has_faint: bool = False
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield inputs and the largest difference of a graph's outputs from the model's, in the unit of `BOUNDS`."""
+    graph = graph_of(model).eval()
     least = 1e-9 if graph.output == "probabilities" else 1.0  # of a thousand classes, all may be small
-    for images in image_trials(graph) if isinstance(graph, PreprocessedGraph) else trials(graph.config, processor):
+    if isinstance(graph, PreprocessedGraph):
+        inputs = image_trials(graph)
+    else:
+        inputs = chain(trials(graph.config, processor), [faint(graph.config)] if has_faint else [])
+    for images in inputs:
         if isinstance(graph, PreprocessedGraph):
             graph.check(images)
         given, answers = torch.from_numpy(images), run(images)
-        expected = graph(given)
+        expected, differences = graph(given), []
         if isinstance(graph.model, HFViTForObjectDetection):
             heatmap = graph.model(graph.preprocessed(given)).heatmap
             differences.append(difference_of_peaks(torch.from_numpy(answers[0]), heatmap))
@@ -279,13 +317,18 @@ def largest_difference(run: Run, model: Model | Graph, processor: HFViTImageProc
         several = isinstance(expected, tuple)
         for answer, wanted in zip(answers, expected, strict=True) if several else [(answers, expected)]:
             differences.append(difference_of(answer, wanted.numpy(), least))
-    return float(np.max(differences))  # NaN if any difference is
+        yield images, float(np.max(differences))  # NaN if any is
+
+
+def largest_difference(run: Run, model: Model | Graph, processor: HFViTImageProcessor) -> float:
+    """Return the largest difference of a graph's outputs from the model's, in the unit of `BOUNDS`; NaN if one is."""
+    return float(np.max([size for _, size in differences_of(run, model, processor)]))
 
 
 def difference_of(answer: np.ndarray, expected: np.ndarray, least: float = 1.0) -> float:
     """Return the largest difference, as a share of the largest expected value where that is above `least`."""
     if answer.shape != expected.shape:
-        return np.inf
+        raise ValueError(f"The graph has outputs {list(answer.shape)}, not {list(expected.shape)}.")
     return np.abs(answer - expected).max() / max(least, np.abs(expected).max())
 
 

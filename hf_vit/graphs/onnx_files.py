@@ -15,7 +15,8 @@ BLOCK = 64  # weights that share a scale
 # Names of dynamic sides, by rank: of one output per image, per point, and per cell of a map.
 SIDES_OF_INPUT = {INPUT: ("batch", "channels", "height", "width"), IMAGES: ("batch", "height", "width", "channels")}
 SIDES_OF_OUTPUT = {
-    2: ("batch", "labels"), 3: ("batch", "points", "values"), 4: ("batch", "labels", "rows", "columns"),
+    1: ("values",), 2: ("batch", "labels"), 3: ("batch", "points", "values"),
+    4: ("batch", "labels", "rows", "columns"),
 }  # fmt: skip
 
 

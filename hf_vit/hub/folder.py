@@ -1,8 +1,11 @@
 """Check that a folder is complete, and select the files to upload."""
 
 import json
+import re
 import shutil
 from fnmatch import fnmatch
+from importlib.metadata import requires
+from importlib.resources import files
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,6 +29,8 @@ UPLOADED = (
     "timing.json",
     "log.jsonl",
     "recipe.yaml",
+    "handler.py",
+    "requirements.txt",
     "*.png",
     "*.jpg",
     "*.svg",
@@ -45,6 +50,8 @@ SECRETS = (
     ".pypirc", "*credential*", "*secret*", "*token*",
 )  # fmt: skip
 
+HANDLER = "handler.py"
+NEEDED = ("transformers", "torch", "torchvision", "safetensors")  # by the handler, of what this package requires
 LISTED = 10  # files in an error
 PROCESSOR_BACKENDS = ("torchvision", "pil")
 
@@ -88,6 +95,25 @@ def check_folder(folder: str | Path) -> list[str]:
             "`processor.save_pretrained(folder)`."
         )
     return names
+
+
+def write_handler(folder: Path) -> list[str]:
+    """Write the handler of Inference Endpoints and its requirements into a folder; return the names of the files.
+
+    Raises:
+        ValueError: If the folder has another file of one of these names.
+    """
+    versions = [each for each in requires("hf-vit") or () if re.split(r"[^\w-]", each)[0] in NEEDED]
+    contents = {
+        HANDLER: (files(__package__) / "handler_template.txt").read_text(encoding="utf-8"),
+        "requirements.txt": "".join(f"{each}\n" for each in versions),
+    }
+    for name, content in contents.items():
+        if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") != content:
+            raise ValueError(f"{folder} has its own {name}: remove it, or push without --with-handler.")
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return list(contents)
 
 
 def copy_of_ours(source: str | Path, folder: str | Path) -> list[str]:

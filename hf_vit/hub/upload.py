@@ -21,12 +21,18 @@ from transformers.utils import logging
 from ..system.network import is_final, pause_after, sentence_of
 from ..system.texts import one_line, shell_word, without_tokens
 from .card import in_quotes, state_license
-from .folder import check_folder
+from .folder import HANDLER, check_folder, write_handler
 
 logger = logging.get_logger(__name__)
 
 # Files of an earlier push that would be loaded or run instead of the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
+ABOUT_HANDLER = """
+## Inference Endpoints
+
+`handler.py` answers the requests of a [dedicated endpoint](https://huggingface.co/docs/inference-endpoints):
+`{"inputs": "<image in base64>", "parameters": {"top_k": 5}}`. The parameters are those of the pipeline.
+"""
 SILENCE = 120  # seconds without a byte until a connection is closed
 
 
@@ -129,6 +135,7 @@ def push(
     *,
     private: bool = False,
     license: str | None = None,
+    with_handler: bool = False,
     revision: str | None = None,
     message: str = "Upload model",
     token: str | None = None,
@@ -145,6 +152,7 @@ def push(
         private: Whether a new repository is private; an existing one is not changed.
         license: The Hub's identifier of a licence, which is written into the model card of the folder; the card keeps
             what it states if not given.
+        with_handler: Whether to add `handler.py` and its requirements to the folder, for Inference Endpoints.
         revision: Branch to push to, created if it does not exist; `main` by default.
         message: Commit message.
         token: Token with write access; by default that of `hf auth login` or `HF_TOKEN`.
@@ -157,6 +165,8 @@ def push(
     folder = Path(folder)
     names = check_folder(folder)
     _check_target(repo_id, token)
+    if with_handler:
+        names = sorted({*names, *write_handler(folder)})
     if license is not None:
         state_license(folder / "README.md", license)
     api = HfApi(token=token)
@@ -170,7 +180,10 @@ def push(
     there = [file.rfilename for file in before.siblings or ()]
     stale = [name for name in there if name not in names and any(fnmatch(name, pattern) for pattern in REPLACED)]
     card = (folder / "README.md").read_text(encoding="utf-8")
-    contents = {"README.md": _card_for(card, folder, url.repo_id).encode()}
+    card = _card_for(card, folder, url.repo_id)
+    if HANDLER in names and HANDLER not in card:
+        card += ABOUT_HANDLER
+    contents = {"README.md": card.encode()}
     additions = [CommitOperationAdd(name, contents.get(name, folder / name)) for name in names]
     for addition in additions:
         if addition.path_in_repo.endswith(".safetensors"):

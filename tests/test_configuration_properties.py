@@ -94,6 +94,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "target_scale": st.none() | st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=2),
     "mim_objective": st.sampled_from(MIM_OBJECTIVES),
     "patch_subdivision": few(4),
+    "decoder_kernel_size": st.sampled_from([1, 3, 5]),
     "semantic_loss_ignore_index": st.integers(-100, 255),
     "apply_layernorm": flags,
     "reshape_hidden_states": flags,

@@ -434,7 +434,7 @@ def test_the_demo_shows_masks_with_a_legend(trained: Any, tmp_path: Path) -> Non
     from hf_vit.demo.exhibit import Exhibit, File
     from hf_vit.demo.markup import cards
 
-    image, _ = scene(200, 40, 56)
+    image = scene(200)[0].resize((56, 40))
     image.save(tmp_path / "house.png")
     exhibit, file = Exhibit(str(trained.output_dir)), File(tmp_path / "house.png", "house.png")
     answer = exhibit.answer(file)

@@ -18,7 +18,7 @@ from ..model.detection_hf_vit import NEW_DETECTOR, HFViTForObjectDetection
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.multi_task_hf_vit import HFViTForMultiTask
-from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
+from ..model.segmentation_hf_vit import NEW_SEGMENTER, HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
@@ -153,7 +153,7 @@ def load_segmenter(
     Raises:
         ValueError: If weights of the encoder are missing, have another shape, or are NaN or infinite.
     """
-    return _load_with_classes(HFViTForSemanticSegmentation, "decode_head", source, label_names, fields, {})
+    return _load_with_classes(HFViTForSemanticSegmentation, "decode_head", source, label_names, fields, NEW_SEGMENTER)
 
 
 def load_detector(

@@ -198,7 +198,8 @@ def predict(
             echo(f"Wrote {output}")
         speed, broken = summary.images_per_second, len(summary.broken)
         unreadable = f", {broken:,} unreadable" if broken else ""
-        echo(f"{counted(summary.images, 'image')}, {speed:,.1f} images/s{unreadable}", err=True)
+        by = "" if summary.runtime == "torch" else f" in {summary.runtime}"
+        echo(f"{counted(summary.images, 'image')}, {speed:,.1f} images/s{by}{unreadable}", err=True)
 
 
 def _print_predictions(sources: "Sources", settings: "Settings", say: Callable[[str], None]) -> "Summary":

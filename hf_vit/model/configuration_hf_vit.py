@@ -170,6 +170,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             (SimMIM, arXiv:2111.09886) or `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel).
         patch_subdivision (`int`, *optional*, defaults to 4): Number of parts along each side of a patch for which
             `HFViTForSemanticSegmentation` predicts classes, and `HFViTForObjectDetection` objects (a power of two).
+        decoder_kernel_size (`int`, *optional*, defaults to 1): Side in patches, odd, of a convolution before the
+            classifier of `HFViTForSemanticSegmentation`; 1 for a linear head. Training a new head sets 3.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Class index of pixels that are ignored in the
             loss of `HFViTForSemanticSegmentation`.
         task_heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task`
@@ -257,6 +259,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     target_scale: list[float | int] | None = None
     mim_objective: str = "pixels"
     patch_subdivision: int = 4
+    decoder_kernel_size: int = 1
     semantic_loss_ignore_index: int = 255
     task_heads: dict[str, dict[str, Any]] | None = None
     apply_layernorm: bool = True

@@ -11,12 +11,13 @@ from .labels_hf_vit import LABELS, label_pair, names_by_number
 from .validation_hf_vit import OF_HEAD
 
 OF_IMAGES = ("id2label", "pooling", "representation_size")
+OF_PIXELS = ("id2label", "out_indices", "patch_subdivision", "decoder_kernel_size", "semantic_loss_ignore_index")
 # By task: the fields of `HFViTConfig` that a head may have for itself, and transformers' name for what its labels are.
 TASKS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "classification": ((*OF_IMAGES, "temperature"), "single_label_classification"),
     "multi_label": ((*OF_IMAGES, "temperature", "thresholds"), "multi_label_classification"),
     "regression": ((*OF_IMAGES, "target_mean", "target_scale"), "regression"),
-    "segmentation": (("id2label", "out_indices", "patch_subdivision", "semantic_loss_ignore_index"), None),
+    "segmentation": (OF_PIXELS, None),
     "detection": (("id2label", "patch_subdivision", "thresholds"), None),
     "anomaly": (("out_indices",), None),
 }

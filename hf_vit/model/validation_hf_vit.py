@@ -67,6 +67,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rope_offset": (-(2**16), 2**16),
     "temperature": (1e-3, 1e3),
     "patch_subdivision": (1, 64),
+    "decoder_kernel_size": (1, 31),
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
 # Fields that describe a trained head, and how they begin with a new one.
@@ -207,6 +208,8 @@ def _choices(config: Any) -> Iterator[str]:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             yield f"{name} must be one of {', '.join(sorted(choices))}, got {getattr(config, name)!r}."
+    if config.decoder_kernel_size % 2 == 0:
+        yield f"decoder_kernel_size must be odd, got {config.decoder_kernel_size}: set 3, or 1 for a linear head."
     if config.mim_objective == "mean_color" and config.num_channels > MAX_COLOR_CHANNELS:
         yield (
             "mim_objective='mean_color' predicts one of 8^num_channels colours and needs num_channels of at most "

@@ -62,7 +62,7 @@ def predict_masks(folder: Path, sources: Sources, settings: Settings, restart: b
             save(prediction, folder / stem, predictor.labels)
     if not images:
         raise no_images(sources)
-    return Summary(images, broken, images / (time.perf_counter() - began))
+    return Summary(images, broken, images / (time.perf_counter() - began), predictor.runtime)
 
 
 def _save_mask(prediction: Prediction, path: Path, labels: dict[int, str]) -> None:

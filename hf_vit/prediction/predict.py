@@ -28,11 +28,12 @@ LONGEST_WAIT = timedelta(days=30)  # of one process for the others
 
 @dataclass(frozen=True)
 class Summary:
-    """The number of rows of a table, the names of broken images, and the throughput of this run."""
+    """The number of rows of a table, the names of broken images, the throughput of this run, and the runtime."""
 
     images: int
     broken: list[str]
     images_per_second: float
+    runtime: str = "torch"
 
 
 def predict_each(sources: Sources, settings: Settings) -> Iterator[tuple[str, Prediction]]:
@@ -103,6 +104,7 @@ def predict_to_file(
             "features": settings.has_features,
             "compile": settings.compile,
             "windows": settings.has_windows,
+            **({} if workers.runtime == "torch" else {"runtime": workers.runtime}),
         }
         try:
             with lock_folder_together(accelerator, table.folder):
@@ -132,7 +134,7 @@ def predict_to_file(
     if written is None:
         return None
     predicted, seconds = zip(*speeds, strict=True)
-    return Summary(*written, sum(predicted) / max(seconds))
+    return Summary(*written, sum(predicted) / max(seconds), workers.runtime)
 
 
 class Survey:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from ..inference.digest import digest_of
@@ -22,9 +23,12 @@ class Processes:
         self.model, self.device = digest_of(model, model.config, processor), accelerator.device.type
         workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         options = {**settings.options, "workers": workers}
-        self.predictor = Predictor.from_model(
-            model, processor, device=accelerator.device, name=settings.model, **options
-        )
+        # The first process measures which runtime is the fastest; the others read what it found.
+        with accelerator.main_process_first() if settings.runtime == "auto" else nullcontext():
+            self.predictor = Predictor.from_model(
+                model, processor, device=accelerator.device, name=settings.model, **options
+            )
+        self.runtime = self.predictor.runtime
         self.process, self.number = accelerator.process_index, accelerator.num_processes
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:

@@ -72,7 +72,7 @@ class RayActors:
             signal.signal(signal.SIGTERM, handler)  # Ray's would end the process with its own exit code
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.division = Division.of(nodes, settings.workers)
-        self.device = self.division.device
+        self.device, self.runtime = self.division.device, settings.runtime
         model, processor = settings.load(is_to_file=True)
         self.settings, self.model = settings, digest_of(model, model.config, processor)
 

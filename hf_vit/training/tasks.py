@@ -31,7 +31,7 @@ from ..model.detection_hf_vit import NEW_DETECTOR, HFViTForObjectDetection, obje
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import classification_loss, pixel_losses
 from ..model.modeling_hf_vit import HFViTForImageClassification
-from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
+from ..model.segmentation_hf_vit import NEW_SEGMENTER, HFViTForSemanticSegmentation
 from ..model.validation_hf_vit import POOLINGS_OF_CLS
 from ..system.texts import one_line
 from ..system.transfers import to_device
@@ -409,9 +409,13 @@ TASKS: dict[str, type[Classification | MaskedPatches]] = {
 }
 
 
+# Fields of a model with a new head, by task, unless the recipe states them.
+NEW_HEADS: dict[str, dict[str, Any]] = {"segmentation": NEW_SEGMENTER, "detection": NEW_DETECTOR}
+
+
 def architecture_of(config: TrainConfig, **fields: Any) -> HFViTConfig:
     """Return the model config of a recipe that trains from scratch; `fields` override the recipe's."""
-    fields = {**(NEW_DETECTOR if config.task == "detection" else {}), **_fields_of(config), **fields}
+    fields = {**NEW_HEADS.get(config.task, {}), **_fields_of(config), **fields}
     return HFViTConfig(**fields) if config.model is None else config_of(config.model, **fields)
 
 

@@ -106,10 +106,10 @@ def fit_object_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     head, fields = _new_head(HFViTObjectHead, plan, found, seed)
     boxes = torch.stack(list(_dense_labels(found, found.data.train, found.train)))
 
-    def results(*columns: Tensor) -> BoxResults:
-        found_boxes = BoxResults(*columns, num_labels=len(found.data.label_names))
-        found_boxes.thresholds = fields["thresholds"] = found_boxes.best_thresholds()
-        return found_boxes
+    def results(labels: Tensor, predicted: Tensor, losses: Tensor) -> BoxResults:
+        measured = BoxResults(labels, predicted, losses, num_labels=len(found.data.label_names))
+        measured.thresholds = fields["thresholds"] = measured.best_thresholds()
+        return measured
 
     return _trained_on_patches(plan, found, head, fields, boxes, objects_and_losses, results, seed)
 

@@ -360,13 +360,73 @@ def prediction_by_transformers(precision: str, job: Job) -> Subject:
     return Subject(predict, lambda: np.array([indices[label] for label in predict()]), precision)
 
 
-def prediction_by_ours(job: Job) -> Subject:
+def prediction_by_timm(job: Job) -> Subject:
+    """Measure a loop like that of timm's validate.py: its transform, a `DataLoader`, batches of 8."""
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    network = load_timm(job).to(job.device, torch_dtype(job.precision)).eval()
+    same = {"mean": PROCESSING["image_mean"], "std": PROCESSING["image_std"], "crop_pct": 1.0}
+    transform: Any = create_transform(
+        **{**resolve_model_data_config(network), **same, "interpolation": "bilinear", "crop_mode": "squash"}
+    )
+    photos = [(path, transform) for path in photo_paths(job)]
+
+    def read(pairs: list[Any]) -> Any:
+        return torch.stack([transform(Image.open(path).convert("RGB")) for path, transform in pairs])
+
+    loader: Any = torch.utils.data.DataLoader(photos, batch_size=8, collate_fn=read)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def predict() -> np.ndarray:
+        answers = [network(batch.to(job.device, torch_dtype(job.precision))).argmax(dim=1) for batch in loader]
+        return torch.cat(answers).cpu().numpy()
+
+    return Subject(predict, predict, job.precision)
+
+
+def prediction_by_openvino(job: Job) -> Subject:
+    """Measure OpenVINO as its documentation advises for throughput: Pillow, and requests of 8 photos in a queue."""
+    import openvino
+    from PIL import Image
+
+    if job.device != "cpu":
+        raise ValueError("OpenVINO is measured on CPUs only")
+    options = {
+        "INFERENCE_NUM_THREADS": job.threads,
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[job.precision],
+        "PERFORMANCE_HINT": "THROUGHPUT",
+    }
+    network = openvino.Core().compile_model(Path(job.folder, "model.onnx"), "CPU", options)
+    used = network.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    paths, size = photo_paths(job), (PROCESSING["size"]["width"], PROCESSING["size"]["height"])
+    mean, std = np.float32(PROCESSING["image_mean"]), np.float32(PROCESSING["image_std"])
+
+    def pixels(path: str) -> np.ndarray:
+        small = Image.open(path).convert("RGB").resize(size, Image.Resampling(PROCESSING["resample"]))
+        return ((np.asarray(small, dtype=np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+
+    def predict() -> np.ndarray:
+        answers: dict[int, np.ndarray] = {}
+        queue = openvino.AsyncInferQueue(network)
+        queue.set_callback(lambda request, start: answers.update({start: request.get_output_tensor().data.argmax(1)}))
+        for start in range(0, len(paths), 8):
+            queue.start_async(np.stack([pixels(path) for path in paths[start : start + 8]]), start)
+        queue.wait_all()
+        return np.concatenate([answers[start] for start in sorted(answers)])
+
+    return Subject(predict, predict, {"f32": "fp32"}.get(used, used))
+
+
+def prediction_by_ours(job: Job, runtime: str = "torch") -> Subject:
     """Measure `Predictor` on files. Outputs: the class index of each photo."""
     from hf_vit import HFViTConfig
     from hf_vit.prediction.predictor import Predictor
 
     workers = job.threads if job.device == "cpu" else None
-    predictor = Predictor.from_pretrained(f"{job.models}/ours", job.precision, device=job.device, workers=workers)
+    options: dict[str, Any] = {"device": job.device, "workers": workers, "runtime": runtime}
+    predictor = Predictor.from_pretrained(f"{job.models}/ours", job.precision, **options)
     config: Any = HFViTConfig.from_pretrained(f"{job.models}/ours")
     paths, indices = photo_paths(job), config.label2id
 
@@ -411,7 +471,10 @@ SUBJECTS: dict[str, dict[str, Callable[[Job], Subject]]] = {
     "prediction": {
         "transformers": partial(prediction_by_transformers, "fp32"),
         "transformers bf16": partial(prediction_by_transformers, "bf16"),
+        "timm": prediction_by_timm,
+        "openvino": prediction_by_openvino,
         "ours": prediction_by_ours,
+        "ours openvino": partial(prediction_by_ours, runtime="openvino"),
     },
 }
 

@@ -73,7 +73,7 @@ def prepare(
     if case.photos is not None:
         write_photos(own_folder / "photos", case, photos)
     references = REFERENCES[case.suite](case, own_folder, device, libraries)
-    if case.suite == "inference" and {"onnxruntime", "openvino"}.intersection(libraries):
+    if case.suite in ("inference", "prediction") and {"onnxruntime", "openvino"}.intersection(libraries):
         failure = _failure_of(lambda: write_onnx(random_model(str(case.model)), own_folder / "model.onnx"))
         failures |= {name: f"export to ONNX: {failure}" for name in ("onnxruntime", "openvino") if failure}
     operations = None

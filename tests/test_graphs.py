@@ -216,6 +216,22 @@ def test_a_program_of_an_encoder(tmp_path: Path) -> None:
     assert run(source, tmp_path / "small", "--to", "torch-export", "--int8", "weights").exit_code == 2
 
 
+@pytest.mark.slow
+def test_a_folder_of_a_graph_is_replaced_only_by_force(tmp_path: Path) -> None:
+    source, out = save(tmp_path / "ours"), tmp_path / "exported"
+    for to in ("torch-export", "onnx", "transformers-js", "transformers-js"):
+        if out.exists():
+            refused = run(source, out, "--to", to)
+            assert refused.exit_code == 2 and "pass --force to replace it" in refused.output
+        done = run(source, out, "--to", to, "--force")
+        assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "config.json", "onnx", "preprocessor_config.json",
+    ]  # fmt: skip
+    (out / "mine.csv").touch()
+    assert "holds more than a model (mine.csv)" in run(source, out, "--to", "onnx", "--force").output
+
+
 def test_what_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(tmp_path / "ours")
     model = HFViTForImageClassification.from_pretrained(source).eval()

@@ -13,7 +13,10 @@ from .texts import shortened
 
 UNFINISHED = ".unfinished-"
 # What may lie in the folder of a saved model, which can be replaced: suffixes of files, and names of folders.
-MODEL_FILES = (".json", ".safetensors", ".bin", ".py", ".md", ".txt", ".png", ".jpg", ".svg")
+MODEL_FILES = (
+    *(".json", ".safetensors", ".bin", ".py", ".md", ".txt", ".png", ".jpg", ".svg"),
+    *(".onnx", ".data", ".xml", ".pt2", ".pte"),  # of exports
+)
 MODEL_FOLDERS = ("images", "onnx", "__pycache__", ".cache")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

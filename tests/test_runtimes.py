@@ -272,7 +272,7 @@ def test_scores_follow_the_activation(fields: dict[str, Any], name: str) -> None
 # https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md
 SUPPORTED_BY_TENSORRT = {
     "Abs", "Add", "And", "Cast", "Clip", "Concat", "Constant", "Conv", "Cos", "Div", "Equal", "Exp", "Expand",
-    "Flatten", "Floor", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity",
+    "Flatten", "Floor", "Gather", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity",
     "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Pad",
     "Pow", "Range", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice",
     "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where",

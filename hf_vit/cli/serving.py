@@ -31,14 +31,14 @@ def serve(
         int | None, typer.Option(min=1, help="Largest batch. Default: 8 on a CPU, 256 on a GPU.")
     ] = None,
     max_wait_ms: Annotated[
-        float, typer.Option(min=0.0, help="Longest wait of an image for others that are being decoded.")
+        float, typer.Option(min=0.0, help="Maximum time that an image waits for others in its batch, in ms.")
     ] = 5.0,
     workers: Annotated[int, typer.Option(min=1, help="Threads for the model on a CPU, which share its cores.")] = 1,
     queue_size: Annotated[
-        int | None, typer.Option(min=1, help="Images in progress, beyond which requests are rejected. Default: 128.")
+        int | None, typer.Option(min=1, help="Maximum number of images in progress; more are rejected. Default: 128.")
     ] = None,
     max_upload_mb: Annotated[float, typer.Option(min=0.001, help="Largest request in MiB.")] = 20.0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request must arrive.")] = 30.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Time limit for receiving a request, in seconds.")] = 30.0,
 ) -> None:
     """Serve a model over HTTP.
 
@@ -49,7 +49,7 @@ def serve(
 
     Example: hf-vit serve my-vit --port 8000
 
-    To ask it: curl -F image=@photo.jpg http://127.0.0.1:8000/predict
+    A request: curl -F image=@photo.jpg http://127.0.0.1:8000/predict
     """
     check_exist((), model)
     need("serve", "fastapi", "uvicorn", "python_multipart")

@@ -52,7 +52,8 @@ def _outputs(graph: Graph) -> tuple[str, str]:
     if isinstance(model, HFViTForObjectDetection):
         return f"logits [batch, points, {labels}] and pred_boxes [batch, points, 4]", (
             "The score of each class is the sigmoid of its logit, which is very low at points without an object. "
-            "Boxes are centre x, centre y, width and height, as shares of the image."
+            "Boxes are centre x, centre y, width and height, as shares of the image. Of those of a class with an "
+            "intersection over union above 0.5, keep the one with the highest score."
         )
     if isinstance(model, HFViTForImageClassification):
         activation = activation_of(graph.config)

@@ -789,7 +789,10 @@ def test_timm_comes_back(tmp_path: Path, case: str) -> None:
 def test_the_ending_of_a_file_names_the_format(tmp_path: Path) -> None:
     source = save(tmp_path / "ours", **{**OF_A_TARGET["npz"], **NPZ["token"][0]})
     failed = run(source, tmp_path / "out.bin")
-    assert failed.exit_code == 2 and "does not end in .onnx, .pt2, .npz: add --to, one of onnx, " in failed.output
+    assert (
+        failed.exit_code == 2
+        and "does not end in .onnx, .xml, .pte, .pt2, .npz: add --to, one of onnx, " in failed.output
+    )
     done = run(source, tmp_path / "out.npz")
     assert done.exit_code == 0 and (tmp_path / "out.npz").is_file(), done.output
 
@@ -939,7 +942,7 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
             source,
             "--to",
             "tflite",
-        ): "Unknown format 'tflite' for --to: choose one of onnx, torch-export, ",
+        ): "Unknown format 'tflite' for --to: choose one of onnx, openvino, executorch, torch-export, ",
         (
             source,
             "--to",

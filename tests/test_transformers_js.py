@@ -128,7 +128,7 @@ def test_what_differs_in_transformers_js_is_not_left(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(transformers_js, "node_modules", lambda: tmp_path)
     monkeypatch.setattr(transformers_js, "answers_in_node", answers)
-    monkeypatch.setattr(transformers_js, "export_graph", lambda *arguments: [])
+    monkeypatch.setattr(transformers_js, "export_graph", lambda *arguments, **options: [])
     with pytest.raises(ValueError, match=r"transformers\.js: outputs differ .* Nothing is written"):
         export_transformers_js(save(tmp_path / "ours"), tmp_path / "web")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]

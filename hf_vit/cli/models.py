@@ -241,8 +241,8 @@ def export(
         raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join(formats)}.")
     if int8 is not None or data is not None or calibration is not None or precision != "fp32" or with_preprocessing:
         raise ValueError(
-            f"--int8, --precision, --data, --calibration and --with-preprocessing apply only to graphs "
-            f"({', '.join(KINDS)}, {NAME}): remove them to export to {to}."
+            f"--int8, --precision, --data, --calibration and --with-preprocessing apply only to {', '.join(KINDS)} "
+            f"and {NAME}: remove them to export to {to}."
         )
     for sentence in export_checkpoint(model, out, to, force):
         echo(f"Note: {sentence}")

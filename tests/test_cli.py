@@ -151,12 +151,12 @@ def test_recipes_are_listed_and_explained(tmp_path: Path) -> None:
 def test_push_calls_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def push(folder: Path, repo_id: str, *, private: bool, license: str | None) -> str:
-        calls.append((folder, repo_id, private, license))
+    def push(folder: Path, repo_id: str, *, private: bool, license: str | None, with_handler: bool) -> str:
+        calls.append((folder, repo_id, private, license, with_handler))
         return f"https://huggingface.co/{repo_id}"
 
     monkeypatch.setattr(hf_vit.hub.upload, "push", push)
     result = runner.invoke(app, ["push", str(tmp_path), "me/digits", "--private", "--license", "mit"])
     assert result.exit_code == 0, result.output
-    assert calls == [(tmp_path, "me/digits", True, "mit")]
+    assert calls == [(tmp_path, "me/digits", True, "mit", False)]
     assert result.output.strip() == "Published at https://huggingface.co/me/digits"

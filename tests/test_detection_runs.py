@@ -205,8 +205,8 @@ def test_a_graph_finds_the_same_objects(trained: Any, tmp_path: Path) -> None:
         **dict(zip(("logits", "pred_boxes"), map(torch.from_numpy, answers), strict=True))
     )
     with torch.no_grad():
-        [expected] = processor.post_process_object_detection(model(pixel_values), 0.3, [(HEIGHT, WIDTH)])
-    [found] = processor.post_process_object_detection(outputs, 0.3, [(HEIGHT, WIDTH)])
+        [expected] = processor.post_process_object_detection(model(pixel_values), 0.05, [(HEIGHT, WIDTH)])
+    [found] = processor.post_process_object_detection(outputs, 0.05, [(HEIGHT, WIDTH)])
     assert len(found["labels"]) > 0 and torch.equal(found["labels"], expected["labels"])
     torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=1e-3, atol=1e-2)
 

@@ -130,7 +130,13 @@ def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
 SMALL = shlex.split("--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data")
 # Commands and options that are only parsed here: other tests run them.
 READ_ONLY = ("quickstart", "benchmark", "demo", "serve")
-ELSEWHERE = (" --quick ", " --engine ray ", " --names", "my-heads")  # the last: tests/test_multi_task_training.py
+ELSEWHERE = (
+    " --quick ",
+    " --engine ray ",
+    " --names",
+    ".pte",
+    "my-heads",
+)  # the last: tests/test_multi_task_training.py
 
 
 def parse(command: str) -> tuple[str, list[str]]:

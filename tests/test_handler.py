@@ -30,6 +30,10 @@ from hf_vit.model.multi_task_hf_vit import HFViTForMultiTask
 # The client's own way of uploading, which its network library finds old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
+TINY: dict[str, Any] = {
+    **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64},
+    **{"image_size": (32, 48), "patch_size": 8, "num_labels": 5},
+}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "classes": (HFViTForImageClassification, {"num_labels": 7}),
     "masks": (HFViTForSemanticSegmentation, {"num_labels": 3, "patch_subdivision": 2}),
@@ -65,14 +69,12 @@ def in_base64(image: Image.Image) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    import conftest
-
     from hf_vit import HFViTConfig
 
     found = {}
     for name, (model_class, fields) in MODELS.items():
         found[name] = tmp_path_factory.mktemp("models") / name
-        model_class(HFViTConfig(**{**conftest.TINY, **fields})).save_pretrained(found[name])
+        model_class(HFViTConfig(**{**TINY, **fields})).save_pretrained(found[name])
         HFViTImageProcessor(size={"height": 32, "width": 48}).save_pretrained(found[name])
         write_handler(found[name])
     return found

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from isolated import python
 from PIL import Image
 from test_graphs import NAMES, TINY, make, run, save
 
@@ -294,3 +295,31 @@ def test_tensorrt_can_read_the_onnx(fields: dict[str, Any], tmp_path: Path) -> N
             assert types[node.input[1]] in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.HasField("shape")
+
+
+SIGNAL = """
+import faulthandler, gc, os, signal, sys, threading
+import numpy as np
+from hf_vit.graphs.openvino_files import read_openvino
+
+faulthandler.enable()  # handlers then run on another stack
+run = read_openvino(sys.argv[1])
+run(np.zeros((1, 3, 32, 48), np.float32))
+
+def drop():
+    global run
+    run = None
+    gc.collect()
+
+thread = threading.Thread(target=drop)
+thread.start()
+thread.join()
+signal.signal(signal.SIGINT, lambda *_: print("caught"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@slow
+def test_a_signal_after_openvino_is_caught(tmp_path: Path) -> None:
+    KINDS["onnx"].write(make(), tmp_path / "model.onnx", {})
+    assert python(SIGNAL, tmp_path / "model.onnx", home=tmp_path / "home", has_package=True).stdout == "caught\n"

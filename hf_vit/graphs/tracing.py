@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..inference.optimize import DTYPES
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.dense_hf_vit import HFViTBackbone
 from ..model.detection_hf_vit import HFViTForObjectDetection
@@ -22,9 +23,6 @@ Run = Callable[[np.ndarray], Any]
 Images = Iterable[np.ndarray]  # pixel values, float32 [B, C, H, W], that show the range of activations
 
 INPUT, IMAGES = "pixel_values", "images"  # names of inputs: preprocessed, and uint8 [B, H, W, C]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 MOST_IMAGES = 16  # of a batch, where batch and size have bounds
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoints.models import load
 from ..data.images import normalize, preprocess, read_stored
-from ..graphs.runtimes import in_runtime
+from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
 from ..model.detection_boxes_hf_vit import MOST_OBJECTS, most_likely_objects
 from ..model.image_geometry_hf_vit import corners_of, resize_logits, size_of
@@ -268,7 +268,12 @@ class Predictor:
                 f"{name} has no classifier: train one first, or extract features with --features or AutoModel."
             )
         chosen = torch.device(device or (torch.accelerator.current_accelerator(True) or "cpu"))
-        computed, used = in_runtime(model.to(chosen), processor, runtime, precision, chosen.type, compile, threads)
+        if runtime == "torch":
+            computed, used = optimize_for_inference(model.to(chosen), precision, compile), runtime
+        else:
+            from ..graphs.runtimes import in_runtime  # with the exporters, which take time to import
+
+            computed, used = in_runtime(model.to(chosen), processor, runtime, precision, chosen.type, compile, threads)
         labels = model.config.id2label if is_classifier else {}
         predictor = cls(computed, processor, labels, chosen, is_compiled=compile, config=model.config, **options)
         predictor.runtime = used

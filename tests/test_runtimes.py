@@ -1,6 +1,8 @@
 """Graphs in their runtimes: precisions, 8 bits with calibration, several outputs, and preprocessing inside."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,16 @@ def test_executorch_answers_as_torch_within_its_bounds(name: str | None, tmp_pat
     model = make(model_class, **fields)
     answer = written("executorch", Graph(model), tmp_path)
     assert graphs.largest_difference(answer, model, PROCESSOR) < 1e-5
-    assert "to 112x112. A batch has at most 16 images." in description(Graph(model), is_bounded=True)
+    assert "to 112x112. A batch has at most 16 images." in description(Graph(model, is_bounded=True))
+
+
+@pytest.mark.parametrize(("heads", "most_images"), [(1, 16), (6, 16), (16, 8), (64, 2)])
+def test_planned_memory_has_a_bound(heads: int, most_images: int) -> None:
+    model = make(HFViTModel, hidden_size=4 * heads, num_attention_heads=heads, image_size=518, patch_size=14)
+    graph = Graph(model, is_bounded=True)
+    assert graph.most_images == most_images
+    assert "gigabytes of memory: the graph accepts 518x518 only" in description(graph)
+    assert Graph(model).fixed is None
 
 
 def test_a_detector_keeps_its_objects(tmp_path: Path) -> None:
@@ -323,3 +334,21 @@ os.kill(os.getpid(), signal.SIGINT)
 def test_a_signal_after_openvino_is_caught(tmp_path: Path) -> None:
     KINDS["onnx"].write(make(), tmp_path / "model.onnx", {})
     assert python(SIGNAL, tmp_path / "model.onnx", home=tmp_path / "home", has_package=True).stdout == "caught\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+@slow
+def test_the_benchmark_of_exports_has_a_row_for_each_form(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "scripts" / "benchmark_exports.py"
+    model = make(hidden_size=64, intermediate_size=256, initializer_range=0.05)
+    source, rows = save(tmp_path / "ours", model), tmp_path / "rows.jsonl"
+    options = ["--images", pictures(tmp_path / "pictures"), "--formats", "onnx", "--turns", "1", "--output", rows]
+    done = subprocess.run([sys.executable, script, source, *options], capture_output=True, text=True, check=True)
+    forms = ["torch fp32", "onnx fp32", "onnx int8 dynamic", "onnx int8 static"]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["form"] for row in found] == forms
+    assert found[1]["difference"] < 1e-5 < found[2]["difference"]
+    assert all(row["images/s at 16"] > 0 < row["bytes"] for row in found)
+    assert [line.split(" | ")[1] for line in done.stdout.splitlines()[2:]] == forms

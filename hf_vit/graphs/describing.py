@@ -1,13 +1,11 @@
 """What goes into a graph and comes out of it, in sentences."""
 
-from ..model.configuration_hf_vit import HFViTConfig
 from ..model.detection_hf_vit import HFViTForObjectDetection
 from ..model.losses_hf_vit import activation_of
 from ..model.modeling_hf_vit import HFViTForImageClassification
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
-from .open_sizes import fixed_size
 from .preprocessing import PreprocessedGraph
-from .tracing import IMAGES, INPUT, MOST_IMAGES, Graph, most_patches
+from .tracing import IMAGES, INPUT, Graph, most_patches
 
 # What the logits become, by `activation_of`. The temperature is in the graph.
 SCORES = {
@@ -17,8 +15,8 @@ SCORES = {
 }
 
 
-def description(graph: Graph, is_bounded: bool) -> str:
-    """Return sentences about the inputs and outputs of a graph, whose batch and size may have upper bounds."""
+def description(graph: Graph) -> str:
+    """Return sentences about the inputs and outputs of a graph."""
     outputs, scores = _outputs(graph)
     if isinstance(graph, PreprocessedGraph):
         height, width = graph.preprocessing.plan.size
@@ -26,17 +24,18 @@ def description(graph: Graph, is_bounded: bool) -> str:
         sizes = f"Images have any size from 2x2 on, and are preprocessed to {height}x{width} inside the graph."
         types = "float32"
     else:
-        given, sizes = f"{INPUT} [batch, {graph.config.num_channels}, height, width]", _sizes(graph.config, is_bounded)
+        given, sizes = f"{INPUT} [batch, {graph.config.num_channels}, height, width]", _sizes(graph)
         types = "both float32" if len(graph.outputs) == 1 else "all float32"
     return " ".join(part for part in (f"Input: {given}; output: {outputs}; {types}.", sizes, scores) if part)
 
 
-def _sizes(config: HFViTConfig, is_bounded: bool) -> str:
-    height, width = config.patch_shape
-    batch = f" A batch has at most {MOST_IMAGES} images." if is_bounded else ""
-    if (reason := fixed_size(config)) is not None:
-        return reason + batch
-    to = f"to {most_patches(config) * height}x{most_patches(config) * width}" if is_bounded else "on"
+def _sizes(graph: Graph) -> str:
+    height, width = graph.config.patch_shape
+    batch = f" A batch has at most {graph.most_images} images." if graph.most_images is not None else ""
+    if graph.fixed is not None:
+        return graph.fixed + batch
+    most = most_patches(graph.config)
+    to = f"to {most * height}x{most * width}" if graph.is_bounded else "on"
     return f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} {to}.{batch}"
 
 

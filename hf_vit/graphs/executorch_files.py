@@ -19,7 +19,7 @@ def write_executorch(model: Model | Graph, path: Path, metadata: dict[str, str] 
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        program = trace(graph_of(model), is_bounded=True)
+        program = trace(graph_of(model, is_bounded=True))
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=metadata)
         path.write_bytes(lowered.to_executorch().buffer)
 

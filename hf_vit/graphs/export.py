@@ -102,13 +102,17 @@ def export_graph(
         )
     model, processor = load(source, checkpoint=checkpoint)
     model.float()
-    graph = PreprocessedGraph(model, processor, precision) if with_preprocessing else Graph(model, precision)
+    graph = (
+        PreprocessedGraph(model, processor, precision)
+        if with_preprocessing
+        else Graph(model, precision, kind.is_bounded)
+    )
     if measure is not None and "logits" not in graph.outputs:
         raise ValueError(f"{source} has no head to measure: leave out --data, or fine-tune the model first.")
     form = precision if int8 is None else f"int8 {int8}"
     images = calibration_images(calibration, processor) if calibration is not None else []
     is_file = out.suffix == kind.suffix
-    lines = [f"Assumed: {sentence}" for sentence in checkpoint.assumed] + [description(graph, kind.is_bounded)]
+    lines = [f"Assumed: {sentence}" for sentence in checkpoint.assumed] + [description(graph)]
     with (new_file if is_file else new_folder)(out, force) as unfinished:
         path = unfinished if is_file else unfinished / f"model{kind.suffix}"
         forms, differences = _write(kind, path, graph, processor, form, images)
@@ -241,11 +245,16 @@ def _remedy(form: str, difference: float) -> str:
 # ------------------------------------------------------------------------------------------------------ comparison
 
 
-def trials(config: HFViTConfig, processor: HFViTImageProcessor) -> Iterator[np.ndarray]:
-    """Yield pixel values to compare outputs on: noise and photographs, one to three per batch, of several sizes."""
+def trials(config: HFViTConfig, processor: HFViTImageProcessor, has_one_size: bool = False) -> Iterator[np.ndarray]:
+    """Yield pixel values to compare outputs on: noise and photographs, one to three per batch, of several sizes.
+
+    Args:
+        config, processor: Of the model.
+        has_one_size: Whether the graph accepts the size of the config only.
+    """
     (height, width), (patch_height, patch_width) = config.image_shape, config.patch_shape
     shapes = [(1, height, width), (3, height, width)]
-    if fixed_size(config) is None:
+    if not has_one_size and fixed_size(config) is None:
         low = max(config.grid_size[0] // 2, 2) * patch_height
         shapes += [(2, height + patch_height, width + 2 * patch_width), (1, low, 2 * width)]
     generator = torch.Generator().manual_seed(0)
@@ -304,7 +313,9 @@ def differences_of(
     if isinstance(graph, PreprocessedGraph):
         inputs = image_trials(graph)
     else:
-        inputs = chain(trials(graph.config, processor), [faint(graph.config)] if has_faint else [])
+        inputs = chain(
+            trials(graph.config, processor, graph.fixed is not None), [faint(graph.config)] if has_faint else []
+        )
     for images in inputs:
         if isinstance(graph, PreprocessedGraph):
             graph.check(images)

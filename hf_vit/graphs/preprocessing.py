@@ -187,8 +187,7 @@ class PreprocessedGraph(Graph):
         answer = super().forward(images)
         return answer if self.activation is None else self.activation(answer)
 
-    def example(self, is_bounded: bool = False) -> tuple[Tensor, dict[int, Any]]:
-        assert not is_bounded  # the bounds of images would be too large for a plan of memory
+    def example(self) -> tuple[Tensor, dict[int, Any]]:
         Dim = torch.export.Dim
         example = torch.zeros(2, 37, 53, self.preprocessing.num_channels, dtype=torch.uint8)
         return example, {0: Dim("batch"), 1: Dim("height", min=2), 2: Dim("width", min=2)}

@@ -23,7 +23,8 @@ Run = Callable[[np.ndarray], Any]
 Images = Iterable[np.ndarray]  # pixel values, float32 [B, C, H, W], that show the range of activations
 
 INPUT, IMAGES = "pixel_values", "images"  # names of inputs: preprocessed, and uint8 [B, H, W, C]
-MOST_IMAGES = 16  # of a batch, where batch and size have bounds
+# Where memory is planned for the largest batch of the largest images: these, and the attention weights of one layer.
+MOST_IMAGES, MOST_WEIGHTS = 16, 2**28  # 1 GiB in float32
 
 
 def most_patches(config: HFViTConfig) -> int:
@@ -31,16 +32,25 @@ def most_patches(config: HFViTConfig) -> int:
     return 2 * max(config.grid_size) + 2
 
 
+def largest_batch(config: HFViTConfig, patches: int) -> int:
+    """Return the largest batch of images with so many patches whose attention weights are at most `MOST_WEIGHTS`."""
+    return MOST_WEIGHTS // (config.num_attention_heads * (config.num_prefix_tokens + patches) ** 2)
+
+
 class Graph(nn.Module):
     """A model with tensors as outputs, which are those named in `outputs`.
 
     These are the logits of a classifier, the logits and `pred_boxes` of a detector, the pooled output of an encoder,
     or the feature maps of a backbone. Input and outputs are float32 in every precision.
+
+    Attributes:
+        fixed: Why the image size is fixed; `None` if it is dynamic.
+        most_images: The largest batch; `None` if it has no bound.
     """
 
     input = INPUT
 
-    def __init__(self, model: Model, precision: str = "fp32") -> None:
+    def __init__(self, model: Model, precision: str = "fp32", is_bounded: bool = False) -> None:
         super().__init__()
         self.dtype = DTYPES[precision]
         self.kept = (model,)  # in a tuple, so that it is no part of this module
@@ -55,6 +65,13 @@ class Graph(nn.Module):
         elif isinstance(model, HFViTBackbone):
             self.names = tuple(model.out_features)
         self.outputs = self.names
+        self.is_bounded, self.fixed, self.most_images = is_bounded, fixed_size(self.config), None
+        if is_bounded:
+            height, width = self.config.image_shape
+            if self.fixed is None and largest_batch(self.config, most_patches(self.config) ** 2) < MOST_IMAGES:
+                self.fixed = f"Larger images would take gigabytes of memory: the graph accepts {height}x{width} only."
+            most = largest_batch(self.config, self.config.grid_size[0] * self.config.grid_size[1])
+            self.most_images = min(MOST_IMAGES, max(2, most))
 
     @property
     def original(self) -> Model:
@@ -68,7 +85,7 @@ class Graph(nn.Module):
 
     def in_float32(self) -> "Graph":
         """Return the same graph in float32."""
-        return Graph(self.original)
+        return Graph(self.original, is_bounded=self.is_bounded)
 
     def preprocessed(self, images: Tensor) -> Tensor:
         """Return the pixel values for the input of the graph, which they are."""
@@ -81,28 +98,28 @@ class Graph(nn.Module):
         values = tuple(value if value.dtype == torch.float32 else value.float() for value in values)
         return values if len(values) > 1 else values[0]
 
-    def example(self, is_bounded: bool = False) -> tuple[Tensor, dict[int, Any]]:
-        """Return an input to trace with, and its dynamic dimensions, with or without upper bounds."""
+    def example(self) -> tuple[Tensor, dict[int, Any]]:
+        """Return an input to trace with, and its dynamic dimensions."""
         config, Dim = self.config, torch.export.Dim
-        most_images = MOST_IMAGES if is_bounded else None
-        if fixed_size(config) is not None:
-            return torch.zeros(2, config.num_channels, *config.image_shape), {0: Dim("batch", max=most_images)}
+        batch = Dim("batch", max=self.most_images)
+        if self.fixed is not None:
+            return torch.zeros(2, config.num_channels, *config.image_shape), {0: batch}
         rows, columns = config.grid_size
         height, width = config.patch_shape
-        most = most_patches(config) if is_bounded else None
+        most = most_patches(config) if self.is_bounded else None
         # The sides of the example differ: torch.export would treat equal sides as one.
         example = torch.zeros(2, config.num_channels, (rows + 1) * height, (rows + columns + 2) * width)
         sides = {2: height * Dim("rows", min=2, max=most), 3: width * Dim("columns", min=2, max=most)}
-        return example, {0: Dim("batch", max=most_images), **sides}
+        return example, {0: batch, **sides}
 
     def positions(self) -> AbstractContextManager[None]:
         """Return a context in which the positions are those of dynamic sizes, if sizes are dynamic."""
-        return nullcontext() if fixed_size(self.config) is not None else opened(self.model)
+        return nullcontext() if self.fixed is not None else opened(self.model)
 
 
-def graph_of(model: Model | Graph) -> Graph:
+def graph_of(model: Model | Graph, is_bounded: bool = False) -> Graph:
     """Return a model as a graph; a graph is one already."""
-    return model if isinstance(model, Graph) else Graph(model)
+    return model if isinstance(model, Graph) else Graph(model, is_bounded=is_bounded)
 
 
 @contextmanager
@@ -118,13 +135,9 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def trace(model: Model | Graph, is_bounded: bool = False) -> Any:
-    """Return a model as a `torch.export.ExportedProgram` with dynamic batch and, if possible, image size.
-
-    With `is_bounded` these have the upper bounds `MOST_IMAGES` and `most_patches`.
-    """
-    graph = graph_of(model).eval()
-    example, dynamic = graph.example(is_bounded)
+def trace(graph: Graph) -> Any:
+    """Return a graph as a `torch.export.ExportedProgram` with dynamic batch and, if possible, image size."""
+    example, dynamic = graph.eval().example()
     with torch.no_grad(), quiet(), graph.positions():
         program = torch.export.export(graph, (example,), dynamic_shapes=(dynamic,))
     for node in program.graph.nodes:

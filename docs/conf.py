@@ -24,6 +24,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist"]
+smartquotes = False  # would change the hyphens of options
 
 default_role = "code"  # docstrings write `name`
 autodoc_typehints = "signature"

@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires
 
 from .endings import announce, echo
 
@@ -23,31 +22,20 @@ def env() -> None:
 
 
 def _software() -> Iterator[str]:
-    """Yield the versions of Python, this package and what it needs, and a line for each of its extras."""
-    from packaging.requirements import Requirement
-
+    """Yield the versions of Python, of this package and of what it needs, and a line for each of its extras."""
+    from ..system.extras import requirements
     from ..system.machine import installed_versions
 
-    try:
-        needed = [Requirement(text) for text in requires("hf-vit") or []]
-    except PackageNotFoundError:
-        needed = []
-    # By extra; what is always needed is under the empty name.
-    groups: dict[str, list[str]] = {"": ["hf-vit"]}
-    for each in needed:
-        extra = str(each.marker).partition("extra == ")[2].strip("\"'") if each.marker else ""
-        if extra not in OF_DEVELOPERS and (not extra or each.name != "hf-vit"):
-            groups.setdefault(extra, []).append(each.name)
-    installed = installed_versions(tuple({name: None for names in groups.values() for name in names}))
+    needed = {extra: [each.name for each in group] for extra, group in requirements().items()}
+    installed = installed_versions(("hf-vit", *(name for names in needed.values() for name in names)))
     yield f"python {installed['python']}, {platform.system()} {platform.machine()}"
-    if not needed:
-        yield "hf-vit: a source tree that is not installed"
-    for extra, names in groups.items():
-        found = [f"{name} {installed.get(name, 'not installed')}" for name in names]
-        if extra:
-            yield f"extra {extra}: {', '.join(found)}"
-        elif needed:
+    yield f"hf-vit {installed.get('hf-vit', 'is not installed, but a source tree')}"
+    for extra, names in needed.items():
+        found = [f"{name} {installed.get(name, 'is not installed')}" for name in names]
+        if not extra:
             yield from found
+        elif extra not in OF_DEVELOPERS:
+            yield f"extra {extra}: {', '.join(found)}"
 
 
 def _hardware() -> Iterator[str]:
@@ -59,10 +47,10 @@ def _hardware() -> Iterator[str]:
         import torch
 
         machine = hardware()
-        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-        kind = torch.accelerator.current_accelerator() if count else None
-    except Exception as error:  # also OSError of a library that does not load; its message has paths
+        device = torch.accelerator.current_accelerator(True)
+        count = torch.accelerator.device_count()
+    except Exception as error:  # also OSError of a library that does not load, whose message has paths
         yield f'torch cannot be used ({type(error).__name__}): python -c "import torch" shows why'
         return
     yield describe({name: value for name, value in machine.items() if name != "load"}, {})[0]
-    yield f"{count} x {kind.type}" if kind is not None else "no accelerator"
+    yield "no accelerator" if device is None else f"accelerators: {count} x {device.type}"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -76,6 +77,19 @@ def test_a_diagram_is_readable_in_light_and_dark_without_other_files(picture: Pa
     light, dark = text.split("@media")
     for name in re.findall(r"\.([a-z]+) \{", light):
         assert f".{name}" in dark, f"{name} has no color in the dark"
+
+
+def test_badges_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    drawn = re.findall(r"<text[^>]*>([^<]+)</text>", (DOCS / "static" / "badges.svg").read_text())
+    stated = {"Python": project["requires-python"], **dict(each.split(">=") for each in project["dependencies"])}
+    for name, value in zip(drawn[0:6:2], drawn[1:6:2], strict=True):
+        assert value == stated[name].removeprefix(">=") + "+"
+    assert drawn[6:] == ["licence", project["license"]]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) < 1200
 
 
 def test_pages_request_nothing_from_other_machines() -> None:

@@ -20,6 +20,7 @@ copyright = author
 release = version = hf_vit.__version__
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "model_cards/**README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = [".*", "build", "dist"]  # folders that are not searched for pages
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_heading_anchors = 3

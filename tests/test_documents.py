@@ -129,16 +129,28 @@ def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
 
 # Appended to the options of a run, so that it takes a second.
 SMALL = shlex.split("--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data")
-# Commands and options that are only parsed here: other tests run them.
-READ_ONLY = ("quickstart", "benchmark", "demo", "serve")
-ELSEWHERE = (
-    " --quick ",
-    " --seeds 5",
-    " --engine ray ",
-    " --names",
-    ".pte",
-    "my-heads",
-)  # the last: tests/test_multi_task_training.py
+# Commands and options that are only parsed here, with the reason.
+READ_ONLY = {
+    "quickstart": "tests/test_quickstart.py",
+    "benchmark": "tests/test_benchmark.py",
+    "demo": "a server: tests/test_demo.py",
+    "serve": "a server: tests/test_serving.py",
+}
+ELSEWHERE = {
+    " --quick ": "minutes of training: tests/test_studies.py",
+    " --seeds 5": "hours of training on a GPU",
+    " --engine ray ": "tests/test_predicting.py",
+    " --names": "needs a file without known names: tests/test_family_names.py",
+    ".pte": "executorch is not in the extra test: tests/test_runtimes.py",
+    "my-heads": "tests/test_multi_task_training.py",
+}
+# First words of other commands, which are not run here, with the reason.
+OTHERS = {
+    "pip": "installs packages; `.ci/run` and `scripts/release` do",
+    "curl": "asks a server: tests/test_serving.py",
+    "accelerate": "several processes: tests/test_distributed.py; the recipe is checked below",
+    "torchrun": "several processes: tests/test_processes.py",
+}
 
 
 def parse(command: str) -> tuple[str, list[str]]:
@@ -146,6 +158,13 @@ def parse(command: str) -> tuple[str, list[str]]:
     name, *arguments = shlex.split(command)[1:]
     with COMMANDS[name].make_context(name, list(arguments)):
         return name, arguments
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_run_or_has_a_reason(page: Path) -> None:
+    for command in commands_of(page):
+        name, *words = command.split()
+        assert name in OTHERS or (name == "hf-vit" and words[0] in COMMANDS) or command == "pytest", command
 
 
 @pytest.mark.slow

@@ -81,11 +81,11 @@ class TrainConfig:
         option(
             "classification",
             "Training objective: classification, multi_label, regression, segmentation (images and masks), detection "
-            "(boxes of objects), masked_patches (pre-training without labels), or auto: chosen from the labels.",
+            "(boxes of objects), masked_patches (pre-training without labels), or auto for what the labels are.",
         )
     )
     model: str | None = option(
-        "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: model_config alone."
+        "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: a model of model_config alone."
     )
     model_config: dict[str, Any] = option({}, "Fields of HFViTConfig; they override the variant or checkpoint.")
     image_size: int | list[int] = option(224, "Image size in pixels: one number, HxW, or [height, width].")

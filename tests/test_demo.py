@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import socket
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import torch
 import yaml
 from demo_page import CHROMIUM, DEMO, Visit, free_port, served, visiting
 from isolated import environment, save_tiny_classifier
+from packaging.requirements import Requirement
 from PIL import Image
 from playwright.sync_api import expect
 from typer.testing import CliRunner
@@ -265,7 +267,8 @@ def test_a_port_that_is_taken_is_named(page: Any, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the Space
 
 
-def test_a_space_holds_what_it_needs(folder: Path, tmp_path: Path) -> None:
+def test_a_space_holds_what_it_needs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_vit.demo.space.is_from_an_index", lambda: True)
     space = tmp_path / "space"
     arguments = ["demo", str(folder / "first"), "--compare", "google/vit-base-patch16-224"]
     done = CliRunner().invoke(app, [*arguments, "--export-space", str(space)])
@@ -284,6 +287,20 @@ def test_a_space_holds_what_it_needs(folder: Path, tmp_path: Path) -> None:
     photo = File(folder / "photo.png", "photo.png")
     answers = [Exhibit(str(path)).answer(photo).prediction for path in (folder / "first", space / "model" / "first")]
     assert answers[0] == answers[1]
+
+
+def test_a_space_of_an_unpublished_package_holds_its_code(folder: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space"
+    export_space(space, str(folder / "first"))
+    assert {path.name for path in space.iterdir()} == {"app.py", "requirements.txt", "README.md", "model", "hf_vit"}
+    lines = (space / "requirements.txt").read_text().splitlines()
+    names = [Requirement(line).name for line in lines]
+    assert {"torch", "transformers", "gradio"} <= {*names} and len(names) == len({*names})
+    assert "hf-vit" not in names and not list(space.rglob("__pycache__"))
+    program = "import runpy, hf_vit; print(hf_vit.__file__); runpy.run_path('app.py')"  # as `python app.py` imports it
+    done = subprocess.run([sys.executable, "-c", program], cwd=space, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == space / "hf_vit" / "__init__.py"
 
 
 @pytest.mark.parametrize(
@@ -321,6 +338,7 @@ in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not insta
 # What a process asks of the network, a line each; read by Python before anything else.
 WATCH = """
 import socket
+import subprocess
 
 connect, look_up = socket.socket.connect, socket.getaddrinfo
 

@@ -1,10 +1,11 @@
-"""Run the examples of the README pages and of the docstrings."""
+"""Run the examples of the README, of the pages in docs/ and of the docstrings."""
 
 import doctest
 import importlib
 import pkgutil
 import re
 import shlex
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from hf_vit.cli.main import app
 from hf_vit.training.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "hf_vit").rglob("README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(hf_vit.__path__, "hf_vit.")]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -128,15 +129,32 @@ def test_examples_of_docstrings_give_what_they_say(module: str) -> None:
 
 # Appended to the options of a run, so that it takes a second.
 SMALL = shlex.split("--max-steps 1 --batch-size 4 --precision fp32 --image-size 32 --eval-fraction 0.3 --data")
-# Commands and options that are only parsed here: other tests run them.
-READ_ONLY = ("quickstart", "benchmark", "demo", "serve")
-ELSEWHERE = (
-    " --quick ",
-    " --engine ray ",
-    " --names",
-    ".pte",
-    "my-heads",
-)  # the last: tests/test_multi_task_training.py
+# Commands and options that are only parsed here, with the reason.
+READ_ONLY = {
+    "quickstart": "tests/test_quickstart.py",
+    "benchmark": "tests/test_benchmark.py",
+    "demo": "a server: tests/test_demo.py",
+    "serve": "a server: tests/test_serving.py",
+}
+ELSEWHERE = {
+    " --quick ": "minutes of training: tests/test_studies.py",
+    " --seeds 5": "hours of training on a GPU",
+    " --engine ray ": "tests/test_predicting.py",
+    " --names": "needs a file without known names: tests/test_family_names.py",
+    ".pte": "executorch is not in the extra test: tests/test_runtimes.py",
+    "my-heads": "tests/test_multi_task_training.py",
+}
+# First words of other commands, which are not run here, with the reason.
+OTHERS = {
+    "pip": "installs packages; `.ci/run` and `scripts/release` do",
+    "curl": "asks a server: tests/test_serving.py",
+    "accelerate": "several processes: tests/test_distributed.py; the recipe is checked below",
+    "torchrun": "several processes: tests/test_processes.py",
+}
+
+
+# The page on which a command is run: the last that has it, so that no command is run twice.
+PAGE_OF = {command: page for page in PAGES for command in commands_of(page)}
 
 
 def parse(command: str) -> tuple[str, list[str]]:
@@ -146,15 +164,22 @@ def parse(command: str) -> tuple[str, list[str]]:
         return name, arguments
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_run_or_has_a_reason(page: Path) -> None:
+    for command in commands_of(page):
+        name, *words = command.split()
+        assert name in OTHERS or (name == "hf-vit" and words[0] in COMMANDS) or command == "pytest", command
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # raised in huggingface_hub
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_page_work(
     page: Path, place: Path, client: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))  # pages write files of the same names
     for number, command in enumerate(commands_of(page)):
-        if not command.startswith("hf-vit "):
+        if not command.startswith("hf-vit ") or PAGE_OF[command] != page:
             continue
         command, _, file = command.replace("YOUR_NAME", "tester").partition(" > ")
         name, arguments = parse(command)

@@ -44,7 +44,7 @@ def fit(
     ] = "auto",
     cache: Annotated[Path | None, typer.Option(help="Folder for cached features. Default: below HF_HOME.")] = None,
 ) -> None:
-    """Fit the best classifier that a number of minutes allows.
+    """Train the best classifier that fits into a number of minutes.
 
     Computes the features of every image once, fits a linear classifier on them, and tests whether fine-tuning is
     better. States the accuracy to expect, with an interval. The same command resumes an interrupted fit.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import data, fitting, models, predictions, runs, serving
+from . import data, environment, fitting, models, predictions, runs, serving
 from .endings import clear_endings, echo
 from .options import Command
 
@@ -55,6 +55,7 @@ for command in (
     models.export,
     predictions.benchmark,
     runs.study,
+    environment.env,
 ):
     app.command(cls=Command)(clear_endings()(command))
 

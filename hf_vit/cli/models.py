@@ -41,7 +41,7 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
         str | None, typer.Option(metavar="NAME", help="Head of a model with several heads, as a model of its own.")
     ],
     "names": Annotated[
-        str | None, typer.Option(metavar="FILE", help="Table of tensor names (YAML), for a ViT of no known library.")
+        str | None, typer.Option(metavar="FILE", help="Table of tensor names (YAML), for a ViT of another library.")
     ],
     "weights": Annotated[
         str | None, typer.Option(metavar="NAME", help="Key of the weights in a file with several, such as teacher.")
@@ -94,9 +94,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint from another library.
 
-    Reads npz files of Google and big_vision, timm, transformers (ViT, DeiT, DINO, MAE, MSN, SigLIP, CLIP) and
-    vit-pytorch; the names of the tensors decide which one it is. The converted model gives the same outputs, unless
-    --image-size or --patch-size resamples position embeddings or the patch projection.
+    Reads checkpoints of Google, timm, transformers, DINO, CLIP, MAE, BEiT, training scripts and others; the names of
+    the tensors decide which one it is. The converted model gives the same outputs, unless --image-size or
+    --patch-size resamples position embeddings or the patch projection.
 
     Example: hf-vit convert ViT-B_16.npz vit-b16 --image-size 384
     """
@@ -132,7 +132,7 @@ def inspect(
     also draws filters and position embeddings; for the images, attention distance; and for the first eight of them,
     attention, rollout, features and norms.
 
-    A ViT of no known library needs a table of names: --names-template writes one to fill in, for --names.
+    For a ViT of another library, --names-template writes a table of tensor names to fill in, which --names reads.
 
     Example: hf-vit inspect ViT-B_16.npz photos/ --html
     """
@@ -168,8 +168,8 @@ def export(
     int8: Annotated[
         Literal["weights", "dynamic", "static"] | None,
         typer.Option(
-            help="Quantization (onnx, openvino): weights only, or also matrix products, with ranges of each call or "
-            "of calibration images."
+            help="8-bit quantization (onnx, openvino): weights alone, or matrix products too, with ranges from each "
+            "call (dynamic) or from calibration images (static)."
         ),
     ] = None,
     precision: Annotated[

@@ -69,8 +69,8 @@ def evaluate(
     """Evaluate a model, or its features, on labeled images.
 
     Measures accuracy, loss, calibration and speed, and accuracy per class; with --probe, how well simple classifiers
-    do on its features. Without --split, the evaluation split is used. Data without one is evaluated whole, except
-    the data that the model was trained on: of this, only the images that were held out.
+    do on its features. Without --split, the evaluation split is used. If there is none, all images are evaluated; of
+    the data that the model was trained on, only the images that were held out.
 
     Example: hf-vit evaluate my-vit photos/ --mistakes mistakes.csv
 

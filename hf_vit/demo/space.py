@@ -1,7 +1,8 @@
 """Export the demo page as a Space of the Hub: program, requirements, card and local models in a folder."""
 
+import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import SpaceCardData
@@ -12,7 +13,7 @@ from ..checkpoints.folder import write_checkpoint
 from ..checkpoints.opening import open_checkpoint
 from ..inspection.gallery import name_of
 from ..system.disk import new_folder
-from ..system.extras import need
+from ..system.extras import is_from_an_index, need, requirements
 from ..system.texts import markdown
 from .exhibit import NO_CLASSIFIER, SHOWN
 
@@ -38,10 +39,15 @@ To run it on another machine: `pip install -r requirements.txt && python app.py`
 --export-space`.
 """
 LONGEST_TITLE = 80
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def export_space(folder: str | Path, model: str, compare: str | None = None) -> None:
     """Write a Space that shows a model: `app.py`, `requirements.txt`, `README.md`, and copies of local models.
+
+    If this package was installed from a file or a folder, an index may not have it: then a copy of its code is beside
+    `app.py`, and `requirements.txt` lists what it needs. The Hub installs the requirements before it copies the other
+    files, so that a wheel in the Space could not be one of them.
 
     Args:
         folder: Absent or empty; nothing is left there if the export fails.
@@ -55,7 +61,6 @@ def export_space(folder: str | Path, model: str, compare: str | None = None) -> 
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder for the Space.")
     need("demo", "gradio")
-    own = _installed("hf-vit")
     models = {"model": model} if compare is None else {"model": model, "compare": compare}
     title = " and ".join(map(name_of, models.values()))[:LONGEST_TITLE]
     with new_folder(folder) as unfinished:
@@ -80,7 +85,7 @@ def export_space(folder: str | Path, model: str, compare: str | None = None) -> 
         card = f"---\n{data.to_yaml()}\n---\n\n{CARD.format(title=markdown(title))}"
         files = {
             "app.py": PROGRAM.format(arguments=", ".join(arguments)),
-            "requirements.txt": "hf-vit[demo]" + f">={own}\n" * (own is not None),
+            "requirements.txt": "".join(f"{each}\n" for each in _requirements(unfinished)),
             "README.md": card,
         }
         for name, text in files.items():
@@ -104,8 +109,10 @@ def _name_on_the_hub(source: str) -> str:
     return source
 
 
-def _installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+def _requirements(folder: Path) -> list[str]:
+    """Return the lines of `requirements.txt`; copy this package into the folder if they do not install it."""
+    if is_from_an_index():
+        return [f"hf-vit[demo]>={version('hf-vit')}"]
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    stated = requirements()
+    return [f"{each.name}{each.specifier}" for extra in ("", "demo") for each in stated.get(extra, [])]

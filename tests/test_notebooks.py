@@ -9,11 +9,11 @@ import pytest
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "notebooks"
-# For each notebook: values of its parameters, with a tiny classifier as {model}, and a file that it leaves.
+# For each notebook: values of its parameters, with a tiny classifier as {model}; a file that it leaves; its figures.
 NOTEBOOKS = {
-    "attention_and_positions": ("model, photos = {model!r}, None", None),
-    "segmentation": ("scenes, steps = None, 20", "my-segmenter/model.safetensors"),
-    "export_and_serve": ("model, photo = {model!r}, None", "my-vit.onnx"),
+    "attention_and_positions": ("model, photos = {model!r}, None", None, 4),
+    "segmentation": ("scenes, steps = None, 20", "my-segmenter/model.safetensors", 1),
+    "export_and_serve": ("model, photo = {model!r}, None", "my-vit.onnx", 0),
 }
 
 
@@ -41,7 +41,7 @@ def test_a_notebook_runs(name: str, model: str, tmp_path: Path, monkeypatch: pyt
             pytest.importorskip(package, reason=f"{package} is not installed: pip install hf-vit[onnx,serve]")
     notebook = read(name)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    values, file = NOTEBOOKS[name]
+    values, file, figures = NOTEBOOKS[name]
     parameters.source = values.format(model=model)
     if name == "export_and_serve":  # what is shown is compared: three answers are one
         notebook.cells.append(
@@ -54,6 +54,8 @@ def test_a_notebook_runs(name: str, model: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert file is None or (tmp_path / file).is_file()
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in data for data in outputs) == figures
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -135,6 +135,8 @@ ELSEWHERE = (
     " --engine ray ",
     " --names",
     ".pte",
+    "--calibrate",
+    "--max-error",  # these two: tests/test_certainty.py, with more images than there are here
     "my-heads",
 )  # the last: tests/test_multi_task_training.py
 

@@ -143,7 +143,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     fields, measured = found["fields"], found["measured"]
     said = [f"The temperature is {fields['temperature']:.3g}."]
     if measured is not None and "calibration_error" in measured:
-        said[0] += " The calibration error is {before:.1%} before and {after:.1%} after.".format_map(
+        said[0] += " With it, the calibration error changes from {before:.1%} to {after:.1%}.".format_map(
             measured["calibration_error"]
         )
     if fields["label_set_threshold"] is not None:

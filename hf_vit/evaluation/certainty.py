@@ -49,11 +49,12 @@ class CalibrationPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, value in {"--coverage": self.coverage, "--max-error": self.max_error}.items():
+        for option, value, usual in (
+            ("--coverage", self.coverage, COVERAGE),
+            ("--max-error", self.max_error, MAX_ERROR),
+        ):
             if value is not None and not 0 < value < 1:
-                raise ValueError(
-                    f"{option} must be between 0 and 1, such as {0.9 if 'c' in option else 0.05}, got {value}."
-                )
+                raise ValueError(f"{option} must be between 0 and 1, such as {usual}, got {value}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"--calibration-share must be above 0 and at most 1, got {self.share}.")
 

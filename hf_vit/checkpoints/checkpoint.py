@@ -14,7 +14,7 @@ from ..model import model_class
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.image_processing_pil_hf_vit import PRESETS, HFViTImageProcessorPil
 from ..model.positions_hf_vit import resample_table
-from ..model.validation_hf_vit import OF_HEAD
+from ..model.validation_hf_vit import OF_SCALE
 from ..system.texts import shortened
 from .files import PROCESSOR_FILES, Source
 from .layouts import Row, Rule, adapt_channels, resample_patch_projection, rules_of
@@ -325,8 +325,8 @@ class Checkpoint:
         """
         if self.architecture != CLASSIFIER:
             return []
-        config, unscaled = self.config, {name: OF_HEAD[name] for name in OF_HEAD if name != "thresholds"}
-        folded = [name for name, value in unscaled.items() if getattr(config, name) != value]
+        config = self.config
+        folded = [name for name, value in OF_SCALE.items() if getattr(config, name) != value]
         if folded:
             std, mean = (
                 torch.tensor(values or [empty], dtype=torch.float64)
@@ -336,7 +336,7 @@ class Checkpoint:
                 )
             )
             self._head_scale = (std / config.temperature, mean)
-            self.config = HFViTConfig.from_dict({**config.to_dict(), **unscaled})
+            self.config = HFViTConfig.from_dict({**config.to_dict(), **OF_SCALE})
         return folded
 
     def _folded(self, name: str, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ loses outside of the architecture is returned as sentences. Graphs for other run
 from pathlib import Path
 
 from ..model.configuration_hf_vit import HFViTConfig
+from ..model.validation_hf_vit import OF_CERTAINTY
 from ..system.texts import shortened
 from .checkpoint import CLASSIFIER, Checkpoint
 from .families import google_out, timm_out, transformers_out
@@ -53,6 +54,14 @@ def export_checkpoint(source: str | Path, out: str | Path, to: str, force: bool 
     return sentences
 
 
+def no_certainty(config: HFViTConfig) -> list[str]:
+    """Return a sentence for a library that knows no thresholds of certainty, if a config has some."""
+    names = [name for name in OF_CERTAINTY if getattr(config, name) is not None]
+    if not names:
+        return []
+    return [f"{', '.join(names)} are not written: in the other library, every image is answered with one label."]
+
+
 def _unsupported(checkpoint: Checkpoint, target: Target) -> list[str]:
     config = checkpoint.config
     features = differing(config, target.required)
@@ -79,6 +88,7 @@ def _lost(checkpoint: Checkpoint, target: Target) -> list[str]:
         )
     if config.thresholds is not None:
         sentences.append("thresholds are not written: the other library has no thresholds per label.")
+    sentences += no_certainty(config)
     if "labels" not in target.carries and checkpoint.architecture == CLASSIFIER:
         sentences.append("The labels are not written: the layout does not store them.")
     if "processor" not in target.carries:

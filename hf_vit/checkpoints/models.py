@@ -19,7 +19,7 @@ from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.multi_task_hf_vit import HFViTForMultiTask
 from ..model.segmentation_hf_vit import NEW_SEGMENTER, HFViTForSemanticSegmentation
-from ..model.validation_hf_vit import OF_HEAD
+from ..model.validation_hf_vit import OF_CERTAINTY, OF_HEAD
 from ..system.progress import no_bars_of_transformers
 from ..system.texts import counted, shortened
 from .checkpoint import CLASSIFIER, DETECTOR, MULTI_TASK, SEGMENTER, Checkpoint, Options
@@ -87,8 +87,8 @@ def load_classifier(
     """Load a checkpoint as a classifier of `label_names`, with its image processor at the model's size.
 
     The head is kept, with its temperature, thresholds and units of targets, if it was trained for exactly these
-    labels in this order. Otherwise it is replaced by a head of zeros with a warning, even if the number of labels is
-    the same.
+    labels in this order. Thresholds of certainty are not, since training changes the probabilities. Otherwise the head
+    is replaced by one of zeros with a warning, even if the number of labels is the same.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -107,7 +107,8 @@ def load_classifier(
     of_model = {**fields_of_labels(label_names), **fields}
     is_kept = stored == label_names and (checkpoint.config.problem_type or SINGLE_LABEL) == of_model["problem_type"]
     for name, value in OF_HEAD.items():
-        of_model[name] = getattr(checkpoint.config, name) if is_kept else fields.get(name, value)
+        is_stated = is_kept and name not in OF_CERTAINTY
+        of_model[name] = getattr(checkpoint.config, name) if is_stated else fields.get(name, value)
     model, report = _fill(HFViTForImageClassification, checkpoint, **FINE_TUNING, **of_model)
     _require_encoder(source, report, "classifier.", fields)
     if not is_kept:

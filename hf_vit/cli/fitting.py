@@ -9,6 +9,7 @@ import typer
 from ..system.places import check_exist
 from ..system.texts import hanging, shortened
 from .endings import echo, read_size, typed_command
+from .predictions import Coverage, MaxError
 
 BEGAN = time.perf_counter()  # before the libraries load, which takes seconds
 
@@ -38,6 +39,8 @@ def fit(
         Literal["classification", "multi_label", "regression"] | None,
         typer.Option(help="Training objective. Default: from the labels."),
     ] = None,
+    coverage: Coverage = None,
+    max_error: MaxError = None,
     resume: Annotated[
         Literal["auto", "never"],
         typer.Option(help="'auto' resumes the fit in the output folder; 'never' discards it."),
@@ -50,6 +53,8 @@ def fit(
     better. States the accuracy to expect, with an interval. The same command resumes an interrupted fit.
 
     Example: hf-vit fit my_pictures/ --model facebook/dinov2-small -o my-classifier
+
+    Answers that can be unknown: hf-vit fit my_pictures/ --model facebook/dinov2-small --max-error 0.05
     """
     check_exist([*data, model])
     limit = f" within about {minutes:g} min" if minutes else ""
@@ -71,6 +76,8 @@ def fit(
         label_column=label_column,
         label_separator=label_separator,
         task=task,
+        coverage=coverage,
+        max_error=max_error,
         resume=resume,
         cache=cache,
         command=typed_command(),

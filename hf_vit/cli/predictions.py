@@ -33,6 +33,14 @@ Runtime = Annotated[
     Literal["torch", "onnxruntime", "openvino", "auto"],
     typer.Option(help="Runtime on a CPU; auto is the fastest that is installed."),
 ]
+Coverage = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Share of images whose label set has the true label, such as 0.9."),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Most wrong answers; less certain ones are unknown. Such as 0.05."),
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size per device (CPU core or GPU).")]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "fp8"], typer.Option(help="Precision; auto is bf16 where it is fast.")
@@ -65,6 +73,15 @@ def evaluate(
     mistakes: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Table of wrongly classified images.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Temperature and thresholds for MODEL, fitted to a part of the images."),
+    ] = False,
+    coverage: Coverage = None,
+    max_error: MaxError = None,
+    calibration_share: Annotated[
+        float, typer.Option(metavar="SHARE", help="Part of the images to fit to; the others measure the result.")
+    ] = 0.5,
 ) -> None:
     """Evaluate a model, or its features, on labeled images.
 
@@ -72,11 +89,16 @@ def evaluate(
     do on its features. Without --split, the evaluation split is used. If there is none, all images are evaluated; of
     the data that the model was trained on, only the images that were held out.
 
+    With --calibrate, it writes into the folder MODEL when to answer "unknown" (--max-error) and which labels an image
+    may have (--coverage), and measures both.
+
     Example: hf-vit evaluate my-vit photos/ --mistakes mistakes.csv
 
     Quality of features: hf-vit evaluate ViT-B_16.npz photos/ --probe knn
 
     One head of several: hf-vit evaluate my-heads photos/ --head species
+
+    Answers that can be unknown: hf-vit evaluate my-vit photos/ --calibrate --max-error 0.02
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
@@ -104,9 +126,15 @@ def evaluate(
         merged_per_layer=merge_tokens,
         mistakes=mistakes,
         head=head,
+        calibrate=calibrate,
+        coverage=coverage,
+        max_error=max_error,
+        calibration_share=calibration_share,
     )
     if measured is not None:
         echo("\n".join(report_lines(measured)))
+        if calibrate:
+            echo(f"Wrote the thresholds into {Path(model) / 'config.json'}, and a section into its card.")
         if json_file is not None:
             json_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
         for file in filter(None, (json_file, mistakes)):
@@ -209,7 +237,7 @@ def _print_predictions(sources: "Sources", settings: "Settings", say: Callable[[
     broken, images, began = [], 0, time.perf_counter()
     for name, prediction in predict_each(sources, settings):
         images += 1
-        line = prediction.error or ", ".join(prediction.answers)
+        line = prediction.line
         if prediction.error is not None:
             broken.append(name)
         say(one_line(line if line.startswith(name) else f"{name}  {line}"))  # errors often begin with the file name

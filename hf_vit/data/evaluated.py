@@ -36,25 +36,31 @@ def load_evaluation_data(
     needs_train, is_same = options.pop("needs_train", True), past.may_have_used(source)
     if needs_train:
         data = load_data(source, **options, **past.held_out)
-        return data, past.warning() if is_same and data.eval_split == HELD_OUT else ""
+        return _warned(data, past.warning() if is_same and data.eval_split == HELD_OUT else "")
     data = load_data(source, **options, needs_train=False, holds_out=False)
     if data.evaluation is not None:
         is_learned = is_same and split_of(data.eval_split) == "train"
-        return data, "The model was trained on these images, or on most of them." * is_learned
+        return _warned(data, "The model was trained on these images, or on most of them." * is_learned)
     whole = replace(data, evaluation=data.train, eval_split=ALL)
     if not past.data:
         return whole, ""
     if past.is_fitted and is_same:
-        return whole, "The model was trained on all of these images: metrics on other images will be lower."
+        return _warned(whole, past.warning())
     if not is_same:
         return whole, f"All images are evaluated, since the model was trained on other data ({past.names})."
     if not past.has_as_many(len(data.train)):
-        return whole, (
+        return _warned(
+            whole,
             f"All images are evaluated, since there are not as many as in the training data ({past.names}): the model "
-            "may have learned from some of them."
+            "may have learned from some of them.",
         )
     train, evaluation = hold_out(data, **past.fractions)
-    return replace(data, train=train, evaluation=evaluation, eval_split=HELD_OUT), past.warning()
+    return _warned(replace(data, train=train, evaluation=evaluation, eval_split=HELD_OUT), past.warning())
+
+
+def _warned(data: ImageData, warning: str) -> tuple[ImageData, str]:
+    """Return data with a warning, or `""`, that the model may have learned from the evaluation split."""
+    return replace(data, is_seen=bool(warning)), warning
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class ImageData:
     A stream gives images as they are stored, `{"bytes", "path"}`. `problem_type` is transformers' name for what the
     labels are, `None` without labels; `notes` are sentences about the data for the user. With masks as labels, `masks`
     states what their values mean, and both columns hold images as they are stored; with boxes, the second one holds
-    rows of objects (`objects`).
+    rows of objects (`objects`). `is_seen` states whether the model to evaluate may have learned from the evaluation
+    split.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ImageData:
     problem_type: str | None = "single_label_classification"
     notes: list[str] = field(default_factory=list)
     masks: MaskCode | None = None
+    is_seen: bool = False
 
     @property
     def is_stream(self) -> bool:

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from ..inspection.page import escape
 from ..prediction.predictor import Prediction
+from ..system.texts import shortened
 from .exhibit import Answer, Exhibit
+
+MOST_IN_SET = 10  # names of labels of a set that are shown
 
 # Colours come from the page's theme, which has a light and a dark variant.
 STYLE = """
@@ -66,7 +69,7 @@ def cards(headings: Sequence[str], exhibits: Sequence[Exhibit], answers: Sequenc
             return alert(answer.prediction.error)
     each = (
         f'<section class="vit-card"><h3>{escape(title)}</h3>{_cost(exhibit, answer)}'
-        f"{_bars(answer.prediction, exhibit.colors)}</section>"
+        f"{_certainty(exhibit, answer.prediction)}{_bars(answer.prediction, exhibit.colors)}</section>"
         for title, exhibit, answer in zip(headings, exhibits, answers, strict=True)
     )
     return f'<div class="vit-cards">{"".join(each)}</div>'
@@ -74,6 +77,17 @@ def cards(headings: Sequence[str], exhibits: Sequence[Exhibit], answers: Sequenc
 
 def _cost(exhibit: Exhibit, answer: Answer) -> str:
     return note(f"{exhibit.patches(answer.size):,} patches, {seconds(answer.seconds)} from file to prediction")
+
+
+def _certainty(exhibit: Exhibit, prediction: Prediction) -> str:
+    """Return what the thresholds of the model say of an image, as notes."""
+    said = []
+    if prediction.is_unknown:
+        said.append(f"Unknown: no label has a probability of at least {exhibit.config.abstention_threshold:.1%}.")
+    if prediction.label_set is not None:
+        names = shortened(prediction.label_set, MOST_IN_SET)
+        said.append(f"Label set ({100 * exhibit.config.label_set_coverage:.4g}% coverage): {names}")
+    return "".join(map(note, said))
 
 
 def _bars(prediction: Prediction, colors: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..inspection.attention import READ_BY
+from ..model.abstention_hf_vit import UNKNOWN
 from ..prediction.predictor import Prediction
 from ..system.texts import counted, one_line
 from .exhibit import Exhibit, File
@@ -63,7 +64,8 @@ def show_answer(exhibit: Exhibit, uploaded: Uploaded) -> str:
     if file is None:
         return note(HOW[exhibit.answers])
     answer = exhibit.answer(file)
-    return cards((answer.prediction.labels or [file.name])[:1], [exhibit], [answer])
+    prediction = answer.prediction
+    return cards([UNKNOWN if prediction.is_unknown else (prediction.labels or [file.name])[0]], [exhibit], [answer])
 
 
 def show_overlay(exhibit: Exhibit, uploaded: Uploaded) -> np.ndarray | None:
@@ -149,7 +151,8 @@ def show_many(
 def _row(prediction: Prediction) -> list[Any]:
     if prediction.are_values or prediction.boxes is not None:
         return [prediction.source, one_line(", ".join(prediction.answers)), None, None]
-    label = one_line(", ".join(prediction.labels)) if prediction.labels else None
+    labels = [UNKNOWN] if prediction.is_unknown else prediction.labels
+    label = one_line(", ".join(labels)) if labels else None
     score = round(min(prediction.scores), 4) if prediction.scores else None
     return [prediction.source, label, score, prediction.error]
 

@@ -30,8 +30,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature by which to divide logits so that the likelihood of the labels is highest.
 
     The accuracy does not change. Logits and labels must be of images that the classifier was not trained on. Labels
-    are smoothed as if there were one more image of each class (Platt 1999), so that a few images that are all
-    predicted right do not make every probability 0 or 1.
+    are smoothed as if there were one more image, whose label could be any, so that a few images that are all predicted
+    right do not make every probability 0 or 1. Platt (1999) adds one for each of two classes; one for each of ten more
+    than doubles the loss of a classifier that is right for 99 % of 180 images.
 
     Args:
         logits: `[N, num_labels]`, at a temperature of 1.
@@ -51,7 +52,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         def loss(log_temperature: float) -> float:
             return F.binary_cross_entropy_with_logits(logits / math.exp(log_temperature), targets).item()
     else:
-        smoothing = logits.shape[-1] / (len(labels) + logits.shape[-1])
+        smoothing = 1 / (len(labels) + 1)
 
         def loss(log_temperature: float) -> float:
             scaled = logits / math.exp(log_temperature)

@@ -31,10 +31,14 @@ from ..system.locking import LONGEST_WAIT
 from ..system.machine import machine, versions
 from ..system.progress import progress_bar
 from . import probing
+from .calibrate import calibrate as fit_to_images
+from .calibrate import check_images, check_model, write_calibration
 from .calibration import interval_for
+from .certainty import SHARE, CalibrationPlan, plan_of
 from .labels import OF_ARCHITECTURE, align, contradiction, images_for_model, kind_of, labels_of
-from .metrics import Forward, Results, evaluate_images, extract_features, forward_in_turn, forward_on_cores
+from .metrics import Forward, Results, classify, evaluate_images, extract_features, forward_in_turn, forward_on_cores
 from .mistakes import write_mistakes
+from .report import split_in_words
 from .results import ImageResults
 from .throughput import throughputs
 
@@ -63,6 +67,10 @@ def evaluate_checkpoint(
     merged_per_layer: int = 0,
     mistakes: str | Path | None = None,
     head: str | None = None,
+    calibrate: bool = False,
+    coverage: float | None = None,
+    max_error: float | None = None,
+    calibration_share: float = SHARE,
 ) -> dict[str, Any] | None:
     """Evaluate a checkpoint on labelled images, on one process or those of a launcher.
 
@@ -82,17 +90,22 @@ def evaluate_checkpoint(
             throughput.
         mistakes: CSV file for the wrongly classified images; see `write_mistakes`.
         head: Head of a multi-task model to evaluate.
+        calibrate: Whether to fit temperature and thresholds to `calibration_share` of the images, to measure them on
+            the others, and to write them into the folder `source`.
+        coverage, max_error: Coverage of label sets, and bound on the error of answers that are not unknown. If only
+            one is given, the other is not fitted; if neither is, both are, to `COVERAGE` and `MAX_ERROR`.
 
     Returns:
         All measurements, of plain types; `None` on every process but the first.
 
     Raises:
         ValueError: If the classes of model and data differ and there are no probes; if there are no images to train
-            on or to evaluate; if the model cannot merge tokens.
+            on or to evaluate; if the model cannot merge tokens or be calibrated.
         ChildProcessError: If a data loading process was killed.
     """
     if unknown := set(probes) - set(PROBES):
         raise ValueError(f"Unknown probe {', '.join(sorted(unknown))}: choose one of {', '.join(PROBES)}.")
+    plan = plan_of(calibrate, coverage, max_error, calibration_share)
     precision = inference_precision(precision)
     # Without mixed precision: the model itself is cast.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
@@ -101,50 +114,83 @@ def evaluate_checkpoint(
     checkpoint = open_checkpoint(source, Options(image_size=None if windows else image_size, head=head))
     warn_of_assumptions(checkpoint)
     _check_head(checkpoint, source, head, probes)
+    check_model(source, checkpoint.config, image_size is None, plan)
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
+    columns |= {"eval_split": split, "head": head}
     with accelerator.local_main_process_first():  # the others read what it has cached
-        data, classes, note = _load_aligned(
-            checkpoint, source, data_source, eval_split=split, needs_train=bool(probes), head=head, **columns
-        )
-    _check_measurable(classes, note, data, split, probes, merged_per_layer, mistakes)
+        data, classes, note = _load_aligned(checkpoint, source, data_source, needs_train=bool(probes), **columns)
+    _check_measurable(classes, note, data, split, probes, merged_per_layer, mistakes, plan)
     model, processor = load(source, checkpoint=checkpoint)
     if windows:
         slide(model, processor, image_size)
-    if merged_per_layer:  # fails now instead of after minutes
-        merge_tokens(merge_tokens(model, merged_per_layer), 0)
-    model.to(accelerator.device)
-    # Tokens are merged within the layers, which the optimized model does not have.
-    model = model.to(DTYPES[precision]) if merged_per_layer else optimize_for_inference(model, precision)
-    run = _Run(model, processor, data, classes, accelerator, batch_size, num_workers)
+    model = _prepared(model.to(accelerator.device), precision, merged_per_layer)
+    run = _Run(model, processor, data, classes, accelerator, batch_size, num_workers, has_logits=plan is not None)
     features, results, broken, seconds = run.measure(bool(probes), is_stateless=not merged_per_layer)
     speed, merged = run.speed(merged_per_layer) if merged_per_layer else ({}, {})
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
-    label_names = data.label_names if classes is None else labels_of(checkpoint) or data.label_names
+    label_names, facts = _names(checkpoint, data, classes), _facts(source, data, broken)
     if mistakes is not None and isinstance(results, ImageResults):
         write_mistakes(Path(mistakes), results, data.evaluation, data.columns, label_names)
-    count = len(data.evaluation) - len(broken)
     return {
-        "model": Path(source).resolve().name if Path(source).exists() else source,
-        "data": data.name,
-        "split": data.eval_split,
-        "images": count,
-        "images_of_data": len(data.evaluation) + (len(data.train) if data.eval_split == HELD_OUT else 0),
-        "broken": broken,
+        **facts,
         "image_size": None if has_own_sizes else list(image_size or model.config.image_shape),
         **({"windows": list(model.config.image_shape)} if windows else {}),
         "problem_type": data.problem_type if classes is None else kind_of(checkpoint.config),
         "labels": label_names,
         "note": note,
-        "expected": _expected(source, count),
+        "expected": _expected(source, facts["images"]),
         "assumed": checkpoint.assumed,
         **({} if results is None else _by_class(results, label_names)),
+        **_calibrated(results, source, checkpoint, data, plan, label_names, head),
         "probes": {name: _probe(name, features, label_names) for name in probes},
-        "images_per_second": {"pipeline": count / seconds, **speed},
+        "images_per_second": {"pipeline": facts["images"] / seconds, **speed},
         **merged,
         "precision": precision,
         **run.conditions(),
+    }
+
+
+def _prepared(model: Any, precision: str, merged_per_layer: int) -> Any:
+    """Return a model in its precision, optimized unless tokens are to be merged."""
+    if not merged_per_layer:
+        return optimize_for_inference(model, precision)
+    merge_tokens(merge_tokens(model, merged_per_layer), 0)  # fails now instead of after minutes
+    return model.to(DTYPES[precision])  # tokens are merged within the layers, which the optimized model does not have
+
+
+def _calibrated(
+    results: Results | None,
+    source: str,
+    checkpoint: Checkpoint,
+    data: ImageData,
+    plan: CalibrationPlan | None,
+    label_names: list[str],
+    head: str | None,
+) -> dict[str, Any]:
+    """Carry out a calibration that is planned; return what it found under its name."""
+    if plan is None or not isinstance(results, ImageResults) or results.logits is None:
+        return {}
+    found = fit_to_images(results.logits, results.labels, checkpoint.config, plan, label_names)
+    write_calibration(Path(source), found, f"{data.name}, {split_in_words(data.eval_split)}", head)
+    return {"calibration": found}
+
+
+def _names(checkpoint: Checkpoint, data: ImageData, classes: list[int] | None) -> list[str]:
+    """Return the names of the classes of the results: those of the model, if it knows those of the data."""
+    return data.label_names if classes is None else labels_of(checkpoint) or data.label_names
+
+
+def _facts(source: str, data: ImageData, broken: list[str]) -> dict[str, Any]:
+    """Return what is evaluated, and on which images."""
+    return {
+        "model": Path(source).resolve().name if Path(source).exists() else source,
+        "data": data.name,
+        "split": data.eval_split,
+        "images": len(data.evaluation) - len(broken),
+        "images_of_data": len(data.evaluation) + (len(data.train) if data.eval_split == HELD_OUT else 0),
+        "broken": broken,
     }
 
 
@@ -180,6 +226,7 @@ def _check_measurable(
     probes: Sequence[str],
     merged: int,
     mistakes: str | Path | None,
+    plan: CalibrationPlan | None,
 ) -> None:
     """Raise a `ValueError` if model and data do not allow what is to be measured."""
     if classes is None and not probes:
@@ -197,6 +244,8 @@ def _check_measurable(
             f"Probes are fitted on the training split, so they cannot be evaluated on it: choose another --split than "
             f"{split}, or remove the option."
         )
+    if plan is not None:
+        check_images(classes, data, plan)
 
 
 @dataclass
@@ -210,6 +259,7 @@ class _Run:
     accelerator: Accelerator
     batch_size: int
     num_workers: int
+    has_logits: bool = False
 
     def loader(self, split: Any) -> Any:
         number = self.model.config.num_labels
@@ -246,7 +296,10 @@ class _Run:
         to_model = partial(normalize, processor=self.processor)
         split = self.data.evaluation
         forward = self.with_bar(forward, split, "Evaluation")
-        return evaluate_images(self.model, self.loader(split), self.accelerator, to_model, self.model.config, forward)
+        arguments = self.model, self.loader(split), self.accelerator, to_model
+        if self.has_logits:
+            return classify(*arguments, forward, has_logits=True)
+        return evaluate_images(*arguments, self.model.config, forward)
 
     def with_bar(self, forward: Forward, split: Any, what: str) -> Forward:
         """Return a forward that shows a progress bar on the main process."""

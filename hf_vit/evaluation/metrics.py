@@ -57,6 +57,7 @@ def classify(
     accelerator: Any,
     normalize: Callable[[Tensor], Tensor],
     forward: Forward = forward_in_turn,
+    has_logits: bool = False,
 ) -> ImageResults:
     """Classify every image of a loader; all processes get the results of all.
 
@@ -65,17 +66,19 @@ def classify(
         loader: Gives every process batches of the same number and sizes.
         normalize: Maps uint8 pixels to the input of the model.
         forward: How batches are computed.
+        has_logits: Whether the results have the logits.
     """
     num_labels = 0
 
     def measure(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
         nonlocal num_labels
         num_labels = outputs.logits.shape[-1]
-        return _of_classes(outputs.logits, labels)
+        return (*_of_classes(outputs.logits, labels), *([outputs.logits.float()] if has_logits else []))
 
     columns, broken = _of_each_image(model, loader, accelerator, normalize, measure, forward)
-    index, labels, predicted, confidence, losses, ranks = columns
-    return ImageResults(labels, predicted, confidence, losses, ranks, num_labels, broken, index)
+    index, labels, predicted, confidence, losses, ranks, *logits = columns
+    found = logits[0] if has_logits else None
+    return ImageResults(labels, predicted, confidence, losses, ranks, num_labels, broken, index, found)
 
 
 def recognize(

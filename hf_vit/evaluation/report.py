@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from ..data.labelled import ALL, HELD_OUT
 from ..system.texts import counted, hanging, shortened
+from .calibrate import sentences
 
 MOST_CLASSES, WORST = 20, 10  # with more classes, only the worst ones are printed
 
@@ -76,10 +77,15 @@ TABLES = {
 }
 
 
+def split_in_words(split: str) -> str:
+    """Return how to name an evaluation split in a sentence."""
+    return {HELD_OUT: "held-out split", ALL: "all images"}.get(split, f"split {split}")
+
+
 def report_lines(measured: dict[str, Any]) -> list[str]:
     """Return the measurements of `evaluate_checkpoint` as lines for a terminal."""
     size = "their own sizes" if measured["image_size"] is None else "{}x{} pixels".format(*measured["image_size"])
-    which = {HELD_OUT: "held-out split", ALL: "all images"}.get(measured["split"], f"split {measured['split']}")
+    which = split_in_words(measured["split"])
     number = f"{measured['images']:,} of " * (measured["split"] == HELD_OUT)
     number += counted(measured["images_of_data" if number else "images"], "image")
     lines = [
@@ -103,8 +109,24 @@ def report_lines(measured: dict[str, Any]) -> list[str]:
             "", f"The {name} is {where} the range that hf-vit fit expected for {images}, {interval}.{advice}"
         )
     lines += [sentence for probe in measured["probes"].values() for sentence in probe.get("skipped", [])]
+    lines += _calibration_lines(measured["calibration"]) if "calibration" in measured else []
     lines += _merging_table(measured, measured["merged"]) if "merged" in measured else []
     return lines + (_class_table(measured["per_class"], measured["problem_type"]) if "per_class" in measured else [])
+
+
+def _calibration_lines(found: dict[str, Any]) -> list[str]:
+    others = found["measured"]
+    rest = "" if others is None else f", and measured on the other {others['images']:,}"
+    lines = ["", f"Calibrated on {counted(found['images'], 'image')}{rest}."]
+    for sentence in sentences(found):
+        lines += hanging("", sentence)
+    if others is not None:
+        lines += ["", f"{'answered':>9}  {'accuracy':>9}  least probability"]
+        lines += [
+            f"{row['answered']:>9.0%}  {row['accuracy']:>9.1%}  {row['threshold']:.3f}"
+            for row in others["risk_coverage"]
+        ]
+    return lines
 
 
 def _rows(measured: dict[str, Any]) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ class ImageResults(Indexed):
         num_labels: Number of classes of the model.
         broken: Names of images that could not be read, and are not counted.
         index: Positions of the others in the data; all of them if not given.
+        logits: `[N, num_labels]`, float32, if they were asked for.
     """
 
     labels: Tensor
@@ -49,6 +50,7 @@ class ImageResults(Indexed):
     num_labels: int
     broken: list[str] = field(default_factory=list)
     index: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: Tensor | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return accuracies and F1 in [0, 1], the mean loss, the calibration error, and the number of images.

@@ -39,6 +39,19 @@ def _sizes(graph: Graph) -> str:
     return f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} {to}.{batch}"
 
 
+def _certainty(config: HFViTConfig) -> list[str]:
+    """Return what the thresholds of a classifier say, which a runtime applies to the probabilities."""
+    said = []
+    if config.abstention_threshold is not None:
+        said.append(f"The answer is unknown if the largest probability is below {config.abstention_threshold!r}.")
+    if config.label_set_threshold is not None:
+        said.append(
+            f"The label set ({config.label_set_coverage!r} coverage) has the classes with a probability of at least "
+            f"{config.label_set_threshold!r}, and the most likely one."
+        )
+    return said
+
+
 def _outputs(graph: Graph) -> tuple[str, str]:
     """Return the outputs with their shapes, and what they mean."""
     model, labels = graph.original, graph.config.num_labels
@@ -55,8 +68,8 @@ def _outputs(graph: Graph) -> tuple[str, str]:
             "intersection over union above 0.5, keep the one with the highest score."
         )
     if isinstance(model, HFViTForImageClassification):
-        activation = activation_of(graph.config)
-        return f"{graph.output} [batch, {labels}]", SCORES[activation] if graph.output == "logits" else ""
+        scores = SCORES[activation_of(graph.config)] if graph.output == "logits" else ""
+        return f"{graph.output} [batch, {labels}]", " ".join(filter(None, [scores, *_certainty(graph.config)]))
     if graph.output == "pooler_output":
         return "pooler_output [batch, features]", ""
     return " and ".join(f"{name} [batch, features, rows, columns]" for name in graph.outputs), ""

@@ -31,6 +31,7 @@ from ..model.configuration_hf_vit import HFViTConfig
 from ..model.detection_hf_vit import SUPPRESSED, HFViTForObjectDetection, HFViTObjectDetectionOutput
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import activation_of
+from ..model.validation_hf_vit import OF_CERTAINTY
 from ..system.disk import new_file, new_folder
 from ..system.extras import need
 from .calibration import calibration_images
@@ -68,8 +69,8 @@ def export_graph(
 ) -> list[str]:
     """Export a model as a graph, and keep it only if its outputs are the model's.
 
-    The file holds label names, preprocessing and config: in `metadata_props` of ONNX, in `metadata.json` of
-    torch.export, in the `rt_info` of OpenVINO.
+    The file holds label names, preprocessing, config and thresholds of certainty: in `metadata_props` of ONNX, in
+    `metadata.json` of torch.export, in the `rt_info` of OpenVINO.
 
     Args:
         source: A file, a folder, or a name on the Hub, in any layout.
@@ -172,6 +173,7 @@ def _write(
         "preprocessor_config": processor.to_json_string(),
         "id2label": json.dumps(graph.config.id2label),
         "activation": activation_of(graph.config) if graph.output == "logits" else "none",
+        **{name: repr(value) for name in OF_CERTAINTY if (value := getattr(graph.config, name)) is not None},
     }
     int8 = form.removeprefix("int8 ") if form.startswith("int8 ") else None
     original, precision = (path, form) if int8 is None else (path.with_name(f"fp32-{path.name}"), "fp32")

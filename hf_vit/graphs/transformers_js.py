@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from ..checkpoints.checkpoint import DETECTOR, MULTI_TASK, Checkpoint
+from ..checkpoints.export import no_certainty
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
 from ..model.image_processing_hf_vit import HFViTImageProcessor
@@ -156,6 +157,7 @@ def export_transformers_js(
         _write_json(unfinished / "preprocessor_config.json", _preprocessing(processor, loaded))
         readme = README.format(name=Path(out).name, task=loaded.task, options=loaded.options, output=loaded.output)
         (unfinished / "README.md").write_text(readme, encoding="utf-8")
+        lines += [f"Note: {sentence}" for sentence in no_certainty(model.config)]
         lines.append(_compared_in_node(unfinished, model, processor, loaded, BOUNDS[form]))
     return lines
 

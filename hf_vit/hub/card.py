@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ..model.configuration_hf_vit import PIPELINES, HFViTConfig, task_of
+from ..system.disk import new_file
 from ..system.machine import versions
 from ..system.texts import markdown, nearest, visible, without_tokens
 from .folder import weight_files
@@ -185,6 +187,30 @@ def license_of(model: str | None) -> str | None:
     except Exception:  # without a card, a network or a valid name: nothing is known, and a run must not fail for it
         return None
     return stated if isinstance(stated, str) and stated in LICENSES.split() else None
+
+
+def set_section(card: Path, heading: str, text: str) -> None:
+    """Replace a section of a model card, or add it before the citation or at the end.
+
+    Args:
+        card: The file; nothing is written if it does not exist.
+        heading: Heading of the section, in Markdown.
+        text: The section, in Markdown.
+    """
+    if not card.is_file():
+        return
+    parts = re.split(r"^(?=## )", card.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    headings = [part.partition("\n")[0].removeprefix("## ").strip() for part in parts]
+    section = f"## {heading}\n\n{without_tokens(text)}\n\n"
+    if heading in headings[1:]:
+        place = headings.index(heading, 1)
+        parts[place] = section
+    else:
+        place = headings.index("Citation", 1) if "Citation" in headings[1:] else len(parts)
+        parts[place - 1] = parts[place - 1].rstrip("\n") + "\n\n"
+        parts.insert(place, section)
+    with new_file(card, force=True) as unfinished:
+        unfinished.write_text("".join(parts).rstrip("\n") + "\n", encoding="utf-8")
 
 
 def _check_front_matter(dataset_id: str | None, base_model: str | None) -> None:

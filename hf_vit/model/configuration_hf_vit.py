@@ -163,6 +163,12 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             probabilities (arXiv:1706.04599).
         thresholds (`list[float]`, *optional*): Least probability at which each label counts as present, for a
             classifier with several labels per image; `None` for 0.5. The logits do not depend on it.
+        abstention_threshold (`float`, *optional*): Least probability of the most likely label at which a classifier
+            with one label per image answers; below it, the answer is "unknown". `None` if it always answers.
+        label_set_threshold (`float`, *optional*): Least probability of the labels in the label set of an image, which
+            also has the most likely label; `None` for no label sets.
+        label_set_coverage (`float`, *optional*): Share of images of the same kind whose label set has the true label,
+            which the threshold was fitted for.
         target_mean, target_scale (`list[float]`, *optional*): Mean and standard deviation of each target of a
             regression. The head predicts standardized targets, and the logits are in the targets' own units; `None`
             if the head predicts these directly.
@@ -255,6 +261,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     zero_init_head: bool = False
     temperature: float | int = 1.0
     thresholds: list[float | int] | None = None
+    abstention_threshold: float | int | None = None
+    label_set_threshold: float | int | None = None
+    label_set_coverage: float | int | None = None
     target_mean: list[float | int] | None = None
     target_scale: list[float | int] | None = None
     mim_objective: str = "pixels"

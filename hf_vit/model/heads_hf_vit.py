@@ -8,13 +8,13 @@
 from typing import Any
 
 from .labels_hf_vit import LABELS, label_pair, names_by_number
-from .validation_hf_vit import OF_HEAD
+from .validation_hf_vit import OF_CERTAINTY, OF_HEAD
 
 OF_IMAGES = ("id2label", "pooling", "representation_size")
 OF_PIXELS = ("id2label", "out_indices", "patch_subdivision", "decoder_kernel_size", "semantic_loss_ignore_index")
 # By task: the fields of `HFViTConfig` that a head may have for itself, and transformers' name for what its labels are.
 TASKS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "classification": ((*OF_IMAGES, "temperature"), "single_label_classification"),
+    "classification": ((*OF_IMAGES, "temperature", *OF_CERTAINTY), "single_label_classification"),
     "multi_label": ((*OF_IMAGES, "temperature", "thresholds"), "multi_label_classification"),
     "regression": ((*OF_IMAGES, "target_mean", "target_scale"), "regression"),
     "segmentation": (OF_PIXELS, None),

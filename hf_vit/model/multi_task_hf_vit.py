@@ -25,6 +25,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .abstention_hf_vit import certainties, most_shown, with_certainty
 from .configuration_hf_vit import HFViTConfig
 from .dense_hf_vit import reject_patch_dropout
 from .detection_hf_vit import (
@@ -101,7 +102,7 @@ class HFViTImageHead(HFViTHead):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def answer(self, outputs: dict[str, Tensor], processor: Any, size: tuple[int, int], top_k: int | None) -> Any:
-        """Return labels with their scores, the most likely first; or the value of every target."""
+        """Return labels with their scores as `with_certainty` does; or the value of every target."""
         logits, names = outputs["logits"][0].float(), cast(dict[int, str], self.config.id2label)
         activation = activation_of(self.config)
         if activation == "none":
@@ -115,7 +116,9 @@ class HFViTImageHead(HFViTHead):
         found = [
             {"label": names[index], "score": scores[index].item()} for index in order if scores[index] > least[index]
         ]
-        return found[: len(names) if is_several and top_k is None else top_k or 5]
+        (certainty,) = certainties(outputs["logits"][:1], self.config)
+        number = len(names) if is_several and top_k is None else most_shown(certainty, top_k)
+        return with_certainty(found[:number], certainty)
 
 
 class HFViTPixelHead(HFViTHead):

@@ -18,6 +18,7 @@ from transformers import (
     Pipeline,
 )
 
+from .abstention_hf_vit import certainties, most_shown, with_certainty
 from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
 
 
@@ -36,7 +37,15 @@ class FilePreprocessing:
 
 
 class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPipeline):  # type: ignore[misc]
-    """Image classification on images as `hf_vit` reads them."""
+    """Image classification on images as `hf_vit` reads them, and with thresholds, answers that can say "unknown"."""
+
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: Any, function_to_apply: Any = None, top_k: int | None = None
+    ) -> Any:
+        """Return labels and scores as transformers does; for a model with thresholds, as `with_certainty` does."""
+        (certainty,) = certainties(model_outputs["logits"][:1], self.model.config)
+        found = super().postprocess(model_outputs, function_to_apply, most_shown(certainty, top_k))
+        return with_certainty(found, certainty)
 
 
 class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtractionPipeline):  # type: ignore[misc]

@@ -66,12 +66,16 @@ RANGES: dict[str, tuple[float, float]] = {
     "rope_theta": (1, 1e12),
     "rope_offset": (-(2**16), 2**16),
     "temperature": (1e-3, 1e3),
+    **dict.fromkeys(("abstention_threshold", "label_set_threshold", "label_set_coverage"), (0, 1)),
     "patch_subdivision": (1, 64),
     "decoder_kernel_size": (1, 31),
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
-# Fields that describe a trained head, and how they begin with a new one.
-OF_HEAD: dict[str, Any] = {"temperature": 1.0, "thresholds": None, "target_mean": None, "target_scale": None}
+# Fields that describe a trained head, and how they begin with a new one: the scale of its outputs, and thresholds.
+# Those of certainty hold for the probabilities that they were fitted to, and end with further training.
+OF_SCALE: dict[str, Any] = {"temperature": 1.0, "target_mean": None, "target_scale": None}
+OF_CERTAINTY: dict[str, Any] = {"abstention_threshold": None, "label_set_threshold": None, "label_set_coverage": None}
+OF_HEAD: dict[str, Any] = {**OF_SCALE, **OF_CERTAINTY, "thresholds": None}
 MAX_TARGET = 1e30
 MAX_SIDE = 2**16
 MAX_PATCHES = 2**20
@@ -230,6 +234,12 @@ def _head(config: Any) -> Iterator[str]:
         yield f"target_scale must be positive, at least {1 / MAX_TARGET:g}, got {config.target_scale}."
     if (config.target_mean is None) != (config.target_scale is None):
         yield "target_mean and target_scale belong together: set both, or neither."
+    if (config.label_set_threshold is None) != (config.label_set_coverage is None):
+        yield "label_set_threshold and label_set_coverage belong together: set both, or neither."
+    if config.problem_type in ("regression", "multi_label_classification"):
+        for name in OF_CERTAINTY:
+            if getattr(config, name) is not None:
+                yield f"{name} is for one label per image, got problem_type={config.problem_type!r}: set it to None."
 
 
 def _width(config: Any) -> Iterator[str]:

@@ -23,10 +23,12 @@ from ..checkpoints.models import load
 from ..data.images import normalize, preprocess, read_stored
 from ..inference.optimize import optimize_for_inference
 from ..inference.threads import default_batch_size, on_every_core
+from ..model.abstention_hf_vit import UNKNOWN, certainties
 from ..model.detection_boxes_hf_vit import MOST_OBJECTS, most_likely_objects
 from ..model.image_geometry_hf_vit import corners_of, resize_logits, size_of
 from ..model.image_reading_hf_vit import LeastSize, read_image, upright
 from ..model.losses_hf_vit import activation_of
+from ..system.texts import shortened
 from ..system.transfers import HostCopies, has_own_memory
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class Prediction:
             model is one for detection. Labels and scores are then those of the objects, the highest score first.
         size: (height, width) of the upright image, if there is a mask or there are boxes.
         heads: Answers of a multi-task model by head, as its pipeline gives them; there are no labels then.
+        is_unknown: Whether the model abstains, if it has a threshold for this; `labels` are the most likely ones.
+        label_set: Names of the labels in the label set, the most likely first, if the model has label sets.
     """
 
     source: Any
@@ -68,16 +72,30 @@ class Prediction:
     boxes: np.ndarray | None = None
     size: tuple[int, int] | None = None
     heads: dict[str, Any] = field(default_factory=dict)
+    is_unknown: bool | None = None
+    label_set: list[str] | None = None
 
     @property
     def answers(self) -> list[str]:
-        """Labels with their scores as text: `"cat 93.1%"`, for a target `"age 41.5"`, and for objects `"3 cat"`."""
+        """Labels with their scores as text: `"cat 93.1%"`, for a target `"age 41.5"`, and for objects `"3 cat"`.
+
+        An answer that abstains begins with `"unknown"`.
+        """
         if self.heads:
             return [f"{name} ({in_words(answer)})" for name, answer in self.heads.items()]
         if self.boxes is not None:
             return [f"{number} {label}" for label, number in Counter(self.labels).most_common()] or ["no objects"]
         form = "{} {:.4g}" if self.are_values else "{} {:.1%}"
-        return [form.format(*pair) for pair in zip(self.labels, self.scores, strict=True)]
+        answers = [form.format(*pair) for pair in zip(self.labels, self.scores, strict=True)]
+        return [UNKNOWN, *answers] if self.is_unknown else answers
+
+    @property
+    def line(self) -> str:
+        """The answers, or the error, in one line of text, with the label set if there is one."""
+        if self.error is not None:
+            return self.error
+        answers = ", ".join(self.answers)
+        return answers if self.label_set is None else f"{answers}; label set: {shortened(self.label_set, 5)}"
 
 
 def in_words(answer: Any) -> str:
@@ -90,8 +108,11 @@ def in_words(answer: Any) -> str:
     if any("box" in each for each in answer):
         counted = Counter(each["label"] for each in answer).most_common()
         return ", ".join(f"{number} {label}" for label, number in counted)
-    scores = [each["score"] if "score" in each else np.asarray(each["mask"]).mean() / 255 for each in answer]
-    found = sorted(zip(scores, (each["label"] for each in answer), strict=True), key=lambda pair: -pair[0])
+    found = [
+        (each["score"] if "score" in each else np.asarray(each["mask"]).mean() / 255, each["label"]) for each in answer
+    ]
+    if any("mask" in each for each in answer):
+        found.sort(key=lambda pair: -pair[0])
     return ", ".join(f"{label} {score:.1%}" for score, label in found) or "none"
 
 
@@ -206,7 +227,7 @@ class Predictor:
         self.model, self.processor, self.labels, self.device = model, processor, labels, device
         self.batch_size = batch_size or default_batch_size(device.type)
         self.workers = workers
-        self.answers = answers_of(config, top_k)
+        self.answers, self.config = answers_of(config, top_k), config
         self.has_features, self.is_compiled = has_features, is_compiled
 
     @classmethod
@@ -386,6 +407,10 @@ class Predictor:
             for prediction, (classes, scores) in zip(predictions, self.answers(logits), strict=True):
                 prediction.labels, prediction.scores = [self.labels[index] for index in classes], scores
                 prediction.are_values = self.answers.are_values
+            for prediction, certainty in zip(predictions, certainties(logits, self.config), strict=True):
+                prediction.is_unknown = certainty.is_unknown
+                if certainty.label_set is not None:
+                    prediction.label_set = [self.labels[index] for index in certainty.label_set]
         if pooler_output is not None:
             # Contiguous: a view would keep the tokens of all images in memory.
             for prediction, row in zip(predictions, pooler_output.contiguous().numpy(), strict=True):

@@ -9,8 +9,11 @@ A row is an image, in the order of the sources, in .parquet and .jsonl files:
     error     string         why the image is broken, or null
     features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
     boxes     list<list<float>>  of a detector: left, top, right and bottom of each object in pixels of the image
+    unknown   bool           of a model that can abstain: whether it does
+    label_set list<string>   of a model with label sets: the labels in it, the most likely first
 
-A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features. That of a
+A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features. Before the
+error, it has unknown (true or false) and label_set (as in JSON) of such a model. That of a
 detector has a row for each object, with the columns image, label, score, left, top, right, bottom and error; an image
 without objects has one row.
 
@@ -21,7 +24,7 @@ the plan: the sources and settings of the shards. The file appears by one renami
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
@@ -42,17 +45,24 @@ ROW_GROUP_BYTES = 32 << 20  # before compression
 SIDES = ("left", "top", "right", "bottom")  # of a box
 
 
-def schema_of(has_features: bool, has_boxes: bool = False) -> pa.Schema:
-    """Return the columns of the table and their types, which do not depend on the images."""
+# Columns of models of some kinds only.
+OF_SOME: dict[str, pa.DataType] = {
+    "boxes": pa.list_(pa.list_(pa.float32(), 4)),
+    "unknown": pa.bool_(),
+    "label_set": pa.list_(pa.string()),
+}
+
+
+def schema_of(has_features: bool, of_some: Collection[str] = ()) -> pa.Schema:
+    """Return the columns of the table and their types, with those of `OF_SOME` that are given."""
     fields = [
         pa.field("image", pa.string()),
         pa.field("labels", pa.list_(pa.string())),
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
     ]
-    features, boxes = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32(), 4))
-    fields += [pa.field("features", features)] * has_features + [pa.field("boxes", boxes)] * has_boxes
-    return pa.schema(fields)
+    fields += [pa.field("features", pa.list_(pa.float32()))] * has_features
+    return pa.schema([*fields, *(pa.field(name, kind) for name, kind in OF_SOME.items() if name in of_some)])
 
 
 def table_of(predictions: list[Prediction], schema: pa.Schema) -> pa.Table:
@@ -64,6 +74,11 @@ def table_of(predictions: list[Prediction], schema: pa.Schema) -> pa.Table:
         "error": [_text(prediction.error) for prediction in predictions],
         "features": [prediction.features for prediction in predictions],
         "boxes": [None if prediction.boxes is None else prediction.boxes.tolist() for prediction in predictions],
+        "unknown": [prediction.is_unknown for prediction in predictions],
+        "label_set": [
+            None if prediction.label_set is None else [_text(label) for label in prediction.label_set]
+            for prediction in predictions
+        ],
     }
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
@@ -105,9 +120,10 @@ def _text_table(
     numbers = ["", *(f"_{number}" for number in range(2, most + 1))][:most]
     columns = [f"{what}{number}" for number in numbers for what in ("label", "score")]
     has_boxes = "boxes" in schema.names
+    further = [name for name in ("unknown", "label_set") if name in schema.names]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(["image", *(["label", "score", *SIDES] if has_boxes else columns), "error"])
+        writer.writerow(["image", *(["label", "score", *SIDES] if has_boxes else columns), *further, "error"])
 
         def write(table: pa.Table) -> None:
             for row in table.to_pylist():
@@ -119,7 +135,8 @@ def _text_table(
                     writer.writerows([row["image"], *cells, error] for cells in objects or [[""] * 6])
                 else:
                     pairs += [("", "")] * (most - len(pairs))
-                    writer.writerow([row["image"], *chain.from_iterable(pairs), error])
+                    said = ["" if row[name] is None else json.dumps(row[name], ensure_ascii=False) for name in further]
+                    writer.writerow([row["image"], *chain.from_iterable(pairs), *said, error])
 
         yield write
 
@@ -148,7 +165,7 @@ class PredictionTable:
     def __init__(self, output: Path, has_features: bool) -> None:
         check_output(output, has_features)
         self.output, self.has_features = output, has_features
-        self.schema = schema_of(has_features, has_boxes=True)  # of shards, in which boxes may all be null
+        self.schema = schema_of(has_features, OF_SOME)  # of shards, in which those of some models are all null
         self.folder = output.with_name(f"{output.name}.parts")
 
     def check(self, plan: dict[str, Any], restart: bool) -> None:
@@ -215,7 +232,7 @@ class PredictionTable:
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
             most = max((self._most_labels(shard) for shard in shards), default=0)
-            schema = schema_of(self.has_features, self._have_boxes(shards))
+            schema = schema_of(self.has_features, [name for name in OF_SOME if self._have(name, shards)])
             with WRITERS[self.output.suffix](unfinished, schema, most) as write:
                 for shard in shards:
                     table = pq.read_table(self.folder / shard.name, schema=self.schema)
@@ -232,10 +249,10 @@ class PredictionTable:
         self._clear()
         return images, broken
 
-    def _have_boxes(self, shards: list[Shard]) -> bool:
-        """Return whether a shard is of a detector; one of an older version has no such column."""
-        read = partial(pq.read_table, schema=self.schema, columns=["boxes"])
-        columns = (read(self.folder / shard.name)["boxes"] for shard in shards)
+    def _have(self, name: str, shards: list[Shard]) -> bool:
+        """Return whether a column of `OF_SOME` has values; a shard of an older version has no such column."""
+        read = partial(pq.read_table, schema=self.schema, columns=[name])
+        columns = (read(self.folder / shard.name)[name] for shard in shards)
         return any(column.null_count < len(column) for column in columns)
 
     def _most_labels(self, shard: Shard) -> int:

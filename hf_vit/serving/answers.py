@@ -52,6 +52,8 @@ def answer_of(prediction: Prediction, labels: Mapping[int, str]) -> dict[str, An
         answer["values"] = dict(pairs)
     else:
         answer["labels"] = [{"label": label, "score": score} for label, score in pairs]
+        certainty = {"unknown": prediction.is_unknown, "label_set": prediction.label_set}
+        answer |= {name: value for name, value in certainty.items() if value is not None}
     return _finite(answer)
 
 

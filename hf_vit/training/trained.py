@@ -146,6 +146,7 @@ class TrainedModel:
         """
         source: Any = os.fspath(data) if isinstance(data, str | os.PathLike) else [os.fspath(each) for each in data]
         measured = evaluate_checkpoint(self.source, source, **options)
+        self.__dict__.pop("_loaded", None)  # a calibration changes the config
         return None if measured is None else Evaluation(measured)
 
     def push_to_hub(
@@ -184,12 +185,12 @@ class Predictions(UserList[Prediction]):
     """A list of predictions; a notebook shows the first ones with their images."""
 
     def __repr__(self) -> str:
-        return "\n".join(f"{_name(each, number)}  {_words(each)}" for number, each in enumerate(self))
+        return "\n".join(f"{_name(each, number)}  {each.line}" for number, each in enumerate(self))
 
     def _repr_html_(self) -> str:
         rows = (
             f"<tr><td>{_thumbnail(each)}</td><td>{html.escape(_name(each, number))}</td>"
-            f"<td>{html.escape(_words(each))}</td></tr>"
+            f"<td>{html.escape(each.line)}</td></tr>"
             for number, each in enumerate(self[:SHOWN])
         )
         more = f"<p>and {len(self) - SHOWN:,} more</p>" if len(self) > SHOWN else ""
@@ -209,10 +210,6 @@ def _name(prediction: Prediction, number: int) -> str:
         source.get("path") if isinstance(source, dict) else source if isinstance(source, str | os.PathLike) else None
     )
     return str(path or number)
-
-
-def _words(prediction: Prediction) -> str:
-    return prediction.error or ", ".join(prediction.answers)
 
 
 def _thumbnail(prediction: Prediction) -> str:

@@ -28,6 +28,7 @@ from ...inference.digest import digest_of
 from ...inference.optimize import inference_precision, optimize_for_inference
 from ...inference.threads import default_batch_size, on_every_core
 from ...model.pooling_hf_vit import POOLINGS
+from ...model.validation_hf_vit import OF_HEAD
 from ...system.machine import cores
 from ...system.places import cache_folder
 from ...system.progress import progress_bar
@@ -39,8 +40,7 @@ PHOTOGRAPHS = Channels()
 # Config fields that do not change features, so they do not make cached ones unused.
 NOT_OF_THE_ENCODER = (
     *("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id"),
-    *("problem_type", "temperature", "thresholds", "target_mean", "target_scale", "zero_init_head", "pooling"),
-    "task_heads",
+    *("problem_type", *OF_HEAD, "zero_init_head", "pooling", "task_heads"),
 )
 
 

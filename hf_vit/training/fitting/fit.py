@@ -24,6 +24,7 @@ from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
 from ...data.labelled import ImageData, load_data
 from ...evaluation.calibration import fit_temperature
+from ...evaluation.certainty import CalibrationPlan, fit_certainty
 from ...system.locking import alone_in
 from ...system.stopping import StopSignals
 from ...system.texts import counted, hanging
@@ -56,6 +57,8 @@ def fit(
     label_column: str | Sequence[str] | None = None,
     label_separator: str | None = None,
     task: str | None = None,
+    coverage: float | None = None,
+    max_error: float | None = None,
     resume: str = "auto",
     cache: str | Path | None = None,
     command: str | None = None,
@@ -78,6 +81,10 @@ def fit(
         image_size: Pixels, or (height, width); by default that of the checkpoint's image processor.
         train_split, eval_split, image_column, label_column, label_separator: As for `load_data`.
         task: `"classification"`, `"multi_label"` or `"regression"`, if it does not follow from the labels.
+        coverage: Share of images whose label set has the true label, as for `hf-vit evaluate --calibrate`; without it,
+            the model has no label sets. They are fitted to predictions for held-out images.
+        max_error: Largest share of wrong answers, beside which the answer is unknown; without it, the model always
+            answers.
         resume: `"auto"`, or `"never"` to discard an earlier fit in `output_dir`.
         cache: Folder of cached features; below that of Hugging Face by default.
         command: The command that repeats this, for the model card.
@@ -93,6 +100,7 @@ def fit(
     options: dict[str, Any] = {"train_split": train_split, "eval_split": eval_split, "image_column": image_column}
     options |= {"label_column": label_column, "label_separator": label_separator}
     options |= {"problem_type": None if task is None else {name: kind for kind, name in TASK_OF.items()}[task]}
+    plan = None if coverage is None and max_error is None else CalibrationPlan(coverage, max_error)
     sources = str(data) if isinstance(data, str | Path) else [str(source) for source in data]
     _check_encoder(model)
     check_fit_folder(output_dir, model, sources)
@@ -100,7 +108,8 @@ def fit(
         shutil.rmtree(output_dir / FIT, ignore_errors=True)
     at_once = f": what is finished is saved in {output_dir / FIT} and in the cache of features."
     with alone_in(output_dir, say), StopSignals(at_once):
-        identity = stable({"data": sources, "model": model, "image_size": size, "seed": seed, **options})
+        certain = {"coverage": coverage, "max_error": max_error}
+        identity = stable({"data": sources, "model": model, "image_size": size, "seed": seed, **options, **certain})
         state = FitState(output_dir / FIT, identity, began)
         finished = json.loads((output_dir / METRICS).read_text(encoding="utf-8")) if "finished" in state else None
         if finished is not None and minutes > finished["minutes"]:
@@ -116,8 +125,9 @@ def fit(
             for line in (*summary(metrics), *next_commands(output_dir)):
                 say(line)
             return TrainedModel(output_dir)
-        fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, candidates, say)
+        fitting = _Fitting(sources, options, model, size, minutes, seed, state, cache, candidates, plan, say)
         stated = {"data": sources, "model": model, "minutes": minutes, "image_size": size, "seed": seed}
+        stated |= {name: value for name, value in certain.items() if value is not None}
         fitting.run(output_dir, command or call_of("fit", stated))
     return TrainedModel(output_dir)
 
@@ -155,8 +165,10 @@ class _Fitting:
         state: FitState,
         cache: str | Path | None,
         candidates: Sequence[Candidate] | None,
+        plan: CalibrationPlan | None,
         say: Callable[[str], None],
     ) -> None:
+        self.plan = plan
         self.sources, self.options, self.source, self.size = sources, options, model, size
         self.minutes, self.seed, self.state, self.say, self.candidates = minutes, seed, state, say, candidates
         self.cache = None if cache is None else Path(cache)
@@ -184,8 +196,10 @@ class _Fitting:
         verdict = self.race(head)
         logits, targets, is_fold = self.held_out(head, verdict)
         temperature = fit_temperature(logits, targets) if self.problem.metric != "r2" else 1.0
+        certain = self.fit_thresholds(logits / temperature, targets)
         self.say("Writing the model, its card and its figures.")
-        evaluated = self.train_winner(output_dir, head, verdict, logits, targets, temperature, embedded)
+        fields = {"temperature": temperature, **certain}
+        evaluated = self.train_winner(output_dir, head, verdict, logits, targets, fields, embedded)
         self.lap("final")
         report = Report(
             data=self.data,
@@ -195,7 +209,8 @@ class _Fitting:
             expected=self.expected(logits, targets, head, verdict),
             held_out=(logits / temperature, targets, self.rows_of(head, is_fold)),
             evaluated=None if evaluated is None else (evaluated[0] / temperature, *evaluated[1:]),
-            temperature=temperature,
+            fields=fields,
+            max_error=None if self.plan is None else self.plan.max_error,
             audit=self.found,
             seconds=dict(self.state["step_seconds"]),
             state=self.state,
@@ -225,6 +240,10 @@ class _Fitting:
         self.problem = problem_of(data.problem_type, len(data.label_names))
         evaluation = "no evaluation split" if data.evaluation is None else f"{len(data.evaluation):,} for evaluation"
         labels = counted(len(data.label_names), "label")
+        if self.plan is not None:
+            if self.problem.metric != "accuracy":
+                raise ValueError("--coverage and --max-error need one label per image: remove them for this data.")
+            self.plan.check(len(data.train))
         self.say(f"{data.name}: {len(data.train):,} training images, {evaluation}, {labels}.")
         for line in describe_data(data):
             self.say("\n".join(hanging("", line)))
@@ -361,6 +380,18 @@ class _Fitting:
             "new_images": new,
         }
 
+    def fit_thresholds(self, logits: Tensor, targets: Tensor) -> dict[str, float | None]:
+        """Return the thresholds that the plan asks for; say why, if one cannot be fitted."""
+        fields: dict[str, float | None] = {}
+        for part in [] if self.plan is None else self.plan.parts:
+            try:
+                found = fit_certainty(logits, targets, part)
+            except ValueError as error:
+                self.say("\n".join(hanging("", f"One threshold is left out. {error}")))
+            else:
+                fields |= {name: value for name, value in found.items() if value is not None}
+        return fields
+
     def train_winner(
         self,
         output_dir: Path,
@@ -368,10 +399,10 @@ class _Fitting:
         verdict: Verdict,
         logits: Tensor,
         targets: Tensor,
-        temperature: float,
+        fields: dict[str, Any],
         embedded: tuple[Embeddings, Embeddings | None],
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Train the winner on all images, and write it with its calibration.
+        """Train the winner on all images, and write it with `fields` of its config.
 
         Returns:
             Logits at temperature 1, targets and rows of the evaluation split, if there is one.
@@ -404,9 +435,10 @@ class _Fitting:
             else:
                 found = logits_of(model, processor, split, self.data.columns)
             evaluated = (found, labels, torch.tensor(of_split.rows))
-        model.config.temperature = temperature
+        for name, value in fields.items():
+            setattr(model.config, name, value)
         if self.problem.metric == "mean_average_precision":
-            model.config.thresholds = _thresholds(logits / temperature, targets)
+            model.config.thresholds = _thresholds(logits / fields["temperature"], targets)
         save_model(model, model.state_dict(), processor, output_dir)
         return evaluated
 

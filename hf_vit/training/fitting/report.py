@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from ...data.audit import Audit
 from ...data.labelled import RECIPE, ImageData
+from ...evaluation.calibrate import HEADING, card_section
+from ...evaluation.certainty import measure_certainty
 from ...evaluation.metrics import Results, results_of
 from ...hub.card import write_card
 from ...inspection.drawing import save
 from ...model.configuration_hf_vit import HFViTConfig
 from ...model.image_processing_hf_vit import HFViTImageProcessor
+from ...model.validation_hf_vit import OF_CERTAINTY
 from ...system.machine import machine
 from ...system.texts import code, counted, markdown
 from ..recipe import TrainConfig
@@ -37,7 +41,8 @@ class Report:
         head, verdict: The linear probe, and the result of the race.
         expected: Result of `expected_score`, with `source`, `choices` and `new_images`.
         held_out, evaluated: Calibrated logits, targets and rows of the training and the evaluation split.
-        temperature: By which logits are divided.
+        fields: Fields of the config that were fitted to held-out predictions: `temperature`, and thresholds.
+        max_error: What the threshold of abstention was fitted for.
         audit: What is odd in the data.
         seconds: Time of each step.
         state: Plain values of the fit.
@@ -52,7 +57,8 @@ class Report:
     expected: dict[str, Any]
     held_out: tuple[Tensor, Tensor, Tensor]
     evaluated: tuple[Tensor, Tensor, Tensor] | None
-    temperature: float
+    fields: dict[str, Any]
+    max_error: float | None
     audit: Audit
     seconds: dict[str, float]
     state: FitState
@@ -63,6 +69,18 @@ class Report:
     def method(self) -> str:
         """The name of the winner."""
         return "probe" if self.verdict.winner is None else self.verdict.winner.name
+
+    @cached_property
+    def certainty(self) -> dict[str, Any] | None:
+        """The thresholds as `evaluation.calibrate` returns them, measured on the evaluation split; `None` without."""
+        fields = {**dict.fromkeys(OF_CERTAINTY), **self.fields}
+        if all(fields[name] is None for name in OF_CERTAINTY):
+            return None
+        images, measured = len(self.held_out[1]), None
+        if self.evaluated is not None:
+            logits, targets, _ = self.evaluated
+            measured = measure_certainty(logits, targets, fields, images, self.data.label_names)
+        return {"fields": fields, "images": images, "max_error": self.max_error, "measured": measured}
 
     @property
     def trained_images(self) -> int:
@@ -144,7 +162,8 @@ def _metrics(report: Report, held_out: Any, measured: Any) -> dict[str, Any]:
         },
         "race": verdict.rows,
         "why": verdict.why,
-        "temperature": report.temperature,
+        "temperature": report.fields["temperature"],
+        **({"certainty": report.certainty} if report.certainty is not None else {}),
         "train_images": report.trained_images,
         "audit": asdict(report.audit),
         **{**report.facts, "data": public_paths(report.facts["data"]), "model": public_model},
@@ -233,6 +252,7 @@ def _sections(report: Report, metrics: dict[str, Any], finished: Finished) -> di
         "Expected metrics": _expected_section(report, metrics),
         "What was tried": _tried_section(report),
         **view.sections(finished),
+        **({} if report.certainty is None else {HEADING: card_section(report.certainty, "held-out training images")}),
         "Data": "\n".join(f"- {markdown(line)}" for line in odd) or "No problems were found.",
         "Training": _training_section(report),
         "Limitations": "\n".join(f"- {line}" for line in limitations),
@@ -255,8 +275,8 @@ def _expected_section(report: Report, metrics: dict[str, Any]) -> str:
         )
     if report.problem.metric != "r2":
         lines.append(
-            f"The scores are calibrated: logits are divided by a temperature of {report.temperature:.3f}, which was "
-            "fitted to the same images."
+            "The scores are calibrated: logits are divided by a temperature of "
+            f"{report.fields['temperature']:.3f}, which was fitted to the same images."
         )
     if report.trained_images < len(report.head.folds):
         lines.append(

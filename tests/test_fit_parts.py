@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
 from sklearn.linear_model import LogisticRegression
 from tiny_run import COLORS, colored_dataset, colored_images
 from torch import Tensor
@@ -76,11 +78,11 @@ def test_audit_names_what_is_odd() -> None:
 
 
 def test_audit_finds_near_duplicates_but_no_exact_ones_twice() -> None:
-    train, evaluation = contents(6, 0), contents(3, 1)
-    data = data_of(stored(train, [0] * 6), stored([train[0], *evaluation], [0] * 4))
-    features = torch.randn(6, 8)
-    nearly = features[3] + 1e-3 * torch.randn(8)
-    found = audit(data, features=(features, torch.stack([features[0], nearly, -features[1], torch.randn(8)])))
+    train, evaluation = contents(6, 0), contents(2, 1)
+    nearly = BytesIO()
+    PILImage.open(BytesIO(train[3])).resize((20, 28), PILImage.Resampling.BILINEAR).save(nearly, "PNG")
+    data = data_of(stored(train, [0] * 6), stored([train[0], nearly.getvalue(), *evaluation], [0] * 4))
+    found = audit(data)
     assert [pair[:2] for pair in found.near] == [("1.png", "3.png")]
     assert found.leaked == [("0.png", "0.png")]
 

@@ -1,6 +1,6 @@
 """Find what is odd in labelled images: unreadable files, duplicates, contradicting labels, and tiny classes.
 
-Exact duplicates have the same stored bytes. Near duplicates are found from features that the caller has computed.
+Exact duplicates have the same stored bytes; near duplicates are those of `duplicates`.
 """
 
 import hashlib
@@ -10,16 +10,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
+import numpy as np
 from torch import Tensor
 
 from ..system.texts import shortened
-from .images import NO_IMAGE, name_of, stored_source
+from .duplicates import SIDE, gray_values, near_duplicates, small_picture
+from .images import NO_IMAGE, channels_in, name_of, stored_source
 from .labelled import ImageData
 from .opening import as_stored
 
-NEAR = 0.985  # cosine similarity of centred features from which two images are near duplicates
 TINY = 10  # a class with fewer training images is named
+FORMATS = {
+    b"\xff\xd8": "JPEG",
+    b"\x89P": "PNG",
+    b"GI": "GIF",
+    b"RI": "WebP",
+    b"BM": "BMP",
+    b"II": "TIFF",
+    b"MM": "TIFF",
+}
+FORMATS |= {b"\x93N": "NumPy"}  # by the first two bytes
 
 
 def stored_bytes(stored: dict[str, Any]) -> bytes:
@@ -33,12 +43,34 @@ def content_digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+@dataclass(frozen=True)
+class Picture:
+    """What one pass over the files finds out about an image.
+
+    Attributes:
+        size: (height, width) of the upright image in pixels.
+        channels: Number of channels as stored.
+        file_bytes, format: Size and format of the file.
+        small: uint8 `[SIDE, SIDE, 3]`, see `small_picture`.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    file_bytes: int
+    format: str
+    small: np.ndarray
+
+
 @dataclass
 class Contents:
-    """Digests and names of the images of a split, in order; the digest of an image that cannot be read is `None`."""
+    """Digests and names of the images of a split, in order; the digest of an image that cannot be read is `None`.
+
+    `pictures` are what was seen in the images, if they were decoded; `None` for one that cannot be read.
+    """
 
     digests: list[str | None]
     names: list[str]
+    pictures: list[Picture | None] = field(default_factory=list)
 
     @property
     def unreadable(self) -> list[str]:
@@ -64,21 +96,36 @@ def read_contents(split: Any, columns: tuple[str, str | None], decode: bool = Tr
         found = list(threads.map(partial(_content, rows, columns[0], decode), range(len(rows))))
     finally:
         threads.shutdown(cancel_futures=True)  # a signal does not wait for the other images
-    return Contents([digest for digest, _ in found], [name for _, name in found])
+    digests, names, pictures = ([row[part] for row in found] for part in range(3))
+    return Contents(digests, names, pictures if decode else [])
 
 
-def _content(rows: Any, column: str, decode: bool, index: int) -> tuple[str | None, str]:
-    from ..model.image_reading_hf_vit import read_image
-
+def _content(rows: Any, column: str, decode: bool, index: int) -> tuple[str | None, str, Picture | None]:
     stored = rows[index][column] or NO_IMAGE
     name = name_of(stored) or f"image {index}"
     try:
         content = stored_bytes(stored)
-        if decode:
-            read_image(content)
-        return content_digest(content), name
+        return content_digest(content), name, picture_of(content) if decode else None
     except Exception:  # the image is named and counted
-        return None, name
+        return None, name, None
+
+
+def picture_of(content: bytes) -> Picture:
+    """Decode an image at no more than the size that is needed; raises as `read_image`."""
+    from ..model.image_geometry_hf_vit import size_of
+    from ..model.image_reading_hf_vit import read_image, upright
+
+    sizes = []
+
+    def least_size(size: tuple[int, int]) -> tuple[int, int]:
+        sizes.append(size)
+        return 2 * SIDE, 2 * SIDE
+
+    image = read_image(content, least_size)
+    image = image if isinstance(image, Tensor) else upright(image)
+    size = sizes[0] if sizes else size_of(image)
+    kind = FORMATS.get(content[:2], "other")
+    return Picture(size, channels_in(image), len(content), kind, small_picture(image))
 
 
 @dataclass
@@ -92,7 +139,7 @@ class Audit:
         repeated: Number of training images whose bytes occur earlier in the training split.
         contradictions: Names of training images with the same bytes and different labels, a list per content.
         leaked: Pairs of names, an evaluation image and a training image with the same bytes.
-        near: The same for near duplicates, with their similarity.
+        near: The same for near duplicates, with their similarity; see `near_duplicates`.
         empty, tiny: Classes without a training image, and with fewer than `TINY`.
     """
 
@@ -129,23 +176,19 @@ class Audit:
         if self.near:
             pairs = [f"{name} ~ {other} ({similarity:.3f})" for name, other, similarity in self.near]
             found.append(
-                f"Near duplicates of training images in the evaluation split (cosine similarity of centred features "
-                f"of at least {NEAR}): {len(pairs):,} ({shortened(pairs)})."
+                f"Near duplicates of training images in the evaluation split (encoded again, resized, mirrored or "
+                f"cropped; similarity): {len(pairs):,} ({shortened(pairs)})."
             )
         return found
 
 
-def audit(
-    data: ImageData,
-    contents: tuple[Contents, Contents | None] | None = None,
-    features: tuple[Tensor, Tensor | None] | None = None,
-) -> Audit:
+def audit(data: ImageData, contents: tuple[Contents, Contents | None] | None = None) -> Audit:
     """Find unreadable images, duplicates, contradicting labels and tiny classes.
 
     Args:
         data: Prepared data, not a stream. An evaluation split of `None` is left out.
-        contents: Results of `read_contents` for both splits, if they exist already.
-        features: Features `[N, D]` of the readable images of both splits; near duplicates are found with them.
+        contents: Results of `read_contents` for both splits, if they exist already; near duplicates are found where
+            it decoded the images.
     """
     if data.is_stream:
         raise ValueError("A stream cannot be audited: set streaming to false.")
@@ -174,25 +217,26 @@ def audit(
         for digest, name in zip(evaluation.digests, evaluation.names, strict=True):
             if digest in members:
                 found.leaked.append((name, train.names[members[digest][0]]))
-        if features is not None and features[1] is not None:
-            found.near = _near_duplicates(train, evaluation, features[0], features[1])
+        found.near = _near_pairs(train, evaluation)
     return found
 
 
-def _near_duplicates(
-    train: Contents, evaluation: Contents, train_features: Tensor, features: Tensor
-) -> list[tuple[str, str, float]]:
-    """Return evaluation images with a near duplicate in training; exact duplicates are left out."""
-    mean = train_features.mean(dim=0)
-    bank = F.normalize(train_features - mean, dim=-1)
-    names = [[n for n, d in zip(c.names, c.digests, strict=True) if d is not None] for c in (train, evaluation)]
+def _near_pairs(train: Contents, evaluation: Contents) -> list[tuple[str, str, float]]:
+    """Return evaluation images with their nearest duplicate in training; exact duplicates are left out."""
     known = set(train.digests)
-    digests = [digest for digest in evaluation.digests if digest is not None]
-    near, row = [], 0
-    for chunk in features.split(512):
-        similarity, nearest = (F.normalize(chunk - mean, dim=-1) @ bank.T).max(dim=-1)
-        for value, other in zip(similarity.tolist(), nearest.tolist(), strict=True):
-            if value >= NEAR and digests[row] not in known:
-                near.append((names[1][row], names[0][other], value))
-            row += 1
-    return near
+    rows, others = _first_rows(train, set()), _first_rows(evaluation, known)
+    thumbnails, of_training = (
+        gray_values([contents.pictures[row].small for row in chosen])  # type: ignore[union-attr]
+        for contents, chosen in ((evaluation, others), (train, rows))
+    )
+    nearest: dict[int, tuple[str, str, float]] = {}
+    for pair in near_duplicates(thumbnails, of_training):
+        names = evaluation.names[others[pair.first]], train.names[rows[pair.second]]
+        nearest.setdefault(pair.first, (*names, pair.similarity))
+    return list(nearest.values())
+
+
+def _first_rows(contents: Contents, known: set[str | None]) -> list[int]:
+    """Return the first row of every content that was decoded and is not known."""
+    rows = {digest: row for row, digest in reversed(list(enumerate(contents.digests))) if digest not in known}
+    return sorted(row for digest, row in rows.items() if digest is not None and contents.pictures)

@@ -4,7 +4,10 @@ Exact duplicates have the same stored bytes; near duplicates are those of `dupli
 """
 
 import hashlib
+import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..system.texts import shortened
+from ..system.texts import counted, shortened
 from .duplicates import SIDE, gray_values, near_duplicates, small_picture
 from .images import NO_IMAGE, channels_in, name_of, stored_source
 from .labelled import ImageData
@@ -60,6 +63,11 @@ class Picture:
     format: str
     small: np.ndarray
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the image has enough detail to tell near duplicates from images that are alike."""
+        return min(self.size) >= SIDE
+
 
 @dataclass
 class Contents:
@@ -96,8 +104,8 @@ def read_contents(split: Any, columns: tuple[str, str | None], decode: bool = Tr
         found = list(threads.map(partial(_content, rows, columns[0], decode), range(len(rows))))
     finally:
         threads.shutdown(cancel_futures=True)  # a signal does not wait for the other images
-    digests, names, pictures = ([row[part] for row in found] for part in range(3))
-    return Contents(digests, names, pictures if decode else [])
+    pictures = [picture for _, _, picture in found] if decode else []
+    return Contents([digest for digest, _, _ in found], [name for _, name, _ in found], pictures)
 
 
 def _content(rows: Any, column: str, decode: bool, index: int) -> tuple[str | None, str, Picture | None]:
@@ -237,6 +245,97 @@ def _near_pairs(train: Contents, evaluation: Contents) -> list[tuple[str, str, f
 
 
 def _first_rows(contents: Contents, known: set[str | None]) -> list[int]:
-    """Return the first row of every content that was decoded and is not known."""
+    """Return the first row of every content that was decoded, is not known, and can be compared."""
     rows = {digest: row for row, digest in reversed(list(enumerate(contents.digests))) if digest not in known}
-    return sorted(row for digest, row in rows.items() if digest is not None and contents.pictures)
+    chosen = sorted(row for digest, row in rows.items() if digest is not None and contents.pictures)
+    return [row for row in chosen if (picture := contents.pictures[row]) is not None and picture.is_comparable]
+
+
+# ------------------------------------------------------------------------------------------- the quick check of a run
+
+SAMPLED = 4096  # bytes of a file at its beginning, middle and end, which distinguish files of equal size
+MOST_BYTES = 4 << 30  # of images in a table; with more, reading them all would delay a run
+ROWS = 512  # that are read at once
+
+
+def quick_check(data: ImageData, repeats: float = 1.0) -> str:
+    """Return a sentence on copies across splits, missing and empty files, and classes without images.
+
+    Images are not decoded, and of files only the sizes are read, unless two are of equal size. `""` for a stream, and
+    for tables that are too large.
+
+    Args:
+        data: Prepared data.
+        repeats: Number of times that the training split repeats its images.
+    """
+    splits = [data.train, data.evaluation]
+    if data.is_stream or data.evaluation is None or sum(split.data.nbytes for split in splits) > MOST_BYTES:
+        return ""
+    rows = round(len(data.train) / max(1.0, repeats))
+    train, evaluation = (as_stored(split, data.columns) for split in (data.train.select(range(rows)), data.evaluation))
+    column, broken, seen = data.columns[0], list[str](), defaultdict[int, list[int]](list)
+    for row, stored, size in _sizes(evaluation, column):
+        if size:
+            seen[size].append(row)
+        else:
+            broken.append(name_of(stored) or f"image {row}")
+    copies: dict[int, tuple[str, str]] = {}
+    keys: dict[int, dict[bytes, list[int]]] = {}
+    for row, stored, size in _sizes(train, column):
+        if not size:
+            broken.append(name_of(stored) or f"image {row}")
+        elif size in seen:
+            if size not in keys:
+                keys[size] = defaultdict(list)
+                for other in seen[size]:
+                    keys[size][_sampled(evaluation[other][column])].append(other)
+            for other in keys[size].get(_sampled(stored), ()):
+                same = evaluation[other][column]
+                if other not in copies and _are_equal(stored, same):
+                    copies[other] = (name_of(same) or f"image {other}", name_of(stored) or f"image {row}")
+    counts = data.class_counts() or []
+    empty = [name for name, count in zip(data.label_names, counts, strict=False) if count == 0]
+    pairs = [f"{first} = {second}" for first, second in copies.values()]
+    odd = [f"{counted(len(pairs), 'evaluation image')} also in the training split ({shortened(pairs)})"] * bool(pairs)
+    odd += [f"{counted(len(broken), 'missing or empty file')} ({shortened(broken)})"] * bool(broken)
+    odd += [f"{counted(len(empty), 'class', 'classes')} without training images ({shortened(empty)})"] * bool(empty)
+    if odd:
+        return f"Data check: {'; '.join(odd)}. hf-vit audit shows more."
+    return "Data check: no evaluation image is also in the training split, and no file is missing or empty."
+
+
+def _sizes(split: Any, column: str) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Yield row, stored image and size of every file, 0 for a missing one; files on other machines are left out."""
+    for start in range(0, len(split), ROWS):
+        for row, stored in enumerate(split[start : start + ROWS][column], start=start):
+            stored = stored or NO_IMAGE
+            content, path = stored["bytes"], stored["path"]
+            if content is not None:
+                yield row, stored, len(content)
+            elif path is None or "://" not in path:
+                yield row, stored, os.path.getsize(path) if path and os.path.isfile(path) else 0
+
+
+def _are_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    with suppress(OSError):  # training counts files that cannot be read
+        return stored_bytes(one) == stored_bytes(other)
+    return False
+
+
+def _sampled(stored: dict[str, Any]) -> bytes:
+    """Return a few bytes of a stored image, or of its file; `b""` if it cannot be read."""
+    with suppress(OSError):
+        return _few_bytes(stored_source(stored))
+    return b""
+
+
+def _few_bytes(source: str | bytes) -> bytes:
+    if isinstance(source, bytes):
+        middle = len(source) // 2
+        return source[:SAMPLED] + source[middle : middle + SAMPLED] + source[-SAMPLED:]
+    parts, size = [], os.path.getsize(source)
+    with open(source, "rb") as file:
+        for start in (0, size // 2, max(0, size - SAMPLED)):
+            file.seek(start)
+            parts.append(file.read(SAMPLED))
+    return b"".join(parts)

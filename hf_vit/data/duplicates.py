@@ -72,13 +72,17 @@ def near_duplicates(thumbnails: Tensor, others: Tensor | None = None) -> list[Ne
     found: dict[tuple[int, int], Near] = {}
     for is_mirrored in (False, True):
         queries = thumbnails.flip(-1) if is_mirrored else thumbnails
-        for pairs in _candidates(queries, bank, others is None).split(PAIRS):
+        for pairs in _parts(_candidates(queries, bank, others is None)):
             similarity = aligned_similarity(queries[pairs[:, 0]], bank[pairs[:, 1]])
             for (first, second), value in zip(pairs.tolist(), similarity.tolist(), strict=True):
                 key = (first, second) if others is not None else (min(first, second), max(first, second))
                 if value >= NEAR and (key not in found or value > found[key].similarity):
                     found[key] = Near(*key, value, is_mirrored)
     return sorted(found.values(), key=lambda pair: (-pair.similarity, pair))
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(PAIRS) if len(rows) else ()
 
 
 def _candidates(queries: Tensor, bank: Tensor, is_same: bool) -> Tensor:
@@ -95,7 +99,9 @@ def _candidates(queries: Tensor, bank: Tensor, is_same: bool) -> Tensor:
 
 
 def _with_contrast(thumbnails: Tensor) -> Tensor:
-    return (thumbnails.flatten(1).std(dim=1) >= LEAST_CONTRAST).nonzero().flatten()
+    values = thumbnails.flatten(1)
+    variance = values.square().mean(dim=1) - values.mean(dim=1).square()
+    return (variance >= LEAST_CONTRAST**2).nonzero().flatten()
 
 
 def _coarse(thumbnails: Tensor) -> Tensor:
@@ -107,10 +113,10 @@ def _coarse(thumbnails: Tensor) -> Tensor:
 def aligned_similarity(first: Tensor, second: Tensor) -> Tensor:
     """Return the correlation of the gradients of thumbnails `[P, SIDE, SIDE]` after alignment, `[P]`."""
     change = torch.zeros(len(first), 4)  # scale - 1 and shift in x, and the same in y
-    coarse = [F.adaptive_avg_pool2d(each[:, None], COARSE)[:, 0] for each in (first, second)]
-    change, similarity = _align(*coarse, change)
+    small, others = (F.adaptive_avg_pool2d(each[:, None], COARSE)[:, 0] for each in (first, second))
+    change, similarity = _align(small, others, change)
     promising = (similarity >= PROMISING).nonzero().flatten()
-    for chosen in promising.split(PAIRS):
+    for chosen in _parts(promising):
         similarity[chosen] = _align(first[chosen], second[chosen], change[chosen])[1]
     return similarity
 

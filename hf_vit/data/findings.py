@@ -61,8 +61,8 @@ KINDS = {
     SMALL: Kind("Tiny, narrow and blank images", "Images that show very little.", is_left_out=False),
     OUTLIER: Kind(
         "Outliers",
-        "Images that are far from all others. The score is the distance of their features to those of their ten "
-        "nearest neighbors.",
+        "Images that are far from all others. The score is half the cosine distance of their features to those of "
+        "their ten nearest neighbors.",
         is_left_out=False,
     ),
 }
@@ -95,45 +95,39 @@ class Images:
 
     Attributes:
         data: The data set.
-        parts: Contents of the training and the evaluation split, the latter `None` without one.
+        parts: Contents of its splits.
+        splits: The training and the evaluation split, if there is one, with images as they are stored.
         labels: Labels as the data stores them; `None` without labels, and for masks and boxes.
+        digests, names, pictures: Those of all contents.
     """
 
     data: ImageData
-    parts: tuple[Contents, Contents | None]
+    parts: list[Contents]
+    splits: list[Any] = field(init=False)
     labels: list[Any] | None = field(init=False)
+    digests: list[str | None] = field(init=False)
+    names: list[str] = field(init=False)
+    pictures: list[Picture | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        column = self.data.columns[1]
-        has_labels = column is not None and self.data.problem_type not in DENSE
+        data, column = self.data, self.data.columns[1]
+        self.splits = [as_stored(split, data.columns) for split in (data.train, data.evaluation) if split is not None]
+        has_labels = column is not None and data.problem_type not in DENSE
         self.labels = [label for split in self.splits for label in split[column][:]] if has_labels else None
+        self.digests = [digest for part in self.parts for digest in part.digests]
+        self.names = [name for part in self.parts for name in part.names]
+        self.pictures = [picture for part in self.parts for picture in part.pictures]
 
     @classmethod
     def read(cls, data: ImageData) -> "Images":
         """Read and decode every file of a data set once."""
-        evaluation = None if data.evaluation is None else read_contents(data.evaluation, data.columns)
-        return cls(data, (read_contents(data.train, data.columns), evaluation))
-
-    @property
-    def splits(self) -> list[Any]:
-        return [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
+        splits = (split for split in (data.train, data.evaluation) if split is not None)
+        return cls(data, [read_contents(split, data.columns) for split in splits])
 
     @property
     def first_evaluation(self) -> int:
         """The number of training images, which is the number of the first evaluation image."""
         return len(self.parts[0].digests)
-
-    @property
-    def digests(self) -> list[str | None]:
-        return [digest for part in self.parts if part for digest in part.digests]
-
-    @property
-    def names(self) -> list[str]:
-        return [name for part in self.parts if part for name in part.names]
-
-    @property
-    def pictures(self) -> list[Picture | None]:
-        return [picture for part in self.parts if part for picture in part.pictures]
 
     def place(self, image: int) -> tuple[str, int]:
         """Return the split of an image, `"train"` or the name of the evaluation split, and its row there."""
@@ -142,9 +136,9 @@ class Images:
 
     def stored(self, image: int) -> dict[str, Any]:
         """Return an image as `datasets` stores it."""
-        first = self.first_evaluation
-        split = self.splits[image >= first]
-        return as_stored(split, self.data.columns)[image - first * (image >= first)][self.data.columns[0]] or NO_IMAGE
+        is_evaluation = image >= self.first_evaluation
+        split, row = self.splits[is_evaluation], image - self.first_evaluation * is_evaluation
+        return split[row][self.data.columns[0]] or NO_IMAGE
 
     def label_text(self, image: int) -> str:
         """Return the label of an image as text; `""` without labels."""
@@ -225,8 +219,8 @@ def _paired(group: Sequence[int], others: Sequence[int], score: float, reason: s
 def _near_copies(images: Images) -> list[Finding]:
     """Return the later image of each pair of near duplicates; exact ones are left out."""
     first_of: dict[str, int] = {}
-    for image, digest in enumerate(images.digests):
-        if digest is not None and images.pictures[image] is not None:
+    for image, (digest, picture) in enumerate(zip(images.digests, images.pictures, strict=True)):
+        if digest is not None and picture is not None and picture.is_comparable:
             first_of.setdefault(digest, image)
     chosen = list(first_of.values())
     small = {image: picture.small for image in chosen if (picture := images.pictures[image]) is not None}
@@ -235,11 +229,12 @@ def _near_copies(images: Images) -> list[Finding]:
         original, image = sorted((chosen[pair.first], chosen[pair.second]))
         is_leak = original < images.first_evaluation <= image
         difference = abs(small[original].mean(axis=(0, 1)) - small[image].mean(axis=(0, 1))).max()
-        changes = ["mirrored"] * pair.is_mirrored + ["in other colors"] * bool(difference > OTHER_COLORS)
-        reason = " ".join(["looks like", "a training image" if is_leak else "another image", " and ".join(changes)])
+        parts = [f"looks like {'a training image' if is_leak else 'another image'}"]
+        parts += ["mirrored"] * pair.is_mirrored + ["in other colors"] * bool(difference > OTHER_COLORS)
         if images.label_text(original) != images.label_text(image):
-            reason = f"{reason.rstrip()} with the label {images.label_text(original)}"
-        found.append(Finding(NEAR_LEAK if is_leak else NEAR_COPY, image, pair.similarity, reason.rstrip(), original))
+            parts.append(f"with the label {images.label_text(original)}")
+        kind = NEAR_LEAK if is_leak else NEAR_COPY
+        found.append(Finding(kind, image, pair.similarity, ", ".join(parts), original))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .intervals import interval_of
 
 MOST_IMAGES = 20_000  # that take part; more do not change the result much
-FOLDS, TREES, LEAST_PER_LEAF = 5, 100, 3
+FOLDS, TREES, LEAST_PER_LEAF = 5, 40, 3
 STRONG = 0.1  # accuracy above the chance rate from which a cue is strong
 
 

@@ -1,9 +1,9 @@
 """The probability that a given label is wrong, from predictions for images that the classifier was not trained on.
 
 The model of the labels: a given label is the true one with probability 1 - r, and any other class with the same
-probability otherwise. The rate r and the temperature of the classifier are those of the highest likelihood. Bayes'
-rule then gives the probability of every single label to be wrong. model_cards/audit compares this with the rule of
-confident learning (Northcutt et al., arXiv:1911.00068).
+probability otherwise. The rate r and the temperature of the classifier are those of the highest likelihood, with a
+weak preference for low rates. Bayes' rule then gives the probability of every single label to be wrong.
+model_cards/audit compares this with the rule of confident learning (Northcutt et al., arXiv:1911.00068).
 """
 
 import math
@@ -16,6 +16,10 @@ from .calibration import fit_temperature
 
 EXPECTED_PRECISION = 0.7  # expected share of wrong labels among those that are listed
 LEAST_PROBABILITY = 0.2  # of a listed label to be wrong
+HIGHEST_RATE = 0.5  # of wrong labels
+# Log likelihood that a rate of 1 costs: where predictions are no better than chance, every rate is equally likely, and
+# the labels are then taken to be right.
+PRIOR = 2.0
 FENCE = 3.0  # interquartile ranges above the third quartile, from which a value is far from the others (Tukey 1977)
 
 
@@ -40,11 +44,12 @@ def label_noise(logits: Tensor, labels: Tensor) -> LabelNoise:
 
     def probabilities(values: "list[float]") -> tuple[Tensor, float]:
         chances = (logits / math.exp(min(max(values[0], -5.0), 5.0))).softmax(dim=1)
-        return chances.gather(1, labels[:, None])[:, 0], 1 / (1 + math.exp(-max(values[1], -20.0)))
+        return chances.gather(1, labels[:, None])[:, 0], HIGHEST_RATE / (1 + math.exp(-max(values[1], -20.0)))
 
     def loss(values: "list[float]") -> float:
         right, rate = probabilities(values)
-        return -((1 - rate) * right + rate * (1 - right) / others).clamp(min=1e-12).log().mean().item()
+        likelihood = ((1 - rate) * right + rate * (1 - right) / others).clamp(min=1e-12).log().mean().item()
+        return PRIOR * rate / len(labels) - likelihood
 
     found = minimize(loss, [math.log(fit_temperature(logits, labels)), -3.0], method="Nelder-Mead")
     right, rate = probabilities(found.x)

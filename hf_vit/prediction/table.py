@@ -7,8 +7,11 @@ A row is an image, in the order of the sources, in .parquet and .jsonl files:
                              `Prediction`; none if the image is broken
     scores    list<float>    their probabilities, or the values of targets
     error     string         why the image is broken, or null
-    features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
+    features  list<float>    the pooled features before the classifier, if requested; null if the image is broken; in
+                             .parquet files of float16 if requested
     boxes     list<list<float>>  of a detector: left, top, right and bottom of each object in pixels of the image
+
+A .parquet file with features states in its metadata, below `hf_vit`, how they were made, for `FeatureIndex`.
 
 A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features. That of a
 detector has a row for each object, with the columns image, label, score, left, top, right, bottom and error; an image
@@ -37,12 +40,12 @@ from .output import check_output
 from .predictor import Prediction
 from .shards import Shard
 
-PLAN = "plan.json"
+PLAN, FACTS = "plan.json", "hf_vit"
 ROW_GROUP_BYTES = 32 << 20  # before compression
 SIDES = ("left", "top", "right", "bottom")  # of a box
 
 
-def schema_of(has_features: bool, has_boxes: bool = False) -> pa.Schema:
+def schema_of(has_features: bool, has_boxes: bool = False, is_half: bool = False) -> pa.Schema:
     """Return the columns of the table and their types, which do not depend on the images."""
     fields = [
         pa.field("image", pa.string()),
@@ -50,7 +53,8 @@ def schema_of(has_features: bool, has_boxes: bool = False) -> pa.Schema:
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
     ]
-    features, boxes = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32(), 4))
+    features = pa.list_(pa.float16() if is_half else pa.float32())
+    boxes = pa.list_(pa.list_(pa.float32(), 4))
     fields += [pa.field("features", features)] * has_features + [pa.field("boxes", boxes)] * has_boxes
     return pa.schema(fields)
 
@@ -140,14 +144,17 @@ class PredictionTable:
     Args:
         output: The file; its suffix is a key of `WRITERS`.
         has_features: Whether the table has the features column.
+        is_half: Whether the file has features in half precision.
+        facts: How features are made, for the metadata of a .parquet file.
 
     Raises:
         ValueError: As for `check_output`.
     """
 
-    def __init__(self, output: Path, has_features: bool) -> None:
-        check_output(output, has_features)
-        self.output, self.has_features = output, has_features
+    def __init__(self, output: Path, has_features: bool, is_half: bool = False) -> None:
+        check_output(output, has_features, is_half)
+        self.output, self.has_features, self.is_half = output, has_features, is_half
+        self.facts: dict[str, Any] = {}
         self.schema = schema_of(has_features, has_boxes=True)  # of shards, in which boxes may all be null
         self.folder = output.with_name(f"{output.name}.parts")
 
@@ -215,7 +222,9 @@ class PredictionTable:
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
             most = max((self._most_labels(shard) for shard in shards), default=0)
-            schema = schema_of(self.has_features, self._have_boxes(shards))
+            schema = schema_of(self.has_features, self._have_boxes(shards), self.is_half)
+            if self.has_features and self.facts:
+                schema = schema.with_metadata({FACTS: json.dumps(self.facts)})
             with WRITERS[self.output.suffix](unfinished, schema, most) as write:
                 for shard in shards:
                     table = pq.read_table(self.folder / shard.name, schema=self.schema)
@@ -224,7 +233,7 @@ class PredictionTable:
                     errors = table["error"].to_pylist()
                     broken += [name for name, error in zip(names, errors, strict=True) if error is not None]
                     images += len(names)
-                    write(table.select(schema.names))
+                    write(table.select(schema.names).cast(schema))
             sync(unfinished)
             unfinished.rename(self.output)
             sync(self.output.absolute().parent)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         HFViTObjectDetectionPipeline,
     )
     from .model.segmentation_hf_vit import HFViTForSemanticSegmentation
+    from .prediction.search import FeatureIndex
+    from .training.auditing import audit
     from .training.fitting.fit import fit
     from .training.multi_task.run import train_heads
     from .training.trained import TrainedModel, train
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "FeatureIndex",
     "HFViTBackbone",
     "HFViTConfig",
     "HFViTForImageClassification",
@@ -51,6 +54,7 @@ __all__ = [
     "HFViTObjectDetectionPipeline",
     "TrainedModel",
     "__version__",
+    "audit",
     "fit",
     "train",
     "train_heads",
@@ -74,6 +78,8 @@ _load = lazy_exports(
         ],
         "model.multi_task_hf_vit": ["HFViTForMultiTask"],
         "model.segmentation_hf_vit": ["HFViTForSemanticSegmentation"],
+        "prediction.search": ["FeatureIndex"],
+        "training.auditing": ["audit"],
         "training.fitting.fit": ["fit"],
         "training.multi_task.run": ["train_heads"],
         "training.trained": ["TrainedModel", "train"],

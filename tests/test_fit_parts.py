@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
 from sklearn.linear_model import LogisticRegression
+from test_audit import content as encoded
+from test_audit import scene
 from tiny_run import COLORS, colored_dataset, colored_images
 from torch import Tensor
 
@@ -76,11 +79,11 @@ def test_audit_names_what_is_odd() -> None:
 
 
 def test_audit_finds_near_duplicates_but_no_exact_ones_twice() -> None:
-    train, evaluation = contents(6, 0), contents(3, 1)
-    data = data_of(stored(train, [0] * 6), stored([train[0], *evaluation], [0] * 4))
-    features = torch.randn(6, 8)
-    nearly = features[3] + 1e-3 * torch.randn(8)
-    found = audit(data, features=(features, torch.stack([features[0], nearly, -features[1], torch.randn(8)])))
+    images = [scene(seed) for seed in range(8)]
+    nearly = images[3].resize((70, 60)).transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+    *train, first, second = map(encoded, images)
+    data = data_of(stored(train, [0] * 6), stored([train[0], encoded(nearly), first, second], [0] * 4))
+    found = audit(data)
     assert [pair[:2] for pair in found.near] == [("1.png", "3.png")]
     assert found.leaked == [("0.png", "0.png")]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import data, environment, fitting, models, predictions, runs, serving
+from . import audits, data, environment, fitting, models, predictions, runs, serving
 from .endings import clear_endings, echo
 from .options import Command
 
@@ -45,8 +45,10 @@ for command in (
     fitting.fit,
     runs.train,
     runs.recipes,
+    audits.audit,
     predictions.evaluate,
     predictions.predict,
+    audits.search,
     predictions.demo,
     serving.serve,
     models.push,

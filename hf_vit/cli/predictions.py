@@ -159,6 +159,9 @@ def predict(
     ] = None,
     head: Head = None,
     features: Annotated[bool, typer.Option("--features", help="Also write the pooled features.")] = False,
+    half_features: Annotated[
+        bool, typer.Option("--half-features", help="Features in half precision, for half the space.")
+    ] = False,
     split: Annotated[str | None, typer.Option(help="Split of a data set that has several.")] = None,
     image_column: ImageColumn = None,
     batch_size: BatchSize = None,
@@ -191,12 +194,12 @@ def predict(
     """
     check_exist(words, model)
     if output is not None and output.suffix:  # a folder is for masks or drawings
-        check_output(output, features)
+        check_output(output, features, half_features)
     from ..data.sources import Sources
     from ..prediction.shards import Settings
 
     if output is None:
-        needing = {"--features": features, "--engine ray": engine == "ray", "--restart": restart}
+        needing = {"--features": features or half_features, "--engine ray": engine == "ray", "--restart": restart}
         needing["a launch with more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if given := [name for name, is_given in needing.items() if is_given]:
             raise ValueError(f"Expected a file to write to, since you use {given[0]}: add --output labels.parquet.")
@@ -212,7 +215,7 @@ def predict(
     elif output is not None:
         from ..prediction.predict import predict_to_file
 
-        summary = predict_to_file(output, sources, settings, engine, restart)
+        summary = predict_to_file(output, sources, settings, engine, restart, half_features)
     else:
         summary = _print_predictions(sources, settings, say=(lambda line: None) if as_json else typer.echo)
     if summary is None:  # in all processes but the first

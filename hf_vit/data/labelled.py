@@ -49,6 +49,14 @@ Source: TypeAlias = str | Path | Dataset | IterableDataset | dict  # of splits
 HELD_OUT, ALL = "held out", "all"  # evaluation splits of a source without one: a part, or all of its images
 
 
+class Unlabelled(ValueError):
+    """The data has no labels that a classifier could learn; `short` says so without a remedy."""
+
+    def __init__(self, short: str, message: str) -> None:
+        super().__init__(message)
+        self.short = short
+
+
 @dataclass(frozen=True)
 class ImageData:
     """Labelled images: a training and an evaluation split.
@@ -283,11 +291,12 @@ class _Choice:
                     "specify a label_column."
                 )
             if not found and not self.label_columns:
-                raise ValueError(
+                raise Unlabelled(
+                    f"{name} has no labels.",
                     f"Found images without labels in {name}: expected one subfolder per class, or a metadata.csv "
                     "beside them with the columns file_name and label. For another column, set label_column "
                     "(--label-column). "
-                    f"{' '.join([_seen(split, image), *self.notes])}".rstrip()
+                    f"{' '.join([_seen(split, image), *self.notes])}".rstrip(),
                 )
             labels = choose_label_columns(split, found, self.label_columns, image)
         return Part(split, image, labels, is_train)
@@ -419,9 +428,10 @@ def _check_classes(data: ImageData, fraction: float) -> None:
     """Add notes on classes with too few images, and raise a `ValueError` if there is one class only."""
     if data.problem_type == SINGLE and len(data.label_names) < 2:
         found = f"one class only, {data.label_names[0]}" if data.label_names else "no class"
-        raise ValueError(
+        raise Unlabelled(
+            f"{data.name} has {found}.",
             f"Found {found}, in {data.name}: expected at least two classes, as one subfolder each or as values of a "
-            "label column." + "".join(f" {note}" for note in data.notes)
+            "label column." + "".join(f" {note}" for note in data.notes),
         )
     counts = data.class_counts()
     if counts is None:

@@ -1,5 +1,6 @@
 """What goes into a graph and comes out of it, in sentences."""
 
+from ..model.configuration_hf_vit import HFViTConfig
 from ..model.detection_hf_vit import HFViTForObjectDetection
 from ..model.losses_hf_vit import activation_of
 from ..model.modeling_hf_vit import HFViTForImageClassification

@@ -53,29 +53,32 @@ def write_page(
     )
     sections = "".join(_section(number, entry) for number, entry in enumerate(entries))
     noted = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
-    path.write_text(
-        f"""<!doctype html>
+    body = f"""<dl>
+{listed}</dl>
+<nav><ul>
+{links}</ul></nav>
+{noted}{sections}"""
+    path.write_text(document(title, body), encoding="utf-8")
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """Return a complete page without scripts or requests; `body` is markup, `style` is added to `STYLE`."""
+    return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<dl>
-{listed}</dl>
-<nav><ul>
-{links}</ul></nav>
-{noted}{sections}</main>
+{body}</main>
 </body>
 </html>
-""",
-        encoding="utf-8",
-    )
+"""
 
 
 def escape(text: str) -> str:

@@ -52,7 +52,12 @@ def predict_each(sources: Sources, settings: Settings) -> Iterator[tuple[str, Pr
 
 
 def predict_to_file(
-    output: Path, sources: Sources, settings: Settings, engine: str = "processes", restart: bool = False
+    output: Path,
+    sources: Sources,
+    settings: Settings,
+    engine: str = "processes",
+    restart: bool = False,
+    half_features: bool = False,
 ) -> Summary | None:
     """Write the predictions for all images of some sources to a file; the same call resumes an interrupted run.
 
@@ -61,6 +66,7 @@ def predict_to_file(
             shards are in `output.parts` until then.
         engine: `"processes"`, those of a launcher, or `"ray"`.
         restart: Whether to remove finished shards first.
+        half_features: Whether a .parquet file has features in half precision.
 
     Returns:
         A summary; `None` on every process but the first.
@@ -80,13 +86,14 @@ def predict_to_file(
     from .ray import RayActors
     from .table import PredictionTable
 
-    table = PredictionTable(output, settings.has_features)
+    table = PredictionTable(output, settings.has_features, half_features)
     with StopSignals(f"; finished shards are in {table.folder}."):
         # Without `cpu`, processes that a launcher started on CPUs would not form a group.
         is_cpu = torch.accelerator.current_accelerator(True) is None
         accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
         settings = replace(settings, precision=inference_precision(settings.precision))
         workers = RayActors(settings, accelerator) if engine == "ray" else Processes(settings, accelerator)
+        table.facts = {"model": settings.model, "digest": workers.model, **workers.facts}
         batch_size = settings.batch_size or default_batch_size(workers.device)
         shard_size = BATCHES_PER_SHARD * batch_size
         planned = Survey(sources.parts(shard_size))

@@ -21,6 +21,7 @@ class Processes:
     def __init__(self, settings: Settings, accelerator: "Accelerator") -> None:
         model, processor = settings.load(is_to_file=True)
         self.model, self.device = digest_of(model, model.config, processor), accelerator.device.type
+        self.facts = settings.facts_of_features(model, processor)
         workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         options = {**settings.options, "workers": workers}
         # The first process measures which runtime is the fastest; the others read what it found.

@@ -75,6 +75,7 @@ class RayActors:
         self.device, self.runtime = self.division.device, settings.runtime
         model, processor = settings.load(is_to_file=True)
         self.settings, self.model = settings, digest_of(model, model.config, processor)
+        self.facts = settings.facts_of_features(model, processor)
 
     def predict(self, jobs: Iterable[ShardJob], table: PredictionTable) -> Iterator[tuple[int, int]]:
         """Have the actors write all shards; see `predict_shards`.

@@ -4,6 +4,7 @@ Parts of the sources are divided into shards, and shards into batches, always in
 not depend on which worker makes them, or on how often a run was interrupted.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,6 +64,17 @@ class Settings:
     def predictor(self, is_to_file: bool = False, **options: Any) -> Predictor:
         """Load the model, and return a predictor; `options` override `self.options`."""
         return Predictor.from_model(*self.load(is_to_file), name=self.model, **{**self.options, **options})
+
+    def facts_of_features(self, model: Any, processor: Any) -> dict[str, Any]:
+        """Return how features are made by a loaded model, of plain types."""
+        return {
+            "pooling": model.config.pooling,
+            "image_size": list(model.config.image_shape),
+            "chosen_image_size": None if self.image_size is None else list(self.image_size),
+            "precision": self.precision,
+            "head": self.head,
+            "processor": json.loads(processor.to_json_string()),
+        }
 
     @property
     def options(self) -> dict[str, Any]:

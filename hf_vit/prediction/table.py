@@ -7,15 +7,18 @@ A row is an image, in the order of the sources, in .parquet and .jsonl files:
                              `Prediction`; none if the image is broken
     scores    list<float>    their probabilities, or the values of targets
     error     string         why the image is broken, or null
-    features  list<float>    the pooled features before the classifier, if requested; null if the image is broken
+    features  list<float>    the pooled features before the classifier, if requested; null if the image is broken; in
+                             .parquet files of float16 if requested
     boxes     list<list<float>>  of a detector: left, top, right and bottom of each object in pixels of the image
     unknown   bool           of a model that can abstain: whether it does
     label_set list<string>   of a model with label sets: the labels in it, the most likely first
 
-A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features. Before the
-error, it has unknown (true or false) and label_set (as in JSON) of such a model. That of a
-detector has a row for each object, with the columns image, label, score, left, top, right, bottom and error; an image
-without objects has one row.
+A .parquet file with features states in its metadata, below `hf_vit`, how they were made, for `FeatureIndex`.
+
+A .csv or .tsv file has the columns image, label, score, label_2, score_2, ... and error, and no features. For models
+that can abstain or have label sets, unknown (true or false) and label_set (as in JSON) come before the error. The file
+of a detector has a row for each object, with the columns image, label, score, left, top, right, bottom and error; an
+image without objects has one row.
 
 A shard is written under another name, synced and renamed; its name says which images it holds. The folder also holds
 the plan: the sources and settings of the shards. The file appears by one renaming, and then the folder is removed.
@@ -40,11 +43,9 @@ from .output import check_output
 from .predictor import Prediction
 from .shards import Shard
 
-PLAN = "plan.json"
+PLAN, FACTS = "plan.json", "hf_vit"
 ROW_GROUP_BYTES = 32 << 20  # before compression
 SIDES = ("left", "top", "right", "bottom")  # of a box
-
-
 # Columns of models of some kinds only.
 OF_SOME: dict[str, pa.DataType] = {
     "boxes": pa.list_(pa.list_(pa.float32(), 4)),
@@ -53,7 +54,7 @@ OF_SOME: dict[str, pa.DataType] = {
 }
 
 
-def schema_of(has_features: bool, of_some: Collection[str] = ()) -> pa.Schema:
+def schema_of(has_features: bool, of_some: Collection[str] = (), is_half: bool = False) -> pa.Schema:
     """Return the columns of the table and their types, with those of `OF_SOME` that are given."""
     fields = [
         pa.field("image", pa.string()),
@@ -61,7 +62,8 @@ def schema_of(has_features: bool, of_some: Collection[str] = ()) -> pa.Schema:
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
     ]
-    fields += [pa.field("features", pa.list_(pa.float32()))] * has_features
+    features = pa.list_(pa.float16() if is_half else pa.float32())
+    fields += [pa.field("features", features)] * has_features
     return pa.schema([*fields, *(pa.field(name, kind) for name, kind in OF_SOME.items() if name in of_some)])
 
 
@@ -157,14 +159,17 @@ class PredictionTable:
     Args:
         output: The file; its suffix is a key of `WRITERS`.
         has_features: Whether the table has the features column.
+        is_half: Whether the file has features in half precision.
+        facts: How features are made, for the metadata of a .parquet file.
 
     Raises:
         ValueError: As for `check_output`.
     """
 
-    def __init__(self, output: Path, has_features: bool) -> None:
-        check_output(output, has_features)
-        self.output, self.has_features = output, has_features
+    def __init__(self, output: Path, has_features: bool, is_half: bool = False) -> None:
+        check_output(output, has_features, is_half)
+        self.output, self.has_features, self.is_half = output, has_features, is_half
+        self.facts: dict[str, Any] = {}
         self.schema = schema_of(has_features, OF_SOME)  # of shards, in which those of some models are all null
         self.folder = output.with_name(f"{output.name}.parts")
 
@@ -232,7 +237,10 @@ class PredictionTable:
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
             most = max((self._most_labels(shard) for shard in shards), default=0)
-            schema = schema_of(self.has_features, [name for name in OF_SOME if self._have(name, shards)])
+            of_some = [name for name in OF_SOME if self._have(name, shards)]
+            schema = schema_of(self.has_features, of_some, self.is_half)
+            if self.has_features and self.facts:
+                schema = schema.with_metadata({FACTS: json.dumps(self.facts)})
             with WRITERS[self.output.suffix](unfinished, schema, most) as write:
                 for shard in shards:
                     table = pq.read_table(self.folder / shard.name, schema=self.schema)
@@ -241,7 +249,7 @@ class PredictionTable:
                     errors = table["error"].to_pylist()
                     broken += [name for name, error in zip(names, errors, strict=True) if error is not None]
                     images += len(names)
-                    write(table.select(schema.names))
+                    write(table.select(schema.names).cast(schema))
             sync(unfinished)
             unfinished.rename(self.output)
             sync(self.output.absolute().parent)

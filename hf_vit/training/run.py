@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from ..data.audit import quick_check
 from ..data.augmentation import AUGREG_MIXUP, build_augmentation
 from ..data.channels import Channels, adapt_processor, channels_of
 from ..data.classes import DENSE, DETECTION, TASK_OF
@@ -165,12 +166,15 @@ class Run:
         self.checkpoint, self.saved = self._newest_checkpoint()
         if self.saved is not None:
             config = with_values_of(config, self.saved["identity"])
+        is_to_check = data is None and self.is_main_process and self.checkpoint is None
         with accelerator.main_process_first():  # the other processes read what the first one has cached
             self.data = data = data or data_of(config)
         channels = channels_of(data.train, data.columns)
         config = with_channels(config, channels)  # written to the recipe
         for note in data.notes:
             self.say(note)
+        if is_to_check and (found := quick_check(data, config.train_repeats)):
+            self.say(found)
         config = resolved(config, data, accelerator)
         if config.mixup is None:  # the saved recipe states the value that the augmentation implies
             config = replace(config, mixup=AUGREG_MIXUP.get(config.augmentation, 0.0))

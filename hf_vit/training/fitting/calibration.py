@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...evaluation.intervals import wilson
 from .heads import SingleLabel
 
 RESAMPLES = 500  # of the bootstrap
@@ -50,16 +51,3 @@ def expected_score(
         if problem.metric == "mean_average_precision":  # the bootstrap of a perfect ranking has no spread
             low = min(low, wilson(score, count, z)[0])
     return {"score": score, "low": low, "high": high, "images": count}
-
-
-def wilson(share: float, count: float, z: float) -> tuple[float, float]:
-    """Return Wilson's interval of a share of `count` independent images.
-
-    Example:
-        >>> low, high = wilson(0.9, 100, 1.96)
-        >>> round(low, 3), round(high, 3)
-        (0.826, 0.945)
-    """
-    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, center - half), min(1.0, center + half)

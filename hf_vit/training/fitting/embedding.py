@@ -7,7 +7,7 @@ absent, so an interrupted pass continues where it stopped.
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -150,6 +150,7 @@ def embed(
     columns: tuple[str, str | None],
     cache: Path | None = None,
     progress: Callable[[Any, int], Any] = lambda batches, number: batches,
+    contents: Contents | None = None,
 ) -> Embeddings:
     """Compute the features of every image once, on every core or the GPU.
 
@@ -158,13 +159,14 @@ def embed(
         split, columns: `train` or `evaluation` of an `ImageData`, and its `columns`.
         cache: Folder of cached features; `default_cache()` if not given.
         progress: Wraps the iterator over batches, given their number, to show a progress bar.
+        contents: Result of `read_contents` for the split, if it exists already.
     """
     began = time.perf_counter()
     folder = (cache or default_cache()) / encoder.fingerprint
     rows = as_stored(split, columns)
     read = partial(_read, encoder, rows, columns[0])
-    contents = read_contents(split, columns, decode=False)
-    digests, names = contents.digests, contents.names
+    contents = contents or read_contents(split, columns, decode=False)
+    digests = contents.digests
     known = _read_shards(folder, {digest for digest in digests if digest})
     first = {digest: index for index, digest in reversed(list(enumerate(digests))) if digest}
     missing = [index for digest, index in first.items() if digest not in known]
@@ -189,7 +191,8 @@ def embed(
     }
     if JOINED in encoder.poolings and JOINED not in features:
         features[JOINED] = torch.cat([features["cls"], features["mean"]], dim=-1)
-    return Embeddings(readable, features, Contents(digests, names), len(missing), time.perf_counter() - began)
+    contents = replace(contents, digests=digests)
+    return Embeddings(readable, features, contents, len(missing), time.perf_counter() - began)
 
 
 def with_bar(batches: Any, number: int) -> Any:

@@ -19,7 +19,7 @@ from ...checkpoints.checkpoint import Options
 from ...checkpoints.models import load, load_classifier
 from ...checkpoints.models import logger as models_logger
 from ...checkpoints.opening import open_checkpoint
-from ...data.audit import Audit, audit
+from ...data.audit import Audit, audit, read_contents
 from ...data.channels import adapt_processor, channels_of
 from ...data.classes import TASK_OF
 from ...data.labelled import ImageData, load_data
@@ -34,7 +34,7 @@ from ..run import METRICS, save_model
 from ..trained import TrainedModel, call_of
 from ..views import describe_data
 from .calibration import expected_score
-from .embedding import JOINED, Embeddings, Encoder, embed, logits_of, with_bar
+from .embedding import Embeddings, Encoder, embed, logits_of, with_bar
 from .heads import FittedHead, LinearHead, calm_solvers, fit_head, problem_of, shown
 from .race import Candidate, Entrants, Verdict, candidates_for, race
 from .report import Report, summary, write_fit
@@ -255,7 +255,11 @@ class _Fitting:
         """Compute all features, report what is odd, and drop unreadable images."""
         self.say("Computing the features of all images; those in the cache are reused.")
         splits = [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
-        results = [embed(self.encoder, split, self.data.columns, self.cache, with_bar) for split in splits]
+        columns = self.data.columns
+        results = [
+            embed(self.encoder, split, columns, self.cache, with_bar, read_contents(split, columns))
+            for split in splits
+        ]
         train, evaluation = results[0], results[1] if len(results) > 1 else None
         computed, seconds = sum(part.computed for part in results), sum(part.seconds for part in results)
         if "evaluation_seconds" not in self.state:
@@ -268,10 +272,8 @@ class _Fitting:
         some = f" ({cached:,} from the cache)" if cached > 0 else ""
         made = f"Features of {total:,} images computed in {seconds:.0f} s{some}."
         self.say(made if computed else f"Features of {total:,} images loaded from the cache.")
-        name = JOINED if JOINED in train.features else next(iter(train.features))
-        features = train.features[name], None if evaluation is None else evaluation.features[name]
         contents = train.contents, None if evaluation is None else evaluation.contents
-        self.found: Audit = audit(self.data, contents, features)
+        self.found: Audit = audit(self.data, contents)
         for sentence in self.found.sentences():
             self.say(sentence)
         if not train.rows:

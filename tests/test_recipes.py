@@ -66,6 +66,7 @@ def test_the_package_has_recipes() -> None:
         "imagenet1k-deit3",
         "imagenet1k-s16-90ep",
         "mim-pretrain",
+        "mae-pretrain",
         "linear-probe",
     } <= set(NAMES)
 
@@ -226,6 +227,19 @@ FACTS: dict[str, dict[str, Any]] = {
         "warmup_epochs": 10,
         "max_grad_norm": 5,
         "smallest_crop": 0.67,
+    },
+    "mae-pretrain": {
+        "task": "masked_patches",
+        "model": "ViT-B/16",
+        "mask_ratio": 0.75,
+        "epochs": 800,
+        "batch_size": 4096,
+        "learning_rate": 1.5e-4 * 4096 / 256,
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.05,
+        "warmup_epochs": 40,
+        "max_grad_norm": None,
+        "smallest_crop": 0.2,
     },
     "linear-probe": {
         "trained": "head",

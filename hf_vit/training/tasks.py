@@ -324,7 +324,12 @@ def moments_of(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _config_of(model: Any) -> HFViTConfig:
-    return getattr(model, "module", model).config
+    return _without_wrapper(model).config
+
+
+def _without_wrapper(model: Any) -> Any:
+    """Return the model itself, without what Accelerate wraps around it for several processes."""
+    return getattr(model, "module", model)
 
 
 class MaskedPatches:
@@ -346,7 +351,8 @@ class MaskedPatches:
 
     def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean loss over masked patches, which `generator` chooses."""
-        return self._loss(model, pixel_values, self._masks(model, pixel_values, [generator] * len(pixel_values)))
+        masks = self._masks(model, pixel_values, [generator] * len(pixel_values))
+        return model(pixel_values=pixel_values, bool_masked_pos=to_device(masks, pixel_values.device)).loss
 
     @torch.no_grad()
     def evaluate(
@@ -358,8 +364,8 @@ class MaskedPatches:
         """
         was_training = model.training
         model.eval()
-        losses: list[Tensor] = []  # on the device: reading each would wait for it
-        numbers: list[int] = []
+        sums: list[Tensor] = []  # on the device: reading each would wait for it
+        number = 0
         broken: list[str] = []
         for batch in loader:
             broken += batch["broken"]
@@ -368,19 +374,17 @@ class MaskedPatches:
                 torch.Generator().manual_seed(derive_seed("mask", index)) for index in batch["index"].tolist()
             ]
             is_counted = batch["index"].cpu() >= 0
-            masks = self._masks(model, pixel_values, generators) & is_counted[:, None]
-            # Each image has the same number of masked patches, so the mean over patches is the mean over images.
-            losses.append(self._loss(model, pixel_values, masks))
-            numbers.append(int(is_counted.sum()))
+            masks = to_device(self._masks(model, pixel_values, generators), pixel_values.device)
+            predictions = model(pixel_values=pixel_values, bool_masked_pos=masks).predictions
+            losses = (_without_wrapper(model).objective.loss(predictions, pixel_values) * masks).sum(1) / masks.sum(1)
+            sums.append(losses @ to_device(is_counted.to(losses.dtype), losses.device))
+            number += int(is_counted.sum())
         model.train(was_training)
-        loss_sum = torch.stack(losses).cpu().double() @ torch.tensor(numbers).double()
-        total = torch.tensor([loss_sum, sum(numbers)], dtype=torch.float32, device=accelerator.device)
+        loss_sum = torch.stack(sums).cpu().double().sum()
+        total = torch.tensor([loss_sum, number], dtype=torch.float32, device=accelerator.device)
         loss_sum, counted = accelerator.reduce(total, "sum").tolist()
         broken = gather_object(broken) if accelerator.num_processes > 1 else broken
         return {"loss": loss_sum / max(1, counted), "count": round(counted)}, sorted(broken), None
-
-    def _loss(self, model: nn.Module, pixel_values: Tensor, masks: Tensor) -> Tensor:
-        return model(pixel_values=pixel_values, bool_masked_pos=to_device(masks, pixel_values.device)).loss
 
     def _masks(self, model: Any, pixel_values: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Return which patches are masked, `[B, N]` on the CPU: random squares, up to exactly `mask_ratio`.

@@ -254,5 +254,5 @@ def public_paths(value: Any) -> Any:
 
 def for_others(config: TrainConfig) -> TrainConfig:
     """Return a recipe that may be published: without absolute paths of this machine or its user's repository."""
-    paths = {name: public_paths(getattr(config, name)) for name in ("data", "model", "output_dir")}
-    return replace(config, push_to_hub=None, **paths)
+    paths = {name: public_paths(getattr(config, name)) for name in ("data", "model", "output_dir", "teacher")}
+    return replace(config, push_to_hub=None, teacher_cache=None, **paths)

@@ -1,4 +1,4 @@
-"""Training objectives: one label, several labels, numbers, masks, and masked patches. The loop is the same for all."""
+"""Training objectives: labels, numbers, masks, boxes, masked patches, teachers. The loop is the same for all."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -36,6 +36,8 @@ from ..model.validation_hf_vit import POOLINGS_OF_CLS
 from ..system.texts import one_line
 from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
+from .distillation import Distillation
+from .objective import Objective, refuse_mixing
 from .recipe import TrainConfig
 
 # With these, a frozen encoder gives the same features for an image every time.
@@ -112,7 +114,7 @@ def weights_of_classes(how: str, data: ImageData) -> Tensor | None:
     return weights.float()
 
 
-class Classification:
+class Classification(Objective):
     """Assign one of several labels to an image."""
 
     needs_labels = True
@@ -205,7 +207,7 @@ class Regression(Classification):
     problem_type = "regression"
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        _refuse_mixing(config, "A regression has no classes to mix or to weigh")
+        refuse_mixing(config, "A regression has no classes to mix or to weigh")
         self.label_names = data.label_names
         self.mean, self.std = moments_of_targets(data)
 
@@ -235,7 +237,7 @@ class Segmentation(Classification):
     model_class: Any = HFViTForSemanticSegmentation
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        _refuse_mixing(config, "Segmentation does not mix images or weigh classes")
+        refuse_mixing(config, "Segmentation does not mix images or weigh classes")
         if config.loss != "cross_entropy":
             raise ValueError(f"Segmentation has the loss cross_entropy of pixels: remove loss={config.loss}.")
         self.label_names = data.label_names
@@ -265,7 +267,7 @@ class Detection(Classification):
     model_class: Any = HFViTForObjectDetection
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        _refuse_mixing(config, "Detection does not mix images or weigh classes")
+        refuse_mixing(config, "Detection does not mix images or weigh classes")
         if config.loss != "cross_entropy":
             raise ValueError(f"Detection has a loss of its own: remove loss={config.loss}.")
         need_pycocotools()  # now, instead of after the first epoch
@@ -291,15 +293,6 @@ class Detection(Classification):
     def adopt(self, model: nn.Module, results: Any) -> None:
         """Set the thresholds of the results in the config of the evaluated model."""
         _config_of(model).thresholds = results.thresholds
-
-
-def _refuse_mixing(config: TrainConfig, reason: str) -> None:
-    """Raise `ValueError` if a recipe mixes images or weighs classes."""
-    given = {name: getattr(config, name) for name in ("cutmix", "mixup", "label_smoothing")}
-    given |= {"class_weights": config.class_weights} if config.class_weights != "none" else {}
-    given |= {"sampling": config.sampling} if config.sampling == "balanced" else {}
-    if mixing := [f"{name}={value}" for name, value in given.items() if value]:
-        raise ValueError(f"{reason}: remove {', '.join(mixing)}.")
 
 
 def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:
@@ -332,7 +325,7 @@ def _without_wrapper(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-class MaskedPatches:
+class MaskedPatches(Objective):
     """Fill in masked patches; needs no labels."""
 
     needs_labels = False
@@ -403,13 +396,14 @@ class MaskedPatches:
         return torch.zeros_like(turns, dtype=torch.bool).scatter_(1, first, True)
 
 
-TASKS: dict[str, type[Classification | MaskedPatches]] = {
+TASKS: dict[str, Any] = {
     "classification": Classification,
     "multi_label": MultiLabel,
     "regression": Regression,
     "segmentation": Segmentation,
     "detection": Detection,
     "masked_patches": MaskedPatches,
+    "distillation": Distillation,
 }
 
 

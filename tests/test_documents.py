@@ -136,7 +136,8 @@ ELSEWHERE = (
     " --names",
     ".pte",
     "my-heads",
-)  # the last: tests/test_multi_task_training.py
+    "--model student",
+)  # the last two: tests/test_multi_task_training.py, tests/test_distillation.py
 
 
 def parse(command: str) -> tuple[str, list[str]]:

@@ -123,11 +123,10 @@ class Distillation(Objective):
 
     needs_labels = False
     best_metric = "loss"
-    problem_type = None
+    problem_type = "distillation"  # by which the report is chosen
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        names = [config.teacher] if isinstance(config.teacher, str) else config.teacher or []
-        if not names:
+        if not config.teachers:
             raise ValueError(
                 "Distillation needs a teacher: add --teacher NAME, such as --teacher facebook/dinov2-small."
             )
@@ -135,13 +134,13 @@ class Distillation(Objective):
         if config.trained != "all":
             raise ValueError(f"Distillation trains the whole student: remove trained={config.trained}.")
         self.config = config
-        self.teachers = Teachers(names, config.teacher_image_size, config.teacher_channels)
+        self.teachers = Teachers(config.teachers, config.teacher_image_size, config.teacher_channels)
         self.label_names, self.of_labels = self._labels()
         learned = config.distill or ("both" if self.label_names else "features")
         if learned != "features" and not self.label_names:
             raise ValueError(
                 f"distill={learned} needs teachers that all classify the same labels, in the same order, which "
-                f"{shortened(names)} do not: set distill to features."
+                f"{shortened(config.teachers)} do not: set distill to features."
             )
         self.teachers.has_logits = is_classifier = learned != "features"
         self.metric_names: tuple[str, ...] = ("loss", "agreement") if is_classifier else ("loss",)

@@ -265,6 +265,11 @@ class TrainConfig:
                 "accumulation_steps or gradient_checkpointing: set compile_mode to default."
             )
 
+    @property
+    def teachers(self) -> list[str]:
+        """The names of all teachers."""
+        return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher or [])
+
     @classmethod
     def from_recipe(cls, recipe: str | Path, **overrides: Any) -> Self:
         """Read a recipe: the name of one that comes with the package, or a YAML file.

@@ -71,8 +71,8 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     write_report(run, command)
     for line in summary(run):
         say(line)
-    config = run.config
-    say("\n".join(next_commands(run.output_dir, config.push_to_hub is not None, run.task.needs_labels)))
+    config, has_classes = run.config, run.task.needs_labels or hasattr(run.model, "classifier")
+    say("\n".join(next_commands(run.output_dir, config.push_to_hub is not None, has_classes)))
     if hub is not None:
         skipped: list[str] = []
         hub.submit(lambda folder: skipped.extend(copy_of_ours(run.output_dir, folder)), "Trained model")

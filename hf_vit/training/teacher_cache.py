@@ -90,6 +90,7 @@ class TeacherCache:
         if not missing:
             return
         self._check_space(len(missing))
+        self.run.say(f"Storing the answers of the teachers in {self.folder}.")
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         with progress_bar(len(mine), "files of answers", disable=not accelerator.is_main_process) as bar:
             for view, chunk in mine:

@@ -253,6 +253,7 @@ def test_a_file_that_is_cut_off_is_written_again(photos: Path, tmp_path: Path, e
         ({"teacher": None}, "needs a teacher: add --teacher NAME"),
         ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
         ({"trained": "head"}, "trains the whole student: remove trained=head"),
+        ({"loss": "binary_cross_entropy"}, "has a loss of its own: remove loss=binary_cross_entropy"),
         ({"mixup": 0.2, "label_smoothing": 0.1}, "remove mixup=0.2, label_smoothing=0.1"),
         ({"distill": "labels"}, "distill=labels needs teachers that all classify the same labels"),
         ({"teacher_image_size": 9}, "9"),

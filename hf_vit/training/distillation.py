@@ -133,6 +133,8 @@ class Distillation(Objective):
         refuse_mixing(config, "Distillation does not mix images or weigh classes")
         if config.trained != "all":
             raise ValueError(f"Distillation trains the whole student: remove trained={config.trained}.")
+        if config.loss != "cross_entropy":
+            raise ValueError(f"Distillation has a loss of its own: remove loss={config.loss}.")
         self.config = config
         self.teachers = Teachers(config.teachers, config.teacher_image_size, config.teacher_channels)
         self.label_names, self.of_labels = self._labels()
@@ -144,8 +146,9 @@ class Distillation(Objective):
             )
         self.teachers.has_logits = is_classifier = learned != "features"
         self.metric_names: tuple[str, ...] = ("loss", "agreement") if is_classifier else ("loss",)
-        widths = (self.teachers.summary_widths, self.teachers.patch_widths) if learned != "labels" else ([], [])
-        self.model_class = Student.with_widths(*map(sum, widths), is_classifier)
+        has_features = learned != "labels"
+        widths = [has_features * sum(each) for each in (self.teachers.summary_widths, self.teachers.patch_widths)]
+        self.model_class = Student.with_widths(widths[0], widths[1], is_classifier)
         self.processor: Any = None
 
     def _labels(self) -> tuple[list[str], dict[str, Any]]:
@@ -154,12 +157,8 @@ class Distillation(Objective):
         kind = first.config.problem_type or "single_label_classification"
         kinds = {each.config.problem_type or "single_label_classification" for each in (first, *others)}
         names = first.label_names
-        if (
-            not names
-            or kinds != {kind}
-            or kind not in LABEL_LOSSES
-            or any(each.label_names != names for each in others)
-        ):
+        is_shared = kinds == {kind} and all(each.label_names == names for each in others)
+        if not names or not is_shared or kind not in LABEL_LOSSES:
             return [], {}
         return names, {**fields_of_labels(names, kind), "thresholds": first.config.thresholds}
 
@@ -170,6 +169,7 @@ class Distillation(Objective):
 
     def load(self, source: str, **fields: Any) -> tuple[Any, HFViTImageProcessor]:
         """Load the student from a checkpoint, and its processor; the projections are new."""
+        student: Any
         if self.teachers.has_logits:
             student, processor = load_classifier(source, self.label_names, **{**OF_HEAD, **self.of_labels, **fields})
         else:
@@ -222,9 +222,8 @@ class Distillation(Objective):
                 ("summary", outputs.summaries[:, None], [each[:, None] for each in answers.summaries]),
                 ("patch", outputs.predictions, answers.patches),
             ):
-                standard = (torch.cat(targets, dim=-1) - getattr(bare, f"{name}_mean")) / getattr(
-                    bare, f"{name}_scale"
-                )
+                mean, scale = getattr(bare, f"{name}_mean"), getattr(bare, f"{name}_scale")
+                standard = (torch.cat(targets, dim=-1) - mean) / scale
                 losses = losses + feature_losses(predicted, standard, [each.shape[-1] for each in targets])
         agrees = torch.zeros(len(pixel_values), device=pixel_values.device)
         if outputs.logits is not None:

@@ -73,23 +73,20 @@ def config_of_decoder(config: HFViTConfig) -> HFViTConfig:
     )
 
 
-class AutoencoderObjective(nn.Module):
+class MaskedAutoencoder(nn.Module):
     """Predict the normalized pixels of masked patches from the encoded visible ones; mean squared error."""
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__()
         self.encoder_config, self.config = config, config_of_decoder(config)
         self.patch_shape = config.patch_shape
-        width = self.config.hidden_size
+        width, depth = self.config.hidden_size, self.config.num_hidden_layers
         self.projection = nn.Linear(config.hidden_size, width)
         self.mask_token = HFViTMaskToken(self.config)
         self.positions = HFViTDecoderPositions(self.config)
-        self.layers = nn.ModuleList([HFViTLayer(self.config, number) for number in range(len(self))])
+        self.layers = nn.ModuleList([HFViTLayer(self.config, number) for number in range(depth)])
         self.layernorm = nn.LayerNorm(width, eps=self.config.layer_norm_eps)
         self.decoder = nn.Linear(width, config.num_channels * prod(self.patch_shape))
-
-    def __len__(self) -> int:
-        return self.config.num_hidden_layers
 
     def predict(self, tokens: Tensor, is_masked: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Return the normalized pixels of all patches, `[B, N, C*ph*pw]`, from the encoder's output `[B, P+K, D]`."""

@@ -15,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .autoencoder_hf_vit import AutoencoderObjective, HFViTVisiblePatches
+from .autoencoder_hf_vit import HFViTVisiblePatches, MaskedAutoencoder
 from .configuration_hf_vit import HFViTConfig
 from .layers_hf_vit import patchify, unpatchify
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
@@ -125,7 +125,7 @@ class MeanColorObjective(PatchObjective):
 OBJECTIVES: dict[str, Any] = {
     "pixels": PixelObjective,
     "mean_color": MeanColorObjective,
-    "autoencoder": AutoencoderObjective,
+    "autoencoder": MaskedAutoencoder,
 }
 
 

@@ -143,6 +143,7 @@ ELSEWHERE = {
     " --names": "needs a file without known names: tests/test_family_names.py",
     ".pte": "executorch is not in the extra test: tests/test_runtimes.py",
     "my-heads": "tests/test_multi_task_training.py",
+    "--model student": "tests/test_distillation.py",
     "--calibrate": "needs more images than there are here: tests/test_certainty.py",
     "--max-error": "needs more images than there are here: tests/test_certainty.py",
 }

@@ -298,8 +298,14 @@ BEST: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("fields", "environment"),
-    [({"streaming": True, "shuffle_buffer": 5}, {}), ({"task": "masked_patches"}, {}), (BEST, {}), (BEST, FSDP)],
-    ids=["stream", "masked", "best", "best-fsdp2"],
+    [
+        ({"streaming": True, "shuffle_buffer": 5}, {}),
+        ({"task": "masked_patches"}, {}),
+        ({"task": "distillation", "teacher_cache": "cache", "teacher_views": 2}, {}),
+        (BEST, {}),
+        (BEST, FSDP),
+    ],
+    ids=["stream", "masked", "distillation", "best", "best-fsdp2"],
 )
 def test_two_processes_with_other_kinds_go_on_exactly(
     photos: Path, tmp_path: Path, fields: dict[str, Any], environment: dict[str, str]
@@ -310,6 +316,10 @@ def test_two_processes_with_other_kinds_go_on_exactly(
         for number in range(4):
             colored_dataset(14, number).to_parquet(str(photos / f"train-{number}.parquet"))
         colored_dataset(21, 9).to_parquet(str(photos / "test.parquet"))
+    if "teacher_cache" in fields:
+        teacher = tmp_path / "teacher"
+        finish(tiny_recipe(photos, teacher, max_steps=1))
+        fields = {**fields, "teacher": str(teacher), "teacher_cache": str(tmp_path / "cache")}
     fields = {"batch_size": 8, "epochs": 3, **fields, "log_every": 3}
     fields |= {"epochs": 10} if fields["batch_size"] == "auto" else {}
     finish(tiny_recipe(photos, tmp_path / "whole", **fields), 2, **environment)

@@ -66,6 +66,7 @@ def test_the_package_has_recipes() -> None:
         "imagenet1k-deit3",
         "imagenet1k-s16-90ep",
         "mim-pretrain",
+        "mae-pretrain",
         "linear-probe",
     } <= set(NAMES)
 
@@ -227,6 +228,19 @@ FACTS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 5,
         "smallest_crop": 0.67,
     },
+    "mae-pretrain": {
+        "task": "masked_patches",
+        "model": "ViT-B/16",
+        "mask_ratio": 0.75,
+        "epochs": 800,
+        "batch_size": 4096,
+        "learning_rate": 1.5e-4 * 4096 / 256,
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.05,
+        "warmup_epochs": 40,
+        "max_grad_norm": None,
+        "smallest_crop": 0.2,
+    },
     "linear-probe": {
         "trained": "head",
         "optimizer": "sgd",
@@ -376,7 +390,7 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         (
             "task: tracking",
             "task must be one of classification, multi_label, regression, segmentation, detection, masked_patches, "
-            "got 'tracking'",
+            "distillation, got 'tracking'",
         ),
         (
             "{loss: binary_cross_entropy, label_smoothing: 0.1}",

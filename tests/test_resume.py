@@ -44,6 +44,12 @@ def assert_same_run(parts: Run, whole: Run) -> None:
         assert (parts.output_dir / name).read_bytes() == (whole.output_dir / name).read_bytes(), name
 
 
+AUTOENCODER = {
+    "mim_objective": "autoencoder",
+    "decoder_hidden_size": 8,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "workers": {"num_workers": 2, "augmentation": "trivial", "erasing": 0.3},
@@ -58,6 +64,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stream": {"streaming": True, "shuffle_buffer": 7, "num_workers": 1, "ema_decay": 0.9},
     "masked": {"task": "masked_patches", "mask_ratio": 0.4},
     "masked-paper": {"task": "masked_patches", "model_config": {"mim_objective": "mean_color"}},
+    "autoencoder": {"task": "masked_patches", "mask_ratio": 0.75, "model_config": AUTOENCODER, "ema_decay": 0.9},
     "head": {"trained": "head"},
     "lora": {"trained": "lora", "lora_rank": 2, "ema_decay": 0.9, "best_metric": "loss"},
     "balanced": {"sampling": "balanced", "accumulation_steps": 2, "num_workers": 1},

@@ -20,7 +20,7 @@ from hf_vit.evaluation.flops import count_flops
 from hf_vit.studies import SIZES, data_size, pretraining
 from hf_vit.studies.data_size import MODELS, SHARES, DataSize, as_hybrid
 from hf_vit.studies.page import write_page
-from hf_vit.studies.pretraining import BOTH, LONGER, MASKED, SUPERVISED, UNTRAINED, Pretraining
+from hf_vit.studies.pretraining import AUTOENCODER, BOTH, LONGER, MASKED, SUPERVISED, TUNED, UNTRAINED, Pretraining
 from hf_vit.studies.regularization import AUGMENTATION, METHODS, REGULARIZATION, Regularization
 from hf_vit.studies.resnet import SmallBitForImageClassification, build_resnet
 from hf_vit.studies.running import PlannedRun, key_of
@@ -252,7 +252,9 @@ def test_a_resnet_is_one_run_of_the_study(tmp_path: Path) -> None:
 
 
 def pretraining_rows(**accuracies: float) -> list[dict[str, Any]]:
+    accuracies = {"autoencoder": accuracies["masked"], "tuned": accuracies["both"], **accuracies}
     by_name = {UNTRAINED: "untrained", SUPERVISED: "supervised", MASKED: "masked", BOTH: "both", LONGER: "longer"}
+    by_name |= {AUTOENCODER: "autoencoder", TUNED: "tuned"}
     rows = rows_of(Pretraining(), lambda factors: accuracies[by_name[factors["training"]]], noise=0, images_seen=500)
     for item in rows:
         item["shots_10"] = item["accuracy"]
@@ -262,14 +264,18 @@ def pretraining_rows(**accuracies: float) -> list[dict[str, Any]]:
 def test_what_masked_patches_are_worth() -> None:
     study = Pretraining()
     paper = pretraining_rows(untrained=0.1, masked=0.3, supervised=0.5, both=0.6, longer=0.55)
-    assert verdicts(study, paper) == ["agrees"] * 4
+    assert verdicts(study, paper) == [*["agrees"] * 4, "no significant difference", "agrees"]
     worthless = pretraining_rows(untrained=0.1, masked=0.1, supervised=0.5, both=0.5, longer=0.6)
     assert verdicts(study, worthless) == [
         "no significant difference",
         "agrees",
         "no significant difference",
         "does not agree",
+        "no significant difference",
+        "no significant difference",
     ]
+    better = pretraining_rows(untrained=0.1, masked=0.1, autoencoder=0.2, supervised=0.5, both=0.5, longer=0.6)
+    assert verdicts(study, better)[4] == "agrees"
 
 
 def test_images_are_counted_over_both_trainings() -> None:
@@ -278,7 +284,9 @@ def test_images_are_counted_over_both_trainings() -> None:
         UNTRAINED: "0",
         SUPERVISED: "500",
         MASKED: "500",
+        AUTOENCODER: "500",
         BOTH: "1,000",
+        TUNED: "1,000",
         LONGER: "500",
     }
 
@@ -288,7 +296,7 @@ def test_trainings_are_equally_long() -> None:
         recipes = {cell.factors["training"]: cell.config for cell in Pretraining().cells(config)}
         assert recipes[LONGER].epochs == 2 * config.epochs
         assert recipes[LONGER].max_steps == (4 if config.max_steps else None)
-        for name in (SUPERVISED, MASKED, BOTH):
+        for name in (SUPERVISED, MASKED, AUTOENCODER, BOTH, TUNED):
             assert (recipes[name].epochs, recipes[name].max_steps) == (config.epochs, config.max_steps)
         assert {recipe.model_config["pooling"] for recipe in recipes.values()} == {"mean"}
 

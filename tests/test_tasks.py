@@ -151,7 +151,7 @@ def with_broken(number: int, broken: int) -> Dataset:
     return Dataset.from_dict(rows, features=features).cast_column("image", Image())
 
 
-@pytest.mark.parametrize("objective", ["pixels", "mean_color"])
+@pytest.mark.parametrize("objective", ["pixels", "mean_color", "autoencoder"])
 def test_masked_patches_are_measured_the_same_however_they_are_divided(objective: str) -> None:
     fields = {**RECIPE["model_config"], "mim_objective": objective}
     task, model, processor = built(task="masked_patches", model_config=fields)

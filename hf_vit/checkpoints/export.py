@@ -21,7 +21,7 @@ TARGETS = {"transformers": transformers_out.TARGET, "timm": timm_out.TARGET, "np
 OUTSIDE_ARCHITECTURE = (
     *("drop_path_rate", "patch_dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob"),
     *("initializer_range", "zero_init_head", "problem_type", "mim_objective", "out_features", "apply_layernorm"),
-    "reshape_hidden_states",
+    *("reshape_hidden_states", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"),
 )
 
 

@@ -139,6 +139,17 @@ def load_for_masked_patches(
     return model, _processor(checkpoint, model.config.image_shape)
 
 
+def load_encoder(source: str | Path, **fields: Any) -> tuple[HFViTModel, HFViTImageProcessor]:
+    """Load the encoder of a checkpoint to train it further; a pooling with weights is new if the checkpoint has none.
+
+    Arguments and errors are as for `load_for_masked_patches`.
+    """
+    checkpoint, fields = _open_for(source, fields)
+    model, report = _fill(HFViTModel, checkpoint, **FINE_TUNING, **fields)
+    _require_encoder(source, report, "pooler.", fields)
+    return model, _processor(checkpoint, model.config.image_shape)
+
+
 def load_segmenter(
     source: str | Path, label_names: Sequence[str], **fields: Any
 ) -> tuple[HFViTForSemanticSegmentation, HFViTImageProcessor]:

@@ -62,6 +62,7 @@ GROUPS = {
     "train_split": "Data",
     "task": "Model",
     "cache": "Images",
+    "teacher": "Distillation",
     "max_steps": "Optimization",
     "precision": "Hardware",
     "seed": "Run",

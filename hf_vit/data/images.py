@@ -320,6 +320,8 @@ class TrainingImages(EvaluationImages):
         cache_limit: float = math.inf,
     ) -> None:
         self.augmentation, self.seed, self.shorter_side = augmentation, seed, shorter_side
+        self.views: int | None = None  # if stated, epochs repeat the augmentation of the first ones
+        self.answers: Callable[[Visit], Tensor] | None = None  # of teachers, in place of labels
         super().__init__(split, columns, processor, cache, cache_limit)
 
     def least_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -351,10 +353,15 @@ class TrainingImages(EvaluationImages):
         state = torch.get_rng_state()
         try:
             repeat = (visit.repeat,) if visit.repeat else ()
-            torch.default_generator.manual_seed(derive_seed(self.seed, visit.epoch, visit.index, *repeat))
+            epoch = visit.epoch if self.views is None else visit.epoch % self.views
+            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, visit.index, *repeat))
             return self.augmentation(pixels)
         finally:
             torch.set_rng_state(state)
+
+    def example(self, pixels: Tensor, visit: Visit) -> dict[str, Any]:
+        example = super().example(pixels, visit)
+        return example if self.answers is None else {**example, "labels": self.answers(visit)}
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

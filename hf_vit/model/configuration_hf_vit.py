@@ -173,7 +173,11 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             regression. The head predicts standardized targets, and the logits are in the targets' own units; `None`
             if the head predicts these directly.
         mim_objective (`str`, *optional*, defaults to `"pixels"`): Target of `HFViTForMaskedImageModeling`: `"pixels"`
-            (SimMIM, arXiv:2111.09886) or `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel).
+            (SimMIM, arXiv:2111.09886), `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel) or
+            `"autoencoder"` (MAE, arXiv:2111.06377: normalized pixels, from the visible patches alone).
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`, *optional*, default to 512,
+            8 and 16): Width, layers and heads of the decoder of `mim_objective="autoencoder"`. Its MLPs are four times
+            as wide.
         patch_subdivision (`int`, *optional*, defaults to 4): Number of parts along each side of a patch for which
             `HFViTForSemanticSegmentation` predicts classes, and `HFViTForObjectDetection` objects (a power of two).
         decoder_kernel_size (`int`, *optional*, defaults to 1): Side in patches, odd, of a convolution before the
@@ -267,6 +271,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
     target_mean: list[float | int] | None = None
     target_scale: list[float | int] | None = None
     mim_objective: str = "pixels"
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
     patch_subdivision: int = 4
     decoder_kernel_size: int = 1
     semantic_loss_ignore_index: int = 255

@@ -15,6 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .autoencoder_hf_vit import HFViTVisiblePatches, MaskedAutoencoder
 from .configuration_hf_vit import HFViTConfig
 from .layers_hf_vit import patchify, unpatchify
 from .modeling_hf_vit import HFViTModel, HFViTPreTrainedModel
@@ -51,13 +52,25 @@ class HFViTMaskedImageModelingOutput(MaskedImageModelingOutput):
 
     Attributes:
         reconstruction: Image `[B, C, H, W]` of the predicted pixels, or of the most likely mean colour per patch.
-        predictions: Input of the loss: pixels `[B, N, C*ph*pw]`, or logits of the colours `[B, N, 8**C]`.
+        predictions: Input of the loss: pixels `[B, N, C*ph*pw]`, normalized within each patch for an autoencoder, or
+            logits of the colours `[B, N, 8**C]`.
     """
 
     predictions: torch.FloatTensor | None = None
 
 
-class PixelObjective(nn.Module):
+class PatchObjective(nn.Module):
+    """Base class of objectives that read a prediction from every token of a patch."""
+
+    decoder: nn.Linear
+    patch_shape: tuple[int, int]
+
+    def predict(self, tokens: Tensor, is_masked: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Return the predictions of all patches `[B, N, ...]`, from the encoder's output `[B, P+N, D]`."""
+        return self.decoder(tokens[:, -prod(grid) :])
+
+
+class PixelObjective(PatchObjective):
     """Predict the pixels of masked patches; L1 loss (SimMIM, arXiv:2111.09886)."""
 
     def __init__(self, config: HFViTConfig) -> None:
@@ -69,12 +82,12 @@ class PixelObjective(nn.Module):
         """Return the loss per patch, `[B, N]`."""
         return (predictions.float() - patchify(pixel_values.float(), self.patch_shape)).abs().mean(dim=-1)
 
-    def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
+    def paint(self, predictions: Tensor, grid: tuple[int, int], pixel_values: Tensor | None = None) -> Tensor:
         """Return the predicted image `[B, C, H, W]`."""
         return unpatchify(predictions, self.patch_shape, grid)
 
 
-class MeanColorObjective(nn.Module):
+class MeanColorObjective(PatchObjective):
     """Predict the mean colour of masked patches, 3 bits per channel; cross-entropy (the paper's appendix B.1.2).
 
     Pixels are expected in [-1, 1], the range of the paper's (`image_mean` and `image_std` of 0.5).
@@ -98,7 +111,7 @@ class MeanColorObjective(nn.Module):
         levels = ((patches.mean(dim=-1) + 1) / 2 * self.LEVELS).long().clamp(0, self.LEVELS - 1)  # [B, N, C]
         return (levels * self._place_values(levels.device)).sum(dim=-1)
 
-    def paint(self, predictions: Tensor, grid: tuple[int, int]) -> Tensor:
+    def paint(self, predictions: Tensor, grid: tuple[int, int], pixel_values: Tensor | None = None) -> Tensor:
         """Return the predicted image `[B, C, H, W]`."""
         place_values = self._place_values(predictions.device)
         levels = predictions.argmax(dim=-1, keepdim=True) // place_values % self.LEVELS  # [B, N, C]
@@ -109,9 +122,10 @@ class MeanColorObjective(nn.Module):
         return self.LEVELS ** torch.arange(self.num_channels - 1, -1, -1, device=device)
 
 
-OBJECTIVES: dict[str, type[PixelObjective | MeanColorObjective]] = {
+OBJECTIVES: dict[str, Any] = {
     "pixels": PixelObjective,
     "mean_color": MeanColorObjective,
+    "autoencoder": MaskedAutoencoder,
 }
 
 
@@ -131,6 +145,8 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
         super().__init__(config)
         reject_patch_dropout(self)
         self.vit = HFViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        if config.mim_objective == "autoencoder":
+            self.vit.embeddings.patch_dropout = HFViTVisiblePatches()
         self.objective = OBJECTIVES[config.mim_objective](config)
         self.post_init()
 
@@ -145,14 +161,15 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
 
         Args:
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
-            bool_masked_pos: `[B, N]`, true where a patch is masked. If given, the loss over these is computed.
+            bool_masked_pos: `[B, N]`, true where a patch is masked. If given, the loss over these is computed. For an
+                autoencoder, the same number of patches in every image.
             kwargs: As for `HFViTModel`.
         """
         reject_packs(self, kwargs.get("patch_grids"))
         outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
-        patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
-        predictions = self.objective.decoder(patches)
         pixel_values = cast(Tensor, pixel_values)
+        grid = self.config.grid_of(*pixel_values.shape[-2:])
+        predictions = self.objective.predict(outputs.last_hidden_state, bool_masked_pos, grid)
         loss = None
         if bool_masked_pos is not None:
             is_masked = bool_masked_pos.flatten(1).float()
@@ -160,7 +177,7 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
             loss = (losses * is_masked).sum() / is_masked.sum().clamp(min=1)
         return HFViTMaskedImageModelingOutput(
             loss=loss,
-            reconstruction=self.objective.paint(predictions, self.config.grid_of(*pixel_values.shape[-2:])),
+            reconstruction=self.objective.paint(predictions, grid, pixel_values),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             predictions=predictions,

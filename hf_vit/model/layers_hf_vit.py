@@ -55,6 +55,16 @@ class HFViTPaperCorruption(HFViTMaskToken):
         return torch.where(is_masked.unsqueeze(-1), corrupted, patches)
 
 
+class HFViTNoCorruption(nn.Module):
+    """Leave masked patches as they are, since the encoder does not see them: a masked autoencoder."""
+
+    def __init__(self, config: HFViTConfig) -> None:
+        super().__init__()
+
+    def forward(self, patches: Tensor, is_masked: Tensor) -> Tensor:
+        return patches
+
+
 class HFViTPatchDropout(nn.Module):
     """Keep a random subset of the patches in training (arXiv:2212.00794)."""
 
@@ -62,8 +72,11 @@ class HFViTPatchDropout(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the remaining patches `[B, K, D]` and their indices `[B, K]`, or all patches and `None`."""
+    def forward(self, patches: Tensor, is_masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the remaining patches `[B, K, D]` and their indices `[B, K]`, or all patches and `None`.
+
+        A mask, `[B, N]`, does not change which patches remain here.
+        """
         if not self.training or not self.probability:
             return patches, None
         batch, number, _ = patches.shape
@@ -72,7 +85,11 @@ class HFViTPatchDropout(nn.Module):
         return patches.take_along_dim(indices.unsqueeze(-1), dim=1), indices
 
 
-CORRUPTIONS = {"pixels": HFViTMaskToken, "mean_color": HFViTPaperCorruption}
+CORRUPTIONS: dict[str, Any] = {
+    "pixels": HFViTMaskToken,
+    "mean_color": HFViTPaperCorruption,
+    "autoencoder": HFViTNoCorruption,
+}
 
 
 def eager_attention(

@@ -142,15 +142,15 @@ class HFViTEmbeddings(nn.Module):
             patches = self.patch_embeddings(pixel_values)
             if is_masked is not None:
                 patches = self._mask(patches, is_masked)
-            tokens, positions = self._place(patches, grid)
+            tokens, positions = self._place(patches, grid, is_masked)
         else:  # every group of images with the same grid is a batch
             groups = packing.split(self.patch_embeddings(pixel_values), has_prefix=False)
             tokens, positions = packing.join(list(map(self._place, groups, packing.groups)))
         return self.dropout(tokens), positions
 
-    def _place(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, HFViTPositions]:
+    def _place(self, patches: Tensor, grid: tuple[int, int], mask: Any = None) -> tuple[Tensor, HFViTPositions]:
         """Add positions to the patches, and put the other tokens before them."""
-        patches, kept = self.patch_dropout(self.position_embeddings(patches, grid))
+        patches, kept = self.patch_dropout(self.position_embeddings(patches, grid), mask)
         positions = self.position_embeddings.placed(patches, grid, kept)
         tokens = [self.cls_token, self.distillation_token, self.register_tokens]
         present: list[Tensor] = [token for token in tokens if token is not None]

@@ -226,18 +226,21 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
 
     def on_grid(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """Return the embeddings of all patches, float32 `[1, N, D]`."""
-        quarter = self.config.hidden_size // 4
         # In float64, as numpy does in the original code: float32 powers differ in the last digits. A table that the
         # CPU computes for other devices would have to be copied, and they would be waited for, in every forward.
         is_wide = device is None or device.type not in WITHOUT_FLOAT64
         powers, angles = (torch.float64, self.ANGLES) if is_wide else (torch.float32, torch.float32)
-        exponents = torch.arange(quarter, device=device, dtype=powers) / max(quarter - 1, 1)
-        frequencies = (self.TEMPERATURE**-exponents).to(angles)
+        frequencies = self.frequencies(device, powers).to(angles)
         rows, columns = (torch.arange(size, device=device, dtype=angles) for size in grid)
         row_angles = torch.outer(rows, frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # [h, w, D/4]
         column_angles = torch.outer(columns, frequencies).unsqueeze(0).expand(grid[0], -1, -1)
         parts = [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()]
         return torch.cat(parts, dim=-1).flatten(0, 1).unsqueeze(0).float()
+
+    def frequencies(self, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+        """Return the angles between neighbours, `[D/4]`."""
+        quarter = self.config.hidden_size // 4
+        return self.TEMPERATURE ** -(torch.arange(quarter, device=device, dtype=dtype) / max(quarter - 1, 1))
 
 
 class HFViTRelativePositions(HFViTNoPositions):

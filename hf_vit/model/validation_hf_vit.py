@@ -18,7 +18,7 @@ POSITION_PLACEMENTS = ("input", "every_layer", "every_layer_shared")
 POOLINGS = ("cls", "mean", "mean_all", "attention", "attention_patches", "cls_and_mean", "cls_and_distillation")
 POOLINGS_OF_CLS = ("cls", "cls_and_mean", "cls_and_distillation")
 FINAL_LAYERNORMS = ("tokens", "pooled", "none")
-MIM_OBJECTIVES = ("pixels", "mean_color")
+MIM_OBJECTIVES = ("pixels", "mean_color", "autoencoder")
 # Activations with weights are excluded: no checkpoint layout stores them.
 ACTIVATIONS = sorted(set(ACT2FN) - {"prelu", "xielu"})
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -56,7 +56,8 @@ CHOICES: dict[str, Collection[str]] = {
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"), (1, 2**16)),
     **dict.fromkeys(("head_dim", "representation_size", "num_pooling_heads"), (1, 2**16)),
-    "num_hidden_layers": (1, 2**10),
+    **dict.fromkeys(("decoder_hidden_size", "decoder_num_attention_heads"), (1, 2**16)),
+    **dict.fromkeys(("num_hidden_layers", "decoder_num_hidden_layers"), (1, 2**10)),
     "num_register_tokens": (0, 2**16),
     "stem_width": (1, 2**12),
     "num_labels": (0, 2**20),
@@ -203,7 +204,7 @@ def multiples_around(value: int, divisor: int) -> list[int]:
 
 def check_config(config: Any) -> None:
     """Raise `ValueError` for the first combination of values that cannot work, with a remedy."""
-    for problems in (_choices, _head, _width, _tokens, _stem, _sizes, _strides):
+    for problems in (_choices, _decoder, _head, _width, _tokens, _stem, _sizes, _strides):
         for problem in problems(config):
             raise ValueError(problem)
 
@@ -218,6 +219,23 @@ def _choices(config: Any) -> Iterator[str]:
         yield (
             "mim_objective='mean_color' predicts one of 8^num_channels colours and needs num_channels of at most "
             f"{MAX_COLOR_CHANNELS}, got {config.num_channels}: set mim_objective='pixels'."
+        )
+
+
+def _decoder(config: Any) -> Iterator[str]:
+    if config.mim_objective != "autoencoder":
+        return
+    width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
+    for divisor, whose in ((heads, f"decoder_num_attention_heads={heads}"), (4, "4, for its positions")):
+        if width % divisor:
+            yield (
+                f"decoder_hidden_size={width} is not divisible by {whose}: use "
+                f"{' or '.join(map(str, multiples_around(width, divisor)))}."
+            )
+    if config.num_channels == 1 and config.patch_shape == (1, 1):
+        yield (
+            "mim_objective='autoencoder' normalizes the pixels of each patch, and a patch of 1x1 pixels with "
+            "num_channels=1 has one: use a larger patch_size."
         )
 
 

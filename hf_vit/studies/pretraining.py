@@ -1,4 +1,4 @@
-"""Can a ViT be pre-trained without labels? Masked patch prediction, the paper's section 4.6."""
+"""Can a ViT be pre-trained without labels? Masked patch prediction, the paper's section 4.6, and an autoencoder."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,18 +12,28 @@ from ..data.images import EvaluationImages, normalize
 from ..data.loaders import evaluation_loader
 from ..evaluation.metrics import extract_features
 from ..evaluation.probing import few_shot
-from ..inspection.drawing import BLUE, GRAY, ORANGE, Figure, bare, new_figure
+from ..inspection.drawing import BLUE, GRAY, ORANGE, SERIES, Figure, bare, new_figure
 from ..model.modeling_hf_vit import HFViTModel
 from ..training.recipe import TrainConfig
 from ..training.run import Run, data_of
 from .figures import ACCURACY, DASH, draw_dots, percent
 from .study import Cell, Finding, Results, Study, is_more, with_architecture
 
-UNTRAINED, SUPERVISED, MASKED = "untrained", "supervised", "masked patches"
+UNTRAINED, SUPERVISED, MASKED, AUTOENCODER = "untrained", "supervised", "masked patches", "masked autoencoder"
 BOTH, LONGER = "masked patches, then supervised", "supervised, twice as long"
+TUNED = "masked autoencoder, then supervised"
 # Each with the training that it starts from.
-TRAININGS = {UNTRAINED: None, SUPERVISED: None, MASKED: None, BOTH: MASKED, LONGER: None}
+TRAININGS = {
+    UNTRAINED: None,
+    SUPERVISED: None,
+    MASKED: None,
+    AUTOENCODER: None,
+    BOTH: MASKED,
+    TUNED: AUTOENCODER,
+    LONGER: None,
+}
 COLORS = {UNTRAINED: GRAY, SUPERVISED: BLUE, MASKED: ORANGE, BOTH: ORANGE, LONGER: BLUE}
+COLORS |= dict.fromkeys((AUTOENCODER, TUNED), SERIES[2])
 SHOTS = (5, 10)  # images per class
 DRAWN_FROM = 100  # first images of each class: extracting features of all would take longer than training
 FIGURES = {**{f"shots_{number}": f"{number}-shot" for number in SHOTS}, "accuracy": "classifier"}
@@ -37,8 +47,9 @@ class Pretraining(Study):
         "their mean colour is predicted in 3 bits per channel. In the paper, ViT-B/16 reaches 79.9 % on ImageNet "
         "after such pre-training: 2 points more than from scratch, and 4 points less than after supervised "
         "pre-training. Here masked patch prediction is trained for as many steps as supervised training, on the "
-        "same images, and supervised training follows. It is compared with supervised training from scratch, for as "
-        "many steps and for twice as many. Few-shot accuracy is that of a linear regression on frozen features, the "
+        "same images, and supervised training follows. So does a masked autoencoder (arXiv:2111.06377), whose encoder "
+        "sees a quarter of the patches. They are compared with supervised training from scratch, for as many steps "
+        "and for twice as many. Few-shot accuracy is that of a linear regression on frozen features, the "
         f"mean over all patches, of {SHOTS[0]} or {SHOTS[-1]} images per class; supervised models have seen all "
         "labels before."
     )
@@ -47,12 +58,20 @@ class Pretraining(Study):
         # Masked patch prediction does not train the class token, so the classifier reads the mean of the patches.
         base = with_architecture(config, pooling="mean")
         masked = replace(with_architecture(base, mim_objective="mean_color"), task="masked_patches", mask_ratio=0.5)
+        decoder = {
+            "decoder_hidden_size": max(32, base.model_config.get("hidden_size", 192) // 2),
+            "decoder_num_hidden_layers": 2,
+            "decoder_num_attention_heads": 2,
+        }
+        hidden = with_architecture(base, mim_objective="autoencoder", **decoder)
         longer = replace(base, epochs=2 * base.epochs, max_steps=base.max_steps and 2 * base.max_steps)
         recipes = {
             UNTRAINED: replace(base, learning_rate=0.0, max_steps=1),
             SUPERVISED: base,
             MASKED: masked,
+            AUTOENCODER: replace(hidden, task="masked_patches", mask_ratio=0.75),
             BOTH: base,
+            TUNED: base,
             LONGER: longer,
         }
         for training, parent in TRAININGS.items():
@@ -91,6 +110,8 @@ class Pretraining(Study):
             judge("Supervised training learns better features", SUPERVISED, MASKED, MOST),
             judge("Supervised training is better after masked patch prediction", BOTH, SUPERVISED, "accuracy"),
             judge("It is also better for the same total number of images", BOTH, LONGER, "accuracy"),
+            judge("A masked autoencoder learns better features than masked patches", AUTOENCODER, MASKED, MOST),
+            judge("Supervised training is better after a masked autoencoder", TUNED, SUPERVISED, "accuracy"),
         ]
 
 

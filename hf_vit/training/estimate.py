@@ -209,6 +209,10 @@ class Estimation(Rehearsal):
         config, gpu = self.config, self.gpu
         if run.accelerator.num_processes > 1:
             raise ValueError("--for estimates a single GPU: run the command without a launcher.")
+        if config.task == "distillation":
+            raise ValueError(
+                "--for does not know what teachers cost: leave it out, to measure the run on this machine."
+            )
         run.bar.leave = False
         images = math.ceil(config.batch_size / config.accumulation_steps)
         trace = traced_step(run.model, partial(twin_of, run), images, self.precision, config.gradient_checkpointing)

@@ -77,12 +77,12 @@ class TrainConfig:
     )
 
     # model
-    task: Literal["classification", "multi_label", "regression", "segmentation", "detection", "masked_patches"] = (
-        option(
-            "classification",
-            "Training objective: classification, multi_label, regression, segmentation (images and masks), detection "
-            "(boxes of objects), masked_patches (pre-training without labels), or auto for what the labels are.",
-        )
+    task: Literal[
+        "classification", "multi_label", "regression", "segmentation", "detection", "masked_patches", "distillation"
+    ] = option(
+        "classification",
+        "Training objective: classification, multi_label, regression, segmentation (images and masks), detection "
+        "(boxes of objects), masked_patches or distillation (without labels), or auto for what the labels are.",
     )
     model: str | None = option(
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: a model of model_config alone."
@@ -112,6 +112,23 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "Share of each label that is spread over all classes.")
     mask_ratio: float = option(0.5, "Share of masked patches in masked_patches.")
     mask_block: int = option(1, "Side of the squares that are masked together, in patches.")
+
+    # distillation
+    teacher: str | list[str] | None = option(None, "Checkpoint of a teacher for distillation, or a list of these.")
+    distill: Literal["features", "labels", "both"] | None = option(
+        None,
+        "Answers of the teachers to learn: features, labels or both; null: both where all classify the same labels, "
+        "else features.",
+    )
+    teacher_image_size: int | None = option(
+        None, "Side in pixels of the images that the teachers see; null: that of each teacher's image processor.", 1
+    )
+    teacher_channels: list[int] = option(
+        [], "Numbers of the image channels that the teachers see, from 0; empty: all, and one channel is repeated."
+    )
+    temperature: float = option(3.0, "Temperature of the soft labels of a teacher.", 0.01)
+    teacher_cache: str | None = option(None, "Folder in which the answers of the teachers are stored; null: none.")
+    teacher_views: int = option(4, "Number of augmented views per image whose answers teacher_cache stores.", 1)
 
     # optimization
     epochs: float = option(100, "Number of passes over the training images.", 0)
@@ -226,6 +243,10 @@ class TrainConfig:
             raise ValueError("early_stopping needs a metric that improves: set best_metric, for example to auto.")
         if self.compile_mode != "default":
             self._check_compile_mode()
+        if self.teacher and self.task != "distillation":
+            raise ValueError(
+                f"teacher belongs to task=distillation, got task={self.task}: set one or remove the other."
+            )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}.")
         if self.loss == "binary_cross_entropy" and self.label_smoothing:
@@ -243,6 +264,11 @@ class TrainConfig:
                 f"compile_mode: {self.compile_mode} replays CUDA graphs, which cannot be combined with "
                 "accumulation_steps or gradient_checkpointing: set compile_mode to default."
             )
+
+    @property
+    def teachers(self) -> list[str]:
+        """The names of all teachers."""
+        return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher or [])
 
     @classmethod
     def from_recipe(cls, recipe: str | Path, **overrides: Any) -> Self:

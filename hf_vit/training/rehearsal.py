@@ -200,6 +200,7 @@ class Rehearsal:
             save_every=NEVER,
             log_every=NEVER,
             sampling="shuffled",
+            teacher_cache=None,
             class_weights="none",  # a part of the data may lack classes
         )
 

@@ -71,8 +71,8 @@ def train_and_report(config: TrainConfig, command: str, say: Callable[[str], Non
     write_report(run, command)
     for line in summary(run):
         say(line)
-    config = run.config
-    say("\n".join(next_commands(run.output_dir, config.push_to_hub is not None, run.task.needs_labels)))
+    config, has_classes = run.config, run.task.needs_labels or hasattr(run.model, "classifier")
+    say("\n".join(next_commands(run.output_dir, config.push_to_hub is not None, has_classes)))
     if hub is not None:
         skipped: list[str] = []
         hub.submit(lambda folder: skipped.extend(copy_of_ours(run.output_dir, folder)), "Trained model")
@@ -254,5 +254,5 @@ def public_paths(value: Any) -> Any:
 
 def for_others(config: TrainConfig) -> TrainConfig:
     """Return a recipe that may be published: without absolute paths of this machine or its user's repository."""
-    paths = {name: public_paths(getattr(config, name)) for name in ("data", "model", "output_dir")}
-    return replace(config, push_to_hub=None, **paths)
+    paths = {name: public_paths(getattr(config, name)) for name in ("data", "model", "output_dir", "teacher")}
+    return replace(config, push_to_hub=None, teacher_cache=None, **paths)

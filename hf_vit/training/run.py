@@ -193,7 +193,8 @@ class Run:
         adapt_processor(self.processor, channels, model.config.num_channels)
         if data.problem_type in DENSE:
             stop_cropping(self.processor)
-        self.model_class = type(model)  # FSDP2 changes the class of the model itself
+        # FSDP2 changes the class of the model itself.
+        self.model_class, self.published_class = type(model), type(self.task.published(model, {})[0])
         if config.trained == "lora":
             add_low_rank_updates(model, config.lora_rank)
         model = shard_matrices(model, accelerator)
@@ -206,6 +207,7 @@ class Run:
         optimizer = build_optimizer(config.optimizer, groups, config.learning_rate, config.betas, config.momentum)
 
         self._build_images(model.config)
+        self.task.begin(self, model)
         model, optimizer = accelerator.prepare(model, optimizer)
         self.model = accelerator.unwrap_model(model)
         self.say("\n".join(summary_of_run(self)))
@@ -361,12 +363,17 @@ class Run:
         """Return a function that writes a model with these weights, and its image processor, into a folder."""
         return partial(save_model, self.model, merged(weights), self.processor)
 
+    def _publisher(self, weights: dict[str, Tensor]) -> Callable[[Path], None]:
+        """Return a function that writes the model for its users, without what only the training needs."""
+        model, weights = self.task.published(self.model, merged(weights))
+        return partial(save_model, model, weights, self.processor)
+
     def publish(self, publish: Publish) -> None:
         """Hand the averaged weights to `publish`, on the main process."""
         with self.state.average.in_place():
             weights = whole_weights(self.state.model)
             if self.accelerator.is_main_process:
-                publish(self.state.step, self._writer(weights))
+                publish(self.state.step, self._publisher(weights))
 
     def interrupt(self, signum: int) -> NoReturn:
         self.checkpoints.wait()
@@ -407,20 +414,22 @@ class Run:
         if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
             # The group of processes that holds the shards ends with the run.
             with no_bars_of_transformers():
-                self.model = self.model_class.from_pretrained(output_dir).to(self.accelerator.device)
+                self.model = self.published_class.from_pretrained(output_dir).to(self.accelerator.device)
         else:
             merge_low_rank_updates(self.model)
+            self.model, _ = self.task.published(self.model, {})
         self.model.eval()
 
     def _write_model(self, folder: Path) -> None:
         weights = whole_weights(self.state.model)
         if self.is_main_process:
             with writing("the trained model; the checkpoints are intact", folder):
-                self._writer(weights)(folder)
+                self._publisher(weights)(folder)
 
     def _final_metrics(self) -> dict[str, Any]:
         """Return the metrics of the final model, and facts of the run."""
         state, best = self.state, self.state.best
+        _, weights = self.task.published(self.model, merged(dict(self.model.named_parameters())))
         row = next(row for row in reversed(self._evaluations()) if best is None or row["step"] == best.step)
         chosen = (
             {}
@@ -437,7 +446,7 @@ class Run:
             **chosen,
             "train_images": self.data.train_length,
             "steps": state.step,
-            "parameters": sum(tensor.numel() for tensor in merged(dict(self.model.named_parameters())).values()),
+            "parameters": sum(tensor.numel() for tensor in weights.values()),
             "precision": precision_name(self.accelerator.mixed_precision),
             "processes": self.accelerator.num_processes,
             "broken_images": sorted({name for names in state.broken.names.values() for name in names}),

@@ -1,4 +1,4 @@
-"""Training objectives: one label, several labels, numbers, masks, and masked patches. The loop is the same for all."""
+"""Training objectives: labels, numbers, masks, boxes, masked patches, teachers. The loop is the same for all."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -36,6 +36,8 @@ from ..model.validation_hf_vit import POOLINGS_OF_CLS
 from ..system.texts import one_line
 from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
+from .distillation import Distillation
+from .objective import Objective, refuse_mixing
 from .recipe import TrainConfig
 
 # With these, a frozen encoder gives the same features for an image every time.
@@ -112,7 +114,7 @@ def weights_of_classes(how: str, data: ImageData) -> Tensor | None:
     return weights.float()
 
 
-class Classification:
+class Classification(Objective):
     """Assign one of several labels to an image."""
 
     needs_labels = True
@@ -205,7 +207,7 @@ class Regression(Classification):
     problem_type = "regression"
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        _refuse_mixing(config, "A regression has no classes to mix or to weigh")
+        refuse_mixing(config, "A regression has no classes to mix or to weigh")
         self.label_names = data.label_names
         self.mean, self.std = moments_of_targets(data)
 
@@ -235,7 +237,7 @@ class Segmentation(Classification):
     model_class: Any = HFViTForSemanticSegmentation
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        _refuse_mixing(config, "Segmentation does not mix images or weigh classes")
+        refuse_mixing(config, "Segmentation does not mix images or weigh classes")
         if config.loss != "cross_entropy":
             raise ValueError(f"Segmentation has the loss cross_entropy of pixels: remove loss={config.loss}.")
         self.label_names = data.label_names
@@ -265,7 +267,7 @@ class Detection(Classification):
     model_class: Any = HFViTForObjectDetection
 
     def __init__(self, config: TrainConfig, data: ImageData) -> None:
-        _refuse_mixing(config, "Detection does not mix images or weigh classes")
+        refuse_mixing(config, "Detection does not mix images or weigh classes")
         if config.loss != "cross_entropy":
             raise ValueError(f"Detection has a loss of its own: remove loss={config.loss}.")
         need_pycocotools()  # now, instead of after the first epoch
@@ -293,15 +295,6 @@ class Detection(Classification):
         _config_of(model).thresholds = results.thresholds
 
 
-def _refuse_mixing(config: TrainConfig, reason: str) -> None:
-    """Raise `ValueError` if a recipe mixes images or weighs classes."""
-    given = {name: getattr(config, name) for name in ("cutmix", "mixup", "label_smoothing")}
-    given |= {"class_weights": config.class_weights} if config.class_weights != "none" else {}
-    given |= {"sampling": config.sampling} if config.sampling == "balanced" else {}
-    if mixing := [f"{name}={value}" for name, value in given.items() if value]:
-        raise ValueError(f"{reason}: remove {', '.join(mixing)}.")
-
-
 def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of every target over the training images; 1 for a constant target.
 
@@ -324,10 +317,15 @@ def moments_of(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _config_of(model: Any) -> HFViTConfig:
-    return getattr(model, "module", model).config
+    return _without_wrapper(model).config
 
 
-class MaskedPatches:
+def _without_wrapper(model: Any) -> Any:
+    """Return the model itself, without what Accelerate wraps around it for several processes."""
+    return getattr(model, "module", model)
+
+
+class MaskedPatches(Objective):
     """Fill in masked patches; needs no labels."""
 
     needs_labels = False
@@ -346,7 +344,8 @@ class MaskedPatches:
 
     def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean loss over masked patches, which `generator` chooses."""
-        return self._loss(model, pixel_values, self._masks(model, pixel_values, [generator] * len(pixel_values)))
+        masks = self._masks(model, pixel_values, [generator] * len(pixel_values))
+        return model(pixel_values=pixel_values, bool_masked_pos=to_device(masks, pixel_values.device)).loss
 
     @torch.no_grad()
     def evaluate(
@@ -358,8 +357,8 @@ class MaskedPatches:
         """
         was_training = model.training
         model.eval()
-        losses: list[Tensor] = []  # on the device: reading each would wait for it
-        numbers: list[int] = []
+        sums: list[Tensor] = []  # on the device: reading each would wait for it
+        number = 0
         broken: list[str] = []
         for batch in loader:
             broken += batch["broken"]
@@ -368,19 +367,17 @@ class MaskedPatches:
                 torch.Generator().manual_seed(derive_seed("mask", index)) for index in batch["index"].tolist()
             ]
             is_counted = batch["index"].cpu() >= 0
-            masks = self._masks(model, pixel_values, generators) & is_counted[:, None]
-            # Each image has the same number of masked patches, so the mean over patches is the mean over images.
-            losses.append(self._loss(model, pixel_values, masks))
-            numbers.append(int(is_counted.sum()))
+            masks = to_device(self._masks(model, pixel_values, generators), pixel_values.device)
+            predictions = model(pixel_values=pixel_values, bool_masked_pos=masks).predictions
+            losses = (_without_wrapper(model).objective.loss(predictions, pixel_values) * masks).sum(1) / masks.sum(1)
+            sums.append(losses @ to_device(is_counted.to(losses.dtype), losses.device))
+            number += int(is_counted.sum())
         model.train(was_training)
-        loss_sum = torch.stack(losses).cpu().double() @ torch.tensor(numbers).double()
-        total = torch.tensor([loss_sum, sum(numbers)], dtype=torch.float32, device=accelerator.device)
+        loss_sum = torch.stack(sums).cpu().double().sum()
+        total = torch.tensor([loss_sum, number], dtype=torch.float32, device=accelerator.device)
         loss_sum, counted = accelerator.reduce(total, "sum").tolist()
         broken = gather_object(broken) if accelerator.num_processes > 1 else broken
         return {"loss": loss_sum / max(1, counted), "count": round(counted)}, sorted(broken), None
-
-    def _loss(self, model: nn.Module, pixel_values: Tensor, masks: Tensor) -> Tensor:
-        return model(pixel_values=pixel_values, bool_masked_pos=to_device(masks, pixel_values.device)).loss
 
     def _masks(self, model: Any, pixel_values: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Return which patches are masked, `[B, N]` on the CPU: random squares, up to exactly `mask_ratio`.
@@ -399,13 +396,14 @@ class MaskedPatches:
         return torch.zeros_like(turns, dtype=torch.bool).scatter_(1, first, True)
 
 
-TASKS: dict[str, type[Classification | MaskedPatches]] = {
+TASKS: dict[str, Any] = {
     "classification": Classification,
     "multi_label": MultiLabel,
     "regression": Regression,
     "segmentation": Segmentation,
     "detection": Detection,
     "masked_patches": MaskedPatches,
+    "distillation": Distillation,
 }
 
 

@@ -4,6 +4,7 @@ It does not import runs, which describe their data before they start.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..evaluation.results import ImageResults
 from ..inspection.drawing import Figure
 from ..model.image_geometry_hf_vit import corners_of, resize_logits
 from ..system.machine import device_name, precision_name
-from ..system.texts import counted, fenced, hanging, markdown, one_line, shell_word
+from ..system.texts import code, counted, fenced, hanging, markdown, one_line, shell_word
 from ..variants import is_from_scratch
 
 LISTED_CLASSES = 50  # with more classes, the model card lists the best and the worst
@@ -80,6 +81,24 @@ class Unlabelled:
             cells = ("-" if shown[name] is None else form.format(shown[name]) for name, form in self.columns.values())
             lines.append(f"| {' | '.join(cells)} |")
         return text + "\n".join(lines)
+
+
+class OfTeachers(Unlabelled):
+    """Results of a student, which has a classifier if its teachers do."""
+
+    kind = "A student, distilled from teachers without labels,"
+    results = {"eval_loss": "loss", "eval_agreement": "agreement_with_teacher"}
+
+    def sections(self, run: Any) -> dict[str, str]:
+        # A path of this machine is of no use to others, and stays private.
+        names = [Path(name).name if Path(name).is_absolute() else name for name in run.config.teachers]
+        taught = f"It learned from {', '.join(map(code, names))}."
+        agreement = run.metrics.get("eval_agreement")
+        if agreement is None:
+            return {"Teachers": taught, **super().sections(run)}
+        return {
+            "Teachers": f"{taught} On {agreement:.1%} of the evaluation images, the most likely label is the same."
+        }
 
 
 class OfClasses(Unlabelled):
@@ -352,6 +371,7 @@ MOST_RANGES = 10
 # By transformers' name of what the labels are, as tasks have it.
 VIEWS: dict[str | None, Unlabelled] = {
     None: Unlabelled(),
+    "distillation": OfTeachers(),
     "single_label_classification": OfClasses(),
     "multi_label_classification": OfLabels(),
     "regression": OfTargets(),

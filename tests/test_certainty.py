@@ -300,10 +300,10 @@ def test_fields_travel_and_end_with_the_head(certain: str, folder: Path, tmp_pat
     for fields, message in wrong:
         with pytest.raises(ValueError, match=message):
             HFViTConfig(num_labels=3, **fields)
-    said = description(Graph(model), is_bounded=False)
+    said = description(Graph(model))
     assert f"unknown if the largest probability is below {stated['abstention_threshold']!r}" in said
     assert f"at least {stated['label_set_threshold']!r}, and the most likely one" in said
-    assert "label set" not in description(Graph(load(folder)[0]), is_bounded=False)
+    assert "label set" not in description(Graph(load(folder)[0]))
     assert "abstention_threshold" in no_certainty(model.config)[0]
 
 

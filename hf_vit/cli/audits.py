@@ -83,7 +83,7 @@ def search(
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Page with pictures.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Place of the table's model. Default: the one that the table states."),
+        typer.Option(help="Path or Hub name of the table's model. Default: the one recorded in the table."),
     ] = None,
 ) -> None:
     """Find the most similar images in a table of features.

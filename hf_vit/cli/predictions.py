@@ -39,7 +39,9 @@ Coverage = Annotated[
 ]
 MaxError = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Most wrong answers; less certain ones are unknown. Such as 0.05."),
+    typer.Option(
+        metavar="SHARE", help="Largest share of wrong answers, such as 0.05; less certain answers become unknown."
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size per device (CPU core or GPU).")]
 Precision = Annotated[
@@ -86,8 +88,8 @@ def evaluate(
     """Evaluate a model, or its features, on labeled images.
 
     Measures accuracy, loss, calibration and speed, and accuracy per class; with --probe, how well simple classifiers
-    do on its features. Without --split, the evaluation split is used. If there is none, all images are evaluated; of
-    the data that the model was trained on, only the images that were held out.
+    do on its features. Without --split, the evaluation split is used. If there is none, all images are evaluated, or
+    only the held-out images if the model was trained on this data.
 
     With --calibrate, it writes into the folder MODEL when to answer "unknown" (--max-error) and which labels an image
     may have (--coverage), and measures both.

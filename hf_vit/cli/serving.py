@@ -43,8 +43,8 @@ def serve(
     """Serve a model over HTTP.
 
     POST an image to /predict for its labels, objects or mask, or to /features. Images of concurrent requests are
-    answered in batches. SIGTERM or Ctrl-C ends the server after it has answered what it has accepted; a second one
-    ends it at once. There is no encryption and no authentication: put a proxy in front of it if others can reach it.
+    answered in batches. On SIGTERM or Ctrl-C, the server finishes the requests that it has accepted; a second signal
+    stops it at once. There is no encryption and no authentication: put a proxy in front of it if others can reach it.
     Needs pip install "hf-vit[serve]".
 
     Example: hf-vit serve my-vit --port 8000

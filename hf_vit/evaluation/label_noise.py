@@ -31,12 +31,14 @@ class LabelNoise(NamedTuple):
     temperature: float
 
 
-def label_noise(logits: Tensor, labels: Tensor) -> LabelNoise:
+def label_noise(logits: Tensor, labels: Tensor, first: LabelNoise | None = None) -> LabelNoise:
     """Return how likely every label is wrong.
 
     Args:
         logits: `[N, K]` with K > 1, for images that the classifier was not trained on.
         labels: Given class indices `[N]`.
+        first: An earlier result for the same labels, where the search begins. If all logits have about the same margin,
+            wrong labels and a higher temperature explain errors equally well.
     """
     from scipy.optimize import minimize
 
@@ -51,7 +53,10 @@ def label_noise(logits: Tensor, labels: Tensor) -> LabelNoise:
         likelihood = ((1 - rate) * right + rate * (1 - right) / others).clamp(min=1e-12).log().mean().item()
         return PRIOR * rate / len(labels) - likelihood
 
-    found = minimize(loss, [math.log(fit_temperature(logits, labels)), -3.0], method="Nelder-Mead")
+    temperature, odds = fit_temperature(logits, labels), -3.0
+    if first is not None:
+        temperature, odds = first.temperature, -math.log(max(HIGHEST_RATE / first.rate - 1, 1e-6))
+    found = minimize(loss, [math.log(temperature), odds], method="Nelder-Mead")
     right, rate = probabilities(found.x)
     wrong = rate * (1 - right) / others
     probability = wrong / (wrong + (1 - rate) * right).clamp(min=1e-12)

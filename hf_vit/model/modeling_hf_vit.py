@@ -150,7 +150,8 @@ class HFViTEmbeddings(nn.Module):
 
     def _place(self, patches: Tensor, grid: tuple[int, int], mask: Any = None) -> tuple[Tensor, HFViTPositions]:
         """Add positions to the patches, and put the other tokens before them."""
-        patches, kept = self.patch_dropout(self.position_embeddings(patches, grid), mask)
+        placed = self.position_embeddings(patches, grid)
+        patches, kept = self.patch_dropout(placed) if mask is None else self.patch_dropout(placed, mask)
         positions = self.position_embeddings.placed(patches, grid, kept)
         tokens = [self.cls_token, self.distillation_token, self.register_tokens]
         present: list[Tensor] = [token for token in tokens if token is not None]

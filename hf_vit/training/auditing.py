@@ -245,7 +245,8 @@ class _WithModel:
 
     def _unsuspected(self, head: FittedHead) -> Tensor | None:
         """Return which training images have labels that are probably right, `None` if all of them do."""
-        is_right = label_noise(head.logits, head.targets).probability < 0.5
+        self.first_noise = label_noise(head.logits, head.targets)
+        is_right = self.first_noise.probability < 0.5
         return None if bool(is_right.all()) else is_right
 
     def _out_of_fold(self, head: FittedHead, is_right: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ class _WithModel:
     def _single(self, part: int, logits: Tensor, targets: Tensor) -> float:
         if logits.shape[1] < 2:
             return 0.0
-        probability = label_noise(logits, targets).probability
+        probability = label_noise(logits, targets, self.first_noise if part == 0 else None).probability
         numbers, names = self.numbers(part), self.data.label_names
         others = logits.scatter(1, targets[:, None], -torch.inf).argmax(dim=1)
         for row in most_suspicious(probability).tolist():

@@ -117,8 +117,8 @@ class TrainConfig:
     teacher: str | list[str] | None = option(None, "Checkpoint of a teacher for distillation, or a list of these.")
     distill: Literal["features", "labels", "both"] | None = option(
         None,
-        "Answers of the teachers to learn: features, labels or both; null: both where all classify the same labels, "
-        "else features.",
+        "Teacher outputs to learn: features, labels or both; null: both if all teachers are classifiers with the same "
+        "labels, else features.",
     )
     teacher_image_size: int | None = option(
         None, "Side in pixels of the images that the teachers see; null: that of each teacher's image processor.", 1
@@ -127,8 +127,8 @@ class TrainConfig:
         [], "Numbers of the image channels that the teachers see, from 0; empty: all, and one channel is repeated."
     )
     temperature: float = option(3.0, "Temperature of the soft labels of a teacher.", 0.01)
-    teacher_cache: str | None = option(None, "Folder in which the answers of the teachers are stored; null: none.")
-    teacher_views: int = option(4, "Number of augmented views per image whose answers teacher_cache stores.", 1)
+    teacher_cache: str | None = option(None, "Folder to cache the teachers' outputs in; null: none.")
+    teacher_views: int = option(4, "Number of augmented views per image for which teacher_cache stores outputs.", 1)
 
     # optimization
     epochs: float = option(100, "Number of passes over the training images.", 0)

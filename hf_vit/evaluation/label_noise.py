@@ -37,8 +37,8 @@ def label_noise(logits: Tensor, labels: Tensor, first: LabelNoise | None = None)
     Args:
         logits: `[N, K]` with K > 1, for images that the classifier was not trained on.
         labels: Given class indices `[N]`.
-        first: An earlier result for the same labels, where the search begins. If all logits have about the same margin,
-            wrong labels and a higher temperature explain errors equally well.
+        first: An earlier result for the same labels, where the search begins. Where all logits have about the same
+            margin, wrong labels and a higher temperature explain errors equally well.
     """
     from scipy.optimize import minimize
 

@@ -175,9 +175,10 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         mim_objective (`str`, *optional*, defaults to `"pixels"`): Target of `HFViTForMaskedImageModeling`: `"pixels"`
             (SimMIM, arXiv:2111.09886), `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel) or
             `"autoencoder"` (MAE, arXiv:2111.06377: normalized pixels, from the visible patches alone).
-        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`, *optional*, default to 512,
-            8 and 16): Width, layers and heads of the decoder of `mim_objective="autoencoder"`. Its MLPs are four times
-            as wide.
+        decoder_hidden_size (`int`, *optional*, defaults to 512): Width of the decoder of an autoencoder
+            (`mim_objective`), whose MLPs are four times as wide.
+        decoder_num_hidden_layers (`int`, *optional*, defaults to 8): Number of layers of that decoder.
+        decoder_num_attention_heads (`int`, *optional*, defaults to 16): Number of attention heads of that decoder.
         patch_subdivision (`int`, *optional*, defaults to 4): Number of parts along each side of a patch for which
             `HFViTForSemanticSegmentation` predicts classes, and `HFViTForObjectDetection` objects (a power of two).
         decoder_kernel_size (`int`, *optional*, defaults to 1): Side in patches, odd, of a convolution before the

@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "predict": ["predict_each", "predict_to_file"],
         "predictor": ["Prediction", "Predictor"],
-        "search": ["FeatureIndex"],
         "shards": ["Settings"],
     },
 )

@@ -8,6 +8,8 @@ import typer
 from ..system.places import check_exist
 from ..system.texts import shortened
 from .endings import announce, echo, read_size
+from .fitting import EvalSplit, FeatureCache, ImageColumn, ImageSize, LabelColumn, Seed, TrainSplit
+from .predictions import LabelSeparator
 
 
 def audit(
@@ -19,22 +21,18 @@ def audit(
         str | None, typer.Option(help="Trained encoder or classifier. Default: only what needs no model is checked.")
     ] = None,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the results.")] = Path("audit"),
-    image_size: Annotated[
-        str | None, typer.Option(metavar="H or HxW", help="Image size. Default: that of the checkpoint's processor.")
-    ] = None,
-    train_split: Annotated[str | None, typer.Option(help="Training split. Default: found by its name.")] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Evaluation split. Default: found by its name.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Image column. Default: found by its type.")] = None,
-    label_column: Annotated[
-        list[str] | None, typer.Option(help="Label column, or several. Default: found by name and type.")
-    ] = None,
-    label_separator: Annotated[str | None, typer.Option(help="Text between several labels of one image.")] = None,
+    image_size: ImageSize = None,
+    train_split: TrainSplit = None,
+    eval_split: EvalSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    label_separator: LabelSeparator = None,
     task: Annotated[
         Literal["classification", "multi_label", "regression", "segmentation", "detection"] | None,
         typer.Option(help="What the labels are. Default: from the labels."),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for cached features. Default: below HF_HOME.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    cache: FeatureCache = None,
+    seed: Seed = 0,
 ) -> None:
     """Find wrong labels, duplicates and leaks in images.
 

@@ -9,9 +9,22 @@ import typer
 from ..system.places import check_exist
 from ..system.texts import hanging, shortened
 from .endings import echo, read_size, typed_command
-from .predictions import Coverage, MaxError
+from .predictions import Coverage, LabelSeparator, MaxError
 
 BEGAN = time.perf_counter()  # before the libraries load, which takes seconds
+
+# Options of the data and of its features, for audit, too.
+ImageSize = Annotated[
+    str | None, typer.Option(metavar="H or HxW", help="Image size. Default: that of the checkpoint's processor.")
+]
+TrainSplit = Annotated[str | None, typer.Option(help="Training split. Default: found by its name.")]
+EvalSplit = Annotated[str | None, typer.Option(help="Evaluation split. Default: found by its name.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Image column. Default: found by its type.")]
+LabelColumn = Annotated[
+    list[str] | None, typer.Option(help="Label column, or several. Default: found by name and type.")
+]
+FeatureCache = Annotated[Path | None, typer.Option(help="Folder for cached features. Default: below HF_HOME.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
 def fit(
@@ -24,17 +37,13 @@ def fit(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the model.")] = Path(
         "my-classifier"
     ),
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="H or HxW", help="Image size. Default: that of the checkpoint's processor.")
-    ] = None,
-    train_split: Annotated[str | None, typer.Option(help="Training split. Default: found by its name.")] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Evaluation split. Default: found by its name.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Image column. Default: found by its type.")] = None,
-    label_column: Annotated[
-        list[str] | None, typer.Option(help="Label column, or several. Default: found by name and type.")
-    ] = None,
-    label_separator: Annotated[str | None, typer.Option(help="Text between several labels of one image.")] = None,
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+    train_split: TrainSplit = None,
+    eval_split: EvalSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    label_separator: LabelSeparator = None,
     task: Annotated[
         Literal["classification", "multi_label", "regression"] | None,
         typer.Option(help="Training objective. Default: from the labels."),
@@ -45,7 +54,7 @@ def fit(
         Literal["auto", "never"],
         typer.Option(help="'auto' resumes the fit in the output folder; 'never' discards it."),
     ] = "auto",
-    cache: Annotated[Path | None, typer.Option(help="Folder for cached features. Default: below HF_HOME.")] = None,
+    cache: FeatureCache = None,
 ) -> None:
     """Train the best classifier that fits into a number of minutes.
 

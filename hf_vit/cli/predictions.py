@@ -27,6 +27,7 @@ Windows = Annotated[
     bool,
     typer.Option("--windows", help="Sliding windows of the model's size over large images, for segmentation."),
 ]
+LabelSeparator = Annotated[str | None, typer.Option(help="Text between several labels of one image.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")]
 Head = Annotated[str | None, typer.Option(metavar="NAME", help="Head of a model with several heads.")]
 Runtime = Annotated[
@@ -61,7 +62,7 @@ def evaluate(
     label_column: Annotated[
         list[str] | None, typer.Option(help="Column of labels, if it is ambiguous; may be repeated.")
     ] = None,
-    label_separator: Annotated[str | None, typer.Option(help="Text between several labels of one image.")] = None,
+    label_separator: LabelSeparator = None,
     batch_size: BatchSize = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Worker processes that load images.")] = 0,
     image_size: ImageSize = None,

@@ -159,12 +159,24 @@ def preprocess(image: PILImage.Image | Tensor, processor: Any) -> Tensor:
 
 def normalize(pixels: Tensor, processor: Any) -> Tensor:
     """Normalize levels `[B, C, H, W]`, the results of `preprocess`, as an image processor does, on their device."""
-    mean, std = (
-        _levels(tuple(values), processor.rescale_factor, pixels.device)
-        for values in (processor.image_mean, processor.image_std)
-    )
+    mean, std = _moments(processor, pixels.device)
     # In place on a copy: allocation costs more than the arithmetic.
     return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)
+
+
+def levels_of(pixel_values: Tensor, processor: Any) -> Tensor:
+    """Return the levels, float32 `[B, C, H, W]`, that `normalize` made pixel values of, on their device."""
+    mean, std = _moments(processor, pixel_values.device)
+    return pixel_values.to(torch.float32, copy=True).mul_(std).add_(mean)
+
+
+def _moments(processor: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of an image processor as levels, `[C, 1, 1]`."""
+    mean, std = (
+        _levels(tuple(values), processor.rescale_factor, device)
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return mean, std
 
 
 @lru_cache(maxsize=16)

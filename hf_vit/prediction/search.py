@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -158,8 +159,6 @@ def _read(path: Path) -> tuple[dict[str, Any], pa.Table]:
 
 
 def _lengths(column: pa.ChunkedArray) -> list[int]:
-    import pyarrow.compute as pc
-
     return pc.fill_null(pc.list_value_length(column), 0).to_pylist()
 
 

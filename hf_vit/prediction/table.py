@@ -237,8 +237,7 @@ class PredictionTable:
         unfinished, images, broken = self.folder / f"{UNFINISHED}table", 0, []
         with writing("the file; all shards are intact", self.output):
             most = max((self._most_labels(shard) for shard in shards), default=0)
-            of_some = [name for name in OF_SOME if self._have(name, shards)]
-            schema = schema_of(self.has_features, of_some, self.is_half)
+            schema = schema_of(self.has_features, self._of_some(shards), self.is_half)
             if self.has_features and self.facts:
                 schema = schema.with_metadata({FACTS: json.dumps(self.facts)})
             with WRITERS[self.output.suffix](unfinished, schema, most) as write:
@@ -257,11 +256,13 @@ class PredictionTable:
         self._clear()
         return images, broken
 
-    def _have(self, name: str, shards: list[Shard]) -> bool:
-        """Return whether a column of `OF_SOME` has values; a shard of an older version has no such column."""
-        read = partial(pq.read_table, schema=self.schema, columns=[name])
-        columns = (read(self.folder / shard.name)[name] for shard in shards)
-        return any(column.null_count < len(column) for column in columns)
+    def _of_some(self, shards: list[Shard]) -> list[str]:
+        """Return the columns of `OF_SOME` that have values; a shard of an older version has no such columns."""
+        found = set[str]()
+        for shard in shards:
+            table = pq.read_table(self.folder / shard.name, schema=self.schema, columns=list(OF_SOME))
+            found |= {name for name in OF_SOME if table[name].null_count < len(table)}
+        return [name for name in OF_SOME if name in found]
 
     def _most_labels(self, shard: Shard) -> int:
         lengths = pc.list_value_length(pq.read_table(self.folder / shard.name, columns=["labels"])["labels"])

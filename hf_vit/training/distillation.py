@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -26,7 +26,7 @@ from ..model.losses_hf_vit import scaled_logits
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel, HFViTPreTrainedModel
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
-from .objective import Objective, refuse_mixing
+from .objective import Objective, means_over_images, refuse_mixing
 from .recipe import TrainConfig
 from .teacher_cache import TeacherCache
 from .teachers import Answers, Teachers
@@ -233,28 +233,17 @@ class Distillation(Objective):
             agrees = (outputs.logits.argmax(dim=-1) == answers.logits[0].argmax(dim=-1)).float()
         return losses, agrees
 
-    @torch.no_grad()
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Any], list[str], None]:
         """Return the mean loss, the share of images on which a classifier agrees, and names of unreadable images."""
-        was_training = model.training
-        model.eval()
-        sums: list[Tensor] = []  # on the device: reading each would wait for it
-        broken: list[str] = []
-        for batch in loader:
-            broken += batch["broken"]
-            pixel_values = normalize(send_to_device(batch["pixel_values"], accelerator.device, non_blocking=True))
-            is_counted = (batch["index"] >= 0).to(pixel_values)
-            losses = self._losses(model, pixel_values, torch.empty(0))
-            sums.append(torch.stack([(each.float() * is_counted).sum() for each in (*losses, is_counted)]))
-        model.train(was_training)
-        total = torch.stack(sums).cpu().double().sum(dim=0).float().to(accelerator.device)
-        loss, agreement, counted = accelerator.reduce(total, "sum").tolist()
-        broken = gather_object(broken) if accelerator.num_processes > 1 else broken
-        means = {"loss": loss / max(1, counted), "agreement": agreement / max(1, counted)}
-        metrics = {name: means[name] for name in self.metric_names}
-        return {**metrics, "count": round(counted)}, sorted(broken), None
+
+        def losses(pixel_values: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            return self._losses(model, pixel_values, torch.empty(0))
+
+        means, count, broken = means_over_images(losses, model, loader, accelerator, normalize)
+        metrics = dict(zip(("loss", "agreement"), means, strict=True))
+        return {**{name: metrics[name] for name in self.metric_names}, "count": count}, broken, None
 
     def published(self, model: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Return the model that is saved, and its weights."""

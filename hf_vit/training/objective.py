@@ -1,9 +1,13 @@
 """What every training objective has, beside its loss and its evaluation."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
 
+from ..system.transfers import to_device
 from .recipe import TrainConfig
 
 
@@ -16,6 +20,42 @@ class Objective:
     def published(self, model: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Return the model that a run saves at its end, and its weights, from those that it trains."""
         return model, weights
+
+
+@torch.no_grad()
+def means_over_images(
+    measure: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    model: nn.Module,
+    loader: Any,
+    accelerator: Any,
+    normalize: Callable[[Tensor], Tensor],
+) -> tuple[list[float], int, list[str]]:
+    """Return means over the images of all processes, their number, and the names of those that cannot be read.
+
+    Args:
+        measure: Returns values of every image, `[B]` each, of pixel values `[B, C, H, W]` and the images' indices.
+        model: The model, in evaluation mode meanwhile.
+        loader: Batches of evaluation images; an index below 0 is an image that does not count.
+        accelerator, normalize: Those of the run.
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[Tensor] = []  # on the device: reading each would wait for it
+    number = 0
+    broken: list[str] = []
+    for batch in loader:
+        broken += batch["broken"]
+        pixel_values = normalize(send_to_device(batch["pixel_values"], accelerator.device, non_blocking=True))
+        indices = batch["index"].cpu()
+        is_counted = to_device((indices >= 0).float(), pixel_values.device)
+        sums.append(torch.stack([values.float() @ is_counted for values in measure(pixel_values, indices)]))
+        number += int((indices >= 0).sum())
+    model.train(was_training)
+    totals = torch.stack(sums).cpu().double().sum(dim=0).tolist()
+    total = torch.tensor([*totals, number], dtype=torch.float32, device=accelerator.device)
+    *totals, counted = accelerator.reduce(total, "sum").tolist()
+    broken = gather_object(broken) if accelerator.num_processes > 1 else broken
+    return [each / max(1, counted) for each in totals], round(counted), sorted(broken)
 
 
 def refuse_mixing(config: TrainConfig, reason: str) -> None:

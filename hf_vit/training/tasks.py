@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..checkpoints.models import (
@@ -37,7 +36,7 @@ from ..system.texts import one_line
 from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
 from .distillation import Distillation
-from .objective import Objective, refuse_mixing
+from .objective import Objective, means_over_images, refuse_mixing
 from .recipe import TrainConfig
 
 # With these, a frozen encoder gives the same features for an image every time.
@@ -347,7 +346,6 @@ class MaskedPatches(Objective):
         masks = self._masks(model, pixel_values, [generator] * len(pixel_values))
         return model(pixel_values=pixel_values, bool_masked_pos=to_device(masks, pixel_values.device)).loss
 
-    @torch.no_grad()
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Any], list[str], None]:
@@ -355,29 +353,16 @@ class MaskedPatches(Objective):
 
         The mask of an image is the same in every evaluation.
         """
-        was_training = model.training
-        model.eval()
-        sums: list[Tensor] = []  # on the device: reading each would wait for it
-        number = 0
-        broken: list[str] = []
-        for batch in loader:
-            broken += batch["broken"]
-            pixel_values = normalize(send_to_device(batch["pixel_values"], accelerator.device, non_blocking=True))
-            generators = [
-                torch.Generator().manual_seed(derive_seed("mask", index)) for index in batch["index"].tolist()
-            ]
-            is_counted = batch["index"].cpu() >= 0
+
+        def losses(pixel_values: Tensor, indices: Tensor) -> tuple[Tensor]:
+            generators = [torch.Generator().manual_seed(derive_seed("mask", index)) for index in indices.tolist()]
             masks = to_device(self._masks(model, pixel_values, generators), pixel_values.device)
             predictions = model(pixel_values=pixel_values, bool_masked_pos=masks).predictions
-            losses = (_without_wrapper(model).objective.loss(predictions, pixel_values) * masks).sum(1) / masks.sum(1)
-            sums.append(losses @ to_device(is_counted.to(losses.dtype), losses.device))
-            number += int(is_counted.sum())
-        model.train(was_training)
-        loss_sum = torch.stack(sums).cpu().double().sum()
-        total = torch.tensor([loss_sum, number], dtype=torch.float32, device=accelerator.device)
-        loss_sum, counted = accelerator.reduce(total, "sum").tolist()
-        broken = gather_object(broken) if accelerator.num_processes > 1 else broken
-        return {"loss": loss_sum / max(1, counted), "count": round(counted)}, sorted(broken), None
+            of_patches = _without_wrapper(model).objective.loss(predictions, pixel_values)
+            return ((of_patches * masks).sum(1) / masks.sum(1),)
+
+        (loss,), count, broken = means_over_images(losses, model, loader, accelerator, normalize)
+        return {"loss": loss, "count": count}, broken, None
 
     def _masks(self, model: Any, pixel_values: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Return which patches are masked, `[B, N]` on the CPU: random squares, up to exactly `mask_ratio`.

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import CLASSIFIER, usual_size
 from ..checkpoints.models import load
 from ..checkpoints.opening import open_checkpoint
+from ..data.images import levels_of, normalize
 from ..inference.digest import digest_of
 from ..model.losses_hf_vit import scaled_logits
 from ..system.texts import counted, without_tokens
@@ -73,18 +74,18 @@ class Teacher:
         """Return a digest of the weights and the preprocessing."""
         return digest_of(self.model, self.config, self.processor, self.shape)
 
-    def answer(self, pixels: Tensor, grid: tuple[int, int], has_logits: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def answer(self, levels: Tensor, grid: tuple[int, int], has_logits: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return summary `[B, S]`, patches `[B, N, D]` on a grid, and logits or `None`, in float32.
 
         Args:
-            pixels: `[B, C, H, W]` in [0, 1], with the channels of this model.
+            levels: `[B, C, H, W]` from 0 to 255, with the channels of this model.
             grid: (rows, columns) of the student.
             has_logits: Whether to compute logits.
         """
-        self.model.to(pixels.device)  # which copies nothing after the first call
+        self.model.to(levels.device)  # which copies nothing after the first call
         with torch.inference_mode():
             own_grid = self.config.grid_of(*self.shape)
-            outputs = self.encoder(pixel_values=self._normalized(pixels))
+            outputs = self.encoder(pixel_values=self._normalized(levels))
             patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
             pooled = outputs.pooler_output
             summary = patches.mean(dim=1) if pooled is None else pooled
@@ -93,17 +94,11 @@ class Teacher:
         # Outside of the inference mode, copies are tensors that a loss may keep for its backward.
         return summary.float().clone(), patches.clone(), None if logits is None else logits.clone()
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[-2:] != self.shape:
-            pixels = F.interpolate(pixels, self.shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        mean, std = (per_channel(values, pixels) for values in (self.processor.image_mean, self.processor.image_std))
-        return (pixels * (255 * self.processor.rescale_factor) - mean) / std
-
-
-def per_channel(values: Any, pixels: Tensor) -> Tensor:
-    """Return values of an image processor as `[C or 1, 1, 1]`: equal ones fit any number of channels."""
-    values = list(values)[:1] if len({*values}) == 1 else list(values)
-    return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+    def _normalized(self, levels: Tensor) -> Tensor:
+        if levels.shape[-2:] != self.shape:
+            levels = F.interpolate(levels, self.shape, mode="bicubic", antialias=True, align_corners=False)
+            levels = levels.clamp(0, 255)
+        return normalize(levels, self.processor)
 
 
 def on_grid(patches: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -167,13 +162,12 @@ class Teachers:
             processor: The image processor of the student.
             grid: (rows, columns) of the student's patches.
         """
-        mean, std = (per_channel(values, pixel_values) for values in (processor.image_mean, processor.image_std))
-        pixels = (pixel_values.float() * std + mean) / (255 * processor.rescale_factor)
+        levels = levels_of(pixel_values, processor)
         if self.channels:
-            pixels = pixels[:, self.channels]
+            levels = levels[:, self.channels]
         answers = Answers([], [], [])
         for teacher in self.each:
-            seen = pixels.expand(-1, teacher.config.num_channels, -1, -1) if pixels.shape[1] == 1 else pixels
+            seen = levels.expand(-1, teacher.config.num_channels, -1, -1) if levels.shape[1] == 1 else levels
             summary, patches, logits = teacher.answer(seen, grid, self.has_logits)
             answers.summaries.append(summary)
             answers.patches.append(patches)

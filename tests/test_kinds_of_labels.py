@@ -12,8 +12,10 @@ import torch
 from datasets import Dataset, Features, Image, Sequence, Value
 from sklearn import metrics as sklearn_metrics
 from tiny_run import COLORS, RECIPE, assert_same_weights, colored_images, stop_at, weights
-from transformers import pipeline
+from transformers import ImageClassificationPipeline, pipeline
+from transformers.pipelines.image_classification import ClassificationFunction
 
+from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTImageProcessor
 from hf_vit.data.augmentation import BatchMixer
 from hf_vit.data.labelled import ImageData
 from hf_vit.evaluation import evaluate
@@ -21,6 +23,7 @@ from hf_vit.evaluation.calibration import fit_temperature
 from hf_vit.evaluation.metrics import LOWER_IS_BETTER
 from hf_vit.evaluation.report import report_lines
 from hf_vit.evaluation.results import ImageResults, LabelResults, TargetResults
+from hf_vit.model.pipeline_hf_vit import HFViTImageClassificationPipeline
 from hf_vit.prediction.predictor import Predictor
 from hf_vit.system.stopping import Interrupted
 from hf_vit.training import run as run_module
@@ -319,3 +322,19 @@ def test_evaluation_of_a_saved_model(kind: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(evaluate, "load_evaluation_data", lambda *names, **options: (plain, ""))
     with pytest.raises(ValueError, match="but the data has one label per image"):
         evaluate.evaluate_checkpoint(str(folder), "photos", precision="fp32")
+
+
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification", SEVERAL, "regression"])
+@pytest.mark.parametrize("function", [None, "softmax", "sigmoid", "none"])
+def test_a_pipeline_answers_as_that_of_transformers(problem_type: str | None, function: str | None) -> None:
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = HFViTForImageClassification(HFViTConfig(**fields, image_size=8, patch_size=4, num_labels=7))
+    model.config.problem_type = problem_type
+    options = {"model": model, "image_processor": HFViTImageProcessor(size={"height": 8, "width": 8})}
+    ours, theirs = HFViTImageClassificationPipeline(**options), ImageClassificationPipeline(**options)
+    how = None if function is None else ClassificationFunction(function)
+    logits = torch.tensor([0.5, 2.0, 0.5, -1.0, 2.0, 0.25, 0.5])  # with ties
+    for values in (logits, logits.bfloat16()):
+        for top_k in (1, 3, 20):
+            outputs = {"logits": values[None]}
+            assert ours.postprocess(outputs, how, top_k) == theirs.postprocess(outputs, how, top_k)

@@ -6,6 +6,7 @@ pixels get an arbitrary color, and an error does not name the file. With the pac
 `trust_remote_code=True`, the class that `HFViTConfig.custom_pipelines` names.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,14 @@ from transformers import (
     ObjectDetectionPipeline,
     Pipeline,
 )
+from transformers.pipelines.image_classification import sigmoid, softmax
 
 from .abstention_hf_vit import certainties, most_shown, with_certainty
 from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
+from .losses_hf_vit import activation_of
+
+# What turns logits into scores, in NumPy, as in transformers.
+SCORES: dict[str, Callable[[Any], Any]] = {"softmax": softmax, "sigmoid": sigmoid, "none": lambda logits: logits}
 
 
 class FilePreprocessing:
@@ -42,10 +48,17 @@ class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPip
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, function_to_apply: Any = None, top_k: int | None = None
     ) -> Any:
-        """Return labels and scores as transformers does; for a model with thresholds, as `with_certainty` does."""
-        (certainty,) = certainties(model_outputs["logits"][:1], self.model.config)
-        found = super().postprocess(model_outputs, function_to_apply, most_shown(certainty, top_k))
-        return with_certainty(found, certainty)
+        """Return labels and scores as transformers does; for a model with thresholds, as `with_certainty` does.
+
+        Only the labels of the answer are named: naming and sorting all 1,000 takes 3 ms per image.
+        """
+        config, logits = self.model.config, model_outputs["logits"][0].float()
+        (certainty,) = certainties(logits[None], config)
+        activation = activation_of(config) if function_to_apply is None else function_to_apply.value
+        scores = torch.from_numpy(SCORES[activation](logits.numpy()))
+        best = scores.sort(descending=True, stable=True).indices[: most_shown(certainty, top_k)].tolist()
+        names = config.id2label
+        return with_certainty([{"label": names[index], "score": scores[index].item()} for index in best], certainty)
 
 
 class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtractionPipeline):  # type: ignore[misc]

@@ -254,6 +254,17 @@ def test_a_run_that_cannot_be_done_leaves_the_others(tmp_path: Path) -> None:
     assert "nowhere/at/all" in "".join(path.read_text() for path in (tmp_path / RUNS).glob("*.log"))
 
 
+@pytest.mark.slow
+def test_a_study_whose_data_cannot_be_read_ends_after_few_runs(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = replace(tiny(), data=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"12 of 12 runs could not be completed \(.* and \d more: ValueError: "):
+        run_study(Relay(), config, tmp_path / "study", 6, "c", jobs=1, say=said.append)
+    assert sum(line.startswith("Error in ") for line in said) == 1
+    log = "".join(path.read_text() for path in (tmp_path / "study" / RUNS).glob("*.log"))
+    assert log.count("Traceback") == 3
+
+
 COMMAND = [
     *(sys.executable, "-m", "hf_vit.cli", "study", "positions", "--quick", "--data", "digits", "--image-size", "8"),
     *("--model-config.patch-size", "2", "--model-config.hidden-size", "16", "--max-steps", "60", "--seeds", "1"),

@@ -38,6 +38,7 @@ from .study import Cell, Factors, Results, Study
 
 RESULTS, RUNS = "results.jsonl", "runs"
 RUNS_PER_GPU = 4
+SAME_ERRORS = 3  # after which a study ends in which no run has succeeded
 # Recipe fields that may differ between rows of one study: none of them changes which run of the study it is.
 NOT_COMPARED = {*FREE_TO_CHANGE, "seed", "data", "model"}
 
@@ -345,7 +346,8 @@ def _execute(plan: list[PlannedRun], file: ResultsFile, jobs: int | None, say: S
     jobs = min(jobs or RUNS_PER_GPU * torch.accelerator.device_count() or cores(), len(plan))
     threads = max(1, cores() // jobs)
     parents = {run.parent_key for run in plan}
-    waiting, undone, errors = list(plan), {run.key for run in plan}, []
+    waiting, undone = list(plan), {run.key for run in plan}
+    errors: dict[str, list[str]] = {}  # names of the runs by message
     began = time.perf_counter()
     with StudySignals():
         workers = [Worker(number, threads, plan[0].runs / f"worker-{number}.log") for number in range(jobs)]
@@ -364,8 +366,12 @@ def _execute(plan: list[PlannedRun], file: ResultsFile, jobs: int | None, say: S
                 for connection in wait(list(busy)):
                     run, outcome, result = busy[connection].take()  # type: ignore[index]
                     if outcome == "error":  # runs that start from it cannot be executed either
-                        errors.append(f"{run.name}: {result}")
-                        say(f"Error in {errors[-1]}")
+                        same = errors.setdefault(result, [])
+                        same.append(run.name)
+                        if len(same) == 1:
+                            say(f"Error in {run.name}: {result}")
+                        if len(same) == SAME_ERRORS and len(undone) == len(plan):
+                            waiting.clear()  # every run has failed in the same way, as for data that cannot be read
                         continue
                     undone.discard(run.key)
                     file.add(run, result if outcome == "done" else {"failed": result})
@@ -380,8 +386,10 @@ def _execute(plan: list[PlannedRun], file: ResultsFile, jobs: int | None, say: S
             for worker in workers:
                 worker.process.join()
     if errors:
+        more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in errors.items()}
+        causes = [f"{names[0]}{more[why]}: {why}" for why, names in errors.items()]
         raise ValueError(
-            f"{len(undone)} of {len(plan)} runs could not be completed ({'; '.join(errors[:3])}). Their logs are in "
+            f"{len(undone)} of {len(plan)} runs could not be completed ({'; '.join(causes[:3])}). Their logs are in "
             f"{plan[0].runs}; run the same command to try them again."
         )
 

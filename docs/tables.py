@@ -11,7 +11,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import typer
 import yaml
+
+from hf_vit.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 # The metric of a task that the zoo shows: its key in metrics.json, and its name.
@@ -21,7 +24,6 @@ SHOWN = {
     "object-detection": ("eval_map_50", "AP50"),
 }
 VERDICTS = ("agrees", "does not agree", "no significant difference", "inconclusive")
-DEFINITION = re.compile(r"^(-[^:]+|[A-Z/.]+): (.+)$")
 
 
 def models() -> str:
@@ -71,20 +73,33 @@ def claims() -> str:
 
 
 def commands() -> str:
-    """Return the help of all commands as sections, from `tests/golden/help.txt`."""
+    """Return the help of all commands as sections, from `tests/golden/help.txt`, with types, choices and defaults."""
+    program: Any = typer.main.get_command(app)
+    context = program.context_class(program, info_name="hf-vit")
     parts = []
     for text in re.split(r"^\$ ", (ROOT / "tests" / "golden" / "help.txt").read_text(), flags=re.MULTILINE)[1:]:
         command, _, body = text.partition("\n")
+        options = options_of(program, context, command)
         blocks = []
         for line in body.strip().splitlines():
-            if option := DEFINITION.match(line):
-                blocks.append(f"`{option[1]}`\n: {option[2]}\n")
+            name = re.split("[:,]", line)[0]
+            if name in options:
+                blocks.append("`{}`\n: {}\n".format(*options[name]))
             elif ": hf-vit " in line:
                 blocks.append("{}:\n```bash\n{}\n```".format(*line.split(": ", 1)))
             else:
                 blocks.append(line)
         parts.append(f"## {command}\n\n" + "\n".join(blocks))
     return "\n\n".join(parts)
+
+
+def options_of(program: Any, context: Any, command: str) -> dict[str, tuple[str, str]]:
+    """Return the options of a command by each of their names: names with types, and their help with defaults."""
+    for name in command.split()[1:]:
+        program = program.get_command(context, name)
+        context = program.context_class(program, info_name=name, parent=context)
+    records = filter(None, (each.get_help_record(context) for each in program.params))
+    return {name: record for record in records for name in re.split("[ ,]+", record[0])}
 
 
 TABLES: dict[str, Callable[[], str]] = {"models": models, "claims": claims}

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from transformers.utils import cached_file
 
 from ..system.network import sentence_of
@@ -20,6 +20,8 @@ from .formats import Stored, Tensors, format_of, read_tensors
 
 __all__ = ["Source", "Stored", "Tensors", "open_source"]
 
+# Folders in which runs keep their state, by command; only an unfinished run has no weights beside them.
+OF_RUNS = {"fit": "fit", "checkpoints": "train"}
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -96,6 +98,8 @@ def open_source(name: str | Path, **hub: Any) -> Source:
             _find(str(name), hub, WEIGHTS[0], is_optional=False)
         if adapter := _find(str(name), hub, ADAPTER):
             raise ValueError(_adapter_of(str(name), read_json(adapter)))
+        if command := next((command for part, command in OF_RUNS.items() if (path / part).is_dir()), None):
+            raise ValueError(f"{name} holds an unfinished run: repeat its hf-vit {command} command to finish it.")
         raise ValueError(f"{name}: no weights found; expected one of {', '.join(WEIGHTS)}. {_instead(path)}")
     find = partial(_find, str(name), hub)
     side_files = (*SIDE_FILES, OPEN_CLIP_CONFIG) if read[1].name.startswith("open_clip") else SIDE_FILES
@@ -150,6 +154,8 @@ def _find(name: str, hub: dict[str, Any], file: str, is_optional: bool = True) -
             return None
         reason = sentence_of(error) or one_line(str(error))
         if not Path(name).is_dir():
+            if constants.HF_HUB_OFFLINE:
+                reason = "it is not in the cache, and HF_HUB_OFFLINE is set."
             raise ValueError(f"{missing(name)}. It was not loaded from the Hub either: {reason}") from error
         raise ValueError(f"{name}: {reason}") from error
     if found and Path(name).is_dir():

@@ -31,10 +31,12 @@ def _software() -> Iterator[str]:
     yield f"python {installed['python']}, {platform.system()} {platform.machine()}"
     yield f"hf-vit {installed.get('hf-vit', 'is not installed, but a source tree')}"
     for extra, names in needed.items():
-        found = [f"{name} {installed.get(name, 'is not installed')}" for name in names]
         if not extra:
-            yield from found
+            yield from (f"{name} {installed.get(name, 'is not installed')}" for name in names)
         elif extra not in OF_DEVELOPERS:
+            found = [f"{name} {installed[name]}" for name in names if name in installed]
+            if missing := [name for name in names if name not in installed]:
+                found.append(f"not installed: {' '.join(missing)}")
             yield f"extra {extra}: {', '.join(found)}"
 
 

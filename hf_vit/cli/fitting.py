@@ -1,5 +1,6 @@
 """The command that chooses: fit."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +9,7 @@ import typer
 
 from ..system.places import check_exist
 from ..system.texts import hanging, shortened
-from .endings import echo, read_size, typed_command
+from .endings import announce, echo, read_size, typed_command
 from .predictions import Coverage, LabelSeparator, MaxError
 
 BEGAN = time.perf_counter()  # before the libraries load, which takes seconds
@@ -63,13 +64,14 @@ def fit(
 
     Example: hf-vit fit my_pictures/ --model facebook/dinov2-small -o my-classifier
 
-    Answers that can be unknown: hf-vit fit my_pictures/ --model facebook/dinov2-small --max-error 0.05
+    With an abstention threshold: hf-vit fit my_pictures/ --model facebook/dinov2-small --max-error 0.05
     """
-    check_exist([*data, model])
+    check_exist(data, model)
     limit = f" within about {minutes:g} min" if minutes else ""
     kind = "classifier" if minutes else "linear classifier"
     beginning = f"Fitting a {kind} to {shortened(data)}{limit}, starting from {model}."
     echo("\n".join(hanging("", beginning)))
+    announce("Reading the images, and loading the encoder.")
     from ..training.fitting.fit import fit
 
     fit(
@@ -93,3 +95,5 @@ def fit(
         say=echo,
         began=BEGAN,
     )
+    folder = shlex.quote(str(output_dir))  # more of the list of next commands
+    echo(f"  hf-vit demo {folder}\n  hf-vit export {folder} {folder}.onnx\n  hf-vit serve {folder}")

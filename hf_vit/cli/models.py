@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..system.disk import check_new_file
 from ..system.places import check_exist
 from ..system.texts import counted, hanging, shortened
-from .endings import echo, read_numbers, read_size
+from .endings import announce, echo, read_numbers, read_size
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint, Options
@@ -23,6 +24,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 # Formats of an export.
 ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pte": "executorch", ".pt2": "torch-export", ".npz": "npz"}
+FORMATS = "onnx, openvino, executorch, torch-export, transformers-js, transformers, timm, npz"
 
 # Fields of `checkpoints.Options`, by name.
 CHECKPOINT_OPTIONS: dict[str, Any] = {
@@ -160,10 +162,7 @@ def export(
     ],
     to: Annotated[
         str | None,
-        typer.Option(
-            help="Format: onnx, openvino, executorch, torch-export, transformers-js, transformers, timm, or npz "
-            "(big_vision). Default: by the ending of OUT."
-        ),
+        typer.Option(help=f"Format: {FORMATS} (big_vision). Default: by the ending of OUT."),
     ] = None,
     int8: Annotated[
         Literal["weights", "dynamic", "static"] | None,
@@ -196,7 +195,13 @@ def export(
 
     Example: hf-vit export hf-vit-digits digits.onnx --int8 dynamic --data digits
     """
-    check_exist([model, data, calibration])
+    check_exist([data, calibration], model)
+    to = to or ENDINGS.get(out.suffix.lower())
+    if to is None:
+        raise ValueError(f"Unknown ending of {out}: expected {', '.join(ENDINGS)}, or --to with one of {FORMATS}.")
+    if out.suffix.lower() in ENDINGS:
+        check_new_file(out, force)
+    announce(f"Exporting {model} to {out}, and comparing the outputs with torch.")
     from ..checkpoints.export import TARGETS, export_checkpoint
     from ..graphs.export import export_graph
     from ..graphs.kinds import KINDS
@@ -207,13 +212,6 @@ def export(
 
         return compare(model, checkpoint, str(data), processor, models, sizes=sizes)
 
-    formats = [*KINDS, NAME, *TARGETS]
-    to = to or ENDINGS.get(out.suffix.lower())
-    if to is None:
-        raise ValueError(
-            f"Expected a format, since {out} does not end in {', '.join(ENDINGS)}: add --to, one of "
-            f"{', '.join(formats)}."
-        )
     compare_on_data = None if data is None else measure
     if to == NAME and (calibration is not None or with_preprocessing):
         raise ValueError(f"--calibration and --with-preprocessing do not apply to {NAME}: leave them out.")
@@ -237,7 +235,7 @@ def export(
         echo(f"Wrote {out}, and compared its outputs with torch.")
         return
     if to not in TARGETS:
-        raise ValueError(f"Unknown format {to!r} for --to: choose one of {', '.join(formats)}.")
+        raise ValueError(f"Unknown format {to!r} for --to: choose one of {FORMATS}.")
     if int8 is not None or data is not None or calibration is not None or precision != "fp32" or with_preprocessing:
         raise ValueError(
             f"--int8, --precision, --data, --calibration and --with-preprocessing apply only to {', '.join(KINDS)} "

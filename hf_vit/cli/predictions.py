@@ -101,7 +101,7 @@ def evaluate(
 
     One head of several: hf-vit evaluate my-heads photos/ --head species
 
-    Answers that can be unknown: hf-vit evaluate my-vit photos/ --calibrate --max-error 0.02
+    Abstention: hf-vit evaluate my-vit photos/ --calibrate --max-error 0.02
 
     On several GPUs: accelerate launch -m hf_vit.cli evaluate MODEL DATA
     """
@@ -198,15 +198,15 @@ def predict(
     check_exist(words, model)
     if output is not None and output.suffix:  # a folder is for masks or drawings
         check_output(output, features, half_features)
-    from ..data.sources import Sources
-    from ..prediction.shards import Settings
-
     if output is None:
         needing = {"--features": features or half_features, "--engine ray": engine == "ray", "--restart": restart}
         needing["a launch with more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if given := [name for name, is_given in needing.items() if is_given]:
             raise ValueError(f"Expected a file to write to, since you use {given[0]}: add --output labels.parquet.")
     announce(f"Predicting labels of {shortened(words)} with {model}.")
+    from ..data.sources import Sources
+    from ..prediction.shards import Settings
+
     sources = Sources(words, split, image_column)
     size = read_size("--image-size", image_size)
     settings = Settings(model, precision, size, compile, batch_size, workers, top_k, features, windows, head, runtime)
@@ -272,6 +272,7 @@ def demo(
     """
     check_exist([compare], model)
     need("demo", "gradio")
+    announce(f"Loading {model}.")
     if space is None:
         from ..demo.serving import serve
 
@@ -311,8 +312,8 @@ def benchmark(
     separate process, and they take turns. A speedup is printed only if it exceeds the measurement noise.
 
     gpu checks the GPU of this machine instead: whether outputs match those of a CPU, how often the CPU waits for the
-    GPU, exact resume, two processes on one GPU, and the speed of ViT-S to ViT-H beside timm. It exits with 1 if a
-    check fails.
+    GPU, exact resume, two processes on one GPU, and the speed of ViT-S to ViT-H compared with timm. It exits with 1
+    if a check fails.
 
     Example: hf-vit benchmark inference --models B/16 --batch-size 16
     """

@@ -13,6 +13,7 @@ from ..system.stopping import StopSignals
 from .exhibit import Exhibit
 from .markup import STYLE
 
+PORT = 7860  # Gradio's default
 LARGEST_FILE = 20 * 2**20  # bytes
 MOST_WAITING = 32  # requests; one at a time uses the model
 KEPT = 3600  # least number of seconds that an uploaded file is kept
@@ -84,6 +85,7 @@ def serve(
         for number in StopSignals.SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda number, frame: ended.set())
-        say(f"The page is at {address} (Ctrl-C ends it).")
+        other = "" if port is not None or address.rstrip("/").endswith(f":{PORT}") else f" Port {PORT} is in use."
+        say(f"The page is at {address} (Ctrl-C ends it).{other}")
         ended.wait()
         page.close(verbose=False)

@@ -104,7 +104,10 @@ def report_lines(measured: dict[str, Any]) -> list[str]:
         name = METRICS[expected["metric"]][0]
         interval = " to ".join(METRICS[expected["metric"]][1].format(expected[end]) for end in ("low", "high"))
         images = counted(measured["images"], "such image")
-        advice = "" if where == "within" else " These images probably differ from the training images."
+        advice = {
+            "within": " It is wider than the interval of the fit, since these images are a sample, too.",
+            "outside": " These images probably differ from the training images.",
+        }[where]
         lines += hanging(
             "", f"The {name} is {where} the range that hf-vit fit expected for {images}, {interval}.{advice}"
         )

@@ -158,7 +158,7 @@ def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "
     for row, column in np.argwhere(shares > 0) if is_small else ():
         share = shares[row, column]
         color = "white" if share > (55 if row == column else 40) else INK
-        text = "<1" if share < 1 else f"{share:.0f}"
+        text = "<1" if share < 1 else f"{int(share + 0.5)}"  # halves up, unlike round
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
     return heading(figure, title)
 

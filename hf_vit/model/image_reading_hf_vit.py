@@ -266,7 +266,7 @@ def _fault(error: Exception, data: bytes | None) -> str:
             return "is a HEIC image: install pillow-heif to read it, or convert it to JPEG."
         if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
             return "is a web page or SVG, not a bitmap image: use the image that the page shows."
-        return f"is not an image, or its header is corrupt: no format matches its {len(data):,} bytes."
+        return f"is not an image: no image format matches its {len(data):,} bytes."
     return f"is corrupt, truncated or in an unsupported format ({type(error).__name__}: {error})."
 
 

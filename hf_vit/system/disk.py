@@ -143,6 +143,12 @@ def new_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
         raise
 
 
+def check_new_file(file: Path, force: bool = False) -> None:
+    """Raise `ValueError` if a file exists and `force` is false, or if it is not a regular file."""
+    if file.exists() and not (force and file.is_file()):
+        raise ValueError(f"{file} exists: choose another file, or pass --force to replace it.")
+
+
 @contextmanager
 def new_file(file: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path; on success move it to `file`, together with the files written next to it.
@@ -151,8 +157,7 @@ def new_file(file: str | Path, force: bool = False) -> Iterator[Path]:
         ValueError: If `file` exists and `force` is false, or if it is not a regular file.
     """
     file = Path(file)
-    if file.exists() and not (force and file.is_file()):
-        raise ValueError(f"{file} exists: choose another file, or pass --force to replace it.")
+    check_new_file(file, force)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as temporary:
         unfinished = Path(temporary) / file.name

@@ -1,5 +1,6 @@
 """Progress of a run: one bar of at most 80 columns, or of the width of the terminal, and the time that is left."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ def progress_bar(total: int | None, unit: str, what: str = "", **options: Any) -
     if any("notebook" in kind.__module__ for kind in tqdm.__mro__):
         where: dict[str, Any] = {}
     elif sys.stderr.isatty():
-        where = {"dynamic_ncols": True}
+        has_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some containers state no size
+        where = {"dynamic_ncols": True} if has_size else {"ncols": COLUMNS}
     else:
         where = {"ncols": COLUMNS, "file": _LogFile(sys.stderr), **EVERY_LOG_LINE}
     shape = FORMAT_WITHOUT_TOTAL if total is None else FORMAT

@@ -170,7 +170,7 @@ class Registration:
 
 
 class ImportHook:
-    """Find modules as the other finders do, and tell registrations when these modules are imported.
+    """Find modules as the other finders do, and notify registrations when these modules are imported.
 
     It forgets a registration once it is complete, and removes itself after the last one.
     """
@@ -199,7 +199,7 @@ class ImportHook:
         return None
 
     def arrive(self, name: str) -> None:
-        """Tell the registrations that wait for a module that it is imported."""
+        """Notify the registrations that wait for a module that it is imported."""
         for registration in [each for each in self.registrations if name in each.missing]:
             if registration.arrive(name):
                 self.registrations = [each for each in self.registrations if each is not registration]

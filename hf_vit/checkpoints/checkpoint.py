@@ -182,7 +182,7 @@ class Checkpoint:
         if options.num_heads not in (None, self._own_config.num_attention_heads):
             raise ValueError(
                 f"{source.name} has {self._own_config.num_attention_heads} attention heads, and --num-heads "
-                f"{options.num_heads} would mix their queries, keys and values: leave it out."
+                f"{options.num_heads} would mix their queries, keys and values: remove it."
             )
         self.config = self._target_config(options)
         # A head that was asked for replaces the stored one, unless it has as many labels.
@@ -319,9 +319,9 @@ class Checkpoint:
                 yield name, torch.zeros(shape, dtype=dtype)
 
     def fold_head(self) -> list[str]:
-        """Fold temperature and units of targets into the head's weights; return which fields of the config these were.
+        """Fold the temperature and the units of the targets into the head's weights; return the fields that held them.
 
-        The logits stay the same, also in a library that knows no such fields.
+        The logits stay the same, even in a library without such fields.
         """
         if self.architecture != CLASSIFIER:
             return []

@@ -260,8 +260,8 @@ def _require_encoder(
     lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     if lost_encoder := sorted(name for name in lost if not name.startswith(new)):
         raise ValueError(
-            f"{source} lacks weights of this model, or has them in another shape: {', '.join(lost_encoder)}. Remove "
-            f"the fields that change the architecture: {', '.join(fields) or 'none was given'}."
+            f"{source} lacks weights of this model, or has them in a different shape: {', '.join(lost_encoder)}. "
+            f"Remove the fields that change the architecture: {', '.join(fields) or 'none was given'}."
         )
 
 

@@ -55,7 +55,7 @@ MEMBERS = {
 
 
 def refused(path: Path, head: bytes) -> str:
-    """Return why a file is no checkpoint, given its first bytes."""
+    """Return why a file is not a checkpoint, given its first bytes."""
     if path.suffix.lower() == ".onnx" or re.match(rb"\x08[\x01-\x1f]\x12", head):
         return _of_onnx(path)
     known = next((entry for start, entry in BYTES.items() if re.match(start, head, re.IGNORECASE | re.DOTALL)), None)
@@ -65,7 +65,7 @@ def refused(path: Path, head: bytes) -> str:
 
 
 def refused_archive(path: Path, members: Collection[str]) -> str | None:
-    """Return why a zip archive with these members is no checkpoint; `None` for a file of `torch.save`."""
+    """Return why a zip archive with these members is not a checkpoint; `None` for a file of `torch.save`."""
     names = {member.rpartition("/")[2] for member in members}
     for member, (what, remedy) in MEMBERS.items():
         if member in names:

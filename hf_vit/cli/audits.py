@@ -18,7 +18,7 @@ def audit(
         typer.Argument(metavar="DATA", help="Images: folder, table, archive, parquet, or a name on the Hub."),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Trained encoder or classifier. Default: only what needs no model is checked.")
+        str | None, typer.Option(help="Trained encoder or classifier. Default: none; skips checks that need one.")
     ] = None,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the results.")] = Path("audit"),
     image_size: ImageSize = None,
@@ -29,7 +29,7 @@ def audit(
     label_separator: LabelSeparator = None,
     task: Annotated[
         Literal["classification", "multi_label", "regression", "segmentation", "detection"] | None,
-        typer.Option(help="What the labels are. Default: from the labels."),
+        typer.Option(help="Type of the labels. Default: inferred from the labels."),
     ] = None,
     cache: FeatureCache = None,
     seed: Seed = 0,
@@ -73,7 +73,7 @@ def search(
     index: Annotated[
         Path, typer.Argument(metavar="INDEX", help="Table of features: a .parquet file of hf-vit predict.")
     ],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or globs to search for.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Query images: files, folders or globs.")],
     neighbors: Annotated[int, typer.Option("-k", min=1, metavar="N", help="Number of neighbors per image.")] = 10,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Table: .csv, .tsv, .jsonl or .parquet.")

@@ -17,7 +17,7 @@ def pack(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     shorter_side: Annotated[int, typer.Option(min=1, help="Pixels to which the shorter side is reduced.")] = 256,
-    image_column: Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Image column, if ambiguous.")] = None,
 ) -> None:
     """Reduce the images of a data set once, for faster training.
 

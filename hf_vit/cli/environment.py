@@ -12,7 +12,7 @@ OF_DEVELOPERS = {"docs", "test"}
 def env() -> None:
     """Print the installed versions and the hardware, for a bug report.
 
-    Prints no names of users or files, and no tokens.
+    Prints no user names, file names or tokens.
 
     Example: hf-vit env
     """

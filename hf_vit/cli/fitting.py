@@ -16,15 +16,15 @@ BEGAN = time.perf_counter()  # before the libraries load, which takes seconds
 
 # Options of the data and of its features, for audit, too.
 ImageSize = Annotated[
-    str | None, typer.Option(metavar="H or HxW", help="Image size. Default: that of the checkpoint's processor.")
+    str | None, typer.Option(metavar="H or HxW", help="Image size. Default: the size of the checkpoint's processor.")
 ]
-TrainSplit = Annotated[str | None, typer.Option(help="Training split. Default: found by its name.")]
-EvalSplit = Annotated[str | None, typer.Option(help="Evaluation split. Default: found by its name.")]
-ImageColumn = Annotated[str | None, typer.Option(help="Image column. Default: found by its type.")]
+TrainSplit = Annotated[str | None, typer.Option(help="Training split. Default: detected by name.")]
+EvalSplit = Annotated[str | None, typer.Option(help="Evaluation split. Default: detected by name.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Image column. Default: detected by type.")]
 LabelColumn = Annotated[
-    list[str] | None, typer.Option(help="Label column, or several. Default: found by name and type.")
+    list[str] | None, typer.Option(help="Label column, or several. Default: detected by name and type.")
 ]
-FeatureCache = Annotated[Path | None, typer.Option(help="Folder for cached features. Default: below HF_HOME.")]
+FeatureCache = Annotated[Path | None, typer.Option(help="Folder for cached features. Default: under HF_HOME.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
@@ -34,7 +34,7 @@ def fit(
         typer.Argument(metavar="DATA", help="Labeled images: a folder with a subfolder per class, a table, or a zip."),
     ],
     model: Annotated[str, typer.Option(help="Encoder to start from: a name on the Hub, a folder or a file.")],
-    minutes: Annotated[float, typer.Option(min=0, help="Time for everything. 0: a linear classifier only.")] = 10,
+    minutes: Annotated[float, typer.Option(min=0, help="Total time in minutes. 0: a linear classifier only.")] = 10,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the model.")] = Path(
         "my-classifier"
     ),
@@ -47,7 +47,7 @@ def fit(
     label_separator: LabelSeparator = None,
     task: Annotated[
         Literal["classification", "multi_label", "regression"] | None,
-        typer.Option(help="Training objective. Default: from the labels."),
+        typer.Option(help="Training objective. Default: inferred from the labels."),
     ] = None,
     coverage: Coverage = None,
     max_error: MaxError = None,
@@ -57,7 +57,7 @@ def fit(
     ] = "auto",
     cache: FeatureCache = None,
 ) -> None:
-    """Train the best classifier that fits into a number of minutes.
+    """Train the best classifier possible in a given number of minutes.
 
     Computes the features of every image once, fits a linear classifier on them, and tests whether fine-tuning is
     better. States the accuracy to expect, with an interval. The same command resumes an interrupted fit.

@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
-    epilog="Exit codes: 0 on success; 2 for an error that you can fix, after one line that says how; 129, 130 or 143 "
+    epilog="Exit codes: 0 on success; 2 for an error that you can fix (one line says how); 129, 130 or 143 "
     "if a signal stopped the run. An interrupted run is saved, and the same command resumes it.",
 )
 

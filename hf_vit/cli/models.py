@@ -40,7 +40,7 @@ CHECKPOINT_OPTIONS: dict[str, Any] = {
         typer.Option(help="Half of the packed projection that is the gate: first or last."),
     ],
     "head": Annotated[
-        str | None, typer.Option(metavar="NAME", help="Head of a model with several heads, as a model of its own.")
+        str | None, typer.Option(metavar="NAME", help="Head of a model with several heads, as a standalone model.")
     ],
     "names": Annotated[
         str | None, typer.Option(metavar="FILE", help="Table of tensor names (YAML), for a ViT of another library.")
@@ -120,7 +120,7 @@ def inspect(
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Folder for figures. Default: MODEL-pictures.")
     ] = None,
-    layer: Annotated[int, typer.Option(help="Layer of the maps, from 1, or from -1 backwards.")] = -1,
+    layer: Annotated[int, typer.Option(help="Layer of the maps: 1 is the first, -1 the last.")] = -1,
     form: Annotated[Literal["png", "svg"], typer.Option("--format", help="Format of the figures.")] = "png",
     html: Annotated[bool, typer.Option("--html", help="Also write an HTML page of all figures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one line of JSON.")] = False,
@@ -162,7 +162,7 @@ def export(
     ],
     to: Annotated[
         str | None,
-        typer.Option(help=f"Format: {FORMATS} (big_vision). Default: by the ending of OUT."),
+        typer.Option(help=f"Format: {FORMATS} (big_vision). Default: by the file extension of OUT."),
     ] = None,
     int8: Annotated[
         Literal["weights", "dynamic", "static"] | None,
@@ -175,10 +175,10 @@ def export(
         Literal["fp32", "fp16", "bf16"], typer.Option(help="Precision of the graph's weights.")
     ] = "fp32",
     data: Annotated[
-        str | None, typer.Option(help="Labeled images to compare accuracy and speed with torch on.")
+        str | None, typer.Option(help="Labeled images for comparing accuracy and speed with torch.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Images for --int8 static. Default: those of --data.")
+        str | None, typer.Option(metavar="DATA", help="Calibration images for --int8 static. Default: DATA of --data.")
     ] = None,
     with_preprocessing: Annotated[
         bool, typer.Option("--with-preprocessing", help="Graph from uint8 images of any size to probabilities.")
@@ -214,7 +214,7 @@ def export(
 
     compare_on_data = None if data is None else measure
     if to == NAME and (calibration is not None or with_preprocessing):
-        raise ValueError(f"--calibration and --with-preprocessing do not apply to {NAME}: leave them out.")
+        raise ValueError(f"--calibration and --with-preprocessing do not apply to {NAME}: remove them.")
     lines = None
     if to == NAME:
         lines = export_transformers_js(model, out, int8, compare_on_data, force, precision=precision)
@@ -260,7 +260,7 @@ def push(
     """Publish a model on the Hugging Face Hub.
 
     Uploads weights, config, processors, code, model card and figures in one commit, and no other files of the folder.
-    The card states the license that you give, or else that of the model that yours was fine-tuned from, if known.
+    The card states the license that you give, or else the license of the base model, if known.
 
     Example: hf-vit push my-vit YOUR_NAME/my-vit --private --license cc-by-4.0
     """

@@ -27,8 +27,8 @@ Windows = Annotated[
     bool,
     typer.Option("--windows", help="Sliding windows of the model's size over large images, for segmentation."),
 ]
-LabelSeparator = Annotated[str | None, typer.Option(help="Text between several labels of one image.")]
-ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if it is ambiguous.")]
+LabelSeparator = Annotated[str | None, typer.Option(help="Separator between the labels of one image.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Image column, if ambiguous.")]
 Head = Annotated[str | None, typer.Option(metavar="NAME", help="Head of a model with several heads.")]
 Runtime = Annotated[
     Literal["torch", "onnxruntime", "openvino", "auto"],
@@ -36,7 +36,7 @@ Runtime = Annotated[
 ]
 Coverage = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Share of images whose label set has the true label, such as 0.9."),
+    typer.Option(metavar="SHARE", help="Share of images whose label set contains the true label, such as 0.9."),
 ]
 MaxError = Annotated[
     float | None,
@@ -60,7 +60,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split to use. Default: the evaluation split.")] = None,
     image_column: ImageColumn = None,
     label_column: Annotated[
-        list[str] | None, typer.Option(help="Column of labels, if it is ambiguous; may be repeated.")
+        list[str] | None, typer.Option(help="Label column, if ambiguous; may be repeated.")
     ] = None,
     label_separator: LabelSeparator = None,
     batch_size: BatchSize = None,
@@ -92,8 +92,8 @@ def evaluate(
     do on its features. Without --split, the evaluation split is used. If there is none, all images are evaluated, or
     only the held-out images if the model was trained on this data.
 
-    With --calibrate, it writes into the folder MODEL when to answer "unknown" (--max-error) and which labels an image
-    may have (--coverage), and measures both.
+    With --calibrate, it fits a threshold for answering "unknown" (--max-error) and one for label sets (--coverage),
+    measures both, and writes them into the folder MODEL.
 
     Example: hf-vit evaluate my-vit photos/ --mistakes mistakes.csv
 
@@ -187,7 +187,7 @@ def predict(
 
     Example: hf-vit predict my-vit photos/ --top-k 1 -o labels.csv
 
-    Masks of a model for segmentation: hf-vit predict my-segmenter photos/ -o masks/
+    Masks of a segmentation model: hf-vit predict my-segmenter photos/ -o masks/
 
     Boxes of a detector, one per row: hf-vit predict my-detector photos/ -o boxes.csv
 
@@ -299,7 +299,7 @@ def benchmark(
         Literal["auto", "fp32", "bf16"], typer.Option(help="Precision; auto is bf16 where it is fast.")
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=5, help="Number of runs per variant.")] = 7,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Duration of one of these runs in seconds.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Duration of each run in seconds.")] = 1.0,
     compile: Annotated[bool, typer.Option("--compile", help="Also measure compiled models.")] = False,
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG files. Default: generated ones.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for a file with the results.")] = None,
@@ -320,7 +320,7 @@ def benchmark(
     if suites and "gpu" in suites:
         others = {"--models": models, "--batch-size": batch_size, "--against": against, "--photos": photos}
         if len(suites) > 1 or any(value is not None for value in others.values()):
-            raise ValueError(f"benchmark gpu takes no other suites, and none of {', '.join(others)}: remove them.")
+            raise ValueError(f"benchmark gpu cannot be combined with other suites, {', '.join(others)}: remove them.")
         from .gpu import check_gpu
 
         if not check_gpu(quick, minutes, output_dir, typed_command(), echo):

@@ -253,8 +253,8 @@ def build_augmentation(
         )
     if num_channels not in (1, 3) and (name not in WITHOUT_COLORS or color_jitter):
         raise ValueError(
-            f"augmentation={name} with color_jitter={color_jitter} changes colours, which images of {num_channels} "
-            f"channels lack: use {', '.join(WITHOUT_COLORS)} with color_jitter=0; erasing, mixup and cutmix work."
+            f"augmentation={name} with color_jitter={color_jitter} changes colours, but images with {num_channels} "
+            f"channels have none: use {', '.join(WITHOUT_COLORS)} with color_jitter=0, and erasing, mixup or cutmix."
         )
     if has_masks and name not in WITH_MASKS:
         raise ValueError(f"augmentation={name} does not move masks with images: use {', '.join(WITH_MASKS)}.")
@@ -277,7 +277,7 @@ def build_augmentation(
 
 
 def one_hot(labels: Tensor, number: int) -> Tensor:
-    """Return labels `[B]` as float32 `[B, number]`; torch's own function waits for some accelerators to check them."""
+    """Return labels `[B]` as one-hot float32 `[B, number]`; torch's `one_hot` would wait for some accelerators."""
     return (labels.unsqueeze(1) == torch.arange(number, device=labels.device)).float()
 
 

@@ -28,7 +28,7 @@ from .opening import Opened, open_source, storage_of
 from .tables import Finder
 
 EXPECTED = (
-    "expected COCO JSON (annotations/instances_train.json, or _annotations.coco.json beside the images), Pascal VOC "
+    "expected COCO JSON (annotations/instances_train.json, or _annotations.coco.json next to the images), Pascal VOC "
     "XML (Annotations/a.xml for JPEGImages/a.jpg), or YOLO text (labels/a.txt for images/a.jpg)"
 )
 ENDINGS = (".json", ".xml", ".txt", ".yaml", ".yml", ".names")
@@ -137,7 +137,7 @@ def _of_file(path: Path) -> Read:
         files.by_ending[".json"] = [path.absolute()]
     found = (read_coco if path.suffix.lower() == ".json" else read_yolo)(files)
     if found is None:
-        raise ValueError(f"{path} does not describe boxes of images: {EXPECTED}.")
+        raise ValueError(f"{path} is not a file of bounding boxes: {EXPECTED}.")
     return found
 
 

@@ -75,7 +75,7 @@ def channels_of(split: Any, columns: tuple[str, str | None], sample: int = 64) -
         if len(first) > 1:
             (a, one), (b, other) = first.items()
             raise ValueError(
-                f"Expected images of one number of channels, got {one} with {a} and {other} with {b}: "
+                f"Expected images with the same number of channels, got {one} with {a} and {other} with {b}: "
                 "use files of one kind."
             )
     if not pixels or has_photos:  # 8-bit photographs keep their range, among which some 16-bit ones have theirs

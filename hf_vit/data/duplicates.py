@@ -30,7 +30,7 @@ PAIRS = 2048  # that are aligned at once
 
 
 class Near(NamedTuple):
-    """Two near duplicates: their positions, the correlation of their gradients, and if one mirrors the other."""
+    """Two near duplicates: their positions, the correlation of their gradients, and whether one mirrors the other."""
 
     first: int
     second: int

@@ -38,7 +38,7 @@ KINDS = {
     UNREADABLE: Kind("Unreadable images", "Files that are missing, empty or corrupt."),
     LEAK: Kind(
         "Leaks: evaluation images in the training split",
-        "An evaluation image with the same bytes as a training image makes the measured metrics too good. The cleaned "
+        "An evaluation image with the same bytes as a training image inflates the measured metrics. The cleaned "
         "data leaves out the training image.",
     ),
     NEAR_LEAK: Kind(
@@ -56,7 +56,7 @@ KINDS = {
     NEAR_COPY: Kind(
         "Near duplicates",
         "Images of the same split that were encoded again, resized, mirrored, recoloured or cropped a little. The "
-        "score is the correlation of their gradients after alignment. Copies with other labels are kept.",
+        "score is the correlation of their gradients after alignment. Copies with different labels are kept.",
     ),
     SMALL: Kind("Tiny, narrow and blank images", "Images that show very little.", is_left_out=False),
     OUTLIER: Kind(
@@ -91,7 +91,7 @@ class Finding:
 
 @dataclass
 class Images:
-    """All images of a data set, numbered through, the training images first.
+    """All images of a data set, numbered consecutively, the training images first.
 
     Attributes:
         data: The data set.

@@ -55,7 +55,7 @@ def split_of(name: str) -> str | None:
 
 
 def is_split(name: str) -> bool:
-    """Return whether a name says a split and nothing else: `TRAIN` or `test_images`, but not `train_extra`."""
+    """Return whether a name denotes a split and nothing else: `TRAIN` or `test_images`, but not `train_extra`."""
     split, rest = _split_and_rest(name)
     return split is not None and not rest
 

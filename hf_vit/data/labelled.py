@@ -134,7 +134,7 @@ def load_data(
         image_column: Column of images or of their paths; the only one, or the one with a usual name, if not given.
         label_column: Column of labels; the only one of classes, or the one with a usual name, if not given. A list
             names several columns: of 0/1 for each class, or of numbers.
-        label_separator: Text between several labels of an image; found if not given.
+        label_separator: Separator between the labels of an image; detected if not given.
         problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`; inferred from
             the labels if not given. `"semantic_segmentation"` reads masks as labels: a second column of images, or
             folders of images and masks (`mask_folders`). `"object_detection"` reads boxes: a column of objects
@@ -399,7 +399,7 @@ def _divided(united: _United, name: str, fraction: float | None, seed: int, trai
 
 
 def hold_out(data: ImageData, fraction: float, seed: int) -> tuple[Any, Any]:
-    """Return the training images without, and those of, a share of every class."""
+    """Split off a share of every class; return the remaining training images, and those split off."""
     train, held_out = split_evenly(_strata(data), fraction, seed)
     return data.train.select(train), data.train.select(held_out)
 

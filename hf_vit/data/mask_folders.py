@@ -92,7 +92,7 @@ def pairs_in(folder: Folder) -> tuple[dict[str, list[tuple[str, str]]], list[str
         found = f"{counted(len(images), 'image')} ({shortened(alone)})" if images else "no images"
         wrong = f"{counted(len(set(masks.values())), 'mask')}" if masks else "no masks"
         raise ValueError(
-            f"Expected masks of the images in {folder.path}, found {found} and {wrong} that fit: put them into the "
+            f"Expected masks of the images in {folder.path}, found {found} and {wrong} that match: put them into the "
             "folders images and masks under the same names, such as images/a.jpg and masks/a.png, with or without "
             "folders train, validation and test above or below."
         )

@@ -181,7 +181,7 @@ def code_of_masks(
         raise ValueError(f"Expected masks with at least two classes, found the values {seen}.")
     if known[-1] > 2 * len(known) + 4:
         raise ValueError(
-            f"Expected class indices from 0 in the masks, found {counted(len(known), 'value')} up to {known[-1]} "
+            f"Expected masks with class indices from 0, found {counted(len(known), 'value')} up to {known[-1]} "
             f"({shortened(known)}): name the values in an id2label.json beside the data, such as "
             f'{{"{known[0]}": "background", "{known[1]}": "cat"}}. JPEG files do not keep exact values: save masks as '
             "PNG."
@@ -265,7 +265,7 @@ def _mismatch(image: dict[str, Any], size: Sequence[int]) -> ValueError | None:
 def palette(number: int) -> np.ndarray:
     """Return a colour for every class, uint8 `[number, 3]`, the same for any number of classes.
 
-    Hues are multiples of the golden ratio, so that those of any first classes are far apart; brightness alternates.
+    Hues are multiples of the golden ratio, so that the first n are far apart for every n; brightness alternates.
     """
     strengths = ((0.85, 0.95), (0.5, 0.8), (0.9, 0.55))  # saturation and value
     colors = [hsv_to_rgb(index * 0.618 % 1, *strengths[index % 3]) for index in range(number)]

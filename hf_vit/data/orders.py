@@ -83,8 +83,8 @@ class TableOrder(Sampler[list[Visit]]):
 class BalancedOrder(TableOrder):
     """Sample batches of a table in which every class comes equally often in an epoch.
 
-    An epoch has as many visits as there are images. Images of a rare class are visited repeatedly, each equally often
-    up to one; of a frequent class, another part is visited in every epoch. With several labels per image, every
+    An epoch has as many visits as there are images. Images of a rare class are visited repeatedly, equally often to
+    within one; of a frequent class, every epoch visits a different part. With several labels per image, every
     positive label is a class, and so is an image without any.
 
     Args:

@@ -255,7 +255,7 @@ class Table:
         if len(lost) == len(self.files) or len(lost) > max(3, SHARE_MISSING * len(self.files)):
             raise ValueError(
                 f"{number} do not exist below {self.path.parent} or fit several images: {shortened(lost)}. Put the "
-                "table beside the images, correct the paths, or choose another --image-column."
+                "table next to the images, correct the paths, or choose another --image-column."
             )
         return f"Skipped {number} that do not exist or fit several images: {shortened(lost)}."
 

@@ -118,7 +118,7 @@ class Exhibit:
 
     @property
     def sizes(self) -> list[Size]:
-        """Sizes to compare, smallest first: the multiples of the patch nearest to `FACTORS` of the model's own."""
+        """Sizes to compare, smallest first: the multiples of the patch nearest to `FACTORS` times the model's own."""
         return sorted({self.own_size, *map(self.near, FACTORS)})
 
     def near(self, factor: float) -> Size:

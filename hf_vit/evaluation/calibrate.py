@@ -23,8 +23,8 @@ from .metrics import results_of
 CONFIG = "config.json"
 HEADING = "Unknown images"
 SAME_KIND = (
-    "This holds for images of the same kind. It is no detector of images of none of the classes, which can also get a "
-    "high probability."
+    "This holds for images of the same kind. It does not reliably detect out-of-distribution images, which can "
+    "also get a high probability."
 )
 
 
@@ -41,8 +41,8 @@ def check_model(source: str, config: HFViTConfig, has_own_size: bool, plan: Cali
     folder = Path(source)
     if not (folder / CONFIG).is_file() or _read(folder).get("model_type") != HFViTConfig.model_type:
         raise ValueError(
-            f"{source} is not a folder of this package, into which --calibrate writes thresholds: make one with "
-            f"hf-vit convert {source} FOLDER, and calibrate that."
+            f"--calibrate writes thresholds into a model folder of this package, and {source} is not one: convert it "
+            f"with hf-vit convert {source} FOLDER, and calibrate that folder."
         )
     if not (os.access(folder, os.W_OK) and os.access(folder / CONFIG, os.W_OK)):
         raise ValueError(f"{source} is read-only, and --calibrate writes into it: calibrate a copy of the folder.")
@@ -53,8 +53,8 @@ def check_model(source: str, config: HFViTConfig, has_own_size: bool, plan: Cali
         )
     if not has_own_size:
         raise ValueError(
-            "--calibrate is for the model as it is in its folder, and --image-size changes its probabilities: remove "
-            "one of them."
+            "--calibrate calibrates the model at its own image size, and --image-size changes the probabilities: "
+            "remove one of them."
         )
 
 
@@ -159,8 +159,9 @@ def _percent(share: float) -> str:
 
 def _of_label_sets(fields: dict[str, Any], measured: dict[str, Any] | None) -> str:
     said = (
-        f"Label sets have all labels with a probability of at least {fields['label_set_threshold']:.3g}, and the most "
-        f"likely one. At least {_percent(fields['label_set_coverage'])} of them are expected to have the true label."
+        f"Label sets contain all labels with a probability of at least {fields['label_set_threshold']:.3g}, and the "
+        f"most likely one. At least {_percent(fields['label_set_coverage'])} of them are expected to contain the "
+        "true label."
     )
     if measured is None:
         return said
@@ -199,7 +200,7 @@ def card_section(found: dict[str, Any], where: str) -> str:
     lines = [f"Fitted to {counted(found['images'], 'image')} ({markdown(where)}){others}.", ""]
     lines += [f"- {markdown(sentence)}" for sentence in sentences(found)]
     if measured is not None:
-        lines += ["", "| images answered | accuracy of the answers | least probability |", "|---|---|---|"]
+        lines += ["", "| images answered | accuracy of the answers | minimum probability |", "|---|---|---|"]
         lines += [
             f"| {row['answered']:.0%} | {row['accuracy']:.1%} | {row['threshold']:.3f} |"
             for row in measured["risk_coverage"]

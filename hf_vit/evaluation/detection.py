@@ -126,7 +126,7 @@ class BoxResults(Indexed):
         return chosen
 
     def image_f1(self) -> Tensor:
-        """Return F1 of the shown objects of every image at an IoU of 0.5, `[N]`; 1 where nothing is, and is shown."""
+        """Return F1 of the shown objects of every image at an IoU of 0.5, `[N]`; 1 for no objects and none shown."""
         evaluated, number = self._evaluated.evalImgs, len(self.labels)
         thresholds = self.thresholds or [DEFAULT_THRESHOLD] * self.num_labels
         hits, both = np.zeros(number), np.zeros(number)

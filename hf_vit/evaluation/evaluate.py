@@ -200,7 +200,7 @@ def _check_head(checkpoint: Checkpoint, source: str, head: str | None, probes: S
         return
     heads = checkpoint.config.task_heads or {}
     if head is not None:
-        raise ValueError(f"A head for anomalies such as {head!r} cannot be evaluated on labels: use hf-vit predict.")
+        raise ValueError(f"An anomaly head such as {head!r} cannot be evaluated on labels: use hf-vit predict.")
     raise ValueError(f"{source} has several heads: choose one with --head, {' or '.join(heads)}.")
 
 
@@ -238,7 +238,7 @@ def _check_measurable(
     if mistakes is not None and (classes is None or data.problem_type != SINGLE):
         raise ValueError("--mistakes needs a classifier with one label per image: remove the option.")
     if probes and data.problem_type != SINGLE:
-        raise ValueError("Probes need one label per image, and this data has others: remove --probe.")
+        raise ValueError("Probes need one label per image, which this data does not have: remove --probe.")
     if probes and len(data.train) == len(data.evaluation) and data.train[:1] == data.evaluation[:1]:
         raise ValueError(
             f"Probes are fitted on the training split, so they cannot be evaluated on it: choose another --split than "
@@ -315,7 +315,7 @@ class _Run:
         return forward_with_bar
 
     def conditions(self) -> dict[str, Any]:
-        """Return under which conditions was measured."""
+        """Return the conditions of the measurement."""
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,

@@ -24,7 +24,7 @@ FENCE = 3.0  # interquartile ranges above the third quartile, from which a value
 
 
 class LabelNoise(NamedTuple):
-    """The probability `[N]` of every label to be wrong, the rate of wrong labels, and the temperature."""
+    """The probability `[N]` that each label is wrong, the rate of wrong labels, and the temperature."""
 
     probability: Tensor
     rate: float
@@ -32,7 +32,7 @@ class LabelNoise(NamedTuple):
 
 
 def label_noise(logits: Tensor, labels: Tensor, first: LabelNoise | None = None) -> LabelNoise:
-    """Return how likely every label is wrong.
+    """Return how likely it is that each label is wrong.
 
     Args:
         logits: `[N, K]` with K > 1, for images that the classifier was not trained on.
@@ -64,7 +64,7 @@ def label_noise(logits: Tensor, labels: Tensor, first: LabelNoise | None = None)
 
 
 def binary_label_noise(logits: Tensor, labels: Tensor, unknown: float) -> Tensor:
-    """Return how likely each of several labels per image is wrong, `[N, K]`; 0 for unknown ones.
+    """Return how likely it is that each of several labels per image is wrong, `[N, K]`; 0 for unknown ones.
 
     Args:
         logits: `[N, K]`, for images that the classifier was not trained on.

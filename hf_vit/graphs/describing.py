@@ -22,7 +22,7 @@ def description(graph: Graph) -> str:
     if isinstance(graph, PreprocessedGraph):
         height, width = graph.preprocessing.plan.size
         given = f"{IMAGES} [batch, height, width, {graph.preprocessing.num_channels}], uint8"
-        sizes = f"Images have any size from 2x2 on, and are preprocessed to {height}x{width} inside the graph."
+        sizes = f"Images may have any size of at least 2x2, and are preprocessed to {height}x{width} inside the graph."
         types = "float32"
     else:
         given, sizes = f"{INPUT} [batch, {graph.config.num_channels}, height, width]", _sizes(graph)
@@ -36,7 +36,7 @@ def _sizes(graph: Graph) -> str:
     if graph.fixed is not None:
         return graph.fixed + batch
     most = most_patches(graph.config)
-    to = f"to {most * height}x{most * width}" if graph.is_bounded else "on"
+    to = f"to {most * height}x{most * width}" if graph.is_bounded else "upwards"
     return f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} {to}.{batch}"
 
 
@@ -60,13 +60,13 @@ def _outputs(graph: Graph) -> tuple[str, str]:
         parts = graph.config.patch_subdivision
         return f"logits [batch, {labels}, rows, columns]", (
             f"Each patch has {parts}x{parts} logits per class. Resize them bilinearly to the image (without aligned "
-            "corners); the class of a pixel is that of the largest logit."
+            "corners); the class of a pixel is the one with the largest logit."
         )
     if isinstance(model, HFViTForObjectDetection):
         return f"logits [batch, points, {labels}] and pred_boxes [batch, points, 4]", (
             "The score of each class is the sigmoid of its logit, which is very low at points without an object. "
-            "Boxes are centre x, centre y, width and height, as shares of the image. Of those of a class with an "
-            "intersection over union above 0.5, keep the one with the highest score."
+            "Boxes are centre x, centre y, width and height, as shares of the image. Among boxes of one class with "
+            "an intersection over union above 0.5, keep only the one with the highest score."
         )
     if isinstance(model, HFViTForImageClassification):
         scores = SCORES[activation_of(graph.config)] if graph.output == "logits" else ""

@@ -59,7 +59,7 @@ RUNTIMES = {
 
 
 class PredictionGraph(Graph):
-    """A graph with all that predictions need: that of a classifier gives the input of the classifier, too."""
+    """A graph with all outputs that predictions need; for a classifier, also the pooled features."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -122,7 +122,7 @@ def in_runtime(
     if runtime == "torch":
         return optimize_for_inference(model, precision, compile), runtime
     if reasons:
-        raise ValueError(f"{runtime} computes graphs with one head on CPUs, and {reasons[0]}: leave --runtime out.")
+        raise ValueError(f"{runtime} runs models with a single head on CPUs, but {reasons[0]}: remove --runtime.")
     return _computed_by(runtime, model, processor, precision, threads), runtime
 
 

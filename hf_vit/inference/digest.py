@@ -11,11 +11,11 @@ NOT_OF_A_MODEL = {"transformers_version": None, "_name_or_path": None}  # fields
 
 
 def digest_of(module: nn.Module, *described: Any, size: int = 16) -> str:
-    """Return a digest of the weights of a module, and of what describes it.
+    """Return a digest of the weights of a module, and of values that describe it.
 
     Args:
         module: The module.
-        described: Values that JSON or `str` writes, and objects with `to_dict`, such as configs and processors.
+        described: Values that JSON or `str` can represent, or objects with `to_dict`, such as configs.
         size: Length of the digest in bytes.
     """
     digest = hashlib.blake2b(digest_size=size)

@@ -54,8 +54,8 @@ NOT_DRAWN = {
 
 READINGS = {
     "predictions": "The most likely label of each image and its probability, or all labels above their thresholds, or "
-    "the values of a regression. A label in brackets is the name of the image's folder, if it is another class "
-    "than the predicted one.",
+    "the values of a regression. A label in brackets is the name of the image's folder, if it differs "
+    "from the predicted class.",
     "masks": "Each image, and the image with the colours of the classes that are predicted for its pixels.",
     "filters": "The principal components of the filters of the patch projection, with their share of the variance. "
     "Training turns noise into smooth blobs, waves and edges of few colours; together they form a basis for the "
@@ -74,7 +74,7 @@ READINGS = {
     "connection. It shows from which patches information reaches the head of the model, not whether it speaks for or "
     "against a label.",
     "attention": "The attention of one layer, averaged over its heads.",
-    "heads": "The attention of every head of one layer, in one scale. Heads specialize on different patches.",
+    "heads": "The attention of every head of one layer, on one scale. Heads specialize on different patches.",
     "features": "Patches of the same colour have similar features, within an image and across images. Objects and "
     "parts that have a colour of their own are separated without supervision.",
     "norm-maps": "The norm of each patch token. Rings mark outliers. Outliers in uninformative regions are a sign "
@@ -386,7 +386,7 @@ def _masks(subject: Subject, photos: Photos) -> Picture:
 
 
 def _answer(config: Any, logits: Tensor, folder: str) -> str:
-    """Return what a model says of an image as text, and the true label in brackets if the folder tells another one."""
+    """Return a prediction as text, and the true label in brackets if the folder name gives a different one."""
     if config.problem_type == "regression":
         return ", ".join(f"{config.id2label[index]} {value:.4g}" for index, value in enumerate(logits.tolist()))
     if config.problem_type == "multi_label_classification":

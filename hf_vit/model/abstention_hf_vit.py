@@ -17,7 +17,7 @@ SHOWN = 5  # labels in the answer of a pipeline
 
 
 class Certainty(NamedTuple):
-    """What the thresholds of a model say of one image.
+    """What the thresholds of a model say about one image.
 
     Attributes:
         is_unknown: Whether the model abstains; `None` if it has no threshold for this.
@@ -41,7 +41,7 @@ def in_label_sets(probabilities: Tensor, threshold: float) -> Tensor:
 
 
 def certainties(logits: Tensor, config: Any) -> list[Certainty]:
-    """Return what the thresholds of a config say of each image.
+    """Return what the thresholds of a config say about each image.
 
     Args:
         logits: `[B, num_labels]`, divided by the temperature of the config, as the model returns them.
@@ -63,7 +63,7 @@ def certainties(logits: Tensor, config: Any) -> list[Certainty]:
 
 
 def with_certainty(found: list[dict[str, Any]], certainty: Certainty) -> list[dict[str, Any]]:
-    """Return the answer of a pipeline with what the thresholds say of it.
+    """Return the answer of a pipeline with what the thresholds say about it.
 
     Args:
         found: Dictionaries of `label` and `score`, the highest score first.

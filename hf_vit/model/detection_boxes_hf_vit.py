@@ -143,7 +143,7 @@ def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[
 def most_likely_objects(logits: Tensor, boxes: Tensor, number: int = MOST_OBJECTS) -> Tensor:
     """Return the objects with the highest scores, float32 `[B, K, 6]`: score, class, and the box as it is given.
 
-    An object that overlaps a likelier one of its class has the score 0.
+    An object that overlaps a more likely one of its class gets the score 0.
 
     Args:
         logits: `[B, Q, num_labels]`, of which the sigmoid is the score.

@@ -219,7 +219,7 @@ class HFViTForObjectDetection(HFViTPreTrainedModel):
             raise ValueError("Object detection needs at least one class, got num_labels=0: set num_labels.")
         if config.patch_subdivision.bit_count() != 1:
             raise ValueError(
-                "Object detection doubles the grid of patches a number of times: set patch_subdivision to 1, 2, 4 or "
+                "Object detection upsamples the grid of patches by doubling it: set patch_subdivision to 1, 2, 4 or "
                 f"another power of two, got {config.patch_subdivision}."
             )
         self.vit = HFViTModel(config, add_pooling_layer=False)

@@ -163,7 +163,7 @@ def values_of_file(values: Tensor) -> Tensor:
         if not values.is_floating_point() and values.long().min() >= 0 and values.long().max() <= 65535:
             return values.to(torch.uint16)
         logger.warning_once(
-            "An image has values in no usual range and is stretched: its smallest value is black, its largest white. "
+            "An image has an unusual range of values and is stretched: its smallest becomes black, its largest white. "
             "Set value_range in the image processor to read all images alike."
         )
         finite = values[values.isfinite()].double()
@@ -184,7 +184,7 @@ def levels(pixels: Tensor) -> Tensor:
         return scaled
     if white == 65535 and scaled.max() < 16 and scaled.min() < scaled.max():
         logger.warning_once(
-            "An image of 16 bits has no value above 4095 and is almost black, since white is 65535. If its pixels "
+            "A 16-bit image has no value above 4095 and is almost black, since white is 65535. If its pixels "
             "have fewer bits, set value_range in the image processor, such as (0, 4095) for 12 bits."
         )
         return scaled
@@ -267,8 +267,8 @@ def tensor_to_rgb(pixels: Tensor, white: int | None = None) -> Tensor:
     if pixels.shape[0] == 3:
         return pixels
     raise ValueError(
-        f"Expected an image with 1, 3 or 4 channels, got {pixels.shape[0]}: pass do_convert_rgb=False to keep them, "
-        "with as many values in image_mean and image_std."
+        f"Expected an image with 1, 3 or 4 channels, got {pixels.shape[0]}: pass do_convert_rgb=False to keep all "
+        "channels, with one value per channel in image_mean and image_std."
     )
 
 

@@ -215,7 +215,7 @@ class HFViTAnomalyHead(HFViTHead):
 
     def forward(self, encoding: Encoding, labels: Tensor | None = None) -> HFViTAnomalyOutput:
         if labels is not None:
-            raise ValueError("A head for anomalies learns from no labels: its memory is filled with normal patches.")
+            raise ValueError("An anomaly head does not learn from labels: its memory is filled with normal patches.")
         patches = self.features([encoding.layers[stage] for stage in self.stages])
         similarity = patches @ self.memory.detach().float().T  # [B, N, M]
         distances = (1 - similarity.topk(self.num_neighbors, dim=-1).values.mean(dim=-1)).clamp(min=0)  # [B, N]
@@ -279,7 +279,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         self.heads = nn.ModuleDict()
         for name, head in (checked_heads(config) or {}).items():
             if hasattr(self.heads, name):
-                raise ValueError(f"A head cannot be named {name!r}, which PyTorch needs: choose another name.")
+                raise ValueError(f"A head cannot be named {name!r}, a name that PyTorch uses: choose another one.")
             self.heads[name] = HEADS[head["task"]](config, head)
         self.post_init()
 

@@ -47,7 +47,7 @@ from transformers import pipeline
 model = pipeline("{task}", "{name}", trust_remote_code=True)
 ```
 
-The code in this repository is that of the package `hf-vit`. With the package installed, `import hf_vit` replaces
+The code in this repository is a copy of the package `hf-vit`. With the package installed, `import hf_vit` replaces
 `trust_remote_code=True`.
 """
 

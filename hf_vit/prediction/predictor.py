@@ -431,7 +431,7 @@ class DensePredictor(Predictor):
         super().__init__(*arguments, **options)
         if self.has_features:
             raise ValueError(
-                "A model for segmentation or detection has no pooled features: use AutoModel for those of patches."
+                "Segmentation and detection models have no pooled features: use AutoModel for patch features."
             )
         self.top_k = options.get("top_k")
         if not self.processor.do_resize:  # images of any size, one of which fills many windows

@@ -55,8 +55,8 @@ class Settings:
         if is_to_file and hasattr(model, "heads"):
             named = " or ".join(name for name, head in model.config.task_heads.items() if head["task"] != "anomaly")
             if not named:
-                raise ValueError("Scores of anomalies are printed, not written to a file: leave out --output.")
-            raise ValueError(f"A file has the answers of one head with labels: choose it with --head, {named}.")
+                raise ValueError("Anomaly scores are printed, not written to a file: remove --output.")
+            raise ValueError(f"A file holds the predictions of a single head: choose one with --head, {named}.")
         if self.has_windows:
             slide(model, processor, self.image_size)
         return model, processor
@@ -84,7 +84,7 @@ class Settings:
 
 
 class Shard(NamedTuple):
-    """Consecutive rows of a part: the numbers of part and shard, the number of rows, and if it ends the part."""
+    """Consecutive rows of a part: the numbers of part and shard, the number of rows, and whether it ends the part."""
 
     part: int
     number: int

@@ -94,7 +94,7 @@ def build_app(engine: Engine, facts: dict[str, Any], largest_body: int) -> FastA
         try:
             return await answer(request, to_json)
         except asyncio.CancelledError:  # the time for accepted requests is over
-            raise HTTPException(503, "The server stopped before it answered: send it again.", LATER) from None
+            raise HTTPException(503, "The server stopped before it answered: send the request again.", LATER) from None
 
     async def answer(request: Request, to_json: Callable[[Prediction], dict[str, Any]]) -> Response:
         if engine.is_full:
@@ -188,7 +188,7 @@ def _wants_mask(request: Request, is_several: bool, task: str) -> bool:
     if accepted != ["image/png"]:
         return False
     if task != "image-segmentation" or is_several or request.url.path != "/predict":
-        raise HTTPException(406, "Only the mask of a single image is sent as a PNG file: Accept application/json.")
+        raise HTTPException(406, "Only the mask of a single image can be sent as a PNG file: accept application/json.")
     return True
 
 

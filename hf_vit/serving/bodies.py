@@ -67,7 +67,7 @@ class Bodies:
             limit = f"{self.largest / MEBIBYTE:g} MiB"
             raise HTTPException(413, f"Expected a body of at most {limit}: send smaller or fewer images.")
         if self.held > BODIES * self.largest:
-            raise HTTPException(503, "Too many large requests at a time: send it again later.", {"Retry-After": "1"})
+            raise HTTPException(503, "Too many large requests at once: try again later.", {"Retry-After": "1"})
 
     async def images(self, request: Request, body: bytes, in_thread: Callable[..., Any]) -> tuple[list[bytes], bool]:
         """Return the encoded images in a body, and whether it can have several.

@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
         self.on_start()
 
     def end(self) -> None:
-        """Stop to accept connections, and end when all accepted requests have a response."""
+        """Stop accepting connections, and end when all accepted requests have a response."""
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -49,9 +49,9 @@ class Pretraining(Study):
         "pre-training. Here masked patch prediction is trained for as many steps as supervised training, on the "
         "same images, and supervised training follows. So does a masked autoencoder (arXiv:2111.06377), whose encoder "
         "sees a quarter of the patches. They are compared with supervised training from scratch, for as many steps "
-        "and for twice as many. Few-shot accuracy is that of a linear regression on frozen features, the "
-        f"mean over all patches, of {SHOTS[0]} or {SHOTS[-1]} images per class; supervised models have seen all "
-        "labels before."
+        "and for twice as many. Few-shot accuracy is the accuracy of a linear regression "
+        f"fitted to {SHOTS[0]} or {SHOTS[-1]} images per class, on frozen features averaged over all patches. The "
+        "supervised models have already seen all labels."
     )
 
     def cells(self, config: TrainConfig) -> Iterator[Cell]:
@@ -109,7 +109,12 @@ class Pretraining(Study):
             judge("Masked patch prediction learns features that help classification", MASKED, UNTRAINED, MOST),
             judge("Supervised training learns better features", SUPERVISED, MASKED, MOST),
             judge("Supervised training is better after masked patch prediction", BOTH, SUPERVISED, "accuracy"),
-            judge("It is also better for the same total number of images", BOTH, LONGER, "accuracy"),
+            judge(
+                "Masked patch prediction, then supervised training, is better for the same total number of images",
+                BOTH,
+                LONGER,
+                "accuracy",
+            ),
             judge("A masked autoencoder learns better features than masked patches", AUTOENCODER, MASKED, MOST),
             judge("Supervised training is better after a masked autoencoder", TUNED, SUPERVISED, "accuracy"),
         ]

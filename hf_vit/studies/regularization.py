@@ -113,12 +113,12 @@ class Regularization(Study):
         return [
             *helping,
             is_more(
-                f"{many.capitalize()} and the same number of steps, they hurt",
+                f"{many.capitalize()} and the same number of steps, augmentation and regularisation hurt",
                 Difference.by_seed(dict.fromkeys(with_all, 0.0), with_all),
                 "none minus the mean of all methods",
             ),
             is_more(
-                f"They help more {few} than {many}",
+                f"Augmentation and regularisation help more {few} than {many}",
                 Difference.by_seed(with_few, with_all),
                 f"mean gain {few} minus mean gain {many}",
             ),

@@ -142,7 +142,9 @@ def spent(results: Results, figure: str, model: Factors) -> Spread | None:
 
 def saves(results: Results, size: str) -> Finding:
     """Judge whether pre-training on small images costs less compute at nearly the same accuracy."""
-    claim = f"It costs less than training on large images only, and at most {100 * MARGIN:g} point of accuracy"
+    claim = (
+        f"Fine-tuning costs less than training on large images only, and at most {100 * MARGIN:g} point of accuracy"
+    )
     difference = results.difference(tuned(size, RESAMPLED), scratch(size))
     ours, theirs = (spent(results, "training_flops", model) for model in (tuned(size, RESAMPLED), scratch(size)))
     if difference is None or ours is None or theirs is None:

@@ -82,8 +82,8 @@ class Scaling(Study):
         most = {f"depth minus {other}": compared["depth", other] for other in ("width", "MLP", "patch")}
         least = {f"{other} minus width": compared[other, "width"] for other in ("depth", "MLP", "patch")}
         return [
-            all_are_more("A doubling of compute gains most in depth", most),
-            all_are_more("A doubling of compute gains least in width", least),
+            all_are_more("Doubling compute helps most when spent on depth", most),
+            all_are_more("Doubling compute helps least when spent on width", least),
             is_more(
                 "Smaller patches are more accurate",
                 Difference.by_seed(gains["patch"], dict.fromkeys(gains["patch"], 0.0)),

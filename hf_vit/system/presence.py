@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 
 class SignsOfLife:
-    """The signs of one process, and those of the processes that it listens to.
+    """The heartbeats of one process, and those of the processes that it listens to.
 
     Args:
         process, processes: Rank of this process, and their number.
@@ -29,7 +29,7 @@ class SignsOfLife:
         self.looks: dict[int, int] = {}  # since the last sign of each process that has given one
 
     def exchange(self, is_over: threading.Event) -> None:
-        """Give signs and read those of the others until the run is over; may block while the network is down."""
+        """Send heartbeats and read those of others until the run is over; may block while the network is down."""
         from torch.distributed import TCPStore
 
         if "MASTER_ADDR" not in os.environ:  # of a process group that was not started by a launcher

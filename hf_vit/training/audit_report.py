@@ -90,8 +90,8 @@ def summary_of(result: AuditResult) -> list[str]:
     if result.wrong_labels is not None:
         lines.append(f"Expected number of wrong labels: {result.wrong_labels:,.0f}.")
     lines += [
-        f"The class follows from {cue.facts} alone with an accuracy of {cue.accuracy:.1%} (the largest class has "
-        f"{cue.chance:.1%}), so a model may learn this instead of the content."
+        f"The class can be predicted from {cue.facts} alone with an accuracy of {cue.accuracy:.1%} (share of the "
+        f"largest class: {cue.chance:.1%}), so a model may learn this instead of the content."
         for cue in result.cues
         if cue.is_strong
     ]
@@ -142,9 +142,9 @@ def _accuracies(result: AuditResult) -> str:
 def _cues(result: AuditResult) -> str:
     rows = [(cue.facts, f"{cue.accuracy:.1%}", _interval(cue), f"{cue.chance:.1%}") for cue in result.cues]
     text = (
-        "How well a classifier does that knows these facts of an image and nothing else, in cross-validation on the "
-        "training split. Where it is far better than always naming the largest class, a model may learn these facts "
-        "instead of the content. Colors often belong to the content."
+        "Accuracy of a classifier that sees only these facts about an image, in cross-validation on the training "
+        "split. If it is far above the share of the largest class, a model may learn these facts instead of the "
+        "content. Colors are often part of the content."
     )
     return _of_table("Spurious cues", text, ("Facts", "Accuracy", "95% interval", "Largest class"), rows)
 
@@ -155,8 +155,8 @@ def _slices(result: AuditResult) -> str:
         for each in result.slices
     ]
     text = (
-        f"Groups of images whose accuracy is below that of all images: {result.sliced}. The intervals are widened for "
-        "the number of groups that were compared."
+        f"Groups of images with an accuracy below the overall accuracy: {result.sliced}. The intervals are widened "
+        "for the number of groups that were compared."
     )
     headings = ("Images", "Number", "Errors", "Accuracy", "95% interval")
     return _of_table("Weak slices", text, headings, rows)

@@ -116,7 +116,7 @@ def audit(
         if is_from_scratch(model):
             raise ValueError(
                 f"An audit needs a trained encoder, and {model} is a variant without weights: choose a checkpoint, "
-                "such as facebook/dinov2-small, or leave out --model."
+                "such as facebook/dinov2-small, or remove --model."
             )
         open_checkpoint(model, Options(image_size=image_size))  # a wrong name is known before data is read
     options = {"train_split": train_split, "eval_split": eval_split, "image_column": image_column}

@@ -13,9 +13,9 @@ class BestModel:
     """The best evaluated weights so far.
 
     Attributes:
-        metric: Name of the metric that chooses.
+        metric: Name of the metric by which weights are chosen.
         step: Number of steps of the best weights; 0 before the first evaluation.
-        value, last_value: Values of the metric, of the best weights and of the last evaluation.
+        value, last_value: The metric of the best weights, and of the last evaluation.
         without_improvement: Number of evaluations since the best one.
         weights: Complete weights on the main process, on the CPU; empty elsewhere.
     """

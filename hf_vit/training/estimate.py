@@ -211,7 +211,7 @@ class Estimation(Rehearsal):
             raise ValueError("--for estimates a single GPU: run the command without a launcher.")
         if config.task == "distillation":
             raise ValueError(
-                "--for does not know what teachers cost: leave it out, to measure the run on this machine."
+                "--for cannot estimate the cost of teachers: remove it to measure the run on this machine."
             )
         run.bar.leave = False
         images = math.ceil(config.batch_size / config.accumulation_steps)
@@ -306,9 +306,9 @@ def estimate(config: TrainConfig, gpu_name: str) -> Cost | None:
     if config.precision == "auto":
         config = replace(config, precision="bf16" if gpu.has_bf16 else "fp32")
     if config.precision == "bf16" and not gpu.has_bf16:
-        raise ValueError(f"{gpu.name} does not multiply in bf16: set precision to fp16 or fp32.")
+        raise ValueError(f"{gpu.name} does not support bf16: set precision to fp16 or fp32.")
     if config.precision == "fp8" and not gpu.has_fp8:
-        raise ValueError(f"{gpu.name} does not multiply in FP8: set precision to bf16.")
+        raise ValueError(f"{gpu.name} does not support FP8: set precision to bf16.")
     # What builds the model and the data here is a run on the CPU, which takes no step.
     here = replace(config, precision="fp32", compile=False, compile_mode="default", deterministic=False)
     return rehearse(here, partial(Estimation, gpu=gpu, asked=config))

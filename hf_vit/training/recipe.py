@@ -53,23 +53,25 @@ class TrainConfig:
         "",
         "Folder of images, table of paths and labels, archive, parquet, webdataset, Hub dataset, or a list of these.",
     )
-    train_split: str | None = option(None, "Name of the training split; null: found by its usual names.")
-    eval_split: str | None = option(None, "Name of the evaluation split; null: found, or held out from training data.")
-    image_column: str | None = option(None, "Name of the image column; null: found by its type.")
+    train_split: str | None = option(None, "Name of the training split; null: detected by name.")
+    eval_split: str | None = option(None, "Name of the evaluation split; null: detected by name, or held out.")
+    image_column: str | None = option(None, "Name of the image column; null: detected by type.")
     label_column: str | list[str] | None = option(
-        None, "Name of the label column, or a list of 0/1 or number columns; null: found by its name and type."
+        None, "Name of the label column, or a list of 0/1 or number columns; null: detected by name and type."
     )
     label_separator: str | None = option(None, "Text between several labels of one image; null: found.")
     box_format: Literal["coco", "voc", "yolo"] | None = option(
-        None, "Format of boxes in columns: coco (x, y, width, height), voc (corners), yolo; null: found."
+        None, "Format of boxes in columns: coco (x, y, width, height), voc (corners), yolo; null: detected."
     )
     eval_fraction: float = option(0.2, "Share of each class to hold out if the data has no evaluation split.")
     train_share: float = option(1.0, "Share of each class of the training images to use.")
     train_repeats: float = option(1.0, "Number of times that each image is used per epoch, at least 1.")
-    split_seed: int = option(0, "Random seed for held-out and used images; runs with other seeds use the same images.")
+    split_seed: int = option(
+        0, "Random seed of the images that are held out or, with train_share, used; independent of seed."
+    )
     streaming: bool = option(False, "Whether to read the data as a stream instead of preparing it on disk first.")
     train_images: int | None = option(
-        None, "Number of training images in a stream; null: stated by it, or counted.", 1
+        None, "Number of training images in a stream; null: read from its metadata, or counted.", 1
     )
     shuffle_buffer: int = option(2048, "Number of undecoded images in the shuffle buffer of a stream.", 1)
     max_broken: float = option(
@@ -82,7 +84,7 @@ class TrainConfig:
     ] = option(
         "classification",
         "Training objective: classification, multi_label, regression, segmentation (images and masks), detection "
-        "(boxes of objects), masked_patches or distillation (without labels), or auto for what the labels are.",
+        "(boxes of objects), masked_patches or distillation (without labels), or auto to infer it from the labels.",
     )
     model: str | None = option(
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: a model of model_config alone."
@@ -97,7 +99,7 @@ class TrainConfig:
     trained: Literal["all", "head", "lora"] = option(
         "all", "Trained parameters: all, head for a linear probe, or lora for the head and low-rank updates."
     )
-    lora_rank: int = option(8, "Rank of the updates of lora.", 1)
+    lora_rank: int = option(8, "Rank of the LoRA updates.", 1)
 
     # images
     cache: Literal["none", "ram", "device"] = option("none", "Memory for decoded images: none, ram or device.")
@@ -107,7 +109,7 @@ class TrainConfig:
     smallest_crop: float = option(0.25, "Smallest share of an image's area in a random crop.")
     color_jitter: float = option(0.0, "Strength of random brightness, contrast and saturation.")
     erasing: float = option(0.0, "Probability of erasing a random rectangle of an image.")
-    mixup: float | None = option(None, "Alpha of mixup; null: the value that belongs to the augmentation, or 0.")
+    mixup: float | None = option(None, "Alpha of mixup; null: the default of the augmentation, or 0.")
     cutmix: float = option(0.0, "Alpha of CutMix.")
     label_smoothing: float = option(0.0, "Share of each label that is spread over all classes.")
     mask_ratio: float = option(0.5, "Share of masked patches in masked_patches.")
@@ -121,10 +123,12 @@ class TrainConfig:
         "labels, else features.",
     )
     teacher_image_size: int | None = option(
-        None, "Side in pixels of the images that the teachers see; null: that of each teacher's image processor.", 1
+        None,
+        "Side in pixels of the images that the teachers see; null: the size of each teacher's image processor.",
+        1,
     )
     teacher_channels: list[int] = option(
-        [], "Numbers of the image channels that the teachers see, from 0; empty: all, and one channel is repeated."
+        [], "Indices, from 0, of the image channels that the teachers see; empty: all, or a single channel repeated."
     )
     temperature: float = option(3.0, "Temperature of the soft labels of a teacher.", 0.01)
     teacher_cache: str | None = option(None, "Folder to cache the teachers' outputs in; null: none.")
@@ -136,10 +140,10 @@ class TrainConfig:
     batch_size: int = option(128, "Batch size per optimizer step, over all devices.", 1)
     accumulation_steps: int = option(1, "Number of parts into which each device divides its share of a batch.", 1)
     sampling: Literal["shuffled", "balanced"] = option(
-        "shuffled", "Sampling of training images: shuffled, or balanced for every class equally often."
+        "shuffled", "Sampling of training images: shuffled, or balanced to draw every class equally often."
     )
     class_weights: Literal["none", "balanced", "effective"] = option(
-        "none", "Weights of classes in the loss: none, balanced (inverse of their numbers), or effective (1901.05555)."
+        "none", "Weights of classes in the loss: none, balanced (inverse class frequency), or effective (1901.05555)."
     )
     loss: Literal["cross_entropy", "binary_cross_entropy"] = option(
         "cross_entropy", "Loss function: cross_entropy, or binary_cross_entropy, one decision per class (DeiT III)."
@@ -168,8 +172,8 @@ class TrainConfig:
     # hardware
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = option(
         "auto",
-        "Precision: fp32, bf16, fp16, fp8 for products in FP8 and the rest in bf16, or auto for bf16 on hardware that "
-        "is fast at it.",
+        "Precision: fp32, bf16, fp16, fp8 for products in FP8 and the rest in bf16, or auto for bf16 on hardware "
+        "with fast bf16.",
     )
     compile: bool = option(False, "Whether to compile the layers with torch.compile.")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option(
@@ -181,7 +185,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "Whether to recompute activations instead of storing them.")
 
     # run
-    seed: int = option(0, "Random seed for everything but the choice of held-out and used images.")
+    seed: int = option(0, "Random seed for everything except the choice of images, which split_seed determines.")
     output_dir: str = option("hf-vit-run", "Folder for the trained model and its checkpoints.")
     resume: Literal["auto", "never"] = option(
         "auto", "What to do with an earlier run in output_dir: 'auto' resumes it, 'never' discards it."
@@ -190,12 +194,12 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "Number of checkpoints to keep.")
     eval_every: float = option(1, "Number of epochs between evaluations; the last step always has one.", 0)
     best_metric: str | None = option(
-        None, "Metric that chooses the saved model among all evaluations, such as accuracy; null: the last is saved."
+        None, "Metric by which the saved model is chosen, such as accuracy; null: the last model is saved."
     )
     early_stopping: int | None = option(
         None, "Number of evaluations without improvement of best_metric after which a run ends; null: never.", 1
     )
-    keep_last: bool = option(False, "Whether to save the last model in the folder last, next to the best.")
+    keep_last: bool = option(False, "Whether to also save the last model, in a subfolder named last.")
     log_every: int = option(10, "Number of steps per line of the log.", 1)
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "none", "Experiment tracker in addition to log.jsonl: none, tensorboard, trackio or wandb."

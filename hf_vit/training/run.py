@@ -299,7 +299,7 @@ class Run:
             self.state.load_state_dict(saved)
             self.saved = None  # frees memory
             if saved["identity"]["accumulation_steps"] != self.config.accumulation_steps:
-                self.say("Resuming with other accumulation_steps. The result differs by rounding.")
+                self.say("Resuming with different accumulation_steps. The result differs by rounding.")
             if saved["processes"] != accelerator.num_processes:
                 self.say(
                     f"Resuming on {accelerator.num_processes} processes a run that used {saved['processes']}. The "
@@ -396,7 +396,7 @@ class Run:
             self.say(f"The last model, of step {state.step}, is in {output_dir / LAST}.")
         if best is not None and best.step != state.step:
             load_weights_of_main(state.model, best.weights)
-            self.say(f"The saved model is that of step {best.step}, which has the best {best.metric}.")
+            self.say(f"The saved model is the one of step {best.step}, which has the best {best.metric}.")
         if self.predictions is None and self.task.needs_labels:  # the log of an earlier part has the metrics only
             try:
                 _, self.predictions = self._measure()

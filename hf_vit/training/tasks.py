@@ -57,7 +57,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None =
 def binary_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Return the mean of one binary cross-entropy per class, as in DeiT III (arXiv:2204.07118).
 
-    The weight of an image is that of its class, or of mixed labels the mean of those of its classes.
+    An image is weighted by the weight of its class; with mixed labels, by the mean weight of its classes.
     """
     shares = one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
     if class_weights is None:
@@ -73,7 +73,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def effective_number(counts: Tensor) -> Tensor:
-    """Return the effective numbers of images of Cui et al. (arXiv:1901.05555), for numbers of images."""
+    """Return the effective number of samples (Cui et al., arXiv:1901.05555) for each number of images."""
     return (1 - NEW_SHARE**counts) / (1 - NEW_SHARE)
 
 
@@ -100,7 +100,7 @@ def weights_of_classes(how: str, data: ImageData) -> Tensor | None:
     counts = data.class_counts()
     if counts is None:
         raise ValueError(
-            f"class_weights={how} needs the number of training images per class, which a stream does not tell: set "
+            f"class_weights={how} needs the number of training images per class, which a stream does not state: set "
             "class_weights: none, or streaming: false."
         )
     images, number_of = torch.tensor(counts, dtype=torch.float64), NUMBERS[how]
@@ -302,7 +302,7 @@ def moments_of_targets(data: ImageData) -> tuple[list[float], list[float]]:
     """
     if data.is_stream:
         raise ValueError(
-            "A regression needs mean and deviation of its targets before it starts: set streaming: false."
+            "Regression needs the mean and standard deviation of its targets at the start: set streaming: false."
         )
     targets = torch.tensor(data.train[data.columns[1]][:], dtype=torch.float64).view(-1, len(data.label_names))
     mean, std = moments_of(targets)

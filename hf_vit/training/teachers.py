@@ -23,7 +23,7 @@ from ..system.texts import counted, without_tokens
 
 @dataclass
 class Answers:
-    """What teachers say of a batch of images: one entry for each teacher.
+    """The outputs of teachers for a batch of images: one entry for each teacher.
 
     Attributes:
         summaries: `[B, S]` each, with the width of the teacher's pooled features.

@@ -339,8 +339,8 @@ class OfPixels(Unlabelled):
         rows = run.predictions.per_class([markdown(name) for name in run.data.label_names])
         known = [row for row in rows if row["count"]]
         lines = [
-            f"Metrics are measured at {height}x{width} pixels, to which masks are resized, too: small things count "
-            "less than in the original images."
+            f"Metrics are measured at {height}x{width} pixels, to which masks are resized, too: small objects "
+            "count less than in the original images."
         ]
         if len(known) < len(rows):
             without = counted(len(rows) - len(known), "class", "classes")

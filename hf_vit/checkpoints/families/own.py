@@ -66,7 +66,7 @@ def _read(source: Source, options: Options) -> Reading:
 
 def no_head(source: str, name: str) -> ValueError:
     """Return the error for the head of a model that has none by name."""
-    return ValueError(f"{source} is no model with several heads, so it has no head {name!r}: leave the head out.")
+    return ValueError(f"{source} is not a model with several heads, so it has no head {name!r}: do not name a head.")
 
 
 def _head(source: str, config: HFViTConfig, architecture: str, name: str) -> tuple[dict[str, Any], str]:

@@ -204,8 +204,8 @@ def _patches(shapes: Shapes, options: Options, assumed: list[str]) -> dict[str, 
         return {"num_channels": shape[1], "patch_size": shape[2:]}
     if len(shape) != 2:
         raise ValueError(
-            f"{shapes.source.name}: the patch projection has the shape {list(shape)}: expected a matrix, or a "
-            "convolution over images of two dimensions."
+            f"{shapes.source.name}: the patch projection has the shape {list(shape)}: expected a matrix or a "
+            "2-D convolution."
         )
     patch_size, channels = patch_of(shapes.source, shape[1], options, assumed)
     return {"num_channels": channels, "patch_size": patch_size}
@@ -234,7 +234,7 @@ def patch_of(source: Source, pixels: int, options: Options, assumed: list[str]) 
                 )
             return (side, side), channels
     raise ValueError(
-        f"{source.name}: a patch of {pixels} values is no square with 3 channels or one: pass --patch-size HxW."
+        f"{source.name}: a patch of {pixels} values is not a square with 1 or 3 channels: pass --patch-size HxW."
     )
 
 

@@ -127,7 +127,7 @@ def _heads(source: Source, stated: Stated) -> dict[str, Any]:
         # With another width the architecture keeps its number of heads, which is unknown here.
         if inner % head_dim or "embed_dim" in stated.arguments:
             raise ValueError(
-                f"{source.name}: nothing states the number of heads for a width of {inner}, and the usual width of "
+                f"{source.name}: the number of heads is not stated for a width of {inner}, and the usual width of "
                 f"{head_dim} per head cannot be assumed: pass --num-heads."
             )
         stated.assume(
@@ -181,12 +181,12 @@ def _mlp(source: Source, stated: Stated) -> dict[str, Any]:
         activation = activation or stated.facts.get("gated_act")
     if (is_split or is_packed) and activation is None:
         raise ValueError(
-            f"{source.name}: the MLP is gated, and nothing states its activation: pass --hidden-act, which is silu "
-            "for SwiGLU."
+            f"{source.name}: the MLP is gated, but its activation is not stated anywhere: pass --hidden-act (silu for "
+            "SwiGLU)."
         )
     if is_packed and (options.mlp_gate or stated.facts.get("mlp_gate")) is None:
         raise ValueError(
-            f"{source.name}: 'blocks.0.mlp.fc1.weight' packs a gate, and nothing states which half it is: "
+            f"{source.name}: 'blocks.0.mlp.fc1.weight' packs a gate, and it is not stated in which half: "
             "pass --mlp-gate first, as in SwiGLUPacked, or --mlp-gate last, as in GluMlp."
         )
     if activation is None:

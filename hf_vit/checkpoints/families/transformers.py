@@ -384,8 +384,8 @@ def _bare_config(source: Source, options: Options, assumed: list[str]) -> dict[s
     projection = sizes["embeddings.patch_embeddings.projection.weight"]
     if len(projection) != 4:
         raise ValueError(
-            f"{source.name}: the patch projection has the shape {list(projection)}, expected a convolution of two "
-            "dimensions: models of videos and volumes are not supported."
+            f"{source.name}: the patch projection has the shape {list(projection)}, expected a 2-D "
+            "convolution: video and volumetric models are not supported."
         )
     width, channels, height, patch_width = projection
     style = next(style for style in LAYERS if count(sizes, style))

@@ -110,7 +110,7 @@ def _read(source: Source, options: Options) -> Reading:
         table_shape, token = source.shape("pos_embedding"), source.shape("cls_token")
         if len(table_shape) != len(token) or len(table_shape) < 2:  # ViTDetPool, which has all names of ViT
             raise ValueError(
-                f"{source.name}: 'pos_embedding' {list(table_shape)} and 'cls_token' {list(token)}: no ViT."
+                f"{source.name}: 'pos_embedding' {list(table_shape)} and 'cls_token' {list(token)}: not a ViT."
             )
         # Recent models without a class token store an empty one; older models all have one.
         leading, use_cls_token = table_shape[:-2], 0 not in token
@@ -167,7 +167,7 @@ def _heads(source: Source, era: Era, width: int, options: Options, assumed: list
     if f"{FIRST_LAYER}{era.o_proj}.weight" not in source.tensors:
         # The library has no output projection for a single head as wide as the model.
         if options.num_heads not in (None, 1):
-            raise ValueError(f"{source.name}: attention without output projection has 1 head: leave --num-heads out.")
+            raise ValueError(f"{source.name}: attention without output projection has 1 head: remove --num-heads.")
         return {"num_attention_heads": 1, "use_output_projection": False}
     heads = options.num_heads
     if heads is None and inner % HEAD_DIM == 0:
@@ -179,7 +179,7 @@ def _heads(source: Source, era: Era, width: int, options: Options, assumed: list
     if heads is None or inner % heads:
         divisor = f"{HEAD_DIM}, the default width of a head" if heads is None else f"{heads}, the heads given"
         raise ValueError(
-            f"{source.name}: the attention's width of {inner} is no multiple of {divisor}: pass another --num-heads."
+            f"{source.name}: the attention width {inner} is not a multiple of {divisor}: pass another --num-heads."
         )
     return {"num_attention_heads": heads, "head_dim": None if inner == width else inner // heads}
 

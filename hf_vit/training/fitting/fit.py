@@ -66,7 +66,7 @@ def fit(
     say: Callable[[str], None] = print,
     began: float | None = None,
 ) -> TrainedModel:
-    """Choose and train the best classifier of images that a number of minutes allows.
+    """Choose and train the best image classifier that a given number of minutes allows.
 
     Every image passes once through the frozen encoder, and a linear head is fitted to these features. In the time that
     is left, short races show whether fine-tuning is better. The winner is trained on all training images. An
@@ -189,7 +189,7 @@ class _Fitting:
         return 60 * self.minutes - self.state.seconds - REPORT_SECONDS - measuring
 
     def run(self, output_dir: Path, command: str) -> None:
-        """Do all steps, and write the result."""
+        """Run all steps, and write the result."""
         self.read()
         embedded = self.embed()
         head = self.fit_head(embedded)

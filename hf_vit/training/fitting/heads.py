@@ -65,7 +65,7 @@ def standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def folded(weight: Any, bias: Any, mean: Tensor, std: Tensor) -> LinearHead:
-    """Return the head on raw features that equals `weight`, `bias` on standardized ones."""
+    """Return the head for raw features that is equivalent to `weight`, `bias` on standardized ones."""
     weight = torch.as_tensor(np.asarray(weight, dtype=np.float64)) / std.double()
     bias = torch.as_tensor(np.asarray(bias, dtype=np.float64)) - weight @ mean.double()
     return LinearHead(weight.float(), bias.float())
@@ -319,9 +319,7 @@ def fit_head(
         seed: Seed of the folds.
     """
     if len(targets) < 4 or len(set(digests)) < 2:
-        raise ValueError(
-            f"Expected at least 4 readable, different training images, got {len(set(digests))}: add some."
-        )
+        raise ValueError(f"Expected at least 4 readable, distinct training images, got {len(set(digests))}: add more.")
     if problem.metric == "accuracy" and len(targets.unique()) < 2:
         raise ValueError("All training images have the same label: a classifier needs at least two classes.")
     folds = folds_of(problem.strata(targets), digests, seed)

@@ -174,7 +174,7 @@ class Budget:
 def plan(
     seconds: float, steps_per_second: float, overhead: float, epoch: int, share: float, candidates: int
 ) -> Budget | str:
-    """Return the largest race that fits, with the final training; or the sentence why none does.
+    """Return the largest race that fits, with the final training; or a sentence that says why none does.
 
     Args:
         seconds: Time that is left.
@@ -203,7 +203,7 @@ def plan(
 
 
 def _too_few_steps(least: int, step_seconds: float, overhead: float, left: float) -> str:
-    """Return the sentence why fine-tuning is not tried."""
+    """Return a sentence that says why fine-tuning is not tried."""
     needed, left = least * step_seconds + overhead, max(0.0, left)
     minutes = counted(max(1, math.ceil((needed - left) / 60)), "more minute")
     return f"its {least} steps would take about {needed:.0f} s, and {left:.0f} s are left. Give {minutes} to try it"

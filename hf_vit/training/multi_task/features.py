@@ -77,7 +77,7 @@ class Features:
 
     Args:
         source: The encoder.
-        image_size: (height, width) in pixels; the usual one of the checkpoint if not given.
+        image_size: (height, width) in pixels; by default the checkpoint's own.
         plans: All heads, which decide whether patches of a data set are needed.
         cache: Folder of cached features.
         say: Prints a line.

@@ -234,7 +234,7 @@ def _normal_rows(plan: HeadPlan, found: HeadData) -> tuple[Tensor, Tensor]:
         return torch.arange(len(found.train.rows)), torch.zeros(len(found.evaluation.rows), dtype=torch.bool)
     if str(normal) not in data.label_names:
         raise ValueError(
-            f"The head {plan.name!r} has normal: {normal}, which is no class of its data: choose one of "
+            f"The head {plan.name!r} has normal: {normal}, which is not a class of its data: choose one of "
             f"{', '.join(data.label_names)}."
         )
     index = data.label_names.index(str(normal))

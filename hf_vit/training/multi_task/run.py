@@ -110,7 +110,7 @@ def _known_heads(checkpoint: Checkpoint, model: str, image_size: Any, plans: lis
         same = f"{counted(len(twice), 'head')} of the same name ({shortened(twice)})"
         raise ValueError(f"{model} already has {same}: choose other names in the file of heads.")
     if known and image_size is not None:
-        raise ValueError(f"The heads of {model} were trained at its image size: leave out the image size.")
+        raise ValueError(f"The heads of {model} were trained at its image size: do not pass an image size.")
     return {name: head["task"] for name, head in known.items()}
 
 

@@ -320,7 +320,7 @@ def benchmark(
     if suites and "gpu" in suites:
         others = {"--models": models, "--batch-size": batch_size, "--against": against, "--photos": photos}
         if len(suites) > 1 or any(value is not None for value in others.values()):
-            raise ValueError(f"benchmark gpu cannot be combined with other suites, {', '.join(others)}: remove them.")
+            raise ValueError(f"benchmark gpu takes no other suites, and none of {', '.join(others)}: remove them.")
         from .gpu import check_gpu
 
         if not check_gpu(quick, minutes, output_dir, typed_command(), echo):

@@ -125,9 +125,9 @@ def train(
 def _train_heads(heads: Path, given: dict[str, Any], others: dict[str, Any]) -> None:
     """Train several heads on one encoder; options other than the encoder's belong in the file of heads."""
     if wrong := [option for option, value in others.items() if value]:
-        raise ValueError(f"--heads trains heads on features, and does not accept {wrong[0]}: remove it.")
+        raise ValueError(f"--heads trains heads on features, and takes no {wrong[0]}: remove it.")
     if wrong := [f"--{name.replace('_', '-')}" for name in given if name not in OF_ALL_HEADS]:
-        raise ValueError(f"With --heads, {wrong[0]} is set for each head: set it in {heads}.")
+        raise ValueError(f"With --heads, {wrong[0]} belongs to each head: state it in {heads}.")
     if "model" not in given:
         raise ValueError("--heads needs a trained encoder: add --model, such as --model facebook/dinov2-small.")
     data = given.get("data")

@@ -41,7 +41,7 @@ def check_model(source: str, config: HFViTConfig, has_own_size: bool, plan: Cali
     folder = Path(source)
     if not (folder / CONFIG).is_file() or _read(folder).get("model_type") != HFViTConfig.model_type:
         raise ValueError(
-            f"--calibrate writes thresholds into a model folder of this package, and {source} is not one: convert it "
+            f"--calibrate writes thresholds into a model folder of this package, and {source} is not one: make one "
             f"with hf-vit convert {source} FOLDER, and calibrate that folder."
         )
     if not (os.access(folder, os.W_OK) and os.access(folder / CONFIG, os.W_OK)):
@@ -53,7 +53,7 @@ def check_model(source: str, config: HFViTConfig, has_own_size: bool, plan: Cali
         )
     if not has_own_size:
         raise ValueError(
-            "--calibrate calibrates the model at its own image size, and --image-size changes the probabilities: "
+            "--calibrate calibrates the model at its own image size, and --image-size changes its probabilities: "
             "remove one of them."
         )
 
@@ -159,7 +159,7 @@ def _percent(share: float) -> str:
 
 def _of_label_sets(fields: dict[str, Any], measured: dict[str, Any] | None) -> str:
     said = (
-        f"Label sets contain all labels with a probability of at least {fields['label_set_threshold']:.3g}, and the "
+        f"Label sets have all labels with a probability of at least {fields['label_set_threshold']:.3g}, and the "
         f"most likely one. At least {_percent(fields['label_set_coverage'])} of them are expected to contain the "
         "true label."
     )

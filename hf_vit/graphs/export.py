@@ -142,22 +142,24 @@ def _check_form(to: str, kind: Kind, precision: str, int8: str | None, calibrati
     if precision not in ("fp32", *kind.precisions):
         raise ValueError(f"{to} has no precision {precision!r}: use {' or '.join(('fp32', *kind.precisions))}.")
     if int8 is not None and precision != "fp32":
-        raise ValueError(f"int8 {int8} and {precision} cannot be combined: remove one of them.")
+        raise ValueError(f"int8 {int8} and {precision} exclude each other: leave one of them out.")
     if int8 == "static" and calibration is None:
-        raise ValueError("int8 static measures activation ranges on images: pass some with --calibration or --data.")
+        raise ValueError(
+            "int8 static takes the ranges of activations from images: give some with --calibration or --data."
+        )
     if int8 != "static" and calibration is not None:
-        raise ValueError("Only int8 static uses calibration images: remove them, or add --int8 static.")
+        raise ValueError("Images for calibration are used by int8 static only: leave them out, or add --int8 static.")
 
 
 def _check_preprocessing(to: str, kind: Kind, int8: str | None, is_measured: bool) -> None:
     """Raise `ValueError` if a graph cannot have its preprocessing inside."""
     if kind.is_bounded:
         raise ValueError(
-            f"{to} allocates memory for the largest image, but images may have any size: remove --with-preprocessing."
+            f"{to} plans memory for the largest image, and images have any size: leave out --with-preprocessing."
         )
     if int8 == "static" or is_measured:
         raise ValueError(
-            "A graph with preprocessing is neither calibrated nor measured: remove --int8 static and --data, or "
+            "A graph with preprocessing is neither calibrated nor measured: leave out --int8 static and --data, or "
             "--with-preprocessing."
         )
 
@@ -238,8 +240,8 @@ def _remedy(form: str, difference: float) -> str:
         return "please report the model"
     if form in ("fp16", "bf16"):
         reason = " (its outputs are not finite: values above 65504 overflow)" if not np.isfinite(difference) else ""
-        return f"remove --precision{reason}"
-    return "remove --int8, or try its other values"
+        return f"leave --precision out{reason}"
+    return "leave --int8 out, or try its other values"
 
 
 # ------------------------------------------------------------------------------------------------------ comparison

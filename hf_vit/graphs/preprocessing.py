@@ -70,7 +70,7 @@ def plan_of(processor: HFViTImageProcessor) -> Plan:
         problem = problem or "gives images of different sizes"
     if problem is not None:
         raise ValueError(
-            f"The image processor {problem}, which a graph cannot do: remove --with-preprocessing, or change "
+            f"The image processor {problem}, which a graph cannot do: leave --with-preprocessing out, or change "
             "preprocessor_config.json."
         )
     if shortest:
@@ -203,5 +203,5 @@ class PreprocessedGraph(Graph):
         if not (difference := levels.abs().max().item()) <= MOST_LEVELS:
             raise ValueError(
                 f"The pixels of the graph differ by {difference:.1f} of 255 levels from those of the image processor: "
-                "remove --with-preprocessing, and please report the processor."
+                "leave --with-preprocessing out, and please report the processor."
             )

@@ -122,7 +122,7 @@ def in_runtime(
     if runtime == "torch":
         return optimize_for_inference(model, precision, compile), runtime
     if reasons:
-        raise ValueError(f"{runtime} runs models with a single head on CPUs, but {reasons[0]}: remove --runtime.")
+        raise ValueError(f"{runtime} computes graphs with one head on CPUs, and {reasons[0]}: leave --runtime out.")
     return _computed_by(runtime, model, processor, precision, threads), runtime
 
 

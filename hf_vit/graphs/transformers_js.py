@@ -130,8 +130,8 @@ def export_transformers_js(
     form = precision if int8 is None else f"int8 {int8}"
     if form not in FILES:
         raise ValueError(
-            f"transformers.js does not run {form} everywhere: use --int8 dynamic or no --int8, and "
-            "--precision fp32 or fp16."
+            f"transformers.js does not run {form} everywhere: for int8 use dynamic, or leave --int8 out; for "
+            "precision, fp32 or fp16."
         )
     need("onnx", "onnx", "onnxruntime", "onnxscript")
     checkpoint = open_checkpoint(source)

@@ -47,7 +47,7 @@ def checked_heads(config: Any) -> dict[str, dict[str, Any]] | None:
 def _checked_head(config: Any, name: str, head: dict[str, Any]) -> dict[str, Any]:
     where = f"heads[{name!r}]"
     if not name.isidentifier() or name.startswith("_") or name in TAKEN:
-        raise ValueError(f"A head's name must be an identifier, such as 'species', got {name!r}: choose another one.")
+        raise ValueError(f"A head needs a name like a variable, such as 'species', got {name!r}: choose another one.")
     task = head.get("task")
     if task not in TASKS:
         raise ValueError(f"{where} must have a task, one of {', '.join(TASKS)}, got {task!r}.")

@@ -134,7 +134,7 @@ class Distillation(Objective):
         if config.trained != "all":
             raise ValueError(f"Distillation trains the whole student: remove trained={config.trained}.")
         if config.loss != "cross_entropy":
-            raise ValueError(f"Distillation has its own loss: remove loss={config.loss}.")
+            raise ValueError(f"Distillation has a loss of its own: remove loss={config.loss}.")
         self.config = config
         self.teachers = Teachers(config.teachers, config.teacher_image_size, config.teacher_channels)
         self.label_names, self.of_labels = self._labels()

@@ -100,6 +100,48 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("export vit vit.onnx", "vit.onnx exists: choose another file, or pass --force"),
+        ("export vit vit.onxx", "Unknown ending of vit.onxx: expected .onnx, "),
+        ("export encodr vit.onnx --force", "No such file or folder: encodr (did you mean encoder?)."),
+        ("fit vit --model encodr", "No such file or folder: encodr (did you mean encoder?)."),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_heavy_imports(command: str, message: str, tmp_path: Path) -> None:
+    for folder in ("vit", "encoder"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "vit.onnx").touch()
+    program = [sys.executable, "-c", NAMES_OF_IMPORTS, *command.split()]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert {*done.stdout.splitlines()[-1].split()}.isdisjoint(HEAVY)
+
+
+def test_the_formats_of_an_export_are_those_of_the_help() -> None:
+    from hf_vit.checkpoints.export import TARGETS
+    from hf_vit.cli.models import FORMATS
+    from hf_vit.graphs.kinds import KINDS
+    from hf_vit.graphs.transformers_js import NAME
+
+    assert FORMATS.split(", ") == [*KINDS, NAME, *TARGETS]
+
+
+@pytest.mark.parametrize(("part", "command"), [("fit", "fit"), ("checkpoints", "train")])
+def test_an_unfinished_run_is_named(part: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / part).mkdir(parents=True)
+    result = runner.invoke(app, ["inspect", str(tmp_path / "run")])
+    assert f"run holds an unfinished run: repeat its hf-vit {command} command to finish it." in result.stderr
+
+
+def test_a_name_that_is_not_in_the_cache_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = runner.invoke(app, ["inspect", "nobody/no-such-vit"])
+    assert "No such file or folder: nobody/no-such-vit." in result.stderr
+    assert result.stderr.rstrip().endswith("it is not in the cache, and HF_HUB_OFFLINE is set.")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--epoch", "3"], "There is no option --epoch: did you mean --epochs?"),

@@ -1,6 +1,7 @@
 """What commands print besides their results: bars, libraries, and Ctrl-C."""
 
 import io
+import os
 import subprocess
 import sys
 import time
@@ -104,6 +105,24 @@ def test_bars_in_a_file_are_lines(capsys: pytest.CaptureFixture) -> None:
             bar.update()
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("0/3 steps") and last.startswith("3/3 steps")
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_terminal_without_a_size_has_a_bar(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            return 2
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((columns, 24 if columns else 0)))
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 24 if columns else 0))
+    with progress_bar(10, "steps", file=terminal, mininterval=0) as bar:
+        bar.update(5)
+    assert "5/10 steps" in terminal.getvalue()
 
 
 def test_the_time_of_a_long_run_is_stated_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,19 @@ def progress_bar(total: int | None, unit: str, what: str = "", **options: Any) -
     if any("notebook" in kind.__module__ for kind in tqdm.__mro__):
         where: dict[str, Any] = {}
     elif sys.stderr.isatty():
-        has_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some containers state no size
-        where = {"dynamic_ncols": True} if has_size else {"ncols": COLUMNS}
+        where = {"dynamic_ncols": True} if _width_of(sys.stderr) else {"ncols": COLUMNS}
     else:
         where = {"ncols": COLUMNS, "file": _LogFile(sys.stderr), **EVERY_LOG_LINE}
     shape = FORMAT_WITHOUT_TOTAL if total is None else FORMAT
     return tqdm(total=total, unit=unit, bar_format=shape, desc=what and f"{what}: ", **{**where, **options})
+
+
+def _width_of(terminal: Any) -> int:
+    """Return the columns of a terminal; 0 if it states none, as in some containers, where tqdm would print nothing."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 class _LogFile:

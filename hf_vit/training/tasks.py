@@ -100,7 +100,7 @@ def weights_of_classes(how: str, data: ImageData) -> Tensor | None:
     counts = data.class_counts()
     if counts is None:
         raise ValueError(
-            f"class_weights={how} needs the number of training images per class, which a stream does not state: set "
+            f"class_weights={how} needs the number of training images per class, which a stream does not tell: set "
             "class_weights: none, or streaming: false."
         )
     images, number_of = torch.tensor(counts, dtype=torch.float64), NUMBERS[how]

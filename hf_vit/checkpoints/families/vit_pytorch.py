@@ -110,7 +110,7 @@ def _read(source: Source, options: Options) -> Reading:
         table_shape, token = source.shape("pos_embedding"), source.shape("cls_token")
         if len(table_shape) != len(token) or len(table_shape) < 2:  # ViTDetPool, which has all names of ViT
             raise ValueError(
-                f"{source.name}: 'pos_embedding' {list(table_shape)} and 'cls_token' {list(token)}: not a ViT."
+                f"{source.name}: 'pos_embedding' {list(table_shape)} and 'cls_token' {list(token)}: no ViT."
             )
         # Recent models without a class token store an empty one; older models all have one.
         leading, use_cls_token = table_shape[:-2], 0 not in token

@@ -71,7 +71,7 @@ def read_plans(file: str | Path, data: str | list[str] | None = None) -> list[He
         stated = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f"; line {mark.line + 1} is not valid YAML"
+        where = "" if mark is None else f"; line {mark.line + 1} is no YAML"
         raise ValueError(f"{file} cannot be read." if isinstance(error, OSError) else f"{expected}{where}.") from None
     if not isinstance(stated, dict) or not stated or not all(isinstance(head, dict) for head in stated.values()):
         raise ValueError(f"{expected}.")

@@ -79,7 +79,7 @@ def train(
 
     Estimate of memory, time and price: hf-vit train photos/ --dry-run
 
-    The same for a GPU that this machine does not have: hf-vit train photos/ --dry-run --for h200
+    The same for a GPU that is not here: hf-vit train photos/ --dry-run --for h200
 
     Several heads on one encoder: hf-vit train photos/ --heads heads.yaml --model facebook/dinov2-small
     """

@@ -367,8 +367,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 logger.warning(f"The stored config has {name!r}, which is not a field: did you mean {meant!r}?")
         if newer := [name for name, meant in unknown.items() if not meant]:
             logger.warning_once(
-                f"The stored config has {', '.join(map(repr, newer))}, which is not a field of this version and is "
-                "ignored. If a newer version of hf-vit wrote the config, install that version."
+                f"The stored config has {', '.join(map(repr, newer))}, without effect: no field of this version. If a "
+                "newer version of hf-vit wrote the config, install that version."
             )
         misspelt = {name: config_dict[name] for name, meant in unknown.items() if meant}
         config_dict = {name: value for name, value in config_dict.items() if name not in misspelt}

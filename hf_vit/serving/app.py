@@ -188,7 +188,7 @@ def _wants_mask(request: Request, is_several: bool, task: str) -> bool:
     if accepted != ["image/png"]:
         return False
     if task != "image-segmentation" or is_several or request.url.path != "/predict":
-        raise HTTPException(406, "Only the mask of a single image can be sent as a PNG file: accept application/json.")
+        raise HTTPException(406, "Only the mask of a single image is sent as a PNG file: Accept application/json.")
     return True
 
 

@@ -143,7 +143,7 @@ class ResultsFile:
         if names:
             different = "; ".join(f"{name} {theirs.get(name)!r} -> {ours.get(name)!r}" for name in names)
             raise ValueError(
-                f"{self.path} holds results with different settings ({different}): choose another --output-dir."
+                f"{self.path} holds results of other settings ({different}): choose another --output-dir."
             )
         return True
 

@@ -204,8 +204,8 @@ def _patches(shapes: Shapes, options: Options, assumed: list[str]) -> dict[str, 
         return {"num_channels": shape[1], "patch_size": shape[2:]}
     if len(shape) != 2:
         raise ValueError(
-            f"{shapes.source.name}: the patch projection has the shape {list(shape)}: expected a matrix or a "
-            "2-D convolution."
+            f"{shapes.source.name}: the patch projection has the shape {list(shape)}: expected a matrix, or a "
+            "convolution over images of two dimensions."
         )
     patch_size, channels = patch_of(shapes.source, shape[1], options, assumed)
     return {"num_channels": channels, "patch_size": patch_size}

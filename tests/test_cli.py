@@ -103,7 +103,7 @@ def test_train_writes_a_folder_that_can_be_looked_at(recipe: Path, tmp_path: Pat
     ("command", "message"),
     [
         ("export vit vit.onnx", "vit.onnx exists: choose another file, or pass --force"),
-        ("export vit vit.onxx", "Unknown ending of vit.onxx: expected .onnx, "),
+        ("export vit vit.onxx", "vit.onxx does not end in .onnx, .xml, .pte, .pt2, .npz: add --to, one of onnx, "),
         ("export encodr vit.onnx --force", "No such file or folder: encodr (did you mean encoder?)."),
         ("fit vit --model encodr", "No such file or folder: encodr (did you mean encoder?)."),
     ],

@@ -95,6 +95,13 @@ def test_badges_are_those_of_the_project() -> None:
     assert drawn[6:] == ["licence", project["license"]]
 
 
+def test_no_line_of_a_page_is_a_comment() -> None:
+    """MyST drops a line that begins with a percent sign, as after "98" at the end of a line."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "model_cards").rglob("*.md")]
+    found = {path.name: line for path in pages for line in path.read_text().splitlines() if re.match(r"\s*%", line)}
+    assert not found
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) < 1200
 

@@ -10,7 +10,7 @@ OF_DEVELOPERS = {"docs", "test"}
 
 
 def env() -> None:
-    """Print the installed versions and the hardware, for a bug report.
+    """Print versions and hardware, for a bug report.
 
     Prints no user names, file names or tokens.
 

@@ -57,7 +57,7 @@ def fit(
     ] = "auto",
     cache: FeatureCache = None,
 ) -> None:
-    """Train the best classifier possible in a given number of minutes.
+    """Train the best classifier possible in a given time.
 
     Computes the features of every image once, fits a linear classifier on them, and tests whether fine-tuning is
     better. States the accuracy to expect, with an interval. The same command resumes an interrupted fit.

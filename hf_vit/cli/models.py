@@ -198,7 +198,7 @@ def export(
     check_exist([data, calibration], model)
     to = to or ENDINGS.get(out.suffix.lower())
     if to is None:
-        raise ValueError(f"Unknown ending of {out}: expected {', '.join(ENDINGS)}, or --to with one of {FORMATS}.")
+        raise ValueError(f"{out} does not end in {', '.join(ENDINGS)}: add --to, one of {FORMATS}.")
     if out.suffix.lower() in ENDINGS:
         check_new_file(out, force)
     announce(f"Exporting {model} to {out}, and comparing the outputs with torch.")

@@ -77,7 +77,7 @@ class Prediction:
 
     @property
     def answers(self) -> list[str]:
-        """Labels with their scores as text: `"cat 93.1%"`, for a target `"age 41.5"`, and for objects `"3 cat"`.
+        """Labels with their scores as text, such as `"cat 93.1%"`, `"age 41.5"` for a target, `"3 cat"` for objects.
 
         An answer that abstains begins with `"unknown"`.
         """

@@ -118,8 +118,8 @@ def fit(
         elif finished is not None:
             metrics = finished
             say(
-                f"{output_dir} holds the finished result of a fit with --minutes {metrics['minutes']:g}: nothing is "
-                "left to do.\nTo continue it, give more minutes. To start again, use --resume never. Its result:"
+                f"{output_dir} holds the finished result of this command (--minutes {metrics['minutes']:g}).\n"
+                "To continue it, give a larger --minutes. To start again, use --resume never. Its result:"
             )
             say("\n".join(hanging("", f"{metrics['why']}.")))
             for line in (*summary(metrics), *next_commands(output_dir)):

@@ -430,7 +430,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens before the patches: class, distillation and register tokens."""
+        """Number of class, distillation and register tokens before the patches."""
         return bool(self.use_cls_token) + bool(self.use_distillation_token) + self.num_register_tokens
 
     @property

@@ -3,7 +3,8 @@
     python scripts/benchmark_pipeline.py photos/ --model Ti/16
 
 The weights, photos and preprocessing are the same. Everything runs in one process and one thread, in turns; the output
-is the median over rounds, and the ratio to the first row within each round. The top labels must agree.
+is the median over rounds, and the ratio to the first row within each round. The number of equal top labels is printed,
+and the outputs of the forward passes must agree.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def compare(title: str, calls: dict[str, Callable[[], Any]], images: int, rounds
 
 
 def pipelines(folder: Path, photos: list[str], batch_size: int) -> dict[str, Callable[[], Any]]:
-    """Return calls that label photos, after checking that they agree."""
+    """Return calls that label photos, after printing how many top labels are equal."""
     found = {
         name: pipeline("image-classification", str(folder / part), batch_size=batch_size)
         for name, part in (("transformers' ViT", "transformers"), ("hf_vit", "ours"))
@@ -72,6 +73,7 @@ def forwards(folder: Path, images: int) -> dict[str, Callable[[], Any]]:
     networks = {"eager": load(), "optimize_for_inference": optimize_for_inference(load())}
     networks["torch.compile"] = torch.compile(load())
     networks["torch.compile of optimize_for_inference"] = torch.compile(optimize_for_inference(load()))
+    networks["torch.compile with freezing"] = torch.compile(load(), options={"freezing": True})
     calls = {
         name: torch.no_grad()(lambda network=network: network(pixel_values).logits)
         for name, network in networks.items()
@@ -79,9 +81,6 @@ def forwards(folder: Path, images: int) -> dict[str, Callable[[], Any]]:
     expected = calls["eager"]()
     for call in calls.values():
         torch.testing.assert_close(call(), expected, atol=1e-3, rtol=1e-3)
-    frozen = torch.compile(load(), options={"freezing": True})
-    calls["torch.compile with freezing"] = torch.no_grad()(lambda: frozen(pixel_values).logits)
-    torch.testing.assert_close(calls["torch.compile with freezing"](), expected, atol=1e-3, rtol=1e-3)
     return calls
 
 

@@ -14,6 +14,7 @@ Methods:
     untrained           The initial weights.
     masked_patches      The recipe `mim-pretrain`: mask tokens in the encoder, pixels with L1 loss, 60 % masked.
     masked_autoencoder  The recipe `mae-pretrain`: the encoder sees the visible 25 %; a decoder of two layers.
+    lejepa              Views of an image have equal projections, which are Gaussian over images.
     distillation        Features of --teacher, on the same augmented images.
     supervised          Training from scratch on the --labels images alone, with their labels.
 """
@@ -57,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "model_config.mim_objective": "autoencoder",
         **{f"model_config.{name}": value for name, value in DECODER.items()},
     },
+    "lejepa": {"task": "lejepa", "smallest_crop": 1.0, "local_views": 2},
     "distillation": {"task": "distillation"},
     "supervised": {},
 }

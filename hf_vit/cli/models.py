@@ -201,7 +201,7 @@ def export(
         raise ValueError(f"{out} does not end in {', '.join(ENDINGS)}: add --to, one of {FORMATS}.")
     if out.suffix.lower() in ENDINGS:
         check_new_file(out, force)
-    announce(f"Exporting {model} to {out}, and comparing the outputs with torch.")
+    announce(f"Exporting {model} to {out}.")
     from ..checkpoints.export import TARGETS, export_checkpoint
     from ..graphs.export import export_graph
     from ..graphs.kinds import KINDS
@@ -217,7 +217,7 @@ def export(
         raise ValueError(f"--calibration and --with-preprocessing do not apply to {NAME}: remove them.")
     lines = None
     if to == NAME:
-        lines = export_transformers_js(model, out, int8, compare_on_data, force, precision=precision)
+        lines = export_transformers_js(model, out, int8, compare_on_data, force, precision=precision, say=announce)
     elif to in KINDS:
         lines = export_graph(
             model,
@@ -229,6 +229,7 @@ def export(
             precision=precision,
             calibration=calibration or (data if int8 == "static" else None),
             with_preprocessing=with_preprocessing,
+            say=announce,
         )
     if lines is not None:
         echo("\n".join(lines))

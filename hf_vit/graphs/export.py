@@ -66,6 +66,7 @@ def export_graph(
     precision: str = "fp32",
     calibration: str | None = None,
     with_preprocessing: bool = False,
+    say: Callable[[str], None] = lambda stage: None,
 ) -> list[str]:
     """Export a model as a graph, and keep it only if its outputs are the model's.
 
@@ -83,6 +84,7 @@ def export_graph(
         precision: `"fp32"`, `"fp16"` or `"bf16"`.
         calibration: Images for `int8="static"`, as for `load_data`.
         with_preprocessing: Whether the graph takes images, uint8 `[B, H, W, C]`, and returns probabilities.
+        say: Prints the stage that begins; several take minutes for a large model.
 
     Returns:
         Sentences about what was assumed, inputs and outputs, and the difference from torch; then lines of `measure`.
@@ -101,6 +103,7 @@ def export_graph(
             f"{source} has several heads, which are not exported as one graph: make a model of one with "
             "hf-vit convert --head, and export that."
         )
+    say("Loading the model.")
     model, processor = load(source, checkpoint=checkpoint)
     model.float()
     graph = (
@@ -116,9 +119,10 @@ def export_graph(
     lines = [f"Assumed: {sentence}" for sentence in checkpoint.assumed] + [description(graph)]
     with (new_file if is_file else new_folder)(out, force) as unfinished:
         path = unfinished if is_file else unfinished / f"model{kind.suffix}"
-        forms, differences = _write(kind, path, graph, processor, form, images)
+        forms, differences = _write(kind, path, graph, processor, form, images, say)
         lines += differences
         if measure is not None:
+            say("Measuring accuracy and speed.")
             models: dict[str, nn.Module] = {
                 f"torch {name}": optimize_for_inference(model, name) for name in ("fp32", "bf16")
             }
@@ -165,7 +169,13 @@ def _check_preprocessing(to: str, kind: Kind, int8: str | None, is_measured: boo
 
 
 def _write(
-    kind: Kind, path: Path, graph: Graph, processor: HFViTImageProcessor, form: str, images: Images
+    kind: Kind,
+    path: Path,
+    graph: Graph,
+    processor: HFViTImageProcessor,
+    form: str,
+    images: Images,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Form], list[str]]:
     """Write a file; return it and, for int8, its fp32 original, by precision, and their differences."""
     metadata = {
@@ -177,10 +187,13 @@ def _write(
     }
     int8 = form.removeprefix("int8 ") if form.startswith("int8 ") else None
     original, precision = (path, form) if int8 is None else (path.with_name(f"fp32-{path.name}"), "fp32")
+    say(f"Tracing the model, and writing the graph in {precision}.")
     kind.write(graph, original, metadata)
+    say("Comparing its outputs with torch's on random and real images of several sizes.")
     made, difference = _checked(kind, original, graph, processor, precision)
     forms, differences = {precision: made}, [difference]
     if int8 is not None:
+        say(f"Quantizing to {form}, and comparing again.")
         _quantize(kind, int8, original, path, images)
         forms[form], difference = _checked(kind, path, graph, processor, form, images)
         differences.append(difference)

@@ -107,6 +107,7 @@ def export_transformers_js(
     measure: Callable[..., list[str]] | None = None,
     force: bool = False,
     precision: str = "fp32",
+    say: Callable[[str], None] = lambda stage: None,
 ) -> list[str]:
     """Write the folder of a model for transformers.js, and keep it only if its outputs are the model's.
 
@@ -120,6 +121,7 @@ def export_transformers_js(
         measure: As of `export_graph`.
         force: Replace what is there.
         precision: `"fp32"`, or `"fp16"` for half of the size (`dtype: 'fp16'`).
+        say: As of `export_graph`.
 
     Returns:
         The sentences of `export_graph`, and those on transformers.js.
@@ -150,7 +152,7 @@ def export_transformers_js(
     file, dtype = FILES[form]
     with new_folder(out, force) as unfinished:
         (unfinished / "onnx").mkdir()
-        lines = export_graph(source, unfinished / "onnx" / file, "onnx", int8, measure, precision=precision)
+        lines = export_graph(source, unfinished / "onnx" / file, "onnx", int8, measure, precision=precision, say=say)
         if loaded is ENCODER:
             _add_output(unfinished / "onnx" / file)
         _write_json(unfinished / "config.json", _config(model, loaded, dtype))
@@ -158,6 +160,7 @@ def export_transformers_js(
         readme = README.format(name=Path(out).name, task=loaded.task, options=loaded.options, output=loaded.output)
         (unfinished / "README.md").write_text(readme, encoding="utf-8")
         lines += [f"Note: {sentence}" for sentence in no_certainty(model.config)]
+        say("Comparing its outputs under Node.")
         lines.append(_compared_in_node(unfinished, model, processor, loaded, BOUNDS[form]))
     return lines
 

@@ -190,7 +190,7 @@ def _rounded(rate: float) -> float:
 def _layer_decay(config: TrainConfig, facts: Facts) -> Choice:
     if not facts.is_checkpoint:
         return 1.0, "training from scratch"
-    if config.trained != "all" or config.task in ("masked_patches", "distillation"):
+    if config.trained != "all" or config.task in ("masked_patches", "distillation", "lejepa"):
         return 1.0, "layer decay is only used in full fine-tuning"
     return 0.65 if facts.width >= 1024 else 0.75, f"full fine-tuning of {facts.depth} layers of width {facts.width}"
 

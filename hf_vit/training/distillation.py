@@ -23,10 +23,10 @@ from ..data.images import Visit, collate, image_digest, stored_rows
 from ..data.labelled import ImageData
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.losses_hf_vit import scaled_logits
-from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel, HFViTPreTrainedModel
+from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
-from .objective import Objective, means_over_images, refuse_mixing
+from .objective import Objective, TrainedInside, means_over_images, refuse_mixing
 from .recipe import TrainConfig
 from .teacher_cache import TeacherCache
 from .teachers import Answers, Teachers
@@ -73,13 +73,13 @@ class StudentOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class Student(HFViTPreTrainedModel):
+class Student(TrainedInside):
     """The model that is saved, `student`, with projections to the features of all teachers.
 
     `with_widths` makes a class for given teachers, since the widths are no part of a model's config.
     """
 
-    _no_split_modules = ["HFViTLayer"]
+    kept = "student"
     summary_width = patch_width = 0
     is_classifier = False
 
@@ -95,11 +95,6 @@ class Student(HFViTPreTrainedModel):
                 self.register_buffer(f"{name}_mean", torch.zeros(width))
                 self.register_buffer(f"{name}_scale", torch.ones(width))
         self.post_init()
-
-    @property
-    def vit(self) -> Any:
-        """The encoder, where the optimizer and the report look for it."""
-        return self.student.base_model
 
     @classmethod
     def with_widths(cls, summary_width: int, patch_width: int, is_classifier: bool) -> type["Student"]:
@@ -244,11 +239,6 @@ class Distillation(Objective):
         means, count, broken = means_over_images(losses, model, loader, accelerator, normalize)
         metrics = dict(zip(("loss", "agreement"), means, strict=True))
         return {**{name: metrics[name] for name in self.metric_names}, "count": count}, broken, None
-
-    def published(self, model: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """Return the model that is saved, and its weights."""
-        prefix = "student."
-        return model.student, {name[len(prefix) :]: each for name, each in weights.items() if name.startswith(prefix)}
 
 
 def feature_losses(predicted: Tensor, targets: Tensor, widths: list[int]) -> Tensor:

@@ -214,13 +214,13 @@ class Estimation(Rehearsal):
                 "--for cannot estimate the cost of teachers: remove it to measure the run on this machine."
             )
         run.bar.leave = False
-        images = math.ceil(config.batch_size / config.accumulation_steps)
+        images = math.ceil(run.task.passes * config.batch_size / config.accumulation_steps)
         trace = traced_step(run.model, partial(twin_of, run), images, self.precision, config.gradient_checkpointing)
         whole, forward = (
             time_of(operations, gpu, self.precision, self.is_compiled)
             for operations in (trace.operations, [each for each in trace.operations if each.phase == "forward"])
         )
-        self.forward = forward.seconds / images
+        self.forward = run.task.passes * forward.seconds / images
         learned = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
         step = step_seconds(whole.seconds, config.accumulation_steps, learned, gpu, config)
         cost = self._cost(run, 0.0, step, 0.0)

@@ -7,19 +7,42 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
+from ..model.modeling_hf_vit import HFViTPreTrainedModel
 from ..system.transfers import to_device
 from .recipe import TrainConfig
 
 
+class TrainedInside(HFViTPreTrainedModel):
+    """A model with layers that only its training needs; the attribute that `kept` names is saved without them."""
+
+    _no_split_modules = ["HFViTLayer"]
+    kept = "encoder"
+
+    @property
+    def vit(self) -> Any:
+        """The encoder, where the optimizer and the report look for it."""
+        return getattr(self, self.kept).base_model
+
+
 class Objective:
-    """Base class of the objectives in `tasks.TASKS`."""
+    """Base class of the objectives in `tasks.TASKS`.
+
+    Attributes:
+        passes: Forward passes per training image, in units of one with the whole image.
+    """
+
+    passes = 1.0
 
     def begin(self, run: Any, model: Any) -> None:
         """Prepare what depends on the images and the model of a run; called once, before anything is written."""
 
     def published(self, model: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Return the model that a run saves at its end, and its weights, from those that it trains."""
-        return model, weights
+        if not isinstance(model, TrainedInside):
+            return model, weights
+        prefix = f"{model.kept}."
+        saved = {name[len(prefix) :]: each for name, each in weights.items() if name.startswith(prefix)}
+        return getattr(model, model.kept), saved
 
 
 @torch.no_grad()

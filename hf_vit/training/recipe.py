@@ -80,11 +80,19 @@ class TrainConfig:
 
     # model
     task: Literal[
-        "classification", "multi_label", "regression", "segmentation", "detection", "masked_patches", "distillation"
+        "classification",
+        "multi_label",
+        "regression",
+        "segmentation",
+        "detection",
+        "masked_patches",
+        "distillation",
+        "lejepa",
     ] = option(
         "classification",
         "Training objective: classification, multi_label, regression, segmentation (images and masks), detection "
-        "(boxes of objects), masked_patches or distillation (without labels), or auto to infer it from the labels.",
+        "(boxes of objects), masked_patches, distillation or lejepa (without labels), or auto to infer it from the "
+        "labels.",
     )
     model: str | None = option(
         "ViT-Ti/16", "Variant to train from scratch, or checkpoint to fine-tune; null: a model of model_config alone."
@@ -114,6 +122,14 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "Share of each label that is spread over all classes.")
     mask_ratio: float = option(0.5, "Share of masked patches in masked_patches.")
     mask_block: int = option(1, "Side of the squares that are masked together, in patches.")
+
+    # lejepa
+    global_views: int = option(2, "Number of views per image in lejepa with 30 % to 100 % of its area.", 1)
+    local_views: int = option(6, "Number of smaller views per image in lejepa with 5 % to 30 % of its area.", 0)
+    view_jitter: float = option(
+        0.4, "Strength of random brightness, contrast and saturation of views, in standard deviations.", 0
+    )
+    sigreg_weight: float = option(0.05, "Weight of the regularization SIGReg in the loss of lejepa, from 0 to 1.", 0)
 
     # distillation
     teacher: str | list[str] | None = option(None, "Checkpoint of a teacher for distillation, or a list of these.")
@@ -251,6 +267,10 @@ class TrainConfig:
             raise ValueError(
                 f"teacher belongs to task=distillation, got task={self.task}: set one or remove the other."
             )
+        if self.global_views == 1 and self.local_views == 0:
+            raise ValueError("lejepa compares views: global_views=1 needs local_views of at least 1.")
+        if self.sigreg_weight > 1:
+            raise ValueError(f"sigreg_weight must be at most 1, got {self.sigreg_weight}.")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}.")
         if self.loss == "binary_cross_entropy" and self.label_smoothing:

@@ -273,7 +273,7 @@ class Rehearsal:
             learned=learned,
             frozen=frozen,
             forward_flops=forward_flops,
-            training_flops=training_flops,
+            training_flops=round(run.task.passes * training_flops),
             memory=count_memory(run),
             peak=round(peak),
             is_peak_of_gpu=is_gpu,

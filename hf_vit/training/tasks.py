@@ -1,4 +1,4 @@
-"""Training objectives: labels, numbers, masks, boxes, masked patches, teachers. The loop is the same for all."""
+"""Training objectives: labels, numbers, masks, boxes, masked patches, teachers, views. All share one loop."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -36,6 +36,7 @@ from ..system.texts import one_line
 from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
 from .distillation import Distillation
+from .lejepa import LeJEPA
 from .objective import Objective, means_over_images, refuse_mixing
 from .recipe import TrainConfig
 
@@ -389,6 +390,7 @@ TASKS: dict[str, Any] = {
     "detection": Detection,
     "masked_patches": MaskedPatches,
     "distillation": Distillation,
+    "lejepa": LeJEPA,
 }
 
 

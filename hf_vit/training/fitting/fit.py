@@ -343,7 +343,8 @@ class _Fitting:
         if self.data.evaluation is None:  # a recipe would hold out images otherwise
             fields["eval_split"] = self.options["train_split"] or "train"
         fields |= {"data": self.sources, "seed": self.seed}
-        return Entrants(self.data, self.labels, self.problem, fields, self.folder, self.encoder.image_size, self.state)
+        size = self.encoder.image_size
+        return Entrants(self.data, self.labels, self.problem, fields, self.folder, size, self.state, self.minutes)
 
     def write_probe(self, head: LinearHead, pooling: str, folder: Path) -> None:
         """Write the encoder with a head as a classifier."""
@@ -415,10 +416,11 @@ class _Fitting:
         elif not verdict.final:
             folder = self.folder / verdict.kept
             trained, total = int((head.folds != 0).sum()), len(self.labels)
-            minutes = counted(math.ceil(verdict.rows[-1]["seconds"] * total / trained / 60), "more minute")
+            more = math.ceil(verdict.rows[-1]["seconds"] * total / trained / 60)
             sentence = (
                 f"No time is left to train on all {total:,} images: the model that was trained on {trained:,} of them "
-                f"is kept. Give {minutes} to train on all."
+                f"is kept. Give {counted(more, 'more minute')} to train on all ({self.minutes + more:,g} minutes in "
+                "total)."
             )
             self.say("\n".join(hanging("", sentence)))
         else:

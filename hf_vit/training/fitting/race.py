@@ -92,6 +92,7 @@ class Entrants:
         folder: Folder of temporary runs.
         image_size: (height, width) in pixels.
         state: Finished steps.
+        minutes: Time of the whole fit.
     """
 
     data: ImageData
@@ -101,6 +102,7 @@ class Entrants:
     folder: Path
     image_size: tuple[int, int]
     state: FitState
+    minutes: float
 
     def batch_size(self, images: int) -> int:
         """Return the batch size: small for few images, so that an epoch has several steps."""
@@ -172,7 +174,13 @@ class Budget:
 
 
 def plan(
-    seconds: float, steps_per_second: float, overhead: float, epoch: int, share: float, candidates: int
+    seconds: float,
+    steps_per_second: float,
+    overhead: float,
+    epoch: int,
+    share: float,
+    candidates: int,
+    minutes: float = 0.0,
 ) -> Budget | str:
     """Return the largest race that fits, with the final training; or a sentence that says why none does.
 
@@ -183,6 +191,7 @@ def plan(
         epoch: Number of steps of an epoch of the four folds.
         share: Number of all training images divided by that of the four folds.
         candidates: Number of candidates that are worth racing.
+        minutes: Time of the whole fit.
     """
     least = _fewest_steps(epoch)
     most = max(least, MOST_EPOCHS * epoch)
@@ -199,14 +208,17 @@ def plan(
             first = min(steps, max(least, most // growth))
             race = tuple(first * growth**rung for rung in range(rungs))
             return Budget(number, race, finals * max(1, round(race[-1] * share)))
-    return _too_few_steps(least, 1 / steps_per_second / SHARE, overhead / SHARE, seconds)
+    return _too_few_steps(least, 1 / steps_per_second / SHARE, overhead / SHARE, seconds, minutes)
 
 
-def _too_few_steps(least: int, step_seconds: float, overhead: float, left: float) -> str:
-    """Return a sentence that says why fine-tuning is not tried."""
+def _too_few_steps(least: int, step_seconds: float, overhead: float, left: float, minutes: float) -> str:
+    """Return a sentence that says why fine-tuning is not tried, and how many minutes it needs."""
     needed, left = least * step_seconds + overhead, max(0.0, left)
-    minutes = counted(max(1, math.ceil((needed - left) / 60)), "more minute")
-    return f"its {least} steps would take about {needed:.0f} s, and {left:.0f} s are left. Give {minutes} to try it"
+    more = max(1, math.ceil((needed - left) / 60))
+    return (
+        f"its {least} steps would take about {needed:.0f} s, and {left:.0f} s are left. "
+        f"Give {counted(more, 'more minute')} to try it ({minutes + more:,g} minutes in total)"
+    )
 
 
 def _fewest_steps(epoch: int) -> int:
@@ -337,11 +349,12 @@ def _budget(
         forward = entrants.state.values.get("forward_seconds", 0.0)
         least, step = _fewest_steps(epoch), STEP_IN_FORWARDS * forward * entrants.batch_size(len(trained))
         if least * step > SHARE * seconds():
-            return {"why": _too_few_steps(least, step / SHARE, 0.0, seconds())}
+            return {"why": _too_few_steps(least, step / SHARE, 0.0, seconds(), entrants.minutes)}
         speed = _speed(entrants, start, trained, rows, seconds, candidates[0], epoch, say)
         entrants.state.put(speed=speed)
     share = len(entrants.labels) / len(trained)
-    found = plan(seconds(), speed["steps_per_second"], speed["overhead"], epoch, share, len(candidates))
+    rate, overhead = speed["steps_per_second"], speed["overhead"]
+    found = plan(seconds(), rate, overhead, epoch, share, len(candidates), entrants.minutes)
     return {"why": found} if isinstance(found, str) else {**asdict(found), "seconds": seconds()}
 
 

@@ -1,5 +1,6 @@
 """Options and fixtures of all tests: a tiny architecture, a seed before every test, and data sets if present."""
 
+import gc
 import signal
 import time
 from collections.abc import Iterator
@@ -83,6 +84,16 @@ def slow_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
         ordered += [*slow_part, *fast[:number]]
         fast = fast[number:]
     return ordered
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_collections() -> None:
+    """Leave all objects that live at the start of a file out of later garbage collections.
+
+    After thousands of tests, a collection takes seconds, and transformers' own tests start two for each test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

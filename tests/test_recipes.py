@@ -390,7 +390,7 @@ def test_values_are_read_as_the_types_of_their_fields(line: str, value: Any, rec
         (
             "task: tracking",
             "task must be one of classification, multi_label, regression, segmentation, detection, masked_patches, "
-            "distillation, got 'tracking'",
+            "distillation, lejepa, got 'tracking'",
         ),
         (
             "{loss: binary_cross_entropy, label_smoothing: 0.1}",

@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "model_config.mim_objective": "autoencoder",
         **{f"model_config.{name}": value for name, value in DECODER.items()},
     },
-    "lejepa": {"task": "lejepa", "smallest_crop": 1.0, "local_views": 2},
+    "lejepa": {"task": "lejepa", "smallest_crop": 1.0, "local_views": 0},
     "distillation": {"task": "distillation"},
     "supervised": {},
 }

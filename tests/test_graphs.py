@@ -69,9 +69,13 @@ def assert_same_answers(answer: Run, model: Any, shapes: list[tuple[int, ...]] =
 
 slow, full = pytest.mark.slow, pytest.mark.full
 # The export to ONNX runs torch.export first: learned and rotary positions prove the latter.
+OF_OPENVINO: dict[str, Any] = {"learned": [], "relative": [slow], "rotary": [slow]}
 POSITIONS = [
     *(pytest.param("onnx", each, marks=[full] * (each in ("none", "learned_rotary"))) for each in POSITION_EMBEDDINGS),
-    *(pytest.param("openvino", each, marks=[slow] * (each != "learned")) for each in POSITION_EMBEDDINGS),
+    *(
+        pytest.param("openvino", each, marks=OF_OPENVINO.get(each, [slow, full]))  # it reads the ONNX
+        for each in POSITION_EMBEDDINGS
+    ),
     *(
         pytest.param("torch-export", each, marks=[slow] if each in ("learned", "rotary") else [slow, full])
         for each in POSITION_EMBEDDINGS

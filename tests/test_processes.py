@@ -302,10 +302,11 @@ BEST: dict[str, Any] = {
         ({"streaming": True, "shuffle_buffer": 5}, {}),
         ({"task": "masked_patches"}, {}),
         ({"task": "distillation", "teacher_cache": "cache", "teacher_views": 2}, {}),
+        pytest.param({"task": "lejepa", "local_views": 2}, {}, marks=full),
         (BEST, {}),
         (BEST, FSDP),
     ],
-    ids=["stream", "masked", "distillation", "best", "best-fsdp2"],
+    ids=["stream", "masked", "distillation", "lejepa", "best", "best-fsdp2"],
 )
 def test_two_processes_with_other_kinds_go_on_exactly(
     photos: Path, tmp_path: Path, fields: dict[str, Any], environment: dict[str, str]

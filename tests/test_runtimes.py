@@ -291,7 +291,7 @@ SUPPORTED_BY_TENSORRT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fields", [{}, pytest.param({"position_embedding_type": "relative"}, marks=slow)])
+@pytest.mark.parametrize("fields", [{}, pytest.param({"position_embedding_type": "relative"}, marks=[slow, full])])
 def test_tensorrt_can_read_the_onnx(fields: dict[str, Any], tmp_path: Path) -> None:
     import onnx
 

@@ -55,8 +55,17 @@ def images(number: int = 5) -> list[Image.Image]:
     return [Image.fromarray(random.integers(256, size=(40 + index, 60, 3), dtype=np.uint8)) for index in range(number)]
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("kind", MODELS)
+REPEATS = {("several labels", "openvino"), ("encoder", "openvino"), ("segmenter", "onnxruntime")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime"),
+    [
+        pytest.param(kind, runtime, marks=[pytest.mark.full] * ((kind, runtime) in REPEATS))
+        for kind in MODELS
+        for runtime in RUNTIMES
+    ],
+)
 def test_predictions_are_those_of_torch(kind: str, runtime: str, cache: Path) -> None:
     model = make(kind)
     options: dict[str, Any] = {"precision": "fp32", "batch_size": 2}

@@ -76,7 +76,7 @@ def draws(**given: float) -> Tensor:
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_a_view_of_everything_is_the_image(channels: int) -> None:
     image = torch.randn(1, channels, 6, 10)
-    whole = Crops(1, (6, 10), (0.3, 1.0))
+    whole = Crops((6, 10), (0.3, 1.0))
     torch.testing.assert_close(views_of(image, draws(), whole, 0.4), image)
     torch.testing.assert_close(views_of(image, draws(flip=0.1), whole, 0.4), image.flip(-1))
     gray = views_of(image, draws(gray=0.1), whole, 0.4)
@@ -86,13 +86,13 @@ def test_a_view_of_everything_is_the_image(channels: int) -> None:
 @pytest.mark.parametrize("across", [0.0, 0.25, 1.0])
 def test_a_crop_lies_within_the_image(across: float) -> None:
     columns = torch.arange(16.0).expand(1, 1, 16, 16)
-    crop = views_of(columns, draws(area=0.0, across=across), Crops(1, (8, 8), (0.25, 0.3)), 0.0)
+    crop = views_of(columns, draws(area=0.0, across=across), Crops((8, 8), (0.25, 0.3)), 0.0)
     torch.testing.assert_close(crop[0, 0, 0], torch.arange(8.0) + 8 * across)
 
 
 def test_brightness_contrast_and_color() -> None:
     image = torch.randn(1, 3, 8, 8)
-    whole = Crops(1, (8, 8), (1.0, 1.0))
+    whole = Crops((8, 8), (1.0, 1.0))
     brighter = views_of(image, draws(brightness=0.6), whole, 0.4)  # three quarters of the way from -0.4 to 0.4
     torch.testing.assert_close(brighter, image + 0.2)
     flat = views_of(image, draws(brightness=0.4, contrast=0.0), whole, 1.0)

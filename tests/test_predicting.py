@@ -363,6 +363,17 @@ def test_a_table_for_spreadsheets_has_a_row_per_image(model: str, tmp_path: Path
         assert [row[0] for row in rows if row[-1]] == list(BROKEN[:1])
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_only_a_table_of_predictions_is_replaced(model: str, tmp_path: Path, sources: Sources, ending: str) -> None:
+    mine = tmp_path / f"mine{ending}"
+    mine.write_text("path,label\na.jpg,cat\n")
+    done = run(model, "photos", "-o", mine)
+    assert done.exit_code == 2 and "exists and is not a table of predictions: choose another --output" in done.stderr
+    assert mine.read_text() == "path,label\na.jpg,cat\n"
+    for _ in range(2):
+        assert run(model, "photos", "-o", tmp_path / f"labels{ending}").exit_code == 0
+
+
 def test_an_archive_and_a_table_of_paths_are_read_as_in_training(
     model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..prediction.output import check_output
+from ..prediction.output import check_output, check_replaceable
 from ..system.extras import need
 from ..system.places import check_exist
 from ..system.texts import counted, one_line, shortened
@@ -198,6 +198,7 @@ def predict(
     check_exist(words, model)
     if output is not None and output.suffix:  # a folder is for masks or drawings
         check_output(output, features, half_features)
+        check_replaceable(output)
     if output is None:
         needing = {"--features": features or half_features, "--engine ray": engine == "ray", "--restart": restart}
         needing["a launch with more than one process"] = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -21,12 +21,10 @@ class Crops:
     """A kind of views.
 
     Attributes:
-        number: Of each image.
         size: (height, width) in pixels, to which crops are resampled.
         areas: Smallest and largest share of the image's area.
     """
 
-    number: int
     size: tuple[int, int]
     areas: tuple[float, float]
 

@@ -1,5 +1,6 @@
 """Files that predictions can be written to. Imports nothing heavy, so that a command can check its arguments first."""
 
+import json
 from pathlib import Path
 
 WITH_FEATURES = (".parquet", ".jsonl")
@@ -16,3 +17,25 @@ def check_output(output: Path, has_features: bool, is_half: bool = False) -> Non
         raise ValueError(f"--half-features needs --features and a .parquet file; got --output {output}.")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"The folder of --output {output} does not exist: create it first.")
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise `ValueError` if a file exists and is not a table of predictions: it may list the images themselves."""
+    if output.exists() and output.stat().st_size and not {"image", "error"} <= _columns(output):
+        raise ValueError(
+            f"{output} exists and is not a table of predictions: choose another --output, or remove it first."
+        )
+
+
+def _columns(table: Path) -> set[str]:
+    """Return the names of a table's columns; none if it cannot be read."""
+    try:
+        if table.suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            return set(read_schema(table).names)
+        with table.open(encoding="utf-8") as file:
+            first = file.readline()
+        return set(json.loads(first)) if table.suffix == ".jsonl" else set(first.strip().replace("\t", ",").split(","))
+    except (OSError, ValueError, TypeError):
+        return set()

@@ -39,7 +39,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..system.disk import UNFINISHED, sync, writing
-from .output import check_output
+from .output import check_output, check_replaceable
 from .predictor import Prediction
 from .shards import Shard
 
@@ -163,11 +163,12 @@ class PredictionTable:
         facts: How features are made, for the metadata of a .parquet file.
 
     Raises:
-        ValueError: As for `check_output`.
+        ValueError: As for `check_output` and `check_replaceable`.
     """
 
     def __init__(self, output: Path, has_features: bool, is_half: bool = False) -> None:
         check_output(output, has_features, is_half)
+        check_replaceable(output)
         self.output, self.has_features, self.is_half = output, has_features, is_half
         self.facts: dict[str, Any] = {}
         self.schema = schema_of(has_features, OF_SOME)  # of shards, in which those of some models are all null

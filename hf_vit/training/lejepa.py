@@ -148,14 +148,12 @@ class LeJEPA(Objective):
         """Return the mean squared distance of views from the mean of the global ones, `[B]`, and SIGReg of all."""
         number = self.config.global_views
         draws = to_device(draws, pixel_values.device)
-        first, second = (
-            [views_of(pixel_values, row, crops, self.config.view_jitter) for row in part.unbind(1)]
-            for crops, part in zip(
-                self._crops(model, pixel_values), (draws[:, :number], draws[:, number:]), strict=True
-            )
-        )
-        local = torch.cat(second) if second else None
-        projections = model(pixel_values=torch.cat(first), local_views=local).predictions.float()
+        whole, smaller = self._crops(model, pixel_values)
+        jitter, rows = self.config.view_jitter, draws.unbind(1)
+        views = torch.cat([views_of(pixel_values, row, whole, jitter) for row in rows[:number]])
+        local = [views_of(pixel_values, row, smaller, jitter) for row in rows[number:]]
+        outputs = model(pixel_values=views, local_views=torch.cat(local) if local else None)
+        projections = outputs.predictions.float()
         projections = projections.view(-1, len(pixel_values), projections.shape[-1])  # [V, B, K]
         center = projections[:number].mean(dim=0)
         distances = (projections - center).square().mean(dim=(0, 2))
@@ -163,11 +161,9 @@ class LeJEPA(Objective):
         return distances, sigreg(projections, to_device(directions, pixel_values.device))
 
     def _crops(self, model: Any, pixel_values: Tensor) -> tuple[Crops, Crops]:
-        size, patch = tuple(pixel_values.shape[-2:]), getattr(model, "module", model).config.patch_shape
-        smaller = [
-            max(2, round(LOCAL_SIDE * side / of_patch)) * of_patch for side, of_patch in zip(size, patch, strict=True)
-        ]
-        return (
-            Crops(self.config.global_views, (size[0], size[1]), GLOBAL_AREAS),
-            Crops(self.config.local_views, (smaller[0], smaller[1]), LOCAL_AREAS),
+        """Return global and local crops; the sides of the latter are whole patches, at least two."""
+        (height, width), patch = pixel_values.shape[-2:], getattr(model, "module", model).config.patch_shape
+        down, across = (
+            max(2, round(LOCAL_SIDE * side / each)) * each for side, each in zip((height, width), patch, strict=True)
         )
+        return Crops((height, width), GLOBAL_AREAS), Crops((down, across), LOCAL_AREAS)

@@ -42,6 +42,7 @@ LEAST_EPOCHS, FEWEST_STEPS, LEAST_STEPS = 2, 10, 40
 LEAST_WARMUP = 5  # steps, or a third of all
 MOST_EPOCHS = 20  # of the final training
 REHEARSED_STEPS = 3
+LEAST_SECONDS = 10  # left, to measure the speed of training
 # Time of a step in forwards that compute features. Measured on 2 CPU cores, ViT-S/14, 224 pixels, batches of 16.
 STEP_IN_FORWARDS = 4
 SECONDS_BETWEEN_SAVES = 60  # what a kill loses; other signals save first
@@ -341,15 +342,16 @@ def _budget(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure the speed of training unless it is known, and return the plan as plain values."""
-    if seconds() < 10:
-        return {"why": f"only {max(0.0, seconds()):.0f} s are left of the given minutes"}
     epoch = entrants.steps_per_epoch(len(trained))
     speed: dict[str, float] = entrants.state.values.get("speed") or {}
     if not speed:
         forward = entrants.state.values.get("forward_seconds", 0.0)
         least, step = _fewest_steps(epoch), STEP_IN_FORWARDS * forward * entrants.batch_size(len(trained))
-        if least * step > SHARE * seconds():
+        if step and least * step > SHARE * seconds():
             return {"why": _too_few_steps(least, step / SHARE, 0.0, seconds(), entrants.minutes)}
+        if seconds() < LEAST_SECONDS:
+            left = f"only {max(0.0, seconds()):.0f} s of {entrants.minutes:g} min are left"
+            return {"why": f"{left}. Give more minutes to try it"}
         speed = _speed(entrants, start, trained, rows, seconds, candidates[0], epoch, say)
         entrants.state.put(speed=speed)
     share = len(entrants.labels) / len(trained)

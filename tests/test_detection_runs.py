@@ -194,6 +194,7 @@ def test_what_detection_cannot_do_is_refused(
         train(recipe(photos, tmp_path, **fields))
 
 
+@pytest.mark.slow
 def test_a_graph_finds_the_same_objects(trained: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     lines = export_graph(trained.output_dir, tmp_path / "model.onnx", "onnx")

@@ -69,12 +69,11 @@ def assert_same_answers(answer: Run, model: Any, shapes: list[tuple[int, ...]] =
 
 slow, full = pytest.mark.slow, pytest.mark.full
 # The export to ONNX runs torch.export first: learned and rotary positions prove the latter.
-OF_OPENVINO: dict[str, Any] = {"learned": [], "relative": [slow], "rotary": [slow]}
 POSITIONS = [
     *(pytest.param("onnx", each, marks=[full] * (each in ("none", "learned_rotary"))) for each in POSITION_EMBEDDINGS),
     *(
-        pytest.param("openvino", each, marks=OF_OPENVINO.get(each, [slow, full]))  # it reads the ONNX
-        for each in POSITION_EMBEDDINGS
+        pytest.param("openvino", each, marks=[slow] if each in ("learned", "relative", "rotary") else [slow, full])
+        for each in POSITION_EMBEDDINGS  # OpenVINO reads the ONNX
     ),
     *(
         pytest.param("torch-export", each, marks=[slow] if each in ("learned", "rotary") else [slow, full])
@@ -152,6 +151,7 @@ def test_a_hybrid_is_for_its_own_size(kind: str, tmp_path: Path) -> None:
     assert_same_answers(KINDS[kind].read(out / f"model{KINDS[kind].suffix}"), model, SHAPES[:2])
 
 
+@pytest.mark.slow
 def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for name in NAMES:
@@ -203,6 +203,7 @@ def test_onnx_of_weights_in_8_bits(tmp_path: Path) -> None:
     assert_same_answers(read_onnx(out), model, bound=0.15)
 
 
+@pytest.mark.slow
 def test_a_program_of_an_encoder(tmp_path: Path) -> None:
     source, out = save(tmp_path / "ours", make(HFViTModel)), tmp_path / "encoder.pt2"
     done = run(source, out, "--to", "torch-export")

@@ -48,8 +48,10 @@ def written(kind: str, graph: Graph, path: Path) -> Any:
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
-        ("openvino", "fp16"),
-        *(pytest.param(*each, marks=slow) for each in [("onnx", "fp16"), ("torch-export", "bf16")]),
+        *(
+            pytest.param(*each, marks=slow)
+            for each in [("openvino", "fp16"), ("onnx", "fp16"), ("torch-export", "bf16")]
+        ),
         pytest.param("torch-export", "fp16", marks=full),
     ],
 )
@@ -161,6 +163,7 @@ def test_planned_memory_has_a_bound(heads: int, most_images: int) -> None:
     assert Graph(model).fixed is None
 
 
+@pytest.mark.slow
 def test_a_detector_keeps_its_objects(tmp_path: Path) -> None:
     model = make(HFViTForObjectDetection, patch_subdivision=2)
     done = run(save(tmp_path / "ours", model), tmp_path / "detector.onnx")

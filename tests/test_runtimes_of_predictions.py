@@ -55,16 +55,20 @@ def images(number: int = 5) -> list[Image.Image]:
     return [Image.fromarray(random.integers(256, size=(40 + index, 60, 3), dtype=np.uint8)) for index in range(number)]
 
 
-REPEATS = {("several labels", "openvino"), ("encoder", "openvino"), ("segmenter", "onnxruntime")}
+SLOW, REPEATED = (pytest.mark.slow,), (pytest.mark.full,)
+MARKS = {
+    ("detector", "onnxruntime"): SLOW,
+    ("detector", "openvino"): SLOW,
+    ("encoder", "openvino"): REPEATED,
+    ("segmenter", "onnxruntime"): REPEATED,
+    ("segmenter", "openvino"): SLOW,
+    ("several labels", "openvino"): REPEATED,
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "runtime"),
-    [
-        pytest.param(kind, runtime, marks=[pytest.mark.full] * ((kind, runtime) in REPEATS))
-        for kind in MODELS
-        for runtime in RUNTIMES
-    ],
+    [pytest.param(kind, runtime, marks=MARKS.get((kind, runtime), ())) for kind in MODELS for runtime in RUNTIMES],
 )
 def test_predictions_are_those_of_torch(kind: str, runtime: str, cache: Path) -> None:
     model = make(kind)
@@ -97,6 +101,7 @@ def test_a_graph_is_written_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -
         in_runtime(model, PROCESSOR, "onnxruntime", "fp32")
 
 
+@pytest.mark.slow
 def test_the_fastest_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, measured = make("classifier"), []
 
@@ -124,6 +129,7 @@ def test_throughputs_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[0] == "a" and calls[-1] == "b"
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = runtimes.write_onnx
 

@@ -179,6 +179,7 @@ def test_script_reads_other_channels(script: ModuleType, checkpoint: Path, tmp_p
     assert hf_vit.HFViTConfig.from_pretrained(tmp_path / "run").num_channels == 5 == len(processor.image_mean)
 
 
+@pytest.mark.slow
 def test_best_model_and_early_stopping_resume(
     script: ModuleType, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

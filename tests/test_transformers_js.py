@@ -35,6 +35,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_folder_is_that_of_a_stock_vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_js, "node_modules", lambda: None)
     model, out = make(position_embedding_type="relative", pooling="mean"), tmp_path / "web"

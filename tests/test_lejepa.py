@@ -146,6 +146,10 @@ def test_it_continues_from_a_checkpoint_without_local_views(photos: Path, tmp_pa
             {"global_views": 1, "local_views": 0},
             "lejepa compares views: global_views=1 needs local_views of at least 1",
         ),
+        (
+            {"compile": True, "compile_mode": "reduce-overhead"},
+            "or the local_views of lejepa: set compile_mode to default",
+        ),
         ({"sigreg_weight": 1.5}, "sigreg_weight must be at most 1, got 1.5"),
     ],
 )

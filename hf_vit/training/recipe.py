@@ -283,10 +283,11 @@ class TrainConfig:
         """Raise `ValueError` unless CUDA graphs can record the step: one replay overwrites the results of the last."""
         if not self.compile:
             raise ValueError(f"compile_mode is {self.compile_mode}, but nothing is compiled: set compile to true.")
-        if self.accumulation_steps > 1 or self.gradient_checkpointing:
+        has_two_sizes = self.task == "lejepa" and self.local_views > 0
+        if self.accumulation_steps > 1 or self.gradient_checkpointing or has_two_sizes:
             raise ValueError(
                 f"compile_mode: {self.compile_mode} replays CUDA graphs, which cannot be combined with "
-                "accumulation_steps or gradient_checkpointing: set compile_mode to default."
+                "accumulation_steps, gradient_checkpointing or the local_views of lejepa: set compile_mode to default."
             )
 
     @property

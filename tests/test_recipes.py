@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from hf_vit import HFViTConfig, HFViTForImageClassification, HFViTForMaskedImageModeling, HFViTImageProcessor
 from hf_vit.data.augmentation import AUGMENTATIONS
 from hf_vit.data.labelled import ImageData
+from hf_vit.training.lejepa import ViewEncoder
 from hf_vit.training.optim import OPTIMIZERS, SCHEDULES
 from hf_vit.training.recipe import TrainConfig, recipe_path, shipped_recipes
 from hf_vit.training.tasks import Classification, build_model
@@ -26,6 +27,7 @@ WORDS = ("Source", "Command", "Hardware", "Time", "Result")
 MODELS: dict[str, Any] = {
     "classification": HFViTForImageClassification,
     "masked_patches": HFViTForMaskedImageModeling,
+    "lejepa": ViewEncoder,
 }
 
 
@@ -67,6 +69,7 @@ def test_the_package_has_recipes() -> None:
         "imagenet1k-s16-90ep",
         "mim-pretrain",
         "mae-pretrain",
+        "lejepa-pretrain",
         "linear-probe",
     } <= set(NAMES)
 
@@ -240,6 +243,17 @@ FACTS: dict[str, dict[str, Any]] = {
         "warmup_epochs": 40,
         "max_grad_norm": None,
         "smallest_crop": 0.2,
+    },
+    "lejepa-pretrain": {
+        "task": "lejepa",
+        "model": "ViT-L/16",
+        "global_views": 2,
+        "local_views": 6,
+        "epochs": 100,
+        "learning_rate": 5e-4,
+        "weight_decay": 0.05,
+        "precision": "bf16",
+        "smallest_crop": 1,
     },
     "linear-probe": {
         "trained": "head",

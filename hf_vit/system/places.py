@@ -12,8 +12,8 @@ from .texts import nearest
 OF_FILES = (
     ".npz", ".npy", ".safetensors", ".pth", ".pt", ".pt2", ".bin", ".ckpt", ".onnx", ".csv", ".tsv", ".json", ".jsonl",
     ".ndjson", ".parquet", ".zip", ".tar", ".tgz", ".gz", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif",
-    ".tiff", ".avif", ".heic", ".heif", ".svg", ".yaml", ".yml", ".xml", ".pte", ".xlsx", ".txt", ".md", ".html", ".pdf",
-    ".mp4", ".mov",
+    ".tiff", ".avif", ".heic", ".heif", ".svg", ".yaml", ".yml", ".xml", ".pte", ".xlsx", ".txt", ".md", ".html",
+    ".pdf", ".mp4", ".mov",
 )  # fmt: skip
 JUNK = (
     ".ds_store", "._*", "thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "__macosx", "__pycache__",

@@ -14,7 +14,7 @@ Methods:
     untrained           The initial weights.
     masked_patches      The recipe `mim-pretrain`: mask tokens in the encoder, pixels with L1 loss, 60 % masked.
     masked_autoencoder  The recipe `mae-pretrain`: the encoder sees the visible 25 %; a decoder of two layers.
-    lejepa              Views of an image have equal projections, which are Gaussian over images.
+    lejepa              The recipe `lejepa-pretrain` with two global views and no local ones.
     distillation        Features of --teacher, on the same augmented images.
     supervised          Training from scratch on the --labels images alone, with their labels.
 """

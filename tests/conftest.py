@@ -88,7 +88,7 @@ def slow_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
 
 @pytest.fixture(autouse=True, scope="module")
 def short_collections() -> None:
-    """Leave all objects that live at the start of a file out of later garbage collections.
+    """Exclude all objects that exist when a file starts from later garbage collections.
 
     After thousands of tests, a collection takes seconds, and transformers' own tests start two for each test.
     """

@@ -169,6 +169,7 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "cuda-workers": ("cuda", {"cache": "device", "augmentation": "three_simple", "erasing": 0.5, "num_workers": 2}),
     "cuda-affine": ("cuda", {"cache": "device", "augmentation": "affine", "keep_last": True}),
     "cuda-trivial": ("cuda", {"cache": "device", "augmentation": "trivial", "class_weights": "effective"}),
+    "cuda-views": ("cuda", {"task": "lejepa", "local_views": 2, "smallest_crop": 1.0, "precision": "bf16"}),
 }
 
 

@@ -1,8 +1,8 @@
-"""Random views of a batch of normalized images: crops, flips, and changes of brightness, contrast and color.
+"""Random views of a batch of normalized images: crops, flips, and changes of brightness, contrast and saturation.
 
-All random numbers of a view are drawn first, a row per image, so that an image's views can follow from its own seed.
-They work for any number of channels, since pixel values are those of the model: a color is a difference from the mean
-over channels, and strengths are in standard deviations of the data set.
+The random numbers are arguments, one row per image, so that the views of an image can follow from a seed of its own.
+Images may have any number of channels: saturation scales the difference of each channel from the mean over channels.
+Strengths are in units of normalized pixel values.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RATIO = 4 / 3  # most that the aspect of a crop differs from that of the image, as in RandomResizedCrop
-JITTERED, GRAY = 0.8, 0.2  # probabilities of a change of color, and of none at all
+RATIO = 4 / 3  # largest change of the aspect ratio by a crop, as in RandomResizedCrop
+JITTERED, GRAY = 0.8, 0.2  # probabilities of jitter, and of a gray view
 NUMBERS = 9  # random numbers per view
 
 
 @dataclass(frozen=True)
 class Crops:
-    """A kind of views.
+    """Size and areas of one kind of view.
 
     Attributes:
         size: (height, width) in pixels, to which crops are resampled.
@@ -36,7 +36,7 @@ def views_of(pixel_values: Tensor, draws: Tensor, crops: Crops, jitter: float) -
         pixel_values: Normalized images, `[B, C, H, W]`.
         draws: Random numbers in [0, 1), `[B, NUMBERS]`.
         crops: The kind of view.
-        jitter: Strength of changes of brightness, contrast and color; 0 for none.
+        jitter: Strength of changes of brightness, contrast and saturation; with 0, no image is made gray either.
     """
     area, aspect, across, down, flip, *colors = draws.to(pixel_values.dtype).unbind(1)  # [B] each
     low, high = crops.areas
@@ -52,7 +52,7 @@ def views_of(pixel_values: Tensor, draws: Tensor, crops: Crops, jitter: float) -
 
 
 def _jittered(images: Tensor, draws: list[Tensor], strength: float) -> Tensor:
-    """Change brightness, contrast and color of images `[B, C, H, W]`, each with some probability."""
+    """Change brightness, contrast and saturation of some images `[B, C, H, W]`, and make some gray."""
     brightness, contrast, saturation, gray = draws
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     is_changed = brightness < JITTERED

@@ -26,7 +26,7 @@ from ..model.losses_hf_vit import scaled_logits
 from ..model.modeling_hf_vit import HFViTForImageClassification, HFViTModel
 from ..model.validation_hf_vit import OF_HEAD
 from ..system.texts import shortened
-from .objective import Objective, TrainedInside, means_over_images, refuse_mixing
+from .objective import Objective, TrainedInside, means_over_images, refuse_mixing, without_wrapper
 from .recipe import TrainConfig
 from .teacher_cache import TeacherCache
 from .teachers import Answers, Teachers
@@ -169,9 +169,7 @@ class Distillation(Objective):
             student, processor = load_classifier(source, self.label_names, **{**OF_HEAD, **self.of_labels, **fields})
         else:
             student, processor = load_encoder(source, **fields)
-        model = self.model_class(student.config)
-        model.student.load_state_dict(student.state_dict())
-        return model, processor
+        return self.model_class.around(student), processor
 
     def begin(self, run: Any, model: Any) -> None:
         """Check channels, standardize the teachers' features, and store their answers, before the first step."""
@@ -205,12 +203,12 @@ class Distillation(Objective):
 
     def _losses(self, model: Any, pixel_values: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of every image, `[B]`, and whether its most likely label is that of the first teacher."""
-        grid = getattr(model, "module", model).config.grid_of(*pixel_values.shape[-2:])
+        grid = without_wrapper(model).config.grid_of(*pixel_values.shape[-2:])
         if stored.ndim == 2 and stored.dtype == torch.float16:
             answers = self.teachers.unpack(stored, grid[0] * grid[1])
         else:
             answers = self._answers(pixel_values, grid)
-        outputs, bare = model(pixel_values=pixel_values), getattr(model, "module", model)
+        outputs, bare = model(pixel_values=pixel_values), without_wrapper(model)
         losses: Any = 0.0
         if outputs.predictions is not None:
             for name, predicted, targets in (

@@ -1,9 +1,9 @@
 """LeJEPA: features that random views of an image share, without labels, teachers or negative pairs.
 
-Balestriero and LeCun 2025 (arXiv:2511.08544). The projections of all views of an image are pulled to the mean of its
-global views. Alone, this has a trivial solution, equal features for all images. So a second loss compares the
-projections of a batch with an isotropic Gaussian, in random directions: SIGReg, the test of Epps and Pulley on the
-characteristic function. The projector is part of the run, not of the saved model.
+Balestriero and LeCun 2025 (arXiv:2511.08544). The first loss is the squared distance between the projections of an
+image's views and the mean of its global views. Equal features for all images would minimize it. So a second loss,
+SIGReg, compares the projections of a batch with an isotropic Gaussian: it averages the statistic of Epps and Pulley
+over random directions. The projector is part of the run, not of the saved model.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,14 @@ from ..data.random_views import NUMBERS, Crops, views_of
 from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..model.modeling_hf_vit import HFViTModel
 from ..system.transfers import to_device
-from .objective import Objective, TrainedInside, means_over_images, refuse_mixing
+from .objective import (
+    Objective,
+    TrainedInside,
+    generators_of,
+    means_over_images,
+    refuse_mixing,
+    without_wrapper,
+)
 from .recipe import TrainConfig
 
 # As in the README and MINIMAL.md of rbalestr-lab/lejepa.
@@ -53,9 +60,9 @@ def sigreg(projections: Tensor, directions: Tensor) -> Tensor:
 
 
 class BatchStandardization(nn.Module):
-    """Batch normalization by the batch at hand, in evaluation too, and without learned parameters.
+    """Batch normalization with the statistics of the current batch, also in evaluation, without learned parameters.
 
-    Without it, projections begin almost equal for all images, where SIGReg has almost no gradient.
+    Without it, the initial projections of all images are almost equal, where the gradient of SIGReg almost vanishes.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -78,14 +85,14 @@ class ViewEncoder(TrainedInside):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, local_views: Tensor | None = None, **kwargs: Any) -> ModelOutput:
-        """Return the projections of images or global views, and of local views below them, `[B + L, K]`."""
+        """Return the projections of B global views, followed by those of L local views, `[B + L, K]`."""
         sizes = [pixel_values] if local_views is None else [pixel_values, local_views]
         pooled = torch.cat([self.vit(images).pooler_output for images in sizes])
         return ModelOutput(predictions=self.projector(pooled))
 
 
 class LeJEPA(Objective):
-    """Predict the projections of an image's views from one another."""
+    """Give all views of an image similar projections, and the projections of all images a Gaussian distribution."""
 
     needs_labels = False
     best_metric = "loss"
@@ -99,25 +106,23 @@ class LeJEPA(Objective):
         if config.trained != "all":
             raise ValueError(f"LeJEPA trains the whole encoder: remove trained={config.trained}.")
         self.config = config
+        self.views = config.global_views + config.local_views
         self.passes = config.global_views + LOCAL_SIDE**2 * config.local_views
 
     def load(self, source: str, **fields: Any) -> tuple[Any, HFViTImageProcessor]:
         """Load the encoder of a checkpoint, and its processor; the projector is new."""
         encoder, processor = load_encoder(source, **fields)
-        model = ViewEncoder(encoder.config)
-        model.encoder.load_state_dict(encoder.state_dict())
-        return model, processor
+        return ViewEncoder.around(encoder), processor
 
     def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss of a batch, whose views, and directions, follow from `generator`.
+        """Return the loss of a batch; `generator` draws its views and the directions of SIGReg.
 
-        The images of a forward pass are compared with the Gaussian together, so the loss of a batch that is divided
-        differs from that of the whole.
+        SIGReg is computed over the images of one forward pass, so the loss of a divided batch differs from that of the
+        whole.
         """
-        number = self.config.global_views + self.config.local_views
-        draws = torch.rand(len(pixel_values), number, NUMBERS, generator=generator)
-        distances, irregularity = self._losses(model, pixel_values, draws, generator)
-        return self._weighted(distances.mean(), irregularity)
+        draws = torch.rand(len(pixel_values), self.views, NUMBERS, generator=generator)
+        distances, regularization = self._losses(model, pixel_values, draws, generator)
+        return self._weighted(distances.mean(), regularization)
 
     def evaluate(
         self, model: nn.Module, loader: Any, accelerator: Any, normalize: Callable[[Tensor], Tensor]
@@ -126,21 +131,20 @@ class LeJEPA(Objective):
 
         The views of an image are the same in every evaluation.
         """
-        number = self.config.global_views + self.config.local_views
 
         def losses(pixel_values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-            generators = [torch.Generator().manual_seed(derive_seed("views", index)) for index in indices.tolist()]
-            draws = torch.stack([torch.rand(number, NUMBERS, generator=generator) for generator in generators])
+            generators = generators_of("views", indices)
+            draws = torch.stack([torch.rand(self.views, NUMBERS, generator=generator) for generator in generators])
             directions = torch.Generator().manual_seed(derive_seed("directions"))
-            distances, irregularity = self._losses(model, pixel_values, draws, directions)
-            return self._weighted(distances, irregularity), distances
+            distances, regularization = self._losses(model, pixel_values, draws, directions)
+            return self._weighted(distances, regularization), distances
 
         means, count, broken = means_over_images(losses, model, loader, accelerator, normalize)
         return {**dict(zip(self.metric_names, means, strict=True)), "count": count}, broken, None
 
-    def _weighted(self, distances: Tensor, irregularity: Tensor) -> Tensor:
+    def _weighted(self, distances: Tensor, regularization: Tensor) -> Tensor:
         weight = self.config.sigreg_weight
-        return (1 - weight) * distances + weight * irregularity
+        return (1 - weight) * distances + weight * regularization
 
     def _losses(
         self, model: Any, pixel_values: Tensor, draws: Tensor, generator: torch.Generator
@@ -162,7 +166,7 @@ class LeJEPA(Objective):
 
     def _crops(self, model: Any, pixel_values: Tensor) -> tuple[Crops, Crops]:
         """Return global and local crops; the sides of the latter are whole patches, at least two."""
-        (height, width), patch = pixel_values.shape[-2:], getattr(model, "module", model).config.patch_shape
+        (height, width), patch = pixel_values.shape[-2:], without_wrapper(model).config.patch_shape
         down, across = (
             max(2, round(LOCAL_SIDE * side / each)) * each for side, each in zip((height, width), patch, strict=True)
         )

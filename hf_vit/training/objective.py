@@ -1,12 +1,13 @@
 """What every training objective has, beside its loss and its evaluation."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
+from ..data.images import derive_seed
 from ..model.modeling_hf_vit import HFViTPreTrainedModel
 from ..system.transfers import to_device
 from .recipe import TrainConfig
@@ -22,6 +23,13 @@ class TrainedInside(HFViTPreTrainedModel):
     def vit(self) -> Any:
         """The encoder, where the optimizer and the report look for it."""
         return getattr(self, self.kept).base_model
+
+    @classmethod
+    def around(cls, kept: Any) -> Self:
+        """Return a model with the weights of `kept`; its other layers are new."""
+        model = cls(kept.config)
+        getattr(model, model.kept).load_state_dict(kept.state_dict())
+        return model
 
 
 class Objective:
@@ -79,6 +87,16 @@ def means_over_images(
     *totals, counted = accelerator.reduce(total, "sum").tolist()
     broken = gather_object(broken) if accelerator.num_processes > 1 else broken
     return [each / max(1, counted) for each in totals], round(counted), sorted(broken)
+
+
+def without_wrapper(model: Any) -> Any:
+    """Return the model itself, without what Accelerate wraps around it for several processes."""
+    return getattr(model, "module", model)
+
+
+def generators_of(what: str, indices: Tensor) -> list[torch.Generator]:
+    """Return a generator per image, seeded by its index, so that every evaluation draws the same numbers."""
+    return [torch.Generator().manual_seed(derive_seed(what, index)) for index in indices.tolist()]
 
 
 def refuse_mixing(config: TrainConfig, reason: str) -> None:

@@ -124,12 +124,14 @@ class TrainConfig:
     mask_block: int = option(1, "Side of the squares that are masked together, in patches.")
 
     # lejepa
-    global_views: int = option(2, "Number of views per image in lejepa with 30 % to 100 % of its area.", 1)
-    local_views: int = option(6, "Number of smaller views per image in lejepa with 5 % to 30 % of its area.", 0)
-    view_jitter: float = option(
-        0.4, "Strength of random brightness, contrast and saturation of views, in standard deviations.", 0
+    global_views: int = option(2, "Number of global views per image in lejepa: crops of 30 % to 100 % of its area.", 1)
+    local_views: int = option(
+        6, "Number of local views per image in lejepa: smaller crops of 5 % to 30 % of its area.", 0
     )
-    sigreg_weight: float = option(0.05, "Weight of the regularization SIGReg in the loss of lejepa, from 0 to 1.", 0)
+    view_jitter: float = option(
+        0.4, "Strength of random brightness, contrast and saturation of the views in lejepa; 0: none.", 0
+    )
+    sigreg_weight: float = option(0.05, "Weight of SIGReg, the regularization in lejepa, from 0 to 1.", 0)
 
     # distillation
     teacher: str | list[str] | None = option(None, "Checkpoint of a teacher for distillation, or a list of these.")

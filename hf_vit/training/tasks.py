@@ -20,7 +20,6 @@ from ..checkpoints.models import (
 from ..checkpoints.opening import open_checkpoint
 from ..data.augmentation import BatchMixer, one_hot
 from ..data.classes import DETECTION, SEGMENTATION
-from ..data.images import derive_seed
 from ..data.labelled import ImageData
 from ..evaluation.detection import need_pycocotools
 from ..evaluation.metrics import Results, classify, detect, recognize, regress, segment
@@ -37,7 +36,7 @@ from ..system.transfers import to_device
 from ..variants import config_of, is_from_scratch
 from .distillation import Distillation
 from .lejepa import LeJEPA
-from .objective import Objective, means_over_images, refuse_mixing
+from .objective import Objective, generators_of, means_over_images, refuse_mixing, without_wrapper
 from .recipe import TrainConfig
 
 # With these, a frozen encoder gives the same features for an image every time.
@@ -317,12 +316,7 @@ def moments_of(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _config_of(model: Any) -> HFViTConfig:
-    return _without_wrapper(model).config
-
-
-def _without_wrapper(model: Any) -> Any:
-    """Return the model itself, without what Accelerate wraps around it for several processes."""
-    return getattr(model, "module", model)
+    return without_wrapper(model).config
 
 
 class MaskedPatches(Objective):
@@ -356,10 +350,10 @@ class MaskedPatches(Objective):
         """
 
         def losses(pixel_values: Tensor, indices: Tensor) -> tuple[Tensor]:
-            generators = [torch.Generator().manual_seed(derive_seed("mask", index)) for index in indices.tolist()]
+            generators = generators_of("mask", indices)
             masks = to_device(self._masks(model, pixel_values, generators), pixel_values.device)
             predictions = model(pixel_values=pixel_values, bool_masked_pos=masks).predictions
-            of_patches = _without_wrapper(model).objective.loss(predictions, pixel_values)
+            of_patches = without_wrapper(model).objective.loss(predictions, pixel_values)
             return ((of_patches * masks).sum(1) / masks.sum(1),)
 
         (loss,), count, broken = means_over_images(losses, model, loader, accelerator, normalize)

@@ -318,3 +318,20 @@ def test_two_processes_measure_as_one(model: Path, photos: Path, tmp_path: Path)
     figures = [one.pop("figures") for one in measured.values()]
     assert figures[1] == pytest.approx(figures[0], abs=1e-6) and figures[0]["count"] == 21  # no multiple of 2 times 4
     assert measured["two"] == measured["one"]
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "what"),
+    [("--json", "mine.json", "a file of measurements"), ("--mistakes", "mine.csv", "a table of mistakes")],
+)
+def test_only_results_are_replaced(
+    model: Path, photos: Path, tmp_path: Path, option: str, name: str, what: str
+) -> None:
+    file = tmp_path / name
+    for _ in range(2):
+        evaluate(model, photos, option, file)
+    for text in ('{"image": "a.jpg", "label": "cat"}', "image,label\na.jpg,cat\n"):
+        file.write_text(text)
+        output = " ".join(evaluate(model, photos, option, file, exit_code=2).split())
+        assert f"exists and is not {what}: choose another {option}, or remove it first" in output
+        assert file.read_text() == text

@@ -163,7 +163,7 @@ def test_onnx_in_8_bits_says_what_it_is(tmp_path: Path) -> None:
     source = save(tmp_path / "ours", model)
     done = run(source, out, "--to", "onnx", "--int8", "dynamic", "--data", tmp_path / "data")
     assert done.exit_code == 0, done.output
-    assert "The height is any multiple of 8, the width of 8" in done.output
+    assert "Height and width are multiples of 8, from 16x16 upwards" in done.output
     assert (
         "fp32: logits differ from torch's by at most" in done.output and "int8 dynamic: logits differ" in done.output
     )

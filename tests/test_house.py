@@ -18,7 +18,7 @@ FLOORS = (
     {"prediction", "evaluation", "inspection", "registration"},
     {"training", "benchmark", "demo", "serving"},
     {"studies"},
-    {"cli"},
+    {"cli", "finetuning", "assessment"},  # the last two are modules of version 0.1
 )
 LONGEST_FILE, LONGEST_FUNCTION = 600, 100
 LONGEST_LOOP = 120  # lines of `train`, which is read from top to bottom

@@ -239,3 +239,17 @@ def test_nothing_turns_remote_code_on():
             if isinstance(node, ast.ImportFrom) and path.name != "registration.py":
                 assert not [alias.name for alias in node.names if alias.name.startswith("Auto")], path
     assert speaking == SPEAK_OF_REMOTE_CODE
+
+
+def test_modules_of_the_first_version_are_deprecated() -> None:
+    with pytest.warns(
+        FutureWarning, match="hf_vit.finetuning is deprecated: import its names from hf_vit.checkpoints"
+    ):
+        former = import_module("hf_vit.finetuning")
+    assert former.load_classifier is import_module("hf_vit.checkpoints").load_classifier
+    assert former.add_lora is import_module("hf_vit.training").add_lora
+    with pytest.warns(FutureWarning, match="hf_vit.assessment is deprecated: import its names from hf_vit.evaluation"):
+        former = import_module("hf_vit.assessment")
+    assert former.match_labels is import_module("hf_vit.evaluation.labels").match_labels
+    evaluation = import_module("hf_vit.evaluation")
+    assert evaluation.Predictions is evaluation.ImageResults

@@ -105,6 +105,8 @@ def test_results_as_a_table_and_as_a_page(place: Path, ending: str, tmp_path: Pa
     words = ("-k", "3", "-o", table, "--html", page)
     ended = invoke("search", place / "index.parquet", place / "photos" / "2.png", place / "photos" / "8.png", *words)
     assert ended.exit_code == 0, ended.output
+    assert invoke("search", place / "index.parquet", place / "photos" / "2.png", *words).exit_code == 0  # replaced
+    ended = invoke("search", place / "index.parquet", place / "photos" / "2.png", place / "photos" / "8.png", *words)
     assert ended.stdout.count("1.0000") >= 1 and page.read_text().count("data:image/jpeg;base64,") == 4
     if ending == ".parquet":
         rows = pq.read_table(table).to_pylist()
@@ -125,6 +127,7 @@ def test_results_as_a_table_and_as_a_page(place: Path, ending: str, tmp_path: Pa
         (["plain.parquet", "photos/1.png"], "has no column 'features'"),
         (["index.parquet", "photos/1.png", "-o", "found.txt"], "Expected --output to end in"),
         (["index.parquet", "photos/1.png", "--html", "nowhere/found.html"], "does not exist: create it first"),
+        (["index.parquet", "photos/1.png", "-o", "index.parquet"], "is not a table of search results: choose another"),
         (["index.parquet", "empty"], "Found no images in empty"),
     ],
 )

@@ -91,12 +91,13 @@ def search(
 
     Example: hf-vit search index.parquet photo.jpg -k 5 --html similar.html
     """
-    from ..prediction.output import check_output
+    from ..prediction.output import check_folder_of, check_output, check_replaceable
 
     if output is not None:
         check_output(output, False)
-    if html is not None and not html.absolute().parent.is_dir():
-        raise ValueError(f"The folder of --html {html} does not exist: create it first.")
+        check_replaceable(output, "a table of search results")
+    if html is not None:
+        check_folder_of(html, "--html")
     check_exist([str(index), *images], model)
     from ..data.sources import files_of
     from ..prediction.search import FeatureIndex, write_results

@@ -110,9 +110,14 @@ def evaluate(
     from ..evaluation.evaluate import evaluate_checkpoint
     from ..evaluation.report import report_lines
 
-    for option, file in {"--json": json_file, "--mistakes": mistakes}.items():
+    for option, file, what in (
+        ("--json", json_file, "a file of measurements"),
+        ("--mistakes", mistakes, "a table of mistakes"),
+    ):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"The folder {file.parent} for {option} does not exist: create it first.")
+        if file is not None:
+            check_replaceable(file, what, option)
     measured = evaluate_checkpoint(
         model,
         data,

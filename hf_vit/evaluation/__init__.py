@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "evaluate": ["evaluate_checkpoint"],
         "metrics": ["classify", "evaluate_images", "extract_features"],
-        "results": ["ImageResults", "LabelResults", "TargetResults"],
+        "results": ["ImageResults", "LabelResults", "Predictions", "TargetResults"],
         "calibration": ["fit_temperature"],
         "flops": ["count_flops", "count_parameters"],
         "probing": ["few_shot", "knn", "linear_probe"],

@@ -122,6 +122,9 @@ class ImageResults(Indexed):
         return [(*pair, count) for *pair, count in zip(*pairs.tolist(), counts.tolist(), strict=True)]
 
 
+Predictions = ImageResults  # its name in version 0.1
+
+
 @dataclass
 class LabelResults(Indexed):
     """Results of a classifier with several labels per image, in the order of the data, on the CPU.

@@ -37,7 +37,12 @@ def _sizes(graph: Graph) -> str:
         return graph.fixed + batch
     most = most_patches(graph.config)
     to = f"to {most * height}x{most * width}" if graph.is_bounded else "upwards"
-    return f"The height is any multiple of {height}, the width of {width}, from {2 * height}x{2 * width} {to}.{batch}"
+    sides = (
+        f"Height and width are multiples of {height}"
+        if height == width
+        else f"The height is a multiple of {height}, the width of {width}"
+    )
+    return f"{sides}, from {2 * height}x{2 * width} {to}.{batch}"
 
 
 def _certainty(config: HFViTConfig) -> list[str]:

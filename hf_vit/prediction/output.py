@@ -1,10 +1,18 @@
 """Files that predictions can be written to. Imports nothing heavy, so that a command can check its arguments first."""
 
 import json
+import re
 from pathlib import Path
 
 WITH_FEATURES = (".parquet", ".jsonl")
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+# Columns or keys by which a result of an earlier call is recognized, which may be replaced.
+WRITTEN = {
+    "a table of predictions": {"image", "error"},
+    "a table of search results": {"query", "rank", "error"},
+    "a table of mistakes": {"image", "prediction", "confidence"},
+    "a file of measurements": {"model", "data", "images_of_data"},
+}
 
 
 def check_output(output: Path, has_features: bool, is_half: bool = False) -> None:
@@ -15,27 +23,30 @@ def check_output(output: Path, has_features: bool, is_half: bool = False) -> Non
         raise ValueError(f"Features are written to {' or '.join(WITH_FEATURES)} files only; got --output {output}.")
     if is_half and not (has_features and output.suffix == ".parquet"):
         raise ValueError(f"--half-features needs --features and a .parquet file; got --output {output}.")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"The folder of --output {output} does not exist: create it first.")
+    check_folder_of(output, "--output")
 
 
-def check_replaceable(output: Path) -> None:
-    """Raise `ValueError` if a file exists and is not a table of predictions: it may list the images themselves."""
-    if output.exists() and output.stat().st_size and not {"image", "error"} <= _columns(output):
-        raise ValueError(
-            f"{output} exists and is not a table of predictions: choose another --output, or remove it first."
-        )
+def check_folder_of(file: Path, option: str) -> None:
+    """Raise `ValueError` if the folder of a file to be written does not exist."""
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"The folder of {option} {file} does not exist: create it first.")
 
 
-def _columns(table: Path) -> set[str]:
-    """Return the names of a table's columns; none if it cannot be read."""
+def check_replaceable(file: Path, what: str = "a table of predictions", option: str = "--output") -> None:
+    """Raise `ValueError` if a file exists and is not what is to be written, one of `WRITTEN`."""
+    if file.exists() and file.stat().st_size and not WRITTEN[what] <= _columns(file):
+        raise ValueError(f"{file} exists and is not {what}: choose another {option}, or remove it first.")
+
+
+def _columns(file: Path) -> set[str]:
+    """Return the names of a table's columns, or the keys of a JSON object; none if it cannot be read."""
     try:
-        if table.suffix == ".parquet":
+        if file.suffix == ".parquet":
             from pyarrow.parquet import read_schema
 
-            return set(read_schema(table).names)
-        with table.open(encoding="utf-8") as file:
-            first = file.readline()
-        return set(json.loads(first)) if table.suffix == ".jsonl" else set(first.strip().replace("\t", ",").split(","))
+            return set(read_schema(file).names)
+        with file.open(encoding="utf-8") as lines:
+            text = lines.read() if file.suffix == ".json" else lines.readline()
+        return set(json.loads(text)) if file.suffix in (".json", ".jsonl") else set(re.split("[,\t]", text.strip()))
     except (OSError, ValueError, TypeError):
         return set()

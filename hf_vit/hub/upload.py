@@ -211,7 +211,7 @@ def _check_target(repo_id: str, token: str | None) -> None:
         ) from None
     if "/" not in repo_id and not (token or get_token()):
         raise ValueError(
-            f"The repository {repo_id!r} has no user, and nobody is logged in: write USER/{repo_id}, and log in by "
+            f"The repository {repo_id!r} has no user, and nobody is logged in: write USER/{repo_id}, and log in with "
             "`hf auth login`."
         )
 

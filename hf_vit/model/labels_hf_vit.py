@@ -60,7 +60,7 @@ def label_pair(id2label: Any, label2id: Any) -> tuple[dict, dict]:
     if id2label is None:
         id2label = dict(sorted((number, name) for name, number in given.items()))
         if len(id2label) < len(given):
-            raise ValueError(f"label2id must give every name another number, got {given}.")
+            raise ValueError(f"label2id must give every name a different number, got {given}.")
     if list(id2label) != list(range(len(id2label))):
         found = ", ".join(map(str, list(id2label)[:5]))
         raise ValueError(

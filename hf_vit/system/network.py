@@ -8,7 +8,7 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 
 from .texts import one_line, without_tokens
 
-LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 AGAIN = "the server has a problem: try again later"
 # Errors that huggingface_hub distinguishes beyond the status code; the first match counts.
 KINDS = (

@@ -132,7 +132,7 @@ def audit(
             f"{counted(too_small, 'image')} of less than {SIDE} pixels not compared with others for near duplicates, "
             "since too little can be seen in them."
         )
-    say(f"Files, copies and leaks of {counted(len(images.names), 'image')} are checked.")
+    say(f"Checked {counted(len(images.names), 'image')} for unreadable files, copies and leaks.")
     _check_cues(result, seed)
     if model is None:
         result.notes.append(

@@ -303,8 +303,8 @@ class Run:
             if saved["processes"] != accelerator.num_processes:
                 self.say(
                     f"Resuming on {accelerator.num_processes} processes a run that used {saved['processes']}. The "
-                    "result will not be bit for bit that of the uninterrupted run: sums are rounded in another order, "
-                    "dropout, mixing and masks draw other numbers, and a stream is divided differently."
+                    "result will not be bit-identical to that of an uninterrupted run: sums are rounded in another "
+                    "order, dropout, mixing and masks draw other numbers, and a stream is divided differently."
                 )
             done = f"{self.state.step} of {self.plan.total_steps} steps are done."
             if self.state.step >= self.plan.total_steps:

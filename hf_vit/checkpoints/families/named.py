@@ -118,7 +118,7 @@ class Names:
         self.config = {name: _number(value) for name, value in stated.items() if value is not None}
         if unknown := [name for name in self.config if name not in HFViTConfig.__annotations__]:
             near = difflib.get_close_matches(unknown[0], HFViTConfig.__annotations__, 1, 0)
-            raise ValueError(f"{path}: {unknown[0]!r} is no field of HFViTConfig; the nearest is {near[0]!r}.")
+            raise ValueError(f"{path}: {unknown[0]!r} is not a field of HFViTConfig; the nearest is {near[0]!r}.")
         self.qkv = self._order("qkv", content.get("qkv") or QKV_ORDER, QKV_ORDER)
         self.patch = ", ".join(self._order("patch", content.get("patch") or PATCH_ORDER, PATCH_ORDER))
         if self.patch not in PATCH_LAYOUTS:

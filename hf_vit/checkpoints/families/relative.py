@@ -52,7 +52,7 @@ def shared_offsets(config: HFViTConfig) -> Layout:
     def write(ours: list[Tensor]) -> list[Tensor]:
         first, *others = joined.write(ours)
         if any(not torch.equal(first, other) for other in others):
-            raise ValueError("Relative positions differ between layers, so they are no shared table.")
+            raise ValueError("Relative positions differ between layers, so they cannot be stored as one shared table.")
         return [first]
 
     return Layout(joined.read, write)

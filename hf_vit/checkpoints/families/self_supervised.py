@@ -316,7 +316,7 @@ def _base_of_periods(source: Source, assumed: list[str]) -> float:
     base = torch.tensor(100.0) if (base - 100).abs() < 1 else base  # the file may hold bfloat16
     difference = (periods / base**exponents - 1).abs().max()
     if difference > 0.01:
-        raise ValueError(f"{source.name}: 'rope_embed.periods' are no powers of one base, which is not supported.")
+        raise ValueError(f"{source.name}: 'rope_embed.periods' are not powers of one base, which is not supported.")
     if difference > 1e-6:
         assumed.append(f"rope_theta {base:g}, in float32 as in transformers and timm: the file's periods are rounded.")
     return float(base)

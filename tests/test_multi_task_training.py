@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import hf_vit
 from hf_vit.cli.main import app
+from hf_vit.data.dense import kinds_of_images
 from hf_vit.data.labelled import load_data
 from hf_vit.evaluation.evaluate import evaluate_checkpoint
 from hf_vit.prediction.predictor import Predictor
@@ -128,6 +129,18 @@ def test_a_head_finds_objects_and_chooses_its_thresholds(photos: Path, encoder: 
     (answer,) = Predictor.from_pretrained(str(tmp_path / "finder"), precision="fp32")([split[0]["image"]])
     for each in answer.heads["square"]:
         assert each["score"] > config.thresholds[config.label2id[each["label"]]]
+
+
+@pytest.mark.parametrize("task", ["semantic_segmentation", "object_detection"])
+def test_labels_are_read_without_their_images(task: str, photos: Path, encoder: Path) -> None:
+    column = {"semantic_segmentation": "mask", "object_detection": "objects"}[task]
+    data = load_data(str(photos), label_column=column, problem_type=task)
+    _, kind = kinds_of_images(data)
+    images = kind(data.train, data.columns, hf_vit.HFViTImageProcessor.from_preset("original", (24, 40)))
+    expected = [images[row]["labels"] for row in range(len(images))]
+    images.label(0)
+    images.prepare = images.processor = None  # no image is decoded from here on
+    assert all(torch.equal(images.label(row), labels) for row, labels in enumerate(expected))
 
 
 def test_an_interrupted_training_continues_with_the_head_it_was_at(

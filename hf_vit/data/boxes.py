@@ -50,6 +50,10 @@ class BoxedEvaluationImages(WithBoxes, EvaluationImages):
         """The largest number of objects of an image, at least 1."""
         return max([1, *map(len, cast(list[list[Any]], self.labels))])
 
+    def label(self, index: int) -> Tensor:
+        """Return the objects of an image, float32 `[most, 5]`, without decoding it."""
+        return padded(self.objects(index), self.most)
+
     def example(self, pixels: Any, visit: Any) -> dict[str, Any]:
         image, objects = pixels
         return {"pixel_values": image, "labels": padded(objects, self.most)}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..model.segmentation_maps_hf_vit import IGNORED, class_indices
 from ..system.machine import cores
 from ..system.texts import counted, shortened
-from .images import NO_IMAGE, EvaluationImages, TrainingImages, name_of, stored_source, upright_size
+from .images import NO_IMAGE, EvaluationImages, TrainingImages, Visit, name_of, stored_source, upright_size
 
 MASK_COLUMNS = (
     *("mask", "masks", "segmentation_mask", "segmentation_map", "segmentation", "semantic_segmentation"),
@@ -281,6 +281,14 @@ def refuse_cropping(processor: Any, labels: str) -> None:
         )
 
 
+NO_MASK = torch.full((1, 1), IGNORED, dtype=torch.uint8)  # a mask of ignored pixels
+
+
+def _resized(classes: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a mask `[H, W]` to `[1, *size]`."""
+    return torch.nn.functional.interpolate(classes[None, None], size=tuple(size), mode="nearest-exact")[0]
+
+
 class WithMasks:
     """Images of which the last channel is the mask, until `example` divides them; mixed into `EvaluationImages`.
 
@@ -297,24 +305,27 @@ class WithMasks:
         parent.__init__(split, (columns[0], None), *options, **named)
 
     def _read(self, visit: Any) -> Tensor | None:
-        images: Any = self
         parent: Any = super()
-        pixels = parent._read(visit)
+        pixels, classes = parent._read(visit), self._classes(visit)
+        # A mask that cannot be read is named and counted as its image is, and too many of them end the run.
+        return None if pixels is None or classes is None else self._joined(pixels, classes)
+
+    def _classes(self, visit: Any) -> Tensor | None:
+        """Return the class indices of a mask at its own size, or `None` if it cannot be read."""
+        images: Any = self
         try:
             values = read_values(images.split[visit.index][self.mask_column] or NO_IMAGE)
-        except (ValueError, OSError):  # the image is named and counted, and too many of them end the run
+        except (ValueError, OSError):
             return None
-        classes = self.code.classes(values, images._name(visit))
-        return None if pixels is None else self._joined(pixels, classes)
+        return self.code.classes(values, images._name(visit))
 
     def gray(self) -> Tensor:
         """Return an image without content, which replaces one that cannot be read."""
         parent: Any = super()
-        return self._joined(parent.gray(), torch.full((1, 1), IGNORED, dtype=torch.uint8))
+        return self._joined(parent.gray(), NO_MASK)
 
     def _joined(self, pixels: Tensor, classes: Tensor) -> Tensor:
-        resized = torch.nn.functional.interpolate(classes[None, None], size=pixels.shape[-2:], mode="nearest-exact")
-        return torch.cat([pixels, resized[0]])
+        return torch.cat([pixels, _resized(classes, pixels.shape[-2:])])
 
     def example(self, pixels: Tensor, visit: Any) -> dict[str, Any]:
         """Return the image and its mask, uint8 `[H, W]`, as `pixel_values` and `labels`."""
@@ -323,6 +334,16 @@ class WithMasks:
 
 class MaskedEvaluationImages(WithMasks, EvaluationImages):
     """Images with masks, as the processor makes them."""
+
+    def label(self, index: int) -> Tensor:
+        """Return a mask, uint8 `[H, W]`, without decoding its image; an unreadable one has no labeled pixel."""
+        classes = self._classes(Visit(0, index))
+        return _resized(NO_MASK if classes is None else classes, self.size)[0].byte()
+
+    @cached_property
+    def size(self) -> Sequence[int]:
+        """(height, width) of all images in pixels."""
+        return self.gray().shape[-2:]
 
 
 class MaskedTrainingImages(WithMasks, TrainingImages):

@@ -202,7 +202,7 @@ def _dense_labels(found: HeadData, split: Any, features: Embeddings) -> Any:
     """Return an iterator over the masks or boxes of the readable images of a split, at the size of the processor."""
     _, kind = kinds_of_images(found.data)
     images = kind(split, found.data.columns, found.encoder.processor)
-    return on_every_core(lambda row: images[row]["labels"], features.rows)
+    return on_every_core(images.label, features.rows)
 
 
 @torch.inference_mode()

@@ -36,6 +36,8 @@ POSTS = ("/predict", "/features")
 PATHS = (*POSTS, "/", "/health", "/ready", "/metrics", "/openapi.json")
 GONE = 499  # the client closed the connection; for the metrics, since nobody reads the response
 LATER = {"Retry-After": "1"}
+# After the words that Starlette has for an unknown path and a wrong method.
+ROUTES = f"{{}}: POST images to {' or '.join(POSTS)}, or GET one of {', '.join(sorted({*PATHS} - {*POSTS}))}."
 _FILE = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
 BODY: dict[str, Any] = {
@@ -82,7 +84,7 @@ def build_app(engine: Engine, facts: dict[str, Any], largest_body: int) -> FastA
     app.add_middleware(Counted, engine=engine)
     bodies = Bodies(largest_body, engine.queue_size)
     for kind, response in (
-        (HTTPException, lambda request, error: _error(error.status_code, error.detail, error.headers)),
+        (HTTPException, lambda request, error: _error(error.status_code, _sentence(error), error.headers)),
         (QueueFull, lambda request, error: _error(503, "The queue is full: send it again later.", LATER)),
         (ModelFailed, lambda request, error: _error(500, str(error))),
         (ClientDisconnect, lambda request, error: _error(GONE, "")),
@@ -176,6 +178,10 @@ class Counted:
             self.metrics.requests[path, status] += 1
             if path in POSTS and status == 200:
                 self.metrics.seconds.add(loop.time() - began)
+
+
+def _sentence(error: HTTPException) -> str:
+    return ROUTES.format(error.detail) if error.detail in ("Not Found", "Method Not Allowed") else error.detail
 
 
 def _error(status: int, sentence: str, headers: Any = None) -> Response:

@@ -53,7 +53,8 @@ def serve(
         predictor, sample, facts = load(settings)
         engine = Engine(predictor, sample, Metrics(), settings.workers or 1, max_wait, queue_size)
         at = "http://{}:{}".format(f"[{host}]" if ":" in host else host, listener.getsockname()[1])
-        said = f"Serving {settings.model} at {at} (Ctrl-C ends it)."
+        path = "features" if facts["task"] == "image-feature-extraction" else "predict"
+        said = f"Serving {settings.model} at {at} (Ctrl-C ends it).\nTo try it:  curl -F image=@photo.jpg {at}/{path}"
         server = Server(build_app(engine, facts, max_upload), timeout, on_start=lambda: say(said))
         engine.on_failure = server.end
         server.run([listener])

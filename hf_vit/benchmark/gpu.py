@@ -1,4 +1,4 @@
-"""Checks of a GPU: whether models compute there what they compute on a CPU, and how fast they do it.
+"""Checks of a GPU: whether its outputs match those of a CPU, and how fast it is.
 
 Weights and images are random, so nothing is downloaded. On a CPU, the same checks run at tiny sizes.
 """

@@ -62,7 +62,7 @@ class Options:
         weights: Key or part of the prefix of the weights to read, if the file has several, such as "teacher".
         preprocessing: Name of a preset of the image processor (`PRESETS`), if the file has no preprocessing.
         mean: Mean of the pixels in [0, 1], one number or one per channel; it overrides that of the preprocessing.
-        std: Standard deviation of the pixels, likewise.
+        std: Standard deviation of the pixels, in the same form.
         spelling: How messages name these options: "command" for `hf-vit convert`, "python" for keywords of
             `from_pretrained`, "other" for commands that do not have the options.
     """

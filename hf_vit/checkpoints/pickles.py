@@ -32,7 +32,7 @@ class Unread:
 
 
 class Entries:
-    """Stand-in for a dictionary class: what is built is an `OrderedDict`, whose entries torch fills in."""
+    """Stand-in for a dictionary class that builds an `OrderedDict`, whose entries torch fills in."""
 
     def __new__(cls, *arguments: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
@@ -133,8 +133,8 @@ def _refusal(path: Path, error: Exception) -> str:
 def _tensors_in(content: Any, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """Yield the tensors in nested dictionaries, lists and tuples, named by the keys on the way.
 
-    What has a parameter's name, but is no tensor, is also yielded, so that it is not taken for missing; except sizes,
-    which DeepSpeed stores under the same names.
+    Entries with a parameter's name that are not tensors are also yielded, so that they do not count as missing. Sizes
+    are not yielded, which DeepSpeed stores under the same names.
 
     Args:
         content: The dictionary, list or tuple.

@@ -195,7 +195,7 @@ WITH_MASKS = {
 }
 
 
-# What those of `AUGMENTATIONS` that move boxes with their image do to the pixels besides, given the size.
+# Changes of pixel values by the `AUGMENTATIONS` that move boxes with their image, given the size.
 WITH_BOXES: dict[str, Callable[[tuple[int, int]], list[v2.Transform]]] = {
     "none": lambda size: [],
     "crop_flip": lambda size: [],

@@ -73,7 +73,7 @@ class Plan:
 
 
 class PlannedImage(tv_tensors.Image):
-    """An image `[C, H, W]` without pixels, to which transforms of torchvision add what they do."""
+    """Stand-in for an image `[C, H, W]` that records the transforms of torchvision instead of applying them."""
 
     plan: Plan
 

@@ -75,7 +75,7 @@ def cut_out(pixels: Tensor, top: int, left: int, height: int, width: int, fill: 
 
 
 def visible(classes: Tensor, corners: Tensor) -> Tensor:
-    """Return objects of boxes that are clipped to the image, without those of which less than a share remains."""
+    """Return objects with boxes clipped to the image, without objects of which less than a share remains."""
     clipped = corners.clamp(0, 1)
     sizes, whole = clipped[:, 2:] - clipped[:, :2], corners[:, 2:] - corners[:, :2]
     is_kept = sizes.prod(dim=1) >= LEAST_VISIBLE * whole.prod(dim=1)

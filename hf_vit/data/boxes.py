@@ -43,7 +43,7 @@ class WithBoxes:
 
 
 class BoxedEvaluationImages(WithBoxes, EvaluationImages):
-    """Images with objects, as the processor makes them; all have as many rows of labels, so that batches do."""
+    """Images with objects, as the processor makes them. Labels are padded to the same number of rows."""
 
     @cached_property
     def most(self) -> int:

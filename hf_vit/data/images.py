@@ -394,7 +394,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stacked(labels: list[Tensor]) -> Tensor:
-    """Stack labels; those of different lengths, such as boxes, end with rows of the class -1."""
+    """Stack labels. Labels of different lengths, such as boxes, are padded with rows of class -1."""
     if labels[0].ndim == 0 or len({len(each) for each in labels}) == 1:
         return torch.stack(labels)
     return torch.stack([padded(each, max(map(len, labels))) for each in labels])

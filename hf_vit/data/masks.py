@@ -52,7 +52,7 @@ class MaskCode:
         return cls(table)
 
     def mapped(self, classes: Sequence[int]) -> "MaskCode":
-        """Return the code for other class indices, given that of each class; -1 ignores a class."""
+        """Return the code for renumbered classes, given the new index of each class; -1 ignores a class."""
         new = torch.arange(256, dtype=torch.uint8)
         new[: len(classes)] = torch.tensor([IGNORED if index < 0 else index for index in classes], dtype=torch.uint8)
         return MaskCode(new[self.table.long()])

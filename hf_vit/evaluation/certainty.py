@@ -1,4 +1,4 @@
-"""Thresholds for answers that can say "unknown", from held-out predictions, and what they do on other images.
+"""Thresholds for answers that can say "unknown", from held-out predictions, and their effect on other images.
 
 A label set has the labels of a probability above a threshold (split conformal prediction with the scores of Sadinle,
 Lei and Wasserman 2019, arXiv:1609.00451). Among sets with the same coverage these are the smallest on average, and a
@@ -118,7 +118,7 @@ def least_for_coverage(coverage: float) -> int:
 
 
 def least_for_error(max_error: float) -> int:
-    """Return the least number of images of which a bound on the error can hold, if all of them are right.
+    """Return the smallest number of images for which a bound on the error can hold, if all predictions are right.
 
     Example:
         >>> least_for_error(0.05), least_for_error(0.01)

@@ -1,4 +1,4 @@
-"""Spurious cues: how well a classifier does that knows about images what has nothing to do with their content."""
+"""Spurious cues: how accurate a classifier is that sees only properties unrelated to the content of images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

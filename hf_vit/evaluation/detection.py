@@ -110,7 +110,7 @@ class BoxResults(Indexed):
     def best_thresholds(self) -> list[float]:
         """Return the threshold of every class with the highest F1 at an IoU of 0.5; 0.5 for a class without objects.
 
-        It is the middle between two scores, so that rounding does not change what is shown.
+        It is the midpoint between two scores, so that rounding does not change which objects are shown.
         """
         chosen = []
         for index in range(self.num_labels):

@@ -117,7 +117,7 @@ def evaluate_checkpoint(
     check_model(source, checkpoint.config, image_size is None, plan)
     columns = {"image_column": image_column, "label_column": label_column, "label_separator": label_separator}
     columns |= {"eval_split": split, "head": head}
-    with accelerator.local_main_process_first():  # the others read what it has cached
+    with accelerator.local_main_process_first():  # the others read its cache
         data, classes, note = _load_aligned(checkpoint, source, data_source, needs_train=bool(probes), **columns)
     _check_measurable(classes, note, data, split, probes, merged_per_layer, mistakes, plan)
     model, processor = load(source, checkpoint=checkpoint)
@@ -169,7 +169,7 @@ def _calibrated(
     label_names: list[str],
     head: str | None,
 ) -> dict[str, Any]:
-    """Carry out a calibration that is planned; return what it found under its name."""
+    """Carry out a planned calibration, and return its result under the key `calibration`."""
     if plan is None or not isinstance(results, ImageResults) or results.logits is None:
         return {}
     found = fit_to_images(results.logits, results.labels, checkpoint.config, plan, label_names)
@@ -178,12 +178,12 @@ def _calibrated(
 
 
 def _names(checkpoint: Checkpoint, data: ImageData, classes: list[int] | None) -> list[str]:
-    """Return the names of the classes of the results: those of the model, if it knows those of the data."""
+    """Return the class names of the results: the model's if it knows the classes of the data, else the data's."""
     return data.label_names if classes is None else labels_of(checkpoint) or data.label_names
 
 
 def _facts(source: str, data: ImageData, broken: list[str]) -> dict[str, Any]:
-    """Return what is evaluated, and on which images."""
+    """Return the names of model and data, the split, and the numbers of images."""
     return {
         "model": Path(source).resolve().name if Path(source).exists() else source,
         "data": data.name,
@@ -228,7 +228,7 @@ def _check_measurable(
     mistakes: str | Path | None,
     plan: CalibrationPlan | None,
 ) -> None:
-    """Raise a `ValueError` if model and data do not allow what is to be measured."""
+    """Raise `ValueError` if a requested measurement is impossible for this model and data."""
     if classes is None and not probes:
         raise ValueError(f"{note} To evaluate its features alone, add --probe.")
     if classes is None and merged:

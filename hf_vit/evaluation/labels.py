@@ -81,7 +81,7 @@ def images_for_model(
 
 
 def objects_for_model(labels: list[list[list[float]]], classes: list[int]) -> list[list[list[float]]]:
-    """Return the objects of images with classes as the model numbers them; those of unknown classes are left out."""
+    """Return the objects of images with the model's class indices, without objects of classes it does not know."""
 
     def class_of(code: float) -> int:
         index = classes[int(code if code >= 0 else -2 - code)]

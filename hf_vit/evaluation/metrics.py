@@ -226,7 +226,7 @@ def extract_features(
     pooled: nn.Module,
     forward: Forward = forward_in_turn,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Compute the features of every image of a loader; all processes get those of all.
+    """Compute the features of every image of a loader; every process gets the features of all images.
 
     Args:
         model, loader, accelerator, normalize, forward: As for `classify`; the model may have any head or none.
@@ -277,7 +277,7 @@ def pixel_counts(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Ten
     predicted, number = logits.argmax(dim=1), logits.shape[1]
 
     def counts(classes: Tensor, is_counted: Tensor) -> Tensor:
-        # Pixels that do not count are those of one more class.
+        # Ignored pixels are counted as an extra class.
         marked = classes.where(is_counted, number).flatten(1)
         zeros = torch.zeros(len(marked), number + 1, dtype=torch.int64, device=marked.device)
         return zeros.scatter_add_(1, marked, torch.ones_like(marked))[:, :number]

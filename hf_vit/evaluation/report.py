@@ -8,7 +8,7 @@ from .calibrate import sentences
 
 MOST_CLASSES, WORST = 20, 10  # with more classes, only the worst ones are printed
 
-# Names and formats of metrics, in the order of their lines; the first one that there is leads.
+# Names and formats of metrics, in the order of their lines; the first one that was measured is the main one.
 METRICS = {
     "accuracy": ("top-1 accuracy", "{:.2%}"),
     "mean_average_precision": ("mAP", "{:.2%}"),

@@ -120,7 +120,7 @@ def _compare(comparison: Comparison, names: list[str]) -> Difference | None:
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference as a share of the largest expected element; infinity if it is no number."""
+    """Return the largest difference as a share of the largest expected element; infinity if it is not a number."""
     difference = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6)
     return float(difference) if np.isfinite(difference) else float("inf")
 

@@ -51,7 +51,7 @@ def write_onnx(model: Model | Graph, path: Path, metadata: dict[str, str] | None
 
 
 def read_onnx(path: Path, threads: int | None = None) -> Run:
-    """Return a function that runs a file in onnxruntime, with as many threads as torch uses if not given.
+    """Return a function that runs a file in onnxruntime, by default with as many threads as torch uses.
 
     Several threads can call it at once.
     """

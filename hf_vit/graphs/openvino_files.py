@@ -58,7 +58,7 @@ def write_openvino(model: Model | Graph, path: Path, metadata: dict[str, str] | 
 
 
 def read_openvino(path: Path, precision: str = "fp32", threads: int | None = None) -> Run:
-    """Return a function that runs a file on the CPU, with as many threads as torch uses if not given.
+    """Return a function that runs a file on the CPU, by default with as many threads as torch uses.
 
     Several threads can call it at once; each has a stream of its own.
 

@@ -23,7 +23,7 @@ from .tracing import IMAGES, Graph
 FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 LUMA = (19595, 38470, 7471)  # of red, green and blue, in 65536ths: Pillow's mode L
 MOST_LEVELS = 1.01  # that a pixel may differ from the processor, which rounds the weights of filters to 16 bits
-JUST_BELOW = 1e-4  # what is this close to the middle of two levels is rounded up, in every runtime
+JUST_BELOW = 1e-4  # values this close to the midpoint of two levels are rounded up, in every runtime
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "softmax": ("probabilities", lambda logits: logits.softmax(dim=-1)),
     "sigmoid": ("probabilities", torch.sigmoid),

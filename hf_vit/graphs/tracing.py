@@ -113,7 +113,7 @@ class Graph(nn.Module):
         return example, {0: batch, **sides}
 
     def positions(self) -> AbstractContextManager[None]:
-        """Return a context in which the positions are those of dynamic sizes, if sizes are dynamic."""
+        """Return a context in which position embeddings are computed for dynamic sizes, if sizes are dynamic."""
         return nullcontext() if self.fixed is not None else opened(self.model)
 
 

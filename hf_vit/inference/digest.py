@@ -1,4 +1,4 @@
-"""Digests that tell models apart, for what is computed once and kept."""
+"""Digests of models, which identify cached results."""
 
 import hashlib
 import json

@@ -56,7 +56,7 @@ def _card(card: Card) -> str:
 def _picture(stored: dict[str, Any]) -> str:
     try:
         data = base64.b64encode(thumbnail(stored)).decode()
-    except Exception:  # unreadable images are among what is shown
+    except Exception:  # some of the images to show are unreadable
         return '<div class="missing">no picture</div>'
     return f'<img src="data:image/jpeg;base64,{data}" alt="" loading="lazy">'
 

@@ -45,7 +45,7 @@ from .page import Entry, write_page
 from .positions import plot_position_bias, plot_position_similarity, position_bias, position_similarity
 
 ARRAYS, PAGE = "arrays.npz", "index.html"
-WITH_MAPS = 8  # images of which maps are drawn; of the others only attention distance is measured
+WITH_MAPS = 8  # number of images whose maps are drawn; for the others, only the attention distance is measured
 
 NOT_DRAWN = {
     "rotary": "Positions are not drawn: rotary positions are not learned. Their effect is part of the attention maps.",

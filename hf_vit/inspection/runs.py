@@ -14,7 +14,7 @@ from .tiles import rgb
 ROOT_TICKS = (0, 1, 5, 20, 50, 100)
 
 
-# Metrics of which the first one in a log is drawn: axis label, factor, and the format of the last value.
+# The first of these metrics in a log is drawn: axis label, factor, and the format of the last value.
 DRAWN = {
     "eval_accuracy": ("evaluation accuracy, %", 100, "{:.1f} %"),
     "eval_mean_average_precision": ("mean average precision, %", 100, "{:.1f} %"),

@@ -146,7 +146,7 @@ def most_likely_objects(logits: Tensor, boxes: Tensor, number: int = MOST_OBJECT
     An object that overlaps a more likely one of its class gets the score 0.
 
     Args:
-        logits: `[B, Q, num_labels]`, of which the sigmoid is the score.
+        logits: `[B, Q, num_labels]`; the score is their sigmoid.
         boxes: `[B, Q, 4]`: centre, width and height.
         number: Largest K.
     """

@@ -30,7 +30,7 @@ from .pyramid_hf_vit import HFViTPyramidLevel, map_of_patches, pyramid_channels
 NEW_DETECTOR = {"patch_subdivision": 2}
 # Initial probability of an object at a point, 1 %: RetinaNet, arXiv:1708.02002, section 4.1.
 LOGIT_OF_PRIOR = math.log(0.01 / 0.99)
-SUPPRESSED = -1e4  # logit of a point that is no peak, within the range of float16
+SUPPRESSED = -1e4  # logit of a point that is not a peak, within the range of float16
 MAX_LOG_DISTANCE = 7.0  # of a distance in patches: no infinity, and more than any image has
 EXTENT = 0.54  # share of a box, along each side, in which points are near its centre: TTFNet, section 4.2
 LEAST_NEARNESS = math.exp(-4.5)  # at three standard deviations
@@ -44,7 +44,7 @@ class HFViTObjectDetectionOutput(ModelOutput):
     Attributes:
         loss: Weighted sum of the losses, a mean over images, if labels are given.
         loss_dict: Each of these losses by name.
-        logits: `[B, Q, num_labels]`, of which the sigmoid is a probability; very low where a point is no peak.
+        logits: `[B, Q, num_labels]`, whose sigmoid is a probability; very low at points that are not peaks.
         pred_boxes: `[B, Q, 4]`, float32: centre x, centre y, width, height, relative to the image.
         hidden_states: Tokens `[B, T, D]` of all layers, if asked for.
         attentions: Attention weights `[B, A, T, T]` of all layers, if asked for.
@@ -182,7 +182,7 @@ class HFViTDetectionHead(nn.Module):
 def boxes_at_points(distances: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return relative boxes `[B, h*w, 4]` for distances `[B, 4, h, w]` of points to the left, top, right and bottom.
 
-    Distances are in patches, of which the image has a `grid`. Points are at the centres of the cells of the map.
+    Distances are in patches; `grid` is their number per side. Points are at the centres of the cells of the map.
     """
     rows, columns = distances.shape[-2:]
     y = (torch.arange(rows, device=distances.device) + 0.5) / rows
@@ -194,7 +194,7 @@ def boxes_at_points(distances: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def logits_of_peaks(heatmap: Tensor) -> Tensor:
-    """Return the logits of a heatmap `[B, C, h, w]` as `[B, h*w, C]`, suppressed at points that are no peaks."""
+    """Return the logits of a heatmap `[B, C, h, w]` as `[B, h*w, C]`, suppressed at points that are not peaks."""
     is_peak = F.max_pool2d(heatmap, kernel_size=3, stride=1, padding=1) == heatmap
     return torch.where(is_peak, heatmap, SUPPRESSED).flatten(2).transpose(1, 2)
 

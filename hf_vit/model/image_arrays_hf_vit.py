@@ -40,7 +40,7 @@ def decode_numpy(data: bytes) -> Tensor:
     """Return the array of a `.npy` file as `[C, H, W]` of its own dtype; see `channels_axis` for its layout.
 
     Raises:
-        ValueError: If it does not hold numbers, is truncated, or is no image.
+        ValueError: If it does not hold numbers, is truncated, or is not an image.
         Image.DecompressionBombError: If it has too many pixels.
     """
     file = io.BytesIO(data)
@@ -112,7 +112,7 @@ def decode_tiff(data: bytes) -> Tensor:
 
     Raises:
         NeedsTifffile: If tifffile is not installed.
-        ValueError: If it is no image.
+        ValueError: If it is not an image.
         Image.DecompressionBombError: If it has too many pixels.
     """
     try:
@@ -137,7 +137,7 @@ def decode_tiff(data: bytes) -> Tensor:
 
 
 def is_deep_png(image: Image.Image) -> bool:
-    """Return whether a PNG has colours of 16 bits, of which Pillow keeps 8."""
+    """Return whether a PNG has 16-bit colors, of which Pillow would keep only 8 bits."""
     return image.format == "PNG" and any("RGB;16B" in str(tile) for tile in getattr(image, "tile", ()))
 
 

@@ -244,7 +244,7 @@ def pixels_of_file(
 ) -> Image.Image | Tensor:
     """Return what `read_image` read as a PIL image or as `levels`, with its first three bands if they become RGB.
 
-    A fourth band is no transparency, which is only in PIL images. With a `value_range`, values stay as they are.
+    A fourth band is not transparency, which only PIL images have. With a `value_range`, values stay as they are.
     """
     if isinstance(image, Image.Image):
         return image

@@ -198,7 +198,7 @@ def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
 
 
 def _decode_tiff(data: bytes, image: Image.Image) -> Tensor:
-    """Decode a TIFF of which Pillow would drop channels or bits; without tifffile it may drop bits of colours."""
+    """Decode a TIFF whose channels or bits Pillow would drop; without tifffile, bits of colors may be lost."""
     try:
         pixels = decode_tiff(data)
     except NeedsTifffile:

@@ -68,7 +68,7 @@ FLOATS = tuple(getattr(torch, name) for name in DTYPES)  # without those of 8 bi
 
 
 def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Return the dtype that a module computes in: that of its first parameter which is not quantized."""
+    """Return the dtype that a module computes in, taken from its first parameter that is not quantized."""
     for parameter in module.parameters():
         if parameter.dtype in FLOATS:
             return parameter.dtype

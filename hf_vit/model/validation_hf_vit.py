@@ -112,7 +112,7 @@ OTHER_NAMES = {
     for name in names
 }
 
-# Keys that transformers stores in a config although they are no fields of it.
+# Keys that transformers stores in a config although they are not fields of it.
 STORED_BY_TRANSFORMERS = {
     *("auto_map", "custom_pipelines", "stage_names", "attn_implementation", "quantization_config", "use_cache")
 }

@@ -33,7 +33,7 @@ def check_folder_of(file: Path, option: str) -> None:
 
 
 def check_replaceable(file: Path, what: str = "a table of predictions", option: str = "--output") -> None:
-    """Raise `ValueError` if a file exists and is not what is to be written, one of `WRITTEN`."""
+    """Raise `ValueError` if a file exists and an earlier call cannot have written it; `what` is a key of `WRITTEN`."""
     if file.exists() and file.stat().st_size and not WRITTEN[what] <= _columns(file):
         raise ValueError(f"{file} exists and is not {what}: choose another {option}, or remove it first.")
 

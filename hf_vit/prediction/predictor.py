@@ -425,7 +425,7 @@ def read_source(source: Source, least_size: LeastSize) -> Image.Image | Tensor:
 
 
 class DensePredictor(Predictor):
-    """Predict what has a place in the upright image, whose (height, width) is noted when it is read."""
+    """Predict masks or objects in upright images, whose (height, width) are stored when they are read."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -24,7 +24,7 @@ class Processes:
         self.facts = settings.facts_of_features(model, processor)
         workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         options = {**settings.options, "workers": workers}
-        # The first process measures which runtime is the fastest; the others read what it found.
+        # The first process measures which runtime is the fastest; the others read its result.
         with accelerator.main_process_first() if settings.runtime == "auto" else nullcontext():
             self.predictor = Predictor.from_model(
                 model, processor, device=accelerator.device, name=settings.model, **options

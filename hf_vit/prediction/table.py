@@ -55,7 +55,7 @@ OF_SOME: dict[str, pa.DataType] = {
 
 
 def schema_of(has_features: bool, of_some: Collection[str] = (), is_half: bool = False) -> pa.Schema:
-    """Return the columns of the table and their types, with those of `OF_SOME` that are given."""
+    """Return the columns of the table and their types, with the given columns of `OF_SOME`."""
     fields = [
         pa.field("image", pa.string()),
         pa.field("labels", pa.list_(pa.string())),
@@ -171,7 +171,7 @@ class PredictionTable:
         check_replaceable(output)
         self.output, self.has_features, self.is_half = output, has_features, is_half
         self.facts: dict[str, Any] = {}
-        self.schema = schema_of(has_features, OF_SOME)  # of shards, in which those of some models are all null
+        self.schema = schema_of(has_features, OF_SOME)  # of shards; columns that only some models have may be all null
         self.folder = output.with_name(f"{output.name}.parts")
 
     def check(self, plan: dict[str, Any], restart: bool) -> None:

@@ -16,7 +16,7 @@ class Entry(NamedTuple):
     location: str
 
 
-# First what a model is given and how it is read, then how it grows, then what it learns from.
+# First the inputs and how they are read, then model size, then the training data.
 CATALOGUE = {
     "positions": Entry(
         "Position embeddings",

@@ -28,7 +28,7 @@ def exponent_of(results: Results) -> int:
 
 
 def draw_series(axis: Axes, x: Sequence[Any], spreads: Sequence[Spread | None], label: str, index: int) -> None:
-    """Draw shares as a line with error bars, skipping what is missing; `index` selects colour and marker."""
+    """Draw shares as a line with error bars, skipping missing values; `index` selects colour and marker."""
     known = [(place, spread) for place, spread in zip(x, spreads, strict=True) if spread is not None]
     axis.errorbar(
         [place for place, _ in known],

@@ -283,7 +283,7 @@ def _end_with_parent() -> None:
 
 
 class StudySignals(StopSignals):
-    """Raise `Interrupted` at once on a signal: the runs save their checkpoints in their own processes."""
+    """Raise `Interrupted` immediately on a signal; the runs save their checkpoints in their own processes."""
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         name = signal.Signals(signum).name

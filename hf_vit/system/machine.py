@@ -53,7 +53,7 @@ def multiplies_in_8_bits(device: torch.device) -> bool:
         return False
     if torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (8, 9)
-    # Capabilities of AMD's GPUs are numbers of another scale: that of an MI250, without FP8, is 9.0.
+    # Capabilities of AMD GPUs are on another scale: an MI250, which has no FP8, has 9.0.
     name = torch.cuda.get_device_properties(device).gcnArchName
     return name.startswith(("gfx94", "gfx95", "gfx12"))
 

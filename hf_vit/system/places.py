@@ -1,4 +1,4 @@
-"""Tell paths from names on the Hub, and files that operating systems leave in folders from those of the user."""
+"""Distinguish paths from names on the Hub, and a user's files from files that operating systems leave in folders."""
 
 import glob
 import os
@@ -22,14 +22,14 @@ JUNK = (
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be computed again, below that of Hugging Face."""
+    """Return the folder for cached results, inside the cache folder of Hugging Face."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "hf_vit"
 
 
 def is_path(name: str) -> bool:
-    """Return whether a name can only be that of a file or folder: no repository of the Hub has such a name."""
+    """Return whether a name can only be a file or folder, since no repository on the Hub has such a name."""
     is_nested = name.count("/") > 1 or name.endswith("/") or "\\" in name
     return is_nested or name.startswith((".", "/", "~")) or PurePath(name).suffix.lower() in OF_FILES
 
@@ -52,7 +52,7 @@ def missing(name: str) -> str:
 
 
 def check_exist(names: Iterable[str | None], model: str | None = None) -> None:
-    """Raise `ValueError` for the first name that can only be that of a file or folder, and does not exist.
+    """Raise `ValueError` for the first name that can only be a file or folder, and does not exist.
 
     A command calls this before it imports the libraries that would find it out much later.
 

@@ -1,4 +1,4 @@
-"""`audit`: what is odd in a data set.
+"""`audit`: problems of a data set.
 
 Without a model, files, copies, leaks and spurious cues are checked. With one, its frozen features also tell which
 labels are probably wrong and which images are outliers, and the accuracy is stated with and without leaks.
@@ -95,7 +95,7 @@ def audit(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> AuditResult:
-    """Find what is odd in a data set: unreadable images, copies, leaks, wrong labels, outliers, cues, weak slices.
+    """Find problems of a data set: unreadable images, copies, leaks, wrong labels, outliers, cues, weak slices.
 
     Args:
         data: As for `load_data`.
@@ -188,7 +188,7 @@ class _WithModel:
         self.say, self.images, self.data = say, result.images, result.images.data
 
     def check(self) -> None:
-        """Compute features, and check what they allow."""
+        """Compute features, and run the checks that need them."""
         data, images = self.data, self.images
         self.channels = channels_of(data.train, data.columns)
         encoder = Encoder.from_pretrained(self.source, self.image_size, channels=self.channels)

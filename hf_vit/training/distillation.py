@@ -76,7 +76,7 @@ class StudentOutput(ModelOutput):
 class Student(TrainedInside):
     """The model that is saved, `student`, with projections to the features of all teachers.
 
-    `with_widths` makes a class for given teachers, since the widths are no part of a model's config.
+    `with_widths` makes a class for given teachers, since the widths are not part of a model's config.
     """
 
     kept = "student"

@@ -128,7 +128,7 @@ def traced_step(model: Any, model_class: Any, images: int, precision: str, check
     """Trace the forward and backward pass of a training step.
 
     Args:
-        model: A model, of which the config and the learned parameters count.
+        model: The model; only its config and its learned parameters are used.
         model_class: Class of the model, or a function that builds it from a config.
         images: Number of images.
         precision: `"fp32"`, or another one for autocast to bf16, whose traffic is that of fp16, too.

@@ -99,7 +99,7 @@ def _training_in_8_bits() -> AORecipeKwargs:
         raise ValueError("precision: fp8 needs torchao, which is not installed: pip install torchao")
     from torchao.float8 import Float8LinearConfig
 
-    # Accelerate's own config gathers shards in FP8, and so makes weights that are no plain tensors in a checkpoint.
+    # Accelerate's own config gathers shards in FP8, so the weights in a checkpoint would not be plain tensors.
     return AORecipeKwargs(config=Float8LinearConfig())
 
 

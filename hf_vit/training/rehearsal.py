@@ -132,7 +132,7 @@ class Cost:
 
 
 def count_memory(run: Run) -> dict[str, int]:
-    """Return the bytes that stay allocated in this process; of a sharded model, those of its shards."""
+    """Return the bytes that stay allocated in this process; for a sharded model, the bytes of its shards."""
     state, parameters = run.state, list(run.state.model.parameters())
     optimizer = [value for values in state.optimizer.state.values() for value in values.values()]
     return {
@@ -185,7 +185,7 @@ class Rehearsal:
         self.began = time.perf_counter()
 
     def changed(self, folder: str) -> TrainConfig:
-        """Return the recipe of the dry run: that of the run, but for what it writes and where."""
+        """Return the recipe of the dry run: that of the run, except for its output files and their folder."""
         config = self.config
         return replace(
             config,

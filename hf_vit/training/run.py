@@ -84,7 +84,7 @@ class Plan:
 
 
 def data_of(config: TrainConfig) -> ImageData:
-    """Load the training and evaluation images of a recipe; labels decide what they are for if the task is `auto`."""
+    """Load the training and evaluation images of a recipe; if the task is `auto`, it is inferred from the labels."""
     names = (
         *("train_split", "eval_split", "image_column", "label_column", "label_separator", "box_format"),
         *("eval_fraction", "train_share", "train_repeats", "split_seed", "streaming", "train_images"),
@@ -322,7 +322,7 @@ class Run:
         try:
             with state.throughput.paused(), state.average.in_place():
                 metrics, predictions = self._measure()
-                # Only the best weights are kept, and what they predict.
+                # Only the best weights and their predictions are kept.
                 if state.best is None or state.best.update(state.step, metrics, partial(whole_weights, state.model)):
                     self.predictions = predictions
         except EvaluationStopped as stopped:

@@ -120,7 +120,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude what is done inside from the training time."""
+        """Exclude the time spent inside this context from the training time."""
         self.lap()
         try:
             yield
@@ -205,7 +205,7 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state; `model` becomes a safetensors file, the rest `training_state.pt`.
 
-        Tensors are complete on the main process. Later steps do not change what is returned. The keys are a file
+        Tensors are complete on the main process. Later steps do not change the returned tensors. The keys are a file
         format: older checkpoints lack the newest ones, which stand last here.
 
         Raises:

@@ -66,7 +66,7 @@ class TrainerMachine:
 
 
 def recipe_of(options: dict[str, Any], given: dict[str, Any], processes: int, values: dict[str, Any]) -> TrainConfig:
-    """Return the recipe that a user of Trainer states; what is left open is `auto` or the recipe's own.
+    """Return the recipe that corresponds to arguments of Trainer; other fields are `auto` or the recipe's own.
 
     Args:
         options: Fields of a recipe, and options of scripts/finetune_with_trainer.py; `None` leaves a field open.
@@ -103,7 +103,7 @@ def recipe_of(options: dict[str, Any], given: dict[str, Any], processes: int, va
 
 
 def values_of_run(folder: Path, checkpoint: str | None, processes: int) -> dict[str, Any]:
-    """Return the values that were chosen for the interrupted run in a folder; none if there is no run."""
+    """Return the values chosen by the interrupted run in a folder; empty if there is no run."""
     if (folder / RECIPE).is_file():
         saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
         return {name: saved[name] for name in AUTO if name in saved}

@@ -102,7 +102,7 @@ def _attention(ours: str, theirs: str, parts: dict[str, tuple[str, ...]]) -> lis
 
 
 def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False) -> list[Row]:
-    """Return our names and those of every era; of several rows for the same names, the first is written."""
+    """Return our names and the names of every era; if several rows have the same names, the first is written."""
     rows = [
         Row("embeddings.cls_token", f"{root}cls"),
         Row("embeddings.patch_embeddings.projection.weight", f"{root}embedding/kernel", patches),

@@ -83,7 +83,7 @@ def collapsed(name: str, prefix: str | None = None) -> str:
 
 
 def _number(value: Any) -> Any:
-    """Return a value of a YAML file, in which 1e-6 without a point is a text, as a number."""
+    """Return a value of a YAML file as a number. YAML reads 1e-6, without a point, as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -93,7 +93,7 @@ def names_template(source: str | Path | Source, weights: str | None = None) -> s
 
 
 def main(kinds: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of the weight, or of what has no weight."""
+    """Return the shape of the weight, or of the parameter itself if it has no weight."""
     return kinds["weight"] if "weight" in kinds else next(iter(kinds.values()))
 
 

@@ -212,7 +212,7 @@ def _patches(shapes: Shapes, options: Options, assumed: list[str]) -> dict[str, 
 
 
 def patch_of(source: Source, pixels: int, options: Options, assumed: list[str]) -> tuple[tuple[int, int], int]:
-    """Return size and channels of a patch, of which a matrix only has the product.
+    """Return the size and the number of channels of a patch; a weight matrix states only their product.
 
     Raises:
         ValueError: If the patch is no square with 3 channels or one, and no option states its size.

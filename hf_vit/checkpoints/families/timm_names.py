@@ -154,7 +154,7 @@ def gate_last(config: HFViTConfig) -> Layout:
 
 
 def masked_bias(config: HFViTConfig) -> Layout:
-    """Biases of queries, keys and values, of which those of keys are not used: ours are zeros."""
+    """Biases of queries, keys and values. Those of keys are not used: ours are zeros."""
     together = heads_together(config)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:

@@ -233,7 +233,7 @@ def _dinov2(config: Any, source: Source) -> dict[str, Any]:
 
 
 def _labels(source: Source, config: Any) -> dict[str, Any]:
-    """Return the label names, or only their number if the config names none: that of an encoder has two by default."""
+    """Return the label names, or only their number if the config has no names: an encoder's has two by default."""
     rows = next((stored.shape[0] for name, stored in source.tensors.items() if name.endswith("classifier.weight")), 2)
     is_unnamed = config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     return {"num_labels": rows} if is_unnamed else {"id2label": config.id2label, "label2id": config.label2id}

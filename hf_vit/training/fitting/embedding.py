@@ -45,7 +45,7 @@ NOT_OF_THE_ENCODER = (
 
 
 def default_cache() -> Path:
-    """Return the folder of cached features, below that of Hugging Face."""
+    """Return the folder of cached features, inside the cache folder of Hugging Face."""
     return cache_folder() / "features"
 
 
@@ -196,7 +196,7 @@ def embed(
 
 
 def with_bar(batches: Any, number: int) -> Any:
-    """Yield batches of features, and show a progress bar of their images; none if `number`, that of images, is 0."""
+    """Yield batches of features, and show a progress bar of `number` images; without a bar if it is 0."""
     with progress_bar(number, "images", what="Features", disable=None if number else True) as bar:
         for batch in batches:
             bar.update(len(batch))

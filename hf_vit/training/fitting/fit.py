@@ -252,7 +252,7 @@ class _Fitting:
         self.lap("read")
 
     def embed(self) -> tuple[Embeddings, Embeddings | None]:
-        """Compute all features, report what is odd, and drop unreadable images."""
+        """Compute all features, report problems of the data, and drop unreadable images."""
         self.say("Computing the features of all images; those in the cache are reused.")
         splits = [self.data.train] + ([] if self.data.evaluation is None else [self.data.evaluation])
         columns = self.data.columns

@@ -16,7 +16,7 @@ KEPT = ("identity", "evaluation_seconds", "forward_seconds", "head", "speed")
 
 
 def check_fit_folder(output_dir: Path, model: str, sources: str | list[str]) -> None:
-    """Raise `ValueError` if a folder holds the model to start from, or other files than those of a fit."""
+    """Raise `ValueError` if a folder holds the model to start from, or files that do not belong to a fit."""
     if Path(model).resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} holds the model to start from: choose another --output-dir.")
     check_output_folder(output_dir, (output_dir / FIT / STATE).is_file(), sources)

@@ -90,7 +90,7 @@ def fit_pixel_head(plan: HeadPlan, found: HeadData, seed: int) -> TrainedHead:
     """Train a linear head for the classes of pixels."""
     head, fields = _new_head(HFViTPixelHead, plan, found, seed)
     size = [side * head.config.patch_subdivision for side in head.config.grid_size]
-    # At the resolution of the logits, the loss of a patch costs 1/12 of that of its pixels.
+    # At the resolution of the logits, the loss costs 1/12 of what it costs at full resolution.
     masks = torch.stack([_resized(mask, size) for mask in _dense_labels(found, found.data.train, found.train)])
     ignored = head.config.semantic_loss_ignore_index
 

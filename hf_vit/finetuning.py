@@ -1,15 +1,12 @@
-"""Loading a model for fine-tuning: module of version 0.1, whose names have moved. Deprecated since 0.2."""
+"""Loading a model for fine-tuning: a module of version 0.1, whose names have moved. Deprecated since 0.2."""
 
-import warnings
+from .system.lazy import moved_exports
 
-from .system.lazy import lazy_exports
-
-MOVED = {
-    "checkpoints.models": ["fields_of_labels", "load_classifier", "load_for_masked_patches"],
-    "training.trainer": ["add_lora"],
-}
-
-PLACES = " and ".join(f"hf_vit.{module}" for module in MOVED)
-warnings.warn(f"{__name__} is deprecated: import its names from {PLACES}.", FutureWarning, stacklevel=2)
-
-__getattr__, __dir__, __all__ = lazy_exports("hf_vit", MOVED)
+__getattr__, __dir__, __all__ = moved_exports(
+    __name__,
+    "hf_vit",
+    {
+        "checkpoints.models": ["fields_of_labels", "load_classifier", "load_for_masked_patches"],
+        "training.trainer": ["add_lora"],
+    },
+)

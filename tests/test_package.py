@@ -241,15 +241,21 @@ def test_nothing_turns_remote_code_on():
     assert speaking == SPEAK_OF_REMOTE_CODE
 
 
-def test_modules_of_the_first_version_are_deprecated() -> None:
-    with pytest.warns(
-        FutureWarning, match="hf_vit.finetuning is deprecated: import its names from hf_vit.checkpoints"
-    ):
-        former = import_module("hf_vit.finetuning")
-    assert former.load_classifier is import_module("hf_vit.checkpoints").load_classifier
-    assert former.add_lora is import_module("hf_vit.training").add_lora
-    with pytest.warns(FutureWarning, match="hf_vit.assessment is deprecated: import its names from hf_vit.evaluation"):
-        former = import_module("hf_vit.assessment")
-    assert former.match_labels is import_module("hf_vit.evaluation.labels").match_labels
+@pytest.mark.parametrize(
+    ("former", "name", "present"),
+    [
+        ("finetuning", "load_classifier", "checkpoints.models"),
+        ("finetuning", "add_lora", "training.trainer"),
+        ("assessment", "match_labels", "evaluation.labels"),
+    ],
+)
+def test_modules_of_the_first_version_are_deprecated(former: str, name: str, present: str) -> None:
+    module = import_module(f"hf_vit.{former}")
+    with pytest.warns(FutureWarning, match=f"hf_vit.{former} is deprecated: .* hf_vit.{present}"):
+        moved = getattr(module, name)
+    assert moved is getattr(import_module(f"hf_vit.{present}"), name)
+
+
+def test_results_of_a_classifier_have_their_former_name() -> None:
     evaluation = import_module("hf_vit.evaluation")
     assert evaluation.Predictions is evaluation.ImageResults

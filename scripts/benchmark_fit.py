@@ -1,12 +1,12 @@
-"""Compare `hf-vit fit` with a sweep of 20 trials, and with the defaults of transformers and timm, on small data sets.
+"""Compare `hf-vit fit` with a sweep of 20 trials, and with the defaults of other libraries, on small data sets.
 
     python scripts/benchmark_fit.py prepare DATA --flowers FOLDER --pets FOLDER --cifar10 FOLDER
     python scripts/benchmark_fit.py METHOD DATA/flowers --model ENCODER --seed 0 --output results.jsonl
     python scripts/benchmark_fit.py table results.jsonl
 
 Every method gets the same training images, encoder and image size, and is measured once on the same test images, which
-it never sees before. A row of the output states accuracy, CPU seconds and versions. Needs timm and, for the sweep,
-Optuna.
+it never sees before. A row of the output states accuracy, CPU seconds and versions. Needs timm; sweep needs Optuna,
+and lightly needs lightly-train (AGPL-3.0).
 
 Methods:
     fit           `hf-vit fit` with its defaults and `--minutes`.
@@ -21,6 +21,9 @@ Methods:
                   vit_base_patch16_224.augreg2_in21k_ft_in1k, discussion 1): AdamW, 2e-4 at a batch size of 512 (scaled
                   by the square root, as timm does), layer decay 0.7, clipping at norm 2, RandAugment m8, CutMix,
                   stochastic depth 0.1; 10 epochs, of which 1 is warm-up, instead of 50.
+    lightly       `lightly_train.train_image_classification` with its defaults (AdamW, learning rate 3e-4, batches of
+                  16, its augmentation) in float32, for 10 epochs instead of 100,000 steps, of which 1 is warm-up
+                  instead of 500 steps.
 """
 
 import argparse
@@ -30,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -240,30 +244,35 @@ def stock(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[
         return {"accuracy": float(trainer.evaluate()["eval_accuracy"]), "details": {}}
 
 
-def timm(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
-    """Fine-tune with timm: its model, transforms, CutMix, layer decay and schedule."""
-    import timm as library
+def _weights_of(model: str) -> dict[str, torch.Tensor]:
+    """Return the weights of an encoder under the names of timm and of DINOv2's authors."""
     from safetensors.torch import load_file
-    from timm.data import Mixup, create_transform
-    from timm.loss import SoftTargetCrossEntropy
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import CosineLRScheduler
 
     from hf_vit import HFViTImageProcessor, HFViTModel
     from hf_vit.checkpoints.export import export_checkpoint
 
-    torch.manual_seed(seed)
-    epochs, batch_size = 10, 32
-    splits = _splits(data)
-    number = splits["train"].features["label"].num_classes
     with tempfile.TemporaryDirectory() as folder:
         encoder = HFViTModel.from_pretrained(model, dtype=torch.float32)
         encoder.save_pretrained(f"{folder}/encoder")
         HFViTImageProcessor.from_preset("center_crop", encoder.config.image_shape).save_pretrained(f"{folder}/encoder")
         export_checkpoint(f"{folder}/encoder", Path(folder) / "timm", "timm", False)
-        weights = load_file(Path(folder) / "timm" / "model.safetensors")
+        return load_file(Path(folder) / "timm" / "model.safetensors")
+
+
+def timm(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
+    """Fine-tune with timm: its model, transforms, CutMix, layer decay and schedule."""
+    import timm as library
+    from timm.data import Mixup, create_transform
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+
+    torch.manual_seed(seed)
+    epochs, batch_size = 10, 32
+    splits = _splits(data)
+    number = splits["train"].features["label"].num_classes
     network = library.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0)
-    network.load_state_dict(weights)
+    network.load_state_dict(_weights_of(model))
     network.set_input_size((size, size))
     network.reset_classifier(number)
     for index, block in enumerate(network.blocks):
@@ -302,6 +311,41 @@ def timm(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[s
     return {"accuracy": hits / len(labels["test"]), "details": {"epochs": epochs, "learning_rate": rate}}
 
 
+def lightly(data: Path, model: str, size: int, seed: int, minutes: float) -> dict[str, Any]:
+    """Fine-tune with lightly-train, without a validation split that it could choose a model on."""
+    import lightly_train
+
+    epochs, batch_size = 10, 16
+    splits = _splits(data)
+    names = splits["train"].features["label"].names
+    steps = epochs * len(splits["train"]) // batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            (Path(folder) / "train" / name).mkdir(parents=True)
+        for index, row in enumerate(splits["train"]):
+            row["image"].convert("RGB").save(Path(folder) / "train" / names[row["label"]] / f"{index}.png")
+        torch.save(_weights_of(model), f"{folder}/encoder.pt")
+        lightly_train.train_image_classification(
+            out=f"{folder}/out",
+            data={"train": f"{folder}/train", "val": f"{folder}/train", "classes": dict(enumerate(names))},
+            model="dinov2/vits14-noreg",
+            model_args={"backbone_weights": f"{folder}/encoder.pt", "lr_warmup_steps": steps // epochs},
+            transform_args={"image_size": (size, size)},
+            steps=steps,
+            logger_args={"val_every_num_steps": steps},
+            num_workers=0,
+            accelerator="cpu",
+            precision="32-true",
+            seed=seed,
+        )
+        trained = lightly_train.load_model(f"{folder}/out/exported_models/exported_last.pt", device="cpu")
+    hits = 0
+    for row in splits["test"]:
+        hits += int(trained.predict(row["image"].convert("RGB"))["labels"][0]) == row["label"]
+    details = {"epochs": epochs, "steps": steps, "lightly_train": version("lightly-train")}
+    return {"accuracy": hits / len(splits["test"]), "details": details}
+
+
 def table(results: Path) -> str:
     """Return a Markdown table: test accuracy as mean (standard deviation) over seeds, and mean CPU seconds."""
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
@@ -319,7 +363,7 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
-METHODS = {"fit": fit, "train": recipe, "sweep": sweep, "transformers": stock, "timm": timm}
+METHODS = {"fit": fit, "train": recipe, "sweep": sweep, "transformers": stock, "timm": timm, "lightly": lightly}
 
 
 def main() -> None:

@@ -261,8 +261,8 @@ ROWS = 512  # that are read at once
 def quick_check(data: ImageData, repeats: float = 1.0) -> str:
     """Return a sentence on copies across splits, missing and empty files, and classes without images.
 
-    Images are not decoded, and of files only the sizes are read, unless two are of equal size. `""` for a stream, and
-    for tables that are too large.
+    Images are not decoded. Files are read only if two have the same size. `""` for a stream, and for tables that are
+    too large.
 
     Args:
         data: Prepared data.

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device, by the transforms that augment one image.
+"""Augmentation of a whole batch on its device, with the transforms for single images.
 
 Called with a `PlannedImage`, a transform of torchvision draws the same random numbers as for pixels, but only notes
 what it would do: a `Plan`. The plans of a batch are carried out together. Two matrix products resize, crop and flip

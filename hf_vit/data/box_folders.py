@@ -181,7 +181,7 @@ def read_coco(files: Files) -> Read | None:
     """Read the COCO files of a folder; `None` if there are none.
 
     Raises:
-        ValueError: If their images are not there, or two files describe the same images.
+        ValueError: If their images are missing, or two files describe the same images.
     """
     paths = [path for path in files.by_ending[".json"] if not any(word in path.stem for word in OTHER_JSON)]
     contents = {path: content for path in paths or files.by_ending[".json"] if (content := _coco_in(path))}

@@ -1,7 +1,7 @@
 """Images with boxes of objects: from their rows to batches, and as drawings.
 
 Labels of a batch are float32 `[B, M, 5]`: the class, and the centre, width and height of the box, relative to the
-image. Rows of the class -1 are empty, and those below are ignored objects: see `objects`.
+image. Rows of class -1 are empty, and lower classes mean ignored objects: see `objects`.
 """
 
 from collections.abc import Sequence

@@ -234,7 +234,7 @@ def split_folders(folder: Folder) -> dict[str, list[Folder]]:
 
 
 def unwrapped(folder: Folder, may_have_tables: bool = False) -> Folder:
-    """Return the folder below, as long as nothing lies beside it and it has no split or class for its name."""
+    """Descend into folders that are the only content of their parent, unless the name is that of a split or class."""
     while not folder.images and not split_folders(folder) and len(inner := folder.with_images()) == 1:
         if folder.tables and not may_have_tables:
             break

@@ -206,11 +206,11 @@ class Table:
     """A table whose rows name images.
 
     Attributes:
-        path: Of the table.
+        path: Path of the table.
         columns: All columns but that of images.
         image_column: Name of the column of images.
         files: Image of each row; `None` if it is missing.
-        named: What the column of images says.
+        named: Values of the column of images.
     """
 
     path: Path

@@ -172,7 +172,7 @@ class LabelResults(Indexed):
         return (has & is_predicted).sum(dim=0).double(), (has.sum(dim=0) + is_predicted.sum(dim=0)).double()
 
     def agreement(self, other: Any) -> float:
-        """Return the share of labels of images that both predict, or both do not."""
+        """Return the fraction of (image, label) pairs for which both predictions are the same."""
         return (self.predicted == other.predicted).double().mean().item()
 
     def average_precisions(self) -> list[float | None]:

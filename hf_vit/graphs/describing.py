@@ -1,4 +1,4 @@
-"""What goes into a graph and comes out of it, in sentences."""
+"""Descriptions of the inputs and outputs of a graph."""
 
 from ..model.configuration_hf_vit import HFViTConfig
 from ..model.detection_hf_vit import HFViTForObjectDetection

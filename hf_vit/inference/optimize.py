@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
 
 def linear_kind(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
-    """Return the class that replaces linear layers. In float32 other layouts of the weights were no faster."""
+    """Return the class that replaces linear layers. In float32, other layouts of the weights were not faster."""
     is_bf16_cpu = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
     if is_bf16_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return PackedLinear

@@ -40,7 +40,7 @@ class Card(NamedTuple):
 
 
 def cards(shown: Iterable[Card]) -> str:
-    """Return the markup of cards in a grid; an image that cannot be read is replaced by a sign."""
+    """Return the markup of cards in a grid; an image that cannot be read is replaced by a placeholder."""
     shown = list(shown)
     pairs = " pairs" if any(len(card.images) > 1 for card in shown) else ""
     return f'<div class="cards{pairs}">\n{"".join(map(_card, shown))}</div>\n'

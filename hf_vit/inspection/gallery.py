@@ -278,7 +278,7 @@ def _read(subject: Subject, processor: HFViTImageProcessor, sources: Sequence[st
 
 
 def _text(name: str) -> str:
-    """Return text on one line; bytes that are not text, which file systems allow in names, become question marks."""
+    """Return text on one line; bytes that cannot be decoded, as in some file names, become question marks."""
     return one_line(name.encode("utf-8", "replace").decode("utf-8"))
 
 

@@ -107,7 +107,7 @@ def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[
     Args:
         target: `image_id` and `annotations`, as for `preprocess`.
         size: (height, width) of the upright image.
-        new_size: That of its pixel values.
+        new_size: (height, width) of its pixel values.
     """
     if missing := {"image_id", "annotations"} - {*target}:
         raise ValueError(

@@ -134,7 +134,7 @@ class ResultsFile:
         self.rows = {key_of(row["factors"], row["seed"]): row for row in read_rows(path)}
 
     def is_done(self, run: PlannedRun) -> bool:
-        """Return whether a run has a row; raise `ValueError` if that row is of other settings."""
+        """Return whether a run has a row; raise `ValueError` if that row has other settings."""
         row = self.rows.get(run.key)
         if row is None:
             return False

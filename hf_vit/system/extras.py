@@ -20,7 +20,7 @@ def need(extra: str, *packages: str) -> None:
 def requirements() -> "dict[str, list[Requirement]]":
     """Return what this package needs by extra, and under the empty name what it always needs.
 
-    A source tree that is not installed states nothing.
+    A source tree that is not installed has no requirements.
     """
     from packaging.requirements import Requirement
 

@@ -173,7 +173,7 @@ def _check_cues(result: AuditResult, seed: int) -> None:
 
 
 class _WithModel:
-    """The part of an audit that needs features, in the order of its steps."""
+    """The checks of an audit that need features, in order."""
 
     def __init__(
         self,

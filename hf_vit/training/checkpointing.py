@@ -42,7 +42,7 @@ class CheckpointFolder:
         self.written: Future[Path] | None = None
 
     def save_later(self, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> None:
-        """Have a thread call `save`; wait for the checkpoint before. Nothing may change the state from here on."""
+        """Call `save` in a thread, after the previous checkpoint. The given state must not change from here on."""
         self.wait()
         self.written = self.writer.submit(self.save, step, state, write_model)
 

@@ -198,7 +198,7 @@ class Distillation(Objective):
                 getattr(model, f"{name}_{value}").copy_(torch.cat(values))
 
     def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the mean distance from the answers of the teachers; `labels` are answers if these are stored."""
+        """Return the mean distance from the teachers' outputs; `labels` holds these outputs if they are stored."""
         return self._losses(model, pixel_values, labels)[0].mean()
 
     def _losses(self, model: Any, pixel_values: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:

@@ -282,7 +282,7 @@ class TrainConfig:
             )
 
     def _check_compile_mode(self) -> None:
-        """Raise `ValueError` unless CUDA graphs can record the step: one replay overwrites the results of the last."""
+        """Raise `ValueError` unless CUDA graphs can record the step: a replay overwrites earlier results."""
         if not self.compile:
             raise ValueError(f"compile_mode is {self.compile_mode}, but nothing is compiled: set compile to true.")
         has_two_sizes = self.task == "lejepa" and self.local_views > 0

@@ -1,12 +1,12 @@
 """The dry run: measure what a run needs before it starts, in parameters, FLOPs, memory, time and money.
 
 A dry run is the run itself, with the same loop, in a temporary folder: a few warm-up steps, some measured steps, and
-some batches of an evaluation, fewer of them if they are slow. Of data that is cached in memory, a part is read.
-Loaders read ahead, and far ahead while a model is compiled. So the batches that are ready when the measurement starts
-are discarded, and the measured speed is one that the loader can sustain.
+some batches of an evaluation, fewer of them if they are slow. If data is cached in memory, only a part is read.
+Loaders prefetch batches, and many of them while a model is compiled. The prefetched batches are discarded before the
+measurement, so that the measured speed is one that the loader can sustain.
 
 FLOPs are those of the model's matrix products and convolutions as torch counts them (`torch.utils.flop_counter`), two
-per multiply-add. What gradient checkpointing and fused attention compute a second time is not counted.
+per multiply-add. Recomputation by gradient checkpointing and fused attention is not counted.
 """
 
 import math

@@ -317,7 +317,7 @@ class Run:
         accelerator.wait_for_everyone()
 
     def evaluate(self) -> None:
-        """Evaluate the averaged weights. If a signal comes, save first, so that the next run starts with this."""
+        """Evaluate the averaged weights. On a signal, save first: the resumed run starts with this evaluation."""
         state = self.state
         try:
             with state.throughput.paused(), state.average.in_place():

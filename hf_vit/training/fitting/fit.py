@@ -367,7 +367,7 @@ class _Fitting:
         return verdict.logits, head.targets[head.folds == 0], True
 
     def rows_of(self, head: FittedHead, is_fold: bool) -> Tensor:
-        """Return the rows of the training split that held-out predictions are of."""
+        """Return the rows of the training split that have held-out predictions."""
         return (head.folds == 0).nonzero().flatten() if is_fold else torch.arange(len(head.folds))
 
     def expected(self, logits: Tensor, targets: Tensor, head: FittedHead, verdict: Verdict) -> dict[str, Any]:

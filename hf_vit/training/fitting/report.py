@@ -222,7 +222,7 @@ def _description(report: Report, metrics: dict[str, Any]) -> str:
 
 @dataclass
 class Finished:
-    """What a view shows: results, and the images that they are of; a `Run` has the same attributes."""
+    """The results and images that a report shows; a `Run` has the same attributes."""
 
     data: ImageData
     processor: Any

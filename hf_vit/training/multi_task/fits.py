@@ -164,7 +164,7 @@ def _trained_on_patches(
 def train_on_batches(head: nn.Module, loss: Callable[[Tensor], Tensor], number: int, recipe: Any, seed: int) -> float:
     """Train a head by AdamW on random batches, and return the mean loss of the last tenth of the steps.
 
-    The learning rate falls by a cosine after a warm-up.
+    The learning rate follows a cosine schedule after a warm-up.
 
     Args:
         head: The module to train.

@@ -246,7 +246,7 @@ def _load_from_hub(name: str, streaming: bool) -> Any:
     """Load a data set that is not here.
 
     Raises:
-        ValueError: If there is none, or the Hub cannot be asked.
+        ValueError: If there is none, or the Hub cannot be reached.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError

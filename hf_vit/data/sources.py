@@ -350,7 +350,7 @@ def _revision_of(name: str) -> str:
     """Return the commit of a data set on the Hub.
 
     Raises:
-        ValueError: If there is no such data set, or the Hub cannot be asked.
+        ValueError: If there is no such data set, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
 

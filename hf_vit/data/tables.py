@@ -232,7 +232,7 @@ class Table:
         return {split: list(range(len(self.files)))}
 
     def unused_splits(self) -> str | None:
-        """Return a note if a column has the name of one of splits, but other values."""
+        """Return a note if a column is named like a column of splits, but has other values."""
         for name in usual(self.columns, SPLIT_NAMES):
             values = list(dict.fromkeys(map(str, self.columns[name])))
             if not any(map(split_of, values)):

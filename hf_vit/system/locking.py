@@ -200,7 +200,7 @@ def _watching(lock: FolderLock, others: list[int], signs: SignsOfLife) -> Iterat
 
 
 def _end_with_others(lock: FolderLock, others: list[int], signs: SignsOfLife, is_over: threading.Event) -> None:
-    """Exit if another process has died and no error follows, or is silent: a collective may wait forever."""
+    """Exit if another process has died or is silent, and no error follows: a collective operation would hang."""
     while not is_over.wait(SECONDS_BETWEEN_LOOKS):
         message = _dead_processes(lock, others)
         if message and is_over.wait(SECONDS_TO_END):

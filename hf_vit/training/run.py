@@ -303,7 +303,7 @@ class Run:
             if saved["processes"] != accelerator.num_processes:
                 self.say(
                     f"Resuming on {accelerator.num_processes} processes a run that used {saved['processes']}. The "
-                    "result will not be bit-identical to that of an uninterrupted run: sums are rounded in another "
+                    "result will not be bit for bit that of an uninterrupted run: sums are rounded in another "
                     "order, dropout, mixing and masks draw other numbers, and a stream is divided differently."
                 )
             done = f"{self.state.step} of {self.plan.total_steps} steps are done."

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from .model.configuration_hf_vit import HFViTConfig  # imports torch, which the command line does without
+    from .model.configuration_hf_vit import HFViTConfig  # imports torch, which the command line avoids
 
-# What people write for a variant: B/16, vit-b-16, ViT_B16.
+# Common spellings of a variant: B/16, vit-b-16, ViT_B16.
 LIKE_A_VARIANT = re.compile(
     r"(?:vit[-_ ]?(?:ti|tiny|[a-z]{1,2}|small|base|large|huge)|ti|[sblhg])[-_/ ]?\d{1,2}", re.I
 )
@@ -78,7 +78,7 @@ def variant_name(name: str) -> str | None:
 
 
 def is_from_scratch(model: str | None) -> bool:
-    """Return whether a model is trained from scratch: a variant, or `None` for one that a config describes."""
+    """Return whether a model is trained from scratch: a variant, or `None` for a model that a config describes."""
     return model is None or variant_name(model) is not None
 
 
@@ -105,7 +105,7 @@ def config_of(name: str, **fields: Any) -> "HFViTConfig":
 
 
 def variant_of(config: "HFViTConfig") -> str:
-    """Return the name that the literature gives to an architecture's size, for example `"ViT-B/16"`."""
+    """Return the name of an architecture's size in the literature, for example `"ViT-B/16"`."""
     size = (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.num_attention_heads)
     letter = next((letter for letter, known in SIZES.items() if known == size), None)
     if letter is None:

@@ -27,13 +27,13 @@ OF_PREPROCESSING = re.compile(r"[Pp]reprocess|mean and standard deviation|[Ii]ma
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-# An option as messages name it, with a value that they suggest; not that of another command.
+# A command-line option in a message, with the suggested value; --names-template belongs to another command.
 OPTION = re.compile(
     r"(?<![^\s(])--(?!names-template)(?:"
     r"(?P<word>weights|pooling|hidden-act|mlp-gate|preprocessing) (?P<value>\w[\w-]*)"
     r"|(?P<name>[a-z]+(?:-[a-z]+)*)(?P<size> HxW)?)"
 )
-KEYWORDS = {"num_heads": "num_attention_heads"}  # config fields that the options call otherwise
+KEYWORDS = {"num_heads": "num_attention_heads"}  # options whose config fields have other names
 
 
 def _as_keyword(option: re.Match[str]) -> str:
@@ -51,14 +51,14 @@ class Options:
         image_size: `(height, width)` in pixels; positions are resampled to it. Required if the file has no grid.
         patch_size: `(height, width)` in pixels; the patch projection is resampled to it (FlexiViT, arXiv:2212.08013).
         num_channels: Channels of the images; the patch projection is adapted to them (`adapt_channels`).
-        num_labels: Number of classes of a new head, which is zero.
+        num_labels: Number of classes of a new head, whose weights are zero.
         num_heads: Number of attention heads, if the tensors do not determine it.
         pooling: A pooling of `HFViTConfig`, if the tensors do not determine it.
         hidden_act: Activation of the MLP, if only the training code determines it.
         layer_norm_eps: Epsilon of LayerNorm, if only the training code determines it.
         mlp_gate: Half of a gated MLP's packed projection that is the gate: "first" or "last".
         names: File with a table of the tensors' names, for a ViT of no known family (`families.named`).
-        head: Name of the head of a multi-task model; the result is then a model of this task alone.
+        head: Name of the head of a multi-task model; the result is then a model of only this task.
         weights: Key or part of the prefix of the weights to read, if the file has several, such as "teacher".
         preprocessing: Name of a preset of the image processor (`PRESETS`), if the file has no preprocessing.
         mean: Mean of the pixels in [0, 1], one number or one per channel; it overrides that of the preprocessing.
@@ -95,7 +95,7 @@ class Options:
             raise ValueError(f"mlp_gate must be first or last, got {self.mlp_gate!r}.")
 
     def spelled(self, sentence: str, is_error: bool = False) -> str:
-        """Return a sentence that names options as on the command line with the names that the user can type."""
+        """Replace the command-line options in a sentence by names that the user can type."""
         if self.spelling == "python":
             return OPTION.sub(_as_keyword, sentence)
         is_elsewhere = is_error and self.spelling == "other" and OPTION.search(sentence)
@@ -104,14 +104,14 @@ class Options:
 
 @dataclass
 class Reading:
-    """What a family finds in a source.
+    """Result of reading a source with a family.
 
     Attributes:
         fields: Fields of `HFViTConfig` that describe the tensors as stored, with their own grid and head.
         architecture: Name of the model class.
         table: Rows of the family, for `rules_of`.
         left_out: Regular expressions that match the full names of tensors that do not belong to the model.
-        assumed: Sentences about what neither the file nor an option stated.
+        assumed: Sentences about assumptions where neither the file nor an option states a fact.
         processor: The image processor of the source, or arguments for one; `None` if the source has neither.
         source: The source with renamed tensors, if their names differ from those in the file.
     """
@@ -131,10 +131,10 @@ class Family:
 
     Attributes:
         name: Its name in reports.
-        recognises: Whether a source has this layout.
-        read: Read a source of this layout.
-        heads: Module names of its classifiers, linear layers. Without any of them, a head of another name gets the
-            first of these names; if there are none, `read` sees all names as they are.
+        recognises: Returns whether a source has this layout.
+        read: Reads a source of this layout.
+        heads: Module names of its classifiers, which are linear layers. A head of another name in a file without
+            these is renamed to the first of them. If empty, `read` gets all names unchanged.
         head_inputs: Possible widths of a classifier's input, as multiples of the width of the model.
     """
 
@@ -150,13 +150,13 @@ class Checkpoint:
 
     Attributes:
         family: Name of the layout.
-        config: The resulting architecture, with the sizes and the head that the options ask for.
+        config: The resulting architecture, with the sizes and the head that the options request.
         architecture: Name of the model class.
         options: What the user stated.
-        assumed: Sentences about what neither the file nor an option stated.
+        assumed: Sentences about assumptions where neither the file nor an option states a fact.
         notes: Sentences about how names in the file were changed.
         left_out: Names of tensors in the file that do not belong to the model.
-        lost_head: Sentence about a head that no classifier of this package has; empty without one.
+        lost_head: Sentence about a head that is left out, since no classifier of this package has its form; or empty.
 
     Raises:
         ValueError: For missing or unexpected tensors, and for shapes that contradict others.
@@ -185,7 +185,7 @@ class Checkpoint:
                 f"{options.num_heads} would mix their queries, keys and values: remove it."
             )
         self.config = self._target_config(options)
-        # A head that was asked for replaces the stored one, unless it has as many labels.
+        # A requested head replaces the stored one, unless both have the same number of labels.
         self._has_new_head = self.architecture == CLASSIFIER and (
             reading.architecture != CLASSIFIER or self.config.num_labels != self._own_config.num_labels
         )
@@ -201,7 +201,7 @@ class Checkpoint:
             self.notes.append(self.lost_head)
         self._head_scale: tuple[Tensor, Tensor] | None = None
         if has_preprocessing:
-            self.processor()  # raises for numbers that do not fit the channels
+            self.processor()  # raises an error if mean or std do not match the channels
         self._check_tensors(parameters)
 
     # ------------------------------------------------------------------------------------------------ architecture
@@ -420,7 +420,7 @@ class Checkpoint:
 
 
 def _read(family: Family, source: Source, options: Options) -> Reading:
-    """Read a source, with the pooling that is asked for only if the file leaves its own open."""
+    """Read a source; use the requested pooling only if the file does not determine its own."""
     if options.pooling is None:
         return family.read(source, options)
     try:
@@ -442,9 +442,9 @@ def _per_channel(name: str, values: float | Sequence[float], number: int) -> lis
 
 
 def usual_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return the (height, width) that the image processor of a checkpoint gives, if patches of the model divide it.
+    """Return the output (height, width) of a checkpoint's image processor if it is a multiple of the patch size.
 
-    Otherwise that of the config. DINOv2 has positions for 518 pixels and a processor for 224.
+    Otherwise return the image size of the config. DINOv2 has positions for 518 pixels and a processor for 224.
     """
     stated = checkpoint.processor().to_dict()
     size = stated.get("crop_size" if stated.get("do_center_crop") else "size") or {}

@@ -20,7 +20,7 @@ def explain(source: Source, error: Exception) -> str:
     return " ".join(sentences)
 
 
-# What the name of any tensor says about a file that could not be read, and what to do.
+# Why a file could not be read and what to do, by a pattern that the name of one of its tensors matches.
 HINTS = {
     r".*(\blora_|\.base_layer\.|\.linear_[ab]_[qkv]\.).*": (
         "It holds an adapter (LoRA) that is not merged into the weights. Merge it, and save the result: with peft, "
@@ -42,14 +42,14 @@ HINTS = {
     ),
     r"(.*\W)?exp_avg(_sq)?": "It holds the state of an optimizer; the weights are in another file.",
 }
-# Names of CLIP, SigLIP and DINOv2 in transformers, whose config states what the tensors do not.
+# Names of CLIP, SigLIP and DINOv2 in transformers, whose config states facts that the tensors do not determine.
 OF_TRANSFORMERS = re.compile(
     r"(.*\.)?(embeddings\.(position_embedding\.weight|mask_token)|(layer_scale1\.)?lambda_?1|ijepa\..*)"
 )
 
 
 def hint(source: Source) -> str:
-    """Return what the tensors say about a file that could not be read, and what to do; or nothing."""
+    """Return why a file could not be read, judging by its tensors, and what to do; an empty string if unknown."""
     if source.tensors and all(0 in stored.shape for stored in source.tensors.values()):
         return (
             "All its tensors are empty, as in files of DeepSpeed's ZeRO-3, whose values are in other files: merge "
@@ -68,7 +68,7 @@ OF_A_LAYER = re.compile(r"(.*(?:blocks|layers?|encoderblock)[._])(\d+)([./].+)")
 
 
 def _missing(tensors: Tensors) -> list[str]:
-    """Return the names of missing weights of biases, and of missing tensors that half of the layers have."""
+    """Return the names of missing weights whose bias exists, and of missing tensors that half of the layers have."""
     missing = []
     layers: dict[str, dict[str, set[int]]] = {}  # {prefix: {rest: numbers}}
     for name in tensors:

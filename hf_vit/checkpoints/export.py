@@ -1,7 +1,8 @@
 """Write a model in the layout of another library: transformers' ViT, timm, or the npz of the paper's code.
 
-Each layout is a `Target`. Features that it does not have are listed in one error before anything is written; what it
-loses outside of the architecture is returned as sentences. Graphs for other runtimes are in `hf_vit.graphs`.
+Each layout is a `Target`. Features that it does not support are listed in one error before anything is written.
+Whatever it loses outside of the architecture is returned as sentences. Graphs for other runtimes are in
+`hf_vit.graphs`.
 """
 
 from pathlib import Path
@@ -32,10 +33,10 @@ def export_checkpoint(source: str | Path, out: str | Path, to: str, force: bool 
         source: A file, a folder, or a name on the Hub.
         out: The folder to write; for npz, the file.
         to: A key of `TARGETS`.
-        force: Replace what is there.
+        force: Whether to replace an existing folder or file.
 
     Returns:
-        Sentences about what was assumed, and about what the layout loses outside of the architecture.
+        Sentences about assumptions, and about what the layout loses outside of the architecture.
 
     Raises:
         ValueError: If the layout does not support a feature of the model; lists all of them.
@@ -55,7 +56,7 @@ def export_checkpoint(source: str | Path, out: str | Path, to: str, force: bool 
 
 
 def no_certainty(config: HFViTConfig) -> list[str]:
-    """Return a sentence for a library that knows no thresholds of certainty, if a config has some."""
+    """Return a sentence that the other library has no thresholds of certainty, if the config has any."""
     names = [name for name in OF_CERTAINTY if getattr(config, name) is not None]
     if not names:
         return []
@@ -73,7 +74,7 @@ def _unsupported(checkpoint: Checkpoint, target: Target) -> list[str]:
 
 
 def _lost(checkpoint: Checkpoint, target: Target) -> list[str]:
-    """Describe what was assumed, and what the layout loses without changing the model's outputs at its own size."""
+    """Describe the assumptions, and what the layout loses without changing the model's outputs at its own size."""
     config = checkpoint.config
     default = HFViTConfig(num_hidden_layers=config.num_hidden_layers)  # out_features depend on the depth
     sentences = [f"Assumed: {sentence}" for sentence in checkpoint.assumed]

@@ -1,6 +1,6 @@
 """Open a file, a folder or a name on the Hub as tensors that are read on request.
 
-What a folder states about itself, such as names and paths, is checked before it is used.
+Names and paths that the files of a folder state are checked before they are used.
 """
 
 import json
@@ -20,7 +20,7 @@ from .formats import Stored, Tensors, format_of, read_tensors
 
 __all__ = ["Source", "Stored", "Tensors", "open_source"]
 
-# Folders in which runs keep their state, by command; only an unfinished run has no weights beside them.
+# Folders in which runs keep their state, and their commands; only an unfinished run has no weights next to them.
 OF_RUNS = {"fit": "fit", "checkpoints": "train"}
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -107,7 +107,7 @@ def open_source(name: str | Path, **hub: Any) -> Source:
 
 
 def _instead(folder: Path) -> str:
-    """Return what to pass instead of a folder without weights of a known name."""
+    """Return advice on what to pass instead of a folder that has no weights of a known name."""
     if next(folder.glob("*.distcp"), None) or next(folder.glob("*/*.distcp"), None):
         return (
             "It is a distributed checkpoint of torch. Merge it: python -m torch.distributed.checkpoint.format_utils "

@@ -22,10 +22,10 @@ from torch import Tensor
 from .other_formats import refused, refused_archive
 from .pickles import TorchFile
 
-# Bytes of a safetensors header; ten thousand tensors need fewer.
+# Maximum size of a safetensors header in bytes; ten thousand tensors need less.
 LARGEST_HEADER = 2**22
-# An archive that unpacks to more bytes, and to more times its size, is an attack on memory or disk: trained weights
-# hardly compress.
+# An archive that unpacks to more bytes than the first and to more times its size than the second is an attack on
+# memory or disk: trained weights hardly compress.
 LARGEST_UNPACKED, MOST_UNPACKED = 2**26, 50
 
 SAFETENSORS_DTYPES = {
@@ -168,7 +168,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 def _of_torch(path: Path) -> Tensors:
     if zipfile.is_zipfile(path):
         for member in zipfile.ZipFile(path).infolist():
-            if member.compress_type != zipfile.ZIP_STORED:  # mapped into memory, it would be read as numbers
+            if member.compress_type != zipfile.ZIP_STORED:  # mapping it would read compressed bytes as numbers
                 raise ValueError(f"{path}: {member.filename!r} is compressed, unlike files of torch: save it again.")
     file, tensors = TorchFile(path), {}
     for name, value in file.content.items():

@@ -35,8 +35,9 @@ def read_foreign(
         options: Keywords of `from_pretrained`; config fields among them override the checkpoint's.
 
     Returns:
-        Config, state dict, processor and the remaining keywords; `None` if the checkpoint is our own and for images of
-        as many channels, or does not exist, so that transformers reads it or raises.
+        Config, state dict, processor and the remaining keywords. `None` if the checkpoint is our own and needs no
+        conversion to other channels or to one head, or if it does not exist; transformers then reads it or raises an
+        error.
     """
     stated, rest = options_from(options)
     hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
@@ -77,9 +78,10 @@ def _is_foreign_without_config(name: str, hub: dict[str, Any], options: dict[str
 
 
 def options_from(keywords: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """Divide keywords of `from_pretrained` into what a checkpoint's conversion needs, and the others.
+    """Split the keywords of `from_pretrained` into options of the conversion and the others.
 
-    Fields of `HFViTConfig` are among both. Of a given `config`, the conversion needs the channels and the heads.
+    Fields of `HFViTConfig` can be in both. From a given `config`, the conversion reads the numbers of channels and of
+    attention heads.
     """
     config = keywords.get("config")
     given = {name: getattr(config, name, None) for name in ("num_channels", "num_attention_heads")} | keywords
@@ -96,7 +98,7 @@ def options_from(keywords: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 
 def warn_of_assumptions(checkpoint: Checkpoint) -> None:
-    """Log what neither the file nor an option stated, in the first of several processes."""
+    """Log the assumptions about a checkpoint, only in the first of several processes."""
     if checkpoint.assumed and os.environ.get("RANK", "0") == "0":
         where = " The options are those of hf-vit convert." if checkpoint.options.spelling == "other" else ""
         lines = [line for sentence in checkpoint.assumed for line in hanging("- ", sentence)]

@@ -1,7 +1,7 @@
 """Conversion of tensors between other layouts and ours: reversible steps, and tables of names that use them.
 
 A family is a table of rows: our names, theirs, and the layout between them. `{}` stands for the number of a layer, `*`
-for `weight` and `bias`. Rows of tensors that an architecture does not have drop out, so that one table serves every
+for `weight` and `bias`. Rows of tensors that an architecture does not have are skipped, so that one table serves every
 architecture of a family in both directions.
 """
 
@@ -52,12 +52,12 @@ def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Layout:
 
 
 def convolution(config: HFViTConfig) -> Layout:
-    """The patch convolution `[D, C, ph, pw]` to a matrix `[D, C*ph*pw]`."""
+    """Convert the patch convolution `[D, C, ph, pw]` to a matrix `[D, C*ph*pw]`."""
     return each(lambda kernel: kernel.flatten(1), lambda matrix: matrix.unflatten(1, (-1, *config.patch_shape)))
 
 
 def channels_first(config: HFViTConfig) -> Layout:
-    """Pixels of a patch in the last dimension, from (row, column, channel) to our order (channel, row, column)."""
+    """Reorder the pixels of a patch in the last dimension from (row, column, channel) to (channel, row, column)."""
     patch, channels = config.patch_shape, config.num_channels
     return each(
         lambda theirs: theirs.unflatten(-1, (*patch, channels)).movedim(-1, -3).flatten(-3),
@@ -66,17 +66,17 @@ def channels_first(config: HFViTConfig) -> Layout:
 
 
 def token(config: HFViTConfig) -> Layout:
-    """A token `[1, 1, D]`, stored as `[D]`."""
+    """Convert a token that is stored as `[D]` to `[1, 1, D]`."""
     return reshaped((1, 1, config.hidden_size), (config.hidden_size,))
 
 
 def heads_first(config: HFViTConfig, parts: int = 3) -> Layout:
-    """Queries, keys and values concatenated, `[parts*A*d, ...]`, to rows ordered (head, part, d)."""
+    """Convert concatenated queries, keys and values, `[parts*A*d, ...]`, to rows ordered (head, part, d)."""
     return packed(parts).then(heads_together(config, parts))
 
 
 def packed(parts: int) -> Layout:
-    """One tensor of `parts` blocks of rows to `parts` tensors."""
+    """Split a tensor of `parts` blocks of rows into `parts` tensors."""
     return Layout(
         lambda theirs: list(theirs[0].chunk(parts)),
         lambda ours: [torch.cat(ours)],
@@ -84,7 +84,7 @@ def packed(parts: int) -> Layout:
 
 
 def heads_together(config: HFViTConfig, parts: int = 3) -> Layout:
-    """Queries, keys and values in separate tensors, `[A*d, ...]` each, to rows ordered (head, part, d)."""
+    """Convert queries, keys and values in separate tensors, `[A*d, ...]` each, to rows ordered (head, part, d)."""
     heads = config.num_attention_heads if parts == 3 else config.pooling_heads  # attention pooling has no queries here
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
@@ -97,7 +97,7 @@ def heads_together(config: HFViTConfig, parts: int = 3) -> Layout:
 
 
 def rotated_pairs(config: HFViTConfig, columns_first: bool = False) -> Layout:
-    """Queries, keys and values for rotary positions of adjacent pairs, to our order: pairs (i, i + d/2), rows first.
+    """Reorder queries, keys and values for rotary positions, from adjacent pairs to pairs (i, i + d/2), rows first.
 
     Each half of a head, for the row and for the column, has one angle per pair. Attention does not depend on the order
     of the dimensions of queries and keys.
@@ -120,12 +120,12 @@ def rotated_pairs(config: HFViTConfig, columns_first: bool = False) -> Layout:
 
 
 def halves(config: HFViTConfig) -> Layout:
-    """The gate and the hidden layer of an MLP in one projection, the gate first."""
+    """Split a projection of the gate and the hidden layer of an MLP, the gate first."""
     return packed(2)
 
 
 def positions(config: HFViTConfig) -> Layout:
-    """One table of all positions, `[1, P+N, D]`, to tables of the prefix `[1, P, D]` and of the grid `[1, h, w, D]`.
+    """Split a table of all positions `[1, P+N, D]` into tables of prefix `[1, P, D]` and grid `[1, h, w, D]`.
 
     The grid is the config's. Without prefix positions, there is only the grid's table.
     """
@@ -143,7 +143,7 @@ def positions(config: HFViTConfig) -> Layout:
 
 
 def flat_positions(config: HFViTConfig) -> Layout:
-    """All positions, stored as `[P+N, D]`."""
+    """Split a table of all positions that is stored as `[P+N, D]`, like `positions`."""
     width = config.hidden_size
     return reshaped((1, -1, width), (-1, width)).then(positions(config))
 
@@ -173,10 +173,10 @@ def rules_of(
     """Apply a family's table to an architecture.
 
     Args:
-        table: Rows with the names of `HFViTModel` and of the heads. Of several rows for the same names, from several
-            eras, the one with the largest share of `available` names is used, and the first of equals.
+        table: Rows with the names of `HFViTModel` and of the heads. If several rows have the same names of ours, from
+            several eras, the one with the largest share of `available` names is used; the first one on a tie.
         config: The architecture, with the grid of the tensors.
-        names: Names of all parameters of the model; a row without any of them drops out.
+        names: Names of all parameters of the model; a row without any of them is skipped.
         available: Names in the file, when reading.
 
     Raises:
@@ -225,7 +225,7 @@ def _fill(name: str, layer: int | None, kind: str | None) -> str:
 def grid_of_table(
     number: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None, what: str
 ) -> tuple[int, int]:
-    """Return the grid of a table of `number` positions: the stated image's if it fits, or else a square.
+    """Return the grid of a table of `number` positions: that of `image_size` if it fits, else a square.
 
     Raises:
         ValueError: If neither fits.
@@ -245,7 +245,7 @@ def is_square(number: int) -> bool:
 
 
 def count(names: Iterable[str], template: str, first: int = 0) -> int:
-    """Return how many consecutive numbers from `first` on, in place of `{}` in `template`, begin a name."""
+    """Return how many consecutive numbers from `first` on make `template` the beginning of a name."""
     names, number = list(names), first
     while any(name.startswith(template.format(number)) for name in names):
         number += 1
@@ -277,8 +277,8 @@ def resample_patch_projection(weight: Tensor, old: tuple[int, int], new: tuple[i
 def adapt_channels(weight: Tensor, old: int, new: int) -> Tensor:
     """Adapt a patch projection to another number of channels.
 
-    For one channel the filters of all channels are summed, which equals repeating a grey image. For other numbers the
-    filters are repeated in order and scaled by `old / new`, as timm does (timm/models/_manipulate.py,
+    For one channel, the filters of all channels are summed, which is equivalent to repeating a gray image. For other
+    numbers, the filters are repeated in order and scaled by `old / new`, as timm does (timm/models/_manipulate.py,
     `adapt_input_conv`).
 
     Args:

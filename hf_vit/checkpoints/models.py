@@ -1,7 +1,7 @@
-"""From a source to a model and its image processor: for inference, for fine-tuning, and for figures.
+"""Load a model and its image processor from a source: for inference, for fine-tuning, and for figures.
 
-A source is a file, a folder or a name on the Hub, in any layout. Each function opens it once, and reads every weight
-once, which is when NaN and infinity are found.
+A source is a file, a folder or a name on the Hub, in any layout. Each function opens it once and reads every weight
+once, which also detects NaN and infinity.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from .opening import open_checkpoint
 logger = logging.get_logger(__name__)
 
 SINGLE_LABEL = "single_label_classification"
-# Training is in float32, whatever the checkpoint stores: half precision loses small updates.
+# Training is in float32 regardless of the checkpoint's dtype: half precision loses small updates.
 FINE_TUNING: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.float32}
 WHOLE_IMAGES: dict[str, Any] = {"do_resize": True, "crop_pct": None, "do_center_crop": False, "packing": None}
 
@@ -46,8 +46,8 @@ def load(
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
         image_size: `(height, width)` in pixels; the checkpoint's own by default.
-        checkpoint: The result of `open_checkpoint` for `source`, if it is open already. Otherwise what it assumes is
-            logged.
+        checkpoint: The result of `open_checkpoint` for `source`, if it is already open. Otherwise the assumptions
+            about it are logged.
         head: Name of a head of a multi-task model, which is then loaded as a model of this task alone.
 
     Raises:
@@ -87,15 +87,15 @@ def load_classifier(
     """Load a checkpoint as a classifier of `label_names`, with its image processor at the model's size.
 
     The head is kept, with its temperature, thresholds and units of targets, if it was trained for exactly these
-    labels in this order. Thresholds of certainty are not, since training changes the probabilities. Otherwise the head
-    is replaced by one of zeros with a warning, even if the number of labels is the same.
+    labels in this order. Otherwise it is replaced by zeros with a warning, even if the number of labels is the same.
+    Thresholds of certainty are not kept, since training changes the probabilities.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
         label_names: Names of the classes, by class index, or of the targets of a regression.
         fields: Fields of `HFViTConfig` that differ from the checkpoint's, such as `image_size`. `problem_type` is one
             label per image by default; `target_mean` and `target_scale` are for a new head. The patch projection and
-            the processor are adapted to another `num_channels`. Also what the file does not state, as in
+            the processor are adapted to another `num_channels`. Also options for what the file does not state, as in
             `from_pretrained`, such as `weights="teacher"`.
 
     Raises:
@@ -124,7 +124,7 @@ def load_classifier(
 def load_for_masked_patches(
     source: str | Path, **fields: Any
 ) -> tuple[HFViTForMaskedImageModeling, HFViTImageProcessor]:
-    """Load the encoder of a checkpoint for masked image modelling; the decoder is new if the checkpoint has none.
+    """Load the encoder of a checkpoint for masked image modeling; the decoder is new if the checkpoint has none.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -186,7 +186,7 @@ def _load_with_classes(
     fields: dict[str, Any],
     of_new_head: dict[str, Any],
 ) -> tuple[Any, HFViTImageProcessor]:
-    """Load a model whose `head` has a `classifier` of names, and is new but for what the checkpoint has of it."""
+    """Load a model whose `head` has a `classifier`; parts of the head that the checkpoint does not have are new."""
     checkpoint, fields = _open_for(source, fields)
     stored = list((checkpoint.config.id2label or {}).values())
     has_head = checkpoint.architecture == loaded.__name__
@@ -203,7 +203,7 @@ def _load_with_classes(
 def load_multi_task(
     source: str | Path, heads: dict[str, dict[str, Any]], **fields: Any
 ) -> tuple[HFViTForMultiTask, HFViTImageProcessor]:
-    """Load a checkpoint with new heads, beside those that a multi-task model has already.
+    """Load a checkpoint with new heads, in addition to those that a multi-task model already has.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -222,10 +222,10 @@ def load_multi_task(
 
 
 def fields_of_labels(label_names: Sequence[str], problem_type: str | None = SINGLE_LABEL) -> dict[str, Any]:
-    """Return the config fields of a classifier; `problem_type` is transformers' name for what its labels are."""
+    """Return the config fields for the labels of a classifier; `problem_type` is that of transformers."""
     return {
         "id2label": dict(enumerate(label_names)),
-        # Stated, since transformers would guess several labels per image from soft labels in the first batch.
+        # Set explicitly: transformers would infer several labels per image from soft labels in the first batch.
         "problem_type": problem_type,
     }
 
@@ -247,7 +247,7 @@ def _fill(loaded: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dic
             None, config=config, state_dict=weights, output_loading_info=True, **rest
         )
     model.config.name_or_path = model.name_or_path = checkpoint.source.name
-    if checkpoint.family != own.FAMILY.name:  # our own folders are asked again for theirs when the model is saved
+    if checkpoint.family != own.FAMILY.name:  # saving a model from our own folder reads the processor from there
         model._image_processor = checkpoint.processor()
         model._image_processor.set_output_size(config.image_shape)
     return model, report

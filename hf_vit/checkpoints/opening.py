@@ -49,8 +49,8 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
         hub: Options of the Hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, ...
 
     Raises:
-        ValueError: If the source is not a checkpoint of a known family, is corrupt, or leaves open what an option
-            must state. The message names the file, and the tensor or the option.
+        ValueError: If the source is not a checkpoint of a known family, is corrupt, or needs an option that is not
+            given. The message names the file, and the tensor or the option.
     """
     options = options or Options()
     opened = source if isinstance(source, Source) else open_source(source, **hub)
@@ -71,7 +71,7 @@ def open_checkpoint(source: str | Path | Source, options: Options | None = None,
 
 
 def is_known(source: Source) -> bool:
-    """Return whether any family recognises a source."""
+    """Return whether any family recognizes a source."""
     return any(family.recognises(source) for family in FAMILIES)
 
 

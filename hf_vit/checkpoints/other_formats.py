@@ -1,4 +1,4 @@
-"""Say what a file is that holds no weights that can be read, and what to do instead."""
+"""Messages for files without readable weights: what the file is, and what to do instead."""
 
 import re
 from collections.abc import Collection
@@ -7,7 +7,7 @@ from pathlib import Path
 from ..system.texts import shortened
 
 SAVE = "Save the weights of the original model: torch.save(model.state_dict(), 'weights.pth')."
-# What the first bytes of a file, or the end of its name, say that it is; and what to do.
+# What a file is, judging by its first bytes or the end of its name, and what to do.
 BYTES = {
     rb"\Z": ("an empty file", "Download or copy it again."),
     rb"version https://git-lfs": (
@@ -37,7 +37,7 @@ ENDINGS = {
     ".index": ("the index of a TensorFlow checkpoint", "Use a checkpoint of the model in PyTorch or JAX."),
     ".json": ("a JSON file", "Pass the folder, or the file of the weights."),
 }
-# Of zip archives, the name of a member.
+# What a zip archive is, by the name of a member, and what to do.
 MEMBERS = {
     "constants.pkl": (
         "a TorchScript archive, which holds a program",

@@ -14,12 +14,12 @@ from torch import Tensor
 
 OWN_CONFIG = "hf_vit_config"  # key of the config in the metadata of our own state dicts
 BELOW = " > "  # between the keys of nested dictionaries, in the names of tensors
-# Beside the weights, such keys hold the state of training.
+# Keys that contain these words hold the state of the training, not weights.
 OF_TRAINING = ("optim", "sched", "scaler", "rng", "random", "callbacks", "loops")
 
 
 class Unread:
-    """Stand-in for a value of a known harmless class. Since it takes the place of the class, no code of that runs."""
+    """Stand-in for a value of a known harmless class. It replaces the class, so that no code of the class runs."""
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "Unread":
         return super().__new__(cls)
@@ -38,7 +38,7 @@ class Entries:
         return OrderedDict()
 
 
-# What training scripts store beside the weights.
+# Classes of the values that training scripts store besides the weights.
 VALUES = (
     *("argparse.Namespace", "types.SimpleNamespace", "collections.deque"),
     *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "frozenset", "slice")),
@@ -70,7 +70,7 @@ STAND_INS: list[Any] = [(Unread, name) for name in VALUES] + [(Entries, name) fo
 
 
 class TorchFile:
-    """The tensors of a file, mapped into memory. It is mapped again after some reads, since they stay in memory."""
+    """The tensors of a file, mapped into memory. Data that was read stays in memory until the file is mapped again."""
 
     LIMIT = 128 * 2**20  # bytes
 
@@ -97,7 +97,7 @@ def _load(path: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
     with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
         try:
-            content = torch.load(path, **options)  # raises where its warnings matter
+            content = torch.load(path, **options)  # where its warnings matter, it also raises an error
         except UnpicklingError as error:
             raise ValueError(_refusal(path, error)) from error
     if not isinstance(content, dict | list | tuple):
@@ -106,7 +106,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """Return what a file holds besides tensors, by name."""
+    """Return the error message for a file with objects other than tensors; it names their classes if known."""
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:  # the older format, or a corrupt file, which can fail in any way
@@ -133,13 +133,13 @@ def _refusal(path: Path, error: Exception) -> str:
 def _tensors_in(content: Any, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """Yield the tensors in nested dictionaries, lists and tuples, named by the keys on the way.
 
-    Entries with a parameter's name that are not tensors are also yielded, so that they do not count as missing. Sizes
-    are not yielded, which DeepSpeed stores under the same names.
+    Entries with a parameter's name that are not tensors are also yielded, so that they do not count as missing.
+    `torch.Size` entries are not yielded; DeepSpeed stores them under the same names.
 
     Args:
         content: The dictionary, list or tuple.
         place: Beginning of the names.
-        seen: Identities of what was visited: a file can refer to the same dictionary several times.
+        seen: Identities of the visited objects: a file can refer to the same dictionary several times.
     """
     if id(content) in seen:
         return

@@ -1,7 +1,8 @@
-"""Find the encoder in what training scripts save around it: dictionaries, copies, prefixes, counters and heads.
+"""Find the encoder in files of training scripts, among their dictionaries, copies, prefixes, counters and heads.
 
-The names of all tensors in a file are searched for prefixes below which a family recognises a model. The prefix is
-removed from all names that share it or a part of it. Of several models, one is taken, and the others are named.
+The names of all tensors in a file are searched for prefixes below which a family recognizes a model. The prefix is
+removed from all names that share it or a part of it. If there are several models, one is read, and `assumed` names the
+others.
 """
 
 import re
@@ -20,11 +21,11 @@ from .formats import Stored, Tensors
 from .pickles import BELOW
 
 BOUNDARY = re.compile(r" > |[./]")
-DEEPEST = 8  # parts of a prefix
-FEWEST = 6  # tensors of a model
-# What wrappers insert anywhere in a name: torch.compile, FSDP, activation checkpointing, and DeepSpeed.
+DEEPEST = 8  # maximum number of parts of a prefix
+FEWEST = 6  # minimum number of tensors of a model
+# Parts that wrappers insert anywhere in a name: torch.compile, FSDP, activation checkpointing, and DeepSpeed.
 INSERTED = re.compile(r"(?<![^./ ])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-# Counters of AveragedModel, of thop and of BatchNorm, and what a loss has, such as the weights of classes.
+# Counters of AveragedModel, of thop and of BatchNorm, and tensors of a loss, such as class weights.
 COUNTERS = re.compile(
     r"(.*[./ ])?(n_averaged|total_ops|total_params|num_batches_tracked|(criterion|loss(_fn|_func|_function)?)\..*)"
 )
@@ -32,7 +33,7 @@ COUNTERS = re.compile(
 AVERAGED = re.compile(
     r"(.*_)?(ema|swa|averaged?|avg|shadow|momentum|teacher|target)(_.*)?(model|encoder)?", re.IGNORECASE
 )
-# Parts of names outside of the encoder whose tensors change what the encoder computes.
+# Parts of the names of tensors outside of the encoder that change the encoder's outputs.
 TUNING = re.compile(r"(^|[._])(w_[AB]s|lora|adapters?|prompts?)(?!_learner|[a-z])", re.IGNORECASE)
 # Module names of a head outside of the encoder.
 HEADS = re.compile(
@@ -42,7 +43,7 @@ HEADS = re.compile(
 BETWEEN = re.compile(
     r"((batch|layer)_?)?norm\d*|[bl]n\d*|bottleneck|neck|proj|projection|mlp|fc\d+|dense\d*|hidden|embedding|linear\d+"
 )
-# Layers below a head that map to the space of another modality, and give no labels.
+# Layers of a head that project to the space of another modality instead of labels.
 PROJECTIONS = ("proj", "projection")
 NOTHING = Stored((), torch.float32, partial(torch.zeros, ()))
 
@@ -52,11 +53,11 @@ def unwrapped(source: Source, is_model: Callable[[Source], bool], wanted: str | 
 
     Args:
         source: The tensors by their names in the file.
-        is_model: Whether a family recognises the tensors of a source by their names alone.
-        wanted: Key or part of the prefix of the model to take; by default the trained one, not its running average.
+        is_model: Whether a family recognizes the tensors of a source by their names alone.
+        wanted: Key or part of the prefix of the model to read; by default the trained one, not its running average.
 
     Raises:
-        ValueError: If nothing has the key `wanted`; lists what there is.
+        ValueError: If no weights have the key `wanted`; the message lists the keys.
     """
     tensors = {
         INSERTED.sub("", name): stored for name, stored in source.tensors.items() if not COUNTERS.fullmatch(name)
@@ -96,7 +97,7 @@ def unwrapped(source: Source, is_model: Callable[[Source], bool], wanted: str | 
 
 
 def _prefixes(tensors: Tensors) -> list[str]:
-    """Return the prefixes of enough names for a model, the shortest first."""
+    """Return the prefixes that enough names for a model share, the shortest first."""
     counts = Counter(
         name[: boundary.end()] for name in tensors for boundary in islice(BOUNDARY.finditer(name), DEEPEST)
     )
@@ -114,7 +115,7 @@ def _separate(models: list[str], below: dict[str, set[str]]) -> list[str]:
 
 
 def _dictionaries(tensors: Tensors) -> list[str]:
-    """Return the prefixes of nested dictionaries, whose tensors no family recognises by their names alone."""
+    """Return the prefixes of nested dictionaries, whose tensors no family recognizes by their names alone."""
     counts = Counter("".join(name.rpartition(BELOW)[:2]) for name in tensors)
     most = max(counts.values(), default=0)
     places = [place for place, count in counts.items() if 2 * count > most]
@@ -129,7 +130,7 @@ def _parts(place: str) -> list[str]:
 
 
 def _labels(places: list[str]) -> dict[str, str]:
-    """Return for every place the first part of it that the others do not share."""
+    """Return the first part of each place that the other places do not share."""
     parts = {place: _parts(place) for place in places}
     shared = set.intersection(*map(set, parts.values())) if len(places) > 1 else set()
     return {
@@ -148,7 +149,7 @@ def _up_to(place: str, label: str) -> str:
 def _choose(
     source: Source, places: list[str], labels: dict[str, str], below: dict[str, set[str]], wanted: str | None
 ) -> str:
-    """Return the place of the model that is asked for, or that the code that wrote the file evaluates."""
+    """Return the place of the model that `wanted` selects, or of the one that the original code evaluates."""
     candidates = places or [""]
     if wanted is not None:
         candidates = [place for place in places if wanted in (*_parts(place), place.strip(" >./"))]
@@ -178,8 +179,9 @@ def _renamed(tensors: Tensors, prefix: str) -> tuple[Tensors, dict[str, Stored]]
     """Remove a prefix, and from other names the part of it that they share.
 
     Returns:
-        The tensors by their new names; and those outside of the prefix. The latter are also among the former if no
-        name below the prefix begins like theirs: a text tower has names of the image tower.
+        The tensors by their new names, and those outside of the prefix. The first result also contains the tensors
+        outside of the prefix, except those whose first module also exists below it: a text tower has the same names
+        as the image tower.
     """
     shared = [prefix[: boundary.end()] for boundary in BOUNDARY.finditer(prefix)][::-1]
     inside = {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
@@ -197,13 +199,13 @@ def _renamed(tensors: Tensors, prefix: str) -> tuple[Tensors, dict[str, Stored]]
 
 
 def with_head(source: Source, names: Sequence[str], inputs: Sequence[int] = (1,)) -> Source:
-    """Give a head that is one linear layer the name that its family reads, the first of `names`.
+    """Rename a head that is one linear layer to the name that its family reads, the first of `names`.
 
-    A head of several layers is left out, unless the family has a place for it. The layers are those of the head and
-    those between it and the encoder.
+    A head of several layers is left out, unless the family has a place for it. These layers include those between the
+    head and the encoder.
 
     Args:
-        source: Tensors below no prefix.
+        source: Tensors whose names have no prefix.
         names: Module names of the family's classifiers.
         inputs: Possible widths of a head's input, as multiples of the width of the model.
     """
@@ -251,7 +253,7 @@ def with_head(source: Source, names: Sequence[str], inputs: Sequence[int] = (1,)
 
 
 def _after_batch_norm(weight: Stored, bias: Stored, heads: Tensors, norm: str, eps: float) -> tuple[Stored, Stored]:
-    """Return weight and bias of a linear layer with the BatchNorm before it, as in evaluation."""
+    """Fold a BatchNorm, as in evaluation, into the following linear layer; return its weight and bias."""
 
     def statistic(name: str, default: float) -> Tensor:
         stored = heads.get(f"{norm}.{name}")

@@ -45,9 +45,9 @@ class Target(NamedTuple):
         unsupported: Returns the other features of a checkpoint that the library does not have.
         notes: Returns sentences that a user of the written model must know.
         table: Returns the names of a checkpoint's tensors in the layout.
-        write: Writes a checkpoint to a path, given the rules of its names and whether to replace what is there.
-        carries: Config fields outside of the architecture that the library has, "labels" and "processor", and the
-            name of its rule for resampling positions.
+        write: Writes a checkpoint to a path, given the rules of its names and whether to replace existing files.
+        carries: Config fields outside of the architecture that the library stores, "labels" and "processor" if it
+            stores these, and the name of its rule for resampling positions.
     """
 
     architectures: tuple[str, ...]
@@ -106,7 +106,7 @@ def write_safetensors(
 ) -> dict[str, int]:
     """Write tensors to a file as they come, in any order, and return a checksum of each.
 
-    The library's own writer takes all tensors at once. The format is the length of the header in eight bytes, the
+    The writer of safetensors needs all tensors at once. The format is the length of the header in eight bytes, the
     header as JSON, and the tensors' bytes (https://huggingface.co/docs/safetensors).
     """
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}

@@ -25,7 +25,7 @@ from ..model.positions_hf_vit import rotate
 from ..model.segmentation_hf_vit import HFViTForSemanticSegmentation
 from ..system.machine import multiplies_in_8_bits, precision_name, resolve_precision
 
-# Dtypes of the weights; with "fp8" of everything except the matrix products.
+# Dtypes of the weights; for "fp8", of everything except the matrix products.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 # Activations that torch computes in place, by their name in a config.
@@ -38,7 +38,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class PackedLinear(nn.Module):
-    """Apply a linear layer with weights in oneDNN's blocked layout; the product adds the bias."""
+    """Linear layer with weights in oneDNN's blocked layout; the matrix product also adds the bias."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class InferenceOutput(ImageClassifierOutput):
 class InferenceModel(nn.Module):
     """Compute an encoder or a classifier for inference only; created by `optimize_for_inference`.
 
-    Accepts images of any size that the patch divides, like the original model.
+    Like the original model, it accepts images of any size that is a multiple of the patch size.
     """
 
     def __init__(self, model: HFViTModel | HFViTForImageClassification) -> None:
@@ -174,8 +174,8 @@ def optimize_for_inference(model: Any, precision: str = "auto", compile: bool = 
     In float32 the outputs are equal up to the order of summation.
 
     Args:
-        model: An encoder or a classifier, on its device. A model for segmentation, for detection or
-            with several heads gets another precision only.
+        model: An encoder or a classifier, on its device. For a model for segmentation, for detection or with several
+            heads, only the precision changes.
         precision: `"fp32"`, `"bf16"`, `"fp16"`, or `"auto"` for bf16 on hardware with fast bf16. `"fp8"` computes the
             linear layers in FP8 and the rest in bf16 (Ada, Hopper and later GPUs; needs torchao). It is worthwhile for
             wide models; `hf-vit evaluate --precision fp8` measures its effect on accuracy.

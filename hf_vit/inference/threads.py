@@ -26,8 +26,8 @@ def on_every_core(
 ) -> Iterator[Result]:
     """Yield `work(item)` for each item in order, computed by threads that use one CPU core each.
 
-    Cores that share an operation wait for each other at its end. Image decoding and matrix products release Python's
-    lock, so threads suffice. Items are requested only as far ahead as the workers need.
+    Cores that share an operation would wait for each other at its end. Image decoding and matrix products release the
+    GIL, so threads suffice. Items are requested only as far ahead as the workers need.
 
     Args:
         workers: Number of threads; by default the number of CPU cores available to this process.

@@ -1,8 +1,8 @@
-"""Sliding windows: the segmentation of large images in parts of the size that a model was trained at.
+"""Segmentation of large images with sliding windows of the size that a model was trained at.
 
 Overlapping windows cover the image, and the logits of a pixel are the mean over its windows, as in mmsegmentation
-(open-mmlab/mmsegmentation, `EncoderDecoder.slide_inference`). Here, means are taken at the resolution of the logits
-instead of the pixels, which takes 16 times less memory for a model with a prediction for every 4x4 pixels.
+(open-mmlab/mmsegmentation, `EncoderDecoder.slide_inference`). Here, means are computed at the resolution of the logits
+instead of the pixels, which needs 16 times less memory for a model with a prediction for every 4x4 pixels.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def sliding_window_logits(
         forward: Maps `pixel_values` to outputs with `logits`, such as a model for segmentation.
         pixel_values: `[B, C, H, W]`. A side that is shorter than the window has one window of its own length.
         window, stride: Size of the windows, and the steps between them.
-        patch: Size that all sizes must be multiples of, so that logits of different windows lie on one grid.
+        patch: All sizes must be multiples of it, so that the logits of different windows are on one grid.
 
     Raises:
         ValueError: If a size is not a multiple of the patch, or the stride leaves gaps.

@@ -1,9 +1,9 @@
-"""Answers that can say "unknown": abstention and label sets of a classifier with one label per image.
+"""The answer "unknown": abstention and label sets of a classifier with one label per image.
 
 A classifier abstains if the probability of its most likely label is below `abstention_threshold` of the config
-(selective classification: Geifman and El-Yaniv 2017, arXiv:1705.08500). Its label set has all labels of a probability
-of at least `label_set_threshold` (conformal prediction with the scores of Sadinle, Lei and Wasserman 2019,
-arXiv:1609.00451), and the most likely label in any case. `hf-vit evaluate --calibrate` fits both thresholds.
+(selective classification: Geifman and El-Yaniv 2017, arXiv:1705.08500). Its label set contains all labels with a
+probability of at least `label_set_threshold` (conformal prediction with the scores of Sadinle, Lei and Wasserman 2019,
+arXiv:1609.00451), and always the most likely label. `hf-vit evaluate --calibrate` fits both thresholds.
 """
 
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .losses_hf_vit import activation_of
 
-UNKNOWN = "unknown"  # the label of an answer that abstains, in the answers of pipelines
-SHOWN = 5  # labels in the answer of a pipeline
+UNKNOWN = "unknown"  # label that pipelines return if the model abstains
+SHOWN = 5  # default number of labels that a pipeline returns
 
 
 class Certainty(NamedTuple):
-    """What the thresholds of a model say about one image.
+    """Result of a model's thresholds for one image.
 
     Attributes:
         is_unknown: Whether the model abstains; `None` if it has no threshold for this.
@@ -31,7 +31,7 @@ class Certainty(NamedTuple):
 
 
 def abstains(probabilities: Tensor, threshold: float) -> Tensor:
-    """Return for each image whether its largest probability is below a threshold, or NaN, `[B]`."""
+    """Return for each image whether its largest probability is NaN or below a threshold, `[B]`."""
     return ~(probabilities.amax(dim=-1) >= threshold)
 
 
@@ -41,11 +41,11 @@ def in_label_sets(probabilities: Tensor, threshold: float) -> Tensor:
 
 
 def certainties(logits: Tensor, config: Any) -> list[Certainty]:
-    """Return what the thresholds of a config say about each image.
+    """Apply the thresholds of a config to each image.
 
     Args:
         logits: `[B, num_labels]`, divided by the temperature of the config, as the model returns them.
-        config: Config of the model, which may be of another library, or `None`.
+        config: Config of the model, possibly from another library, or `None`.
     """
     if not hasattr(config, "abstention_threshold") or activation_of(config) != "softmax":
         return [Certainty()] * len(logits)
@@ -63,11 +63,11 @@ def certainties(logits: Tensor, config: Any) -> list[Certainty]:
 
 
 def with_certainty(found: list[dict[str, Any]], certainty: Certainty) -> list[dict[str, Any]]:
-    """Return the answer of a pipeline with what the thresholds say about it.
+    """Add the result of the thresholds to the output of a pipeline.
 
     Args:
         found: Dictionaries of `label` and `score`, the highest score first.
-        certainty: Of the same image.
+        certainty: Result of the thresholds for the same image.
 
     Returns:
         The same dictionaries with `in_label_set`, if the model has label sets. If it abstains, the label "unknown"
@@ -82,5 +82,5 @@ def with_certainty(found: list[dict[str, Any]], certainty: Certainty) -> list[di
 
 
 def most_shown(certainty: Certainty, top_k: int | None) -> int:
-    """Return the number of labels in the answer of a pipeline: five, or the whole label set, if it is not given."""
+    """Return the number of labels that a pipeline returns; by default five, or the whole label set if it is larger."""
     return max(SHOWN, len(certainty.label_set or ())) if top_k is None else top_k

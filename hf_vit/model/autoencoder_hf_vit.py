@@ -1,4 +1,4 @@
-"""Masked autoencoder: the encoder sees the visible patches alone, and a small decoder predicts the others.
+"""Masked autoencoder: the encoder sees only the visible patches, and a small decoder predicts the others.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv:2111.06377). The decoder reads the
 encoded patches, a learned token in place of every masked patch, and fixed positions (section 3). Its targets are
@@ -49,7 +49,7 @@ class HFViTVisiblePatches(HFViTPatchDropout):
 
 
 class HFViTDecoderPositions(HFViTSinCos2DPositions):
-    """The fixed positions of MAE's code: the wavelengths end below the temperature, not at it."""
+    """The fixed positions of MAE's code, in which the longest wavelength is below the temperature, not equal to it."""
 
     def frequencies(self, device: torch.device | None, dtype: torch.dtype) -> Tensor:
         quarter = self.config.hidden_size // 4
@@ -91,7 +91,7 @@ class MaskedAutoencoder(nn.Module):
     def predict(self, tokens: Tensor, is_masked: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Return the normalized pixels of all patches, `[B, N, C*ph*pw]`, from the encoder's output `[B, P+K, D]`."""
         number = self.encoder_config.num_prefix_tokens
-        # The attention of a model can be changed after it is built.
+        # The attention implementation can be changed after the model is built.
         self.config._attn_implementation = self.encoder_config._attn_implementation
         tokens = self.projection(tokens)
         prefix, patches = tokens[:, :number], tokens[:, number:]  # [B, P, d], [B, K, d]
@@ -113,7 +113,7 @@ class MaskedAutoencoder(nn.Module):
         return (predictions.float() - targets).square().mean(dim=-1)
 
     def paint(self, predictions: Tensor, grid: tuple[int, int], pixel_values: Tensor) -> Tensor:
-        """Return the predicted image `[B, C, H, W]`, with mean and deviation of each patch of the image."""
+        """Return the predicted image `[B, C, H, W]`, with the mean and deviation of each patch of `pixel_values`."""
         mean, std = self._moments(pixel_values)
         return unpatchify((predictions * std + mean).to(predictions.dtype), self.patch_shape, grid)
 

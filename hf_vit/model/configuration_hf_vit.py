@@ -1,10 +1,10 @@
 """Configuration of the Vision Transformer.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", ICLR 2021
-(arXiv:2010.11929). Fields that transformers' own `ViTConfig` has keep its names. The defaults describe ViT-B/16 with
-the LayerNorm epsilon of the paper's code (1e-6).
+(arXiv:2010.11929). Fields of transformers' own `ViTConfig` keep their names. The defaults describe ViT-B/16 with the
+LayerNorm epsilon of the paper's code (1e-6).
 
-Sizes are `(height, width)`. This file alone divides image sizes by patch sizes.
+Sizes are `(height, width)`. Only this file divides image sizes by patch sizes.
 """
 
 from typing import Any, ClassVar
@@ -51,7 +51,7 @@ PIPELINES = {
 
 
 def task_of(config: PreTrainedConfig) -> str:
-    """Return the pipeline's name for the task of the model that a config was saved with."""
+    """Return the task, as named by pipelines, of the model that a config was saved with."""
     endings = {task: auto_class.removeprefix("AutoModel") for task, (_, auto_class) in PIPELINES.items()}
     endings["multi-task"] = MULTI_TASK.rpartition(".")[2]
     names = config.architectures or [""]
@@ -59,14 +59,15 @@ def task_of(config: PreTrainedConfig) -> str:
 
 
 def classes_for(config: PreTrainedConfig) -> dict[str, str]:
-    """Return the class that each Auto class loads for a config; `AutoModel` loads a model with several heads."""
+    """Return the class that each Auto class loads for a config; `AutoModel` also loads multi-task models."""
     return {**CLASSES, "AutoModel": MULTI_TASK} if task_of(config) == "multi-task" else dict(CLASSES)
 
 
 class PipelineOfRepository:
-    """The pipeline of a model's task, in the form that transformers' `pipeline` reads from a config of trusted code.
+    """The pipeline of a model's task, in the format in which transformers' `pipeline` finds remote code in a config.
 
-    An attribute of an instance replaces it. The installed package replaces it for all, since it registers pipelines.
+    An attribute of an instance overrides it. The installed package registers its pipelines and overrides it for all
+    configs.
     """
 
     def __get__(self, config: "HFViTConfig | None", owner: type) -> dict[str, dict[str, Any]]:
@@ -99,9 +100,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of all LayerNorms.
         image_size (`int` or `(height, width)`, *optional*, defaults to 224): Size in pixels that position embeddings
-            are learned for. The model accepts any size that the patch divides.
+            are learned for. The model accepts any size that is a multiple of the patch size.
         patch_size (`int` or `(height, width)`, *optional*, defaults to 16): Size of a patch in pixels.
-        num_channels (`int`, *optional*, defaults to 3): Number of colour channels.
+        num_channels (`int`, *optional*, defaults to 3): Number of color channels.
         patch_bias (`bool`, *optional*, defaults to `True`): Whether the patch projection has a bias.
         qkv_bias (`bool`, *optional*, defaults to `True`): Whether queries, keys and values have a bias.
         proj_bias (`bool`, *optional*, defaults to `True`): Whether the attention's output projection has a bias.
@@ -124,11 +125,11 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             all tokens, as in the paper), `"pooled"` (after pooling) or `"none"`.
         num_register_tokens (`int`, *optional*, defaults to 0): Number of register tokens, which have no position
             (arXiv:2309.16588).
-        use_cls_token (`bool`, *optional*): Whether there is a class token; `None` if the pooling needs it.
+        use_cls_token (`bool`, *optional*): Whether there is a class token; `None` adds it if the pooling needs it.
         use_distillation_token (`bool`, *optional*): Whether a distillation token follows the class token (DeiT,
-            arXiv:2012.12877); `None` if the pooling needs it.
+            arXiv:2012.12877); `None` adds it if the pooling needs it.
         stem_layers (`list[int]`, *optional*): Residual units per stage of a ResNet before the patch projection, the
-            paper's hybrid; `[]` for its root alone, `None` for no stem. `patch_size` still counts image pixels.
+            paper's hybrid; `[]` for only its root, `None` for no stem. `patch_size` is still in pixels of the image.
         stem_width (`int`, *optional*, defaults to 64): Number of channels of the root of that ResNet.
         position_embedding_type (`str`, *optional*, defaults to `"learned"`): `"learned"` (the paper's), `"learned_2d"`
             (rows and columns, D/2 each), `"sincos_2d"` (arXiv:2205.01580), `"relative"` (a bias per head and offset in
@@ -137,19 +138,20 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         position_placement (`str`, *optional*, defaults to `"input"`): Where learned positions are added: `"input"`
             (once, as in the paper), `"every_layer"` (a table per layer) or `"every_layer_shared"` (one table for all
             layers; the paper's appendix D.4).
-        num_prefix_positions (`int`, *optional*): Number of tokens before the patches that have a position; `None` for
-            the class and distillation tokens with learned positions, and for 0 otherwise. Relative: 0 or all.
+        num_prefix_positions (`int`, *optional*): Number of tokens before the patches that have a position. `None`
+            counts the class and distillation tokens for learned positions, and is 0 otherwise. Relative positions
+            allow 0 or all.
         rope_theta (`float`, *optional*, defaults to 100.0): Base of the wavelengths of rotary positions.
-        rope_coordinates (`str`, *optional*, defaults to `"centered"`): What rotary positions are computed from:
-            `"centered"` (centres of the patches, from -1 to 1 along each side of the image, arXiv:2508.10104) or
-            `"index"` (numbers of row and column, arXiv:2403.13298).
+        rope_coordinates (`str`, *optional*, defaults to `"centered"`): Coordinates of rotary positions: `"centered"`
+            (centers of the patches, from -1 to 1 along each side of the image, arXiv:2508.10104) or `"index"` (row and
+            column indices, arXiv:2403.13298).
         rope_grid (`int` or `(rows, columns)`, *optional*): Grid of the pre-training, to which `"index"` coordinates on
             other grids are scaled; `None` for no scaling.
         rope_offset (`float`, *optional*, defaults to 0.0): Index of the first row and column; the tokens before the
-            patches have 0.
+            patches have index 0.
         position_interpolation (`str`, *optional*, defaults to `"bicubic_antialias"`): Resampling of positions to
             another grid, a key of `POSITION_INTERPOLATIONS`; for `"relative"`, also `"geometric_bilinear"` (timm's
-            BEiT) or `"geometric_bicubic"` (that of its authors).
+            BEiT) or `"geometric_bicubic"` (the authors' BEiT).
         pooling (`str`, *optional*, defaults to `"cls"`): Input of the head: `"cls"` (the class token), `"mean"` (mean
             of the patches), `"mean_all"` (mean of all tokens), `"attention"` (multi-head attention pooling of all
             tokens, arXiv:2106.04560), `"attention_patches"` (of the patches), `"cls_and_mean"` (concatenated: DINOv2)
@@ -161,20 +163,20 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             paper's fine-tuning.
         temperature (`float`, *optional*, defaults to 1.0): Divisor of the logits of a classifier, which calibrates its
             probabilities (arXiv:1706.04599).
-        thresholds (`list[float]`, *optional*): Least probability at which each label counts as present, for a
+        thresholds (`list[float]`, *optional*): Minimum probability at which each label counts as present, for a
             classifier with several labels per image; `None` for 0.5. The logits do not depend on it.
-        abstention_threshold (`float`, *optional*): Least probability of the most likely label at which a classifier
+        abstention_threshold (`float`, *optional*): Minimum probability of the most likely label at which a classifier
             with one label per image answers; below it, the answer is "unknown". `None` if it always answers.
-        label_set_threshold (`float`, *optional*): Least probability of the labels in the label set of an image, which
-            also has the most likely label; `None` for no label sets.
-        label_set_coverage (`float`, *optional*): Share of images of the same kind whose label set has the true label,
-            which the threshold was fitted for.
+        label_set_threshold (`float`, *optional*): Minimum probability of the labels in the label set of an image,
+            which also contains the most likely label; `None` for no label sets.
+        label_set_coverage (`float`, *optional*): Coverage that `label_set_threshold` was fitted for: the share of
+            images of the same kind whose label set contains the true label.
         target_mean, target_scale (`list[float]`, *optional*): Mean and standard deviation of each target of a
             regression. The head predicts standardized targets, and the logits are in the targets' own units; `None`
-            if the head predicts these directly.
+            if the head predicts in these units directly.
         mim_objective (`str`, *optional*, defaults to `"pixels"`): Target of `HFViTForMaskedImageModeling`: `"pixels"`
             (SimMIM, arXiv:2111.09886), `"mean_color"` (the paper's appendix B.1.2: 3 bits per channel) or
-            `"autoencoder"` (MAE, arXiv:2111.06377: normalized pixels, from the visible patches alone).
+            `"autoencoder"` (MAE, arXiv:2111.06377: normalized pixels, from only the visible patches).
         decoder_hidden_size (`int`, *optional*, defaults to 512): Width of the decoder of an autoencoder
             (`mim_objective`), whose MLPs are four times as wide.
         decoder_num_hidden_layers (`int`, *optional*, defaults to 8): Number of layers of that decoder.
@@ -185,9 +187,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             classifier of `HFViTForSemanticSegmentation`; 1 for a linear head. Training a new head sets 3.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Class index of pixels that are ignored in the
             loss of `HFViTForSemanticSegmentation`.
-        task_heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries of a `task`
-            (`"classification"`, `"multi_label"`, `"regression"`, `"segmentation"`, `"detection"` or `"anomaly"`), of
-            `id2label`, and of other fields of that head.
+        task_heads (`dict`, *optional*): Heads of `HFViTForMultiTask` by name: dictionaries with a `task`
+            (`"classification"`, `"multi_label"`, `"regression"`, `"segmentation"`, `"detection"` or `"anomaly"`),
+            `id2label`, and other fields of that head.
         apply_layernorm (`bool`, *optional*, defaults to `True`): Whether the final LayerNorm is applied to the feature
             maps of a backbone.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): Whether the feature maps of a backbone are
@@ -199,7 +201,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             `feature_strides`: `"stride4"`, `"stride8"`, ...; all by default.
 
     Raises:
-        ValueError: For values that do not work together, and for a keyword that nearly matches a field.
+        ValueError: For invalid or incompatible values, and for a keyword that nearly matches a field.
 
     Example:
         >>> config = HFViTConfig(image_size=(128, 256), patch_size=16, pooling="mean", num_labels=10)
@@ -309,20 +311,20 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._set_stages(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         kwargs.pop("stage_names", None)  # derived from the depth; a stored value may not match it
         super().__post_init__(**kwargs)
-        if self.architectures is None:  # by which `AutoModel` chooses the class
+        if self.architectures is None:  # `AutoModel` chooses the class by it
             self.architectures = [] if self.task_heads is None else [MULTI_TASK.rpartition(".")[2]]
         self.auto_map = classes_for(self)
         self.check()
         self.task_heads = checked_heads(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the config as `PreTrainedConfig` does, after a check of label names that were changed in place."""
+        """Save the config as `PreTrainedConfig` does, after checking label names that were changed in place."""
         self.id2label = self.id2label
-        self.auto_map = classes_for(self)  # of the architecture that a model states when it is saved
+        self.auto_map = classes_for(self)  # for the architecture that a model sets when it is saved
         super().save_pretrained(*args, **kwargs)
 
     def check(self) -> None:
-        """Raise `ValueError` for values that do not work together, with a remedy."""
+        """Raise `ValueError` for incompatible values; the message suggests a fix."""
         check_config(self)
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
@@ -331,8 +333,8 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             plan["layers.*.mlp.gate"] = "colwise"
         if self.use_qk_norm:
             plan |= {f"layers.*.attention.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
-        # Relative biases cover all heads, and a LayerNorm before the second projection all of its inputs: every rank
-        # computes that part of the layer as a whole.
+        # Relative biases cover all heads, and a LayerNorm before the second projection covers all of its inputs. Every
+        # rank therefore computes that whole part of the layer.
         whole = {
             ".attention.": self.position_embedding_type == "relative" or self.use_attention_layernorm,
             ".mlp.": self.use_mlp_layernorm,
@@ -356,9 +358,9 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "HFViTConfig":
-        """Build a config from a stored dictionary; fields in `kwargs` override it before both are validated.
+        """Build a config from a stored dictionary; fields in `kwargs` override stored ones before validation.
 
-        Unknown stored keys, which another version may have written, are kept without effect, with a warning.
+        Unknown stored keys, which another version may have written, are kept but have no effect; a warning names them.
         """
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         unknown = {name: field_meant_by(cls, name) for name in config_dict if not is_known(cls, name)}
@@ -407,7 +409,7 @@ class HFViTConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: If the patch does not divide the image; the message lists the nearest sizes that work.
         """
         patch_height, patch_width = self.patch_shape
-        if height > 0 and width > 0:  # a stem pads what its stride does not divide
+        if height > 0 and width > 0:  # a stem pads sides that its stride does not divide
             height, width = (-(-size // self.stem_stride) * self.stem_stride for size in (height, width))
         if height % patch_height or width % patch_width or not (height and width):
             heights, widths = multiples_around(height, patch_height), multiples_around(width, patch_width)

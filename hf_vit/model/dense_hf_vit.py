@@ -1,4 +1,4 @@
-"""Models with an output per patch: masked image modelling and the backbone."""
+"""Models with an output per patch: masked image modeling and the backbone."""
 
 from dataclasses import dataclass
 from math import prod
@@ -24,13 +24,13 @@ from .pyramid_hf_vit import HFViTPyramid, map_of_patches, pyramid_channels
 
 
 class HFViTDenseClassifier(nn.Module):
-    """Base class of classifiers that do not start from random weights alone; mixed into a layer of torch."""
+    """Mixin for a torch layer that serves as a classifier; one of its parameters has initial values of its own."""
 
-    weight: Any  # parameters, which the layers of torch type in different ways
+    weight: Any  # parameters, whose annotations differ between torch's layers
     bias: Any
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Return a parameter and its initial values, which may depend on random ones."""
+        """Return a parameter and its initial values, which may be derived from its random values."""
         raise NotImplementedError
 
     def init_own_weights(self) -> None:
@@ -39,7 +39,7 @@ class HFViTDenseClassifier(nn.Module):
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
-        """Set new weights, for other classes."""
+        """Reinitialize the weights for other classes."""
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
         parameter, values = self.start()
@@ -51,16 +51,16 @@ class HFViTMaskedImageModelingOutput(MaskedImageModelingOutput):
     """Output of `HFViTForMaskedImageModeling`.
 
     Attributes:
-        reconstruction: Image `[B, C, H, W]` of the predicted pixels, or of the most likely mean colour per patch.
+        reconstruction: Image `[B, C, H, W]` of the predicted pixels, or of the most likely mean color per patch.
         predictions: Input of the loss: pixels `[B, N, C*ph*pw]`, normalized within each patch for an autoencoder, or
-            logits of the colours `[B, N, 8**C]`.
+            logits of the colors `[B, N, 8**C]`.
     """
 
     predictions: torch.FloatTensor | None = None
 
 
 class PatchObjective(nn.Module):
-    """Base class of objectives that read a prediction from every token of a patch."""
+    """Base class of objectives that predict from the token of each patch."""
 
     decoder: nn.Linear
     patch_shape: tuple[int, int]
@@ -88,9 +88,9 @@ class PixelObjective(PatchObjective):
 
 
 class MeanColorObjective(PatchObjective):
-    """Predict the mean colour of masked patches, 3 bits per channel; cross-entropy (the paper's appendix B.1.2).
+    """Predict the mean color of masked patches, 3 bits per channel; cross-entropy (the paper's appendix B.1.2).
 
-    Pixels are expected in [-1, 1], the range of the paper's (`image_mean` and `image_std` of 0.5).
+    Pixels are expected in [-1, 1], as in the paper (`image_mean` and `image_std` of 0.5).
     """
 
     LEVELS = 8
@@ -106,7 +106,7 @@ class MeanColorObjective(PatchObjective):
         return F.cross_entropy(predictions.float().transpose(1, 2), self.colors(pixel_values), reduction="none")
 
     def colors(self, pixel_values: Tensor) -> Tensor:
-        """Return the index of each patch's mean colour, `[B, N]` in 0 to 8**C - 1, first channel most significant."""
+        """Return the index of each patch's mean color, `[B, N]` in 0 to 8**C - 1, first channel most significant."""
         patches = patchify(pixel_values.float(), self.patch_shape).unflatten(2, (self.num_channels, -1))
         levels = ((patches.mean(dim=-1) + 1) / 2 * self.LEVELS).long().clamp(0, self.LEVELS - 1)  # [B, N, C]
         return (levels * self._place_values(levels.device)).sum(dim=-1)
@@ -161,8 +161,8 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
 
         Args:
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
-            bool_masked_pos: `[B, N]`, true where a patch is masked. If given, the loss over these is computed. For an
-                autoencoder, the same number of patches in every image.
+            bool_masked_pos: `[B, N]`, true where a patch is masked. If given, the loss over these patches is computed.
+                An autoencoder needs the same number of masked patches in every image.
             kwargs: As for `HFViTModel`.
         """
         reject_packs(self, kwargs.get("patch_grids"))
@@ -187,7 +187,7 @@ class HFViTForMaskedImageModeling(HFViTPreTrainedModel):
 class HFViTBackbone(BackboneMixin, HFViTPreTrainedModel):  # type: ignore[misc]
     """The encoder as a backbone of segmentation and detection models.
 
-    With `config.feature_strides`, the stages are the maps of a pyramid on the last layer instead of the layers.
+    With `config.feature_strides`, the stages are the levels of a feature pyramid on the last layer, not the layers.
     """
 
     def __init__(self, config: HFViTConfig) -> None:

@@ -1,7 +1,7 @@
 """Boxes of objects in the image processor: from COCO's annotations to labels, and from outputs to boxes in pixels.
 
-Boxes of annotations are in pixels of the upright image: where EXIF says that a photo is turned, after the turn. Boxes
-of labels are relative to the image, so that resizing does not change them.
+Boxes of annotations are in pixels of the upright image, after the EXIF orientation is applied. Boxes of labels are
+relative to the image, so that resizing does not change them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,30 @@ from transformers.image_processing_base import BatchFeature
 from .image_conversion_hf_vit import flatten_images
 from .image_geometry_hf_vit import corners_of
 
-MOST_OBJECTS = 100  # of an image, as COCO counts them
-MOST_OVERLAP = 0.5  # intersection over union of two objects of a class, as in torchvision's detectors
+MOST_OBJECTS = 100  # per image, as in COCO's evaluation
+MOST_OVERLAP = 0.5  # IoU of two objects of a class, as in torchvision's detectors
 
 
 class HFViTDetectionBoxes:
-    """Process the boxes of images, too; mixed into `HFViTImageProcessing`."""
+    """Mixin of `HFViTImageProcessing` that processes the boxes of images."""
 
     crop_pct: Any
     do_center_crop: Any
     packing: Any
 
     def preprocess(self, images: Any, *args: Any, annotations: Any = None, **kwargs: Any) -> BatchFeature:
-        """Preprocess images and, if given, the annotations of each, which become `labels`, a dictionary per image.
+        """Preprocess images and, if given, their annotations, which become `labels`, one dictionary per image.
 
         Args:
-            images: As the class says.
+            images: As described in the docstring of the class.
             args: Segmentation maps, if there are any.
-            annotations: As COCO has them, for each image: `{"image_id": 7, "annotations": [{"bbox": [left, top,
+            annotations: For each image, in COCO's format: `{"image_id": 7, "annotations": [{"bbox": [left, top,
                 width, height], "category_id": 0, "area": 12.0, "iscrowd": 0}]}` in pixels of the upright image.
                 Boxes are clipped to the image. Crowds, and boxes outside of the image, are left out.
             kwargs: Options of this call.
 
         Returns:
-            `labels` has `class_labels` int64 `[n]`; `boxes` float32 `[n, 4]`, centre x, centre y, width and height
+            `labels` has `class_labels` int64 `[n]`; `boxes` float32 `[n, 4]`, center x, center y, width and height
             relative to the image; and `image_id`, `area`, `iscrowd`, `orig_size`, `size`, as in transformers' DETR.
         """
         parent: Any = super()
@@ -68,9 +68,9 @@ class HFViTDetectionBoxes:
 
         Args:
             outputs: Output of a model for object detection.
-            threshold: Scores of returned objects are above it; a number, or one for each class.
-            target_sizes: (height, width) of each image, in whose pixels boxes (left, top, right, bottom) are; by
-                default they are relative to the image.
+            threshold: Only objects with a score above it are returned; one number, or one per class.
+            target_sizes: (height, width) of each image. Boxes (left, top, right, bottom) are in its pixels; by
+                default, they are relative to the image.
             top_k: Maximum number of objects per image.
 
         Raises:
@@ -102,7 +102,7 @@ class HFViTDetectionBoxes:
 
 
 def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[int, int]) -> dict[str, Tensor]:
-    """Return the labels of an image for its annotations in COCO's form.
+    """Convert the annotations of an image, in COCO's format, to labels.
 
     Args:
         target: `image_id` and `annotations`, as for `preprocess`.
@@ -141,13 +141,13 @@ def labels_of(target: Mapping[str, Any], size: tuple[int, int], new_size: tuple[
 
 
 def most_likely_objects(logits: Tensor, boxes: Tensor, number: int = MOST_OBJECTS) -> Tensor:
-    """Return the objects with the highest scores, float32 `[B, K, 6]`: score, class, and the box as it is given.
+    """Return the objects with the highest scores, float32 `[B, K, 6]`: score, class and box, whose form is unchanged.
 
     An object that overlaps a more likely one of its class gets the score 0.
 
     Args:
         logits: `[B, Q, num_labels]`; the score is their sigmoid.
-        boxes: `[B, Q, 4]`: centre, width and height.
+        boxes: `[B, Q, 4]`: center, width and height.
         number: Largest K.
     """
     queries, num_labels = logits.shape[1:]
@@ -166,7 +166,7 @@ def are_duplicates(boxes: Tensor, classes: Tensor) -> Tensor:
     they are duplicates themselves.
 
     Args:
-        boxes: `[B, K, 4]`: centre, width and height; the likeliest first.
+        boxes: `[B, K, 4]`: center, width and height; the most likely first.
         classes: `[B, K]`.
     """
     low, high = corners_of(boxes).unsqueeze(1).split(2, dim=-1)  # [B, 1, K, 2]

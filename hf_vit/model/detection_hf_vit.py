@@ -1,10 +1,10 @@
-"""Object detection: boxes around the centres of objects, from the tokens of the patches.
+"""Object detection: boxes around the centers of objects, from the tokens of the patches.
 
-The last layer's map is enlarged as in ViTDet (arXiv:2203.16527). Every point of it has a logit for each class, which
-is high at the centres of objects (CenterNet, arXiv:1904.07850), and the distances to the four sides of a box (FCOS,
-arXiv:1904.01355). All points near a centre learn its box, weighted by their nearness, so that few images suffice
-(TTFNet, arXiv:1909.00700). A point is a detection if its logit is the highest of its 3x3 neighbours; of
-detections that overlap, `most_likely_objects` keeps the likeliest.
+The last layer's map is upsampled as in ViTDet (arXiv:2203.16527). Every point of it has a logit for each class, which
+is high at the centers of objects (CenterNet, arXiv:1904.07850), and the distances to the four sides of a box (FCOS,
+arXiv:1904.01355). All points near a center learn its box, weighted by their nearness, so that few images suffice
+(TTFNet, arXiv:1909.00700). A point is a detection if its logit is the highest of its 3x3 neighbors; of detections
+that overlap, `most_likely_objects` keeps the most likely one.
 """
 
 import math
@@ -31,8 +31,8 @@ NEW_DETECTOR = {"patch_subdivision": 2}
 # Initial probability of an object at a point, 1 %: RetinaNet, arXiv:1708.02002, section 4.1.
 LOGIT_OF_PRIOR = math.log(0.01 / 0.99)
 SUPPRESSED = -1e4  # logit of a point that is not a peak, within the range of float16
-MAX_LOG_DISTANCE = 7.0  # of a distance in patches: no infinity, and more than any image has
-EXTENT = 0.54  # share of a box, along each side, in which points are near its centre: TTFNet, section 4.2
+MAX_LOG_DISTANCE = 7.0  # of a distance in patches; prevents infinity and is larger than any image
+EXTENT = 0.54  # share of a box, along each side, in which points are near its center: TTFNet, section 4.2
 LEAST_NEARNESS = math.exp(-4.5)  # at three standard deviations
 WEIGHTS = {"heatmap": 1.0, "boxes": 5.0}  # of the losses, as in TTFNet
 
@@ -45,9 +45,9 @@ class HFViTObjectDetectionOutput(ModelOutput):
         loss: Weighted sum of the losses, a mean over images, if labels are given.
         loss_dict: Each of these losses by name.
         logits: `[B, Q, num_labels]`, whose sigmoid is a probability; very low at points that are not peaks.
-        pred_boxes: `[B, Q, 4]`, float32: centre x, centre y, width, height, relative to the image.
-        hidden_states: Tokens `[B, T, D]` of all layers, if asked for.
-        attentions: Attention weights `[B, A, T, T]` of all layers, if asked for.
+        pred_boxes: `[B, Q, 4]`, float32: center x, center y, width, height, relative to the image.
+        hidden_states: Tokens `[B, T, D]` of all layers, if requested.
+        attentions: Attention weights `[B, A, T, T]` of all layers, if requested.
         heatmap: Logits of all points `[B, num_labels, h, w]`, from which the loss is computed.
     """
 
@@ -61,7 +61,7 @@ class HFViTObjectDetectionOutput(ModelOutput):
 
 
 def padded_boxes(labels: Any) -> Tensor:
-    """Return labels as one tensor, float32 `[B, M, 5]`: class, centre x, centre y, width, height; class -1 for none.
+    """Return labels as a float32 tensor `[B, M, 5]`: class, center x, center y, width, height; class -1 is padding.
 
     Args:
         labels: Such a tensor, or for each image a dictionary of `class_labels` `[n]` and `boxes` `[n, 4]`, as the
@@ -107,9 +107,9 @@ def losses_by_name(heatmap: Tensor, pred_boxes: Tensor, labels: Any) -> dict[str
 
 
 def nearness(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return how near every point of a grid is to the centre of every box, `[B, M, h*w]`: 1 at the centre's own point.
+    """Return the nearness of every point of a grid to the center of every box, `[B, M, h*w]`: 1 at the center's point.
 
-    It is a Gaussian function, whose standard deviations follow the sides of the box.
+    It is a Gaussian function whose standard deviations increase with the sides of the box.
     """
 
     def along(centre: Tensor, side: Tensor, points: int) -> Tensor:
@@ -133,7 +133,7 @@ def heatmap_loss(heatmap: Tensor, classes: Tensor, near: Tensor) -> Tensor:
 
 
 def boxes_loss(pred_boxes: Tensor, boxes: Tensor, near: Tensor) -> Tensor:
-    """Return the sum over boxes `[B, M, 4]` of the loss of the points `[B, P, 4]` near each, `[B]`."""
+    """Return the sum over boxes `[B, M, 4]` of the loss of the points `[B, P, 4]` near each box, `[B]`."""
     nearest, owner = near.max(dim=1)  # [B, P]
     weights = torch.where(nearest > LEAST_NEARNESS, nearest, 0)
     is_owner = owner.unsqueeze(1) == torch.arange(near.shape[1], device=near.device)[:, None]  # [B, M, P]
@@ -153,7 +153,7 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 class HFViTPointClassifier(HFViTDenseClassifier, nn.Conv2d):
-    """Classify the points of a map; objects are rare at first."""
+    """Classify the points of a map; the initial bias makes objects rare."""
 
     def start(self) -> tuple[Tensor, Tensor]:
         return self.bias, torch.full_like(self.bias, LOGIT_OF_PRIOR)
@@ -182,7 +182,7 @@ class HFViTDetectionHead(nn.Module):
 def boxes_at_points(distances: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return relative boxes `[B, h*w, 4]` for distances `[B, 4, h, w]` of points to the left, top, right and bottom.
 
-    Distances are in patches; `grid` is their number per side. Points are at the centres of the cells of the map.
+    Distances are in patches; `grid` is the (rows, columns) of patches. Points are at the centers of the map's cells.
     """
     rows, columns = distances.shape[-2:]
     y = (torch.arange(rows, device=distances.device) + 0.5) / rows

@@ -1,4 +1,4 @@
-"""Heads of a multi-task model as its config states them: one task, its labels and its options for each name.
+"""Heads of a multi-task model in its config: a task, its labels and its options for each head name.
 
 `HFViTConfig.task_heads` maps names to dictionaries such as
 `{"task": "classification", "id2label": {0: "cat", 1: "dog"}}`.
@@ -12,7 +12,7 @@ from .validation_hf_vit import OF_CERTAINTY, OF_HEAD
 
 OF_IMAGES = ("id2label", "pooling", "representation_size")
 OF_PIXELS = ("id2label", "out_indices", "patch_subdivision", "decoder_kernel_size", "semantic_loss_ignore_index")
-# By task: the fields of `HFViTConfig` that a head may have for itself, and transformers' name for what its labels are.
+# By task: the fields of `HFViTConfig` that a head can set for itself, and its `problem_type` in transformers.
 TASKS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "classification": ((*OF_IMAGES, "temperature", *OF_CERTAINTY), "single_label_classification"),
     "multi_label": ((*OF_IMAGES, "temperature", "thresholds"), "multi_label_classification"),
@@ -21,8 +21,8 @@ TASKS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "detection": (("id2label", "patch_subdivision", "thresholds"), None),
     "anomaly": (("out_indices",), None),
 }
-# Further fields of an anomaly head, with their defaults and least values: the number of normal patches in its memory,
-# the number of nearest ones whose distances are averaged, and the score above which an image is an anomaly.
+# Further fields of an anomaly head, with their defaults and minimums: the number of normal patches in its memory, the
+# number of nearest patches whose distances are averaged, and the score above which an image is an anomaly.
 OF_ANOMALY: dict[str, tuple[Any, float]] = {
     "memory_size": (1024, 1),
     "num_neighbors": (1, 1),
@@ -36,11 +36,11 @@ def checked_heads(config: Any) -> dict[str, dict[str, Any]] | None:
     """Return `config.task_heads` with integers as class indices and defaults filled in.
 
     Raises:
-        ValueError: For a name that cannot be an attribute, an unknown task or field, and values that do not fit.
+        ValueError: For a name that cannot be an attribute, an unknown task or field, and invalid values.
     """
     if config.task_heads is None:
         return None
-    # Sorted, as config.json is: the order of the outputs does not change when a model is saved.
+    # Sorted like config.json, so that saving a model does not change the order of its outputs.
     return {name: _checked_head(config, name, head) for name, head in sorted(config.task_heads.items())}
 
 

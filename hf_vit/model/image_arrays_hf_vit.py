@@ -1,4 +1,4 @@
-"""Reading of files whose pixels Pillow cannot hold: NumPy arrays, TIFF of any number of channels, 16-bit colours.
+"""Reading of files whose pixels Pillow cannot hold: NumPy arrays, TIFF of any number of channels, 16-bit colors.
 
 tifffile and imagecodecs (`pip install "hf-vit[tiff]"`) are imported when a file needs them. Sizes are checked before
 pixels are decoded.
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 NUMPY_MAGIC = b"\x93NUMPY"
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two of BigTIFF
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 # Tags of TIFF 6.0.
 BITS, PHOTOMETRIC, DESCRIPTION, SAMPLES, EXTRA_SAMPLES = 258, 262, 270, 277, 338
 CMYK = 5  # photometric interpretation
@@ -32,7 +32,7 @@ def is_numpy(data: bytes) -> bool:
 
 
 def is_tiff(data: bytes) -> bool:
-    """Return whether a file begins as TIFF or BigTIFF does."""
+    """Return whether a file starts like TIFF or BigTIFF."""
     return data.startswith(TIFF_MAGIC)
 
 
@@ -58,8 +58,8 @@ def decode_numpy(data: bytes) -> Tensor:
 def channels_axis(shape: tuple[int, ...]) -> int:
     """Return the axis of the channels, 0 or 2, of an image of shape (C, H, W) or (H, W, C).
 
-    Of the first and the last axis it is the one with 1, 3 or 4 entries, or else the one that leaves a square image,
-    or else the shorter one.
+    If only one of these axes has 1, 3 or 4 entries, it is that one; otherwise the one that leaves a square image;
+    otherwise the shorter one.
     """
     first, middle, last = shape
     usual = [axis for axis in (0, 2) if shape[axis] in (1, 3, 4)]
@@ -108,7 +108,7 @@ def needs_tifffile(image: Image.Image) -> bool:
 
 
 def decode_tiff(data: bytes) -> Tensor:
-    """Return the first image of a TIFF as `[C, H, W]` of its own dtype, with pages that are channels as channels.
+    """Return the first image of a TIFF as `[C, H, W]` of its own dtype; pages that store channels become channels.
 
     Raises:
         NeedsTifffile: If tifffile is not installed.
@@ -122,7 +122,7 @@ def decode_tiff(data: bytes) -> Tensor:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         axes, shape = series.axes, series.shape
-        # Q is an array that tifffile wrote without naming its axes; other axes are time, depth or further images.
+        # Q is an axis that tifffile wrote without a name; other axes are time, depth or further images.
         kept = tuple(size if axis in "YXSCQ" else 1 for axis, size in zip(axes, shape, strict=True))
         check_shape(tuple(size for size in kept if size > 1) if len(kept) > 3 else kept)
         array = series.asarray()
@@ -130,19 +130,19 @@ def decode_tiff(data: bytes) -> Tensor:
         axes = "".join(axis for axis in axes if axis in "YXSCQ")
     if array.ndim > 3:
         array, axes = array.squeeze(), "".join(a for a, size in zip(axes, array.shape, strict=True) if size > 1)
-    if array.ndim == 3 and "Q" not in axes:  # the file says which axis has the channels
+    if array.ndim == 3 and "Q" not in axes:  # the file states which axis has the channels
         array = np.moveaxis(array, next(index for index, axis in enumerate(axes) if axis in "SC"), 0)
         return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     return channels_first_of(array)
 
 
 def is_deep_png(image: Image.Image) -> bool:
-    """Return whether a PNG has 16-bit colors, of which Pillow would keep only 8 bits."""
+    """Return whether a PNG has 16-bit colors; Pillow would keep only 8 bits of them."""
     return image.format == "PNG" and any("RGB;16B" in str(tile) for tile in getattr(image, "tile", ()))
 
 
 def decode_deep_png(data: bytes, image: Image.Image) -> Tensor:
-    """Return a PNG with colours of 16 bits as uint16 `[3, H, W]`; without imagecodecs the lower 8 bits are lost."""
+    """Return a PNG with 16-bit colors as uint16 `[3, H, W]`; without imagecodecs, the lower 8 bits are lost."""
     try:
         import imagecodecs
     except ImportError:
@@ -151,5 +151,5 @@ def decode_deep_png(data: bytes, image: Image.Image) -> Tensor:
 
 
 def eight_bits_as_sixteen(image: Image.Image) -> Tensor:
-    """Return the 8 bits that Pillow keeps of 16-bit colours on the scale of 16 bits, uint16 `[3, H, W]`."""
+    """Return 16-bit colors as uint16 `[3, H, W]`, scaled from the 8 bits that Pillow keeps."""
     return torch.from_numpy(np.array(image.convert("RGB")).astype(np.uint16) * 257).permute(2, 0, 1)

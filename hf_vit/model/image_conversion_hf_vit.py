@@ -15,8 +15,9 @@ from .image_reading_hf_vit import upright
 
 logger = logging.get_logger(__name__)
 
-# Of dtypes that do not state it: white, and the least and the most that the largest value of an image may be. An image
-# between these ranges is unknown: floats up to 9 may lie in [0, 1] with outliers, or in [0, 255] and be almost black.
+# For dtypes that do not determine the value of white: (white, minimum, maximum), where the largest value of an image
+# is between minimum and maximum. Outside of these ranges white is unknown: floats up to 9 may be pixels in [0, 1] with
+# outliers, or an almost black image in [0, 255].
 RANGES = {
     "floats": ((1, -0.125, 1.25), (255, 16, 318)),
     "integers": ((255, 0, 318), (65535, 4096, 65535)),
@@ -62,7 +63,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 def upright_8_bit(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation, and convert modes 1, I, I;16 and F to mode L.
 
-    Values outside of the usual ranges are converted as by `values_of_file`.
+    `values_of_file` converts values outside of the usual ranges.
     """
     if 0 in image.size:
         raise ValueError(
@@ -127,10 +128,10 @@ def full_scale(pixels: Tensor) -> int:
     """Return the value of white.
 
     bool, uint8 and uint16 have their full range. For other dtypes, the largest value decides between two ranges, see
-    `RANGES`; what exceeds white is clipped, so that interpolation may overshoot.
+    `RANGES`. Values may exceed white, since interpolation overshoots; `levels` clips them.
 
     Raises:
-        ValueError: If the values fit no range.
+        ValueError: If the values fit neither range.
     """
     known = {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}
     if pixels.dtype in known:
@@ -151,10 +152,10 @@ def full_scale(pixels: Tensor) -> int:
 
 
 def values_of_file(values: Tensor) -> Tensor:
-    """Return the values of a file with a known `full_scale`.
+    """Convert the values of a file so that `full_scale` accepts them.
 
-    Integers of up to 16 bits become uint16; other values in no usual range, such as measurements, are stretched to
-    [0, 1] with NaN as 0.
+    Values that it accepts already are returned unchanged. Otherwise, integers of up to 16 bits become uint16, and
+    other values, such as measurements, are stretched to [0, 1] with NaN as 0.
     """
     try:
         full_scale(values)
@@ -220,7 +221,7 @@ def map_range(
 ) -> Tensor:
     """Map the pixels of an image linearly from a value range to 0..255, clipped and rounded: uint8 `[C, H, W]`.
 
-    NaN becomes 0. The bits of a PIL image of mode I, I;16 or F are all used.
+    NaN becomes 0. All bits of a PIL image of mode I, I;16 or F are used.
     """
     if not isinstance(image, Image.Image):
         pixels = arranged(image, input_data_format)
@@ -242,9 +243,10 @@ def map_range(
 def pixels_of_file(
     image: Image.Image | Tensor, do_convert_rgb: bool | None, value_range: Any = None
 ) -> Image.Image | Tensor:
-    """Return what `read_image` read as a PIL image or as `levels`, with its first three bands if they become RGB.
+    """Convert a tensor from `read_image` to `levels`; return a PIL image unchanged.
 
-    A fourth band is not transparency, which only PIL images have. With a `value_range`, values stay as they are.
+    Of four bands, only the first three are kept if the image becomes RGB: the fourth is not transparency, which only
+    PIL images have. With a `value_range`, the values are not converted.
     """
     if isinstance(image, Image.Image):
         return image
@@ -255,7 +257,7 @@ def pixels_of_file(
 def tensor_to_rgb(pixels: Tensor, white: int | None = None) -> Tensor:
     """Convert `[C, H, W]` with 1, 3 or 4 channels to `[3, H, W]`, with transparent pixels on white.
 
-    `white` is its value, by default the `full_scale` of the pixels.
+    `white` is the value of white, by default the `full_scale` of the pixels.
     """
     if pixels.shape[0] == 1:
         return pixels.expand(3, -1, -1)

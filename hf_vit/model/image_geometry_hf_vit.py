@@ -22,8 +22,8 @@ def size_of(image: Image.Image | Tensor) -> tuple[int, int]:
 def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """Return the smallest size with the aspect ratio of `size` that covers `target`.
 
-    Rounding follows the sources: torchvision's `Resize` to a shorter side truncates, and timm's `ResizeKeepRatio` for
-    rectangular targets rounds.
+    Rounding follows the original code: torchvision's `Resize` to a shorter side truncates, and timm's
+    `ResizeKeepRatio` for rectangular targets rounds.
     """
     if target[0] == target[1]:
         return int(target[0] * size[0] / min(size)), int(target[0] * size[1] / min(size))
@@ -45,7 +45,7 @@ def resized_size(old: tuple[int, int], size: SizeDict, crop_pct: float | None) -
 
 
 def center_crop(image: Image.Image | Tensor, size: SizeDict, rounding: Callable[[float], int]) -> Image.Image | Tensor:
-    """Crop `size` from the centre; pixels outside of the image are black."""
+    """Crop `size` from the center; pixels outside of the image are black."""
     if not (size.height and size.width):
         raise ValueError(f"Expected crop_size with height and width, got {dict(size)}.")
     height, width = size_of(image)
@@ -57,7 +57,7 @@ def center_crop(image: Image.Image | Tensor, size: SizeDict, rounding: Callable[
 
 
 def trim_long_side(image: Image.Image | Tensor, crop: SizeDict) -> Image.Image | Tensor:
-    """Trim the ends of a very long image that a centre crop would discard: resizing 1x20000 takes gigabytes."""
+    """Trim the ends of a very long image that a center crop would discard: resizing 1x20000 takes gigabytes."""
     sides = cast(int, crop.height), cast(int, crop.width)
     height, width = size_of(image)
     longest = math.ceil(MAX_ASPECT * max(sides) / min(sides) * min(height, width))
@@ -81,18 +81,18 @@ def checked_patch_size(packing: int, patch_size: int | Sequence[int] | None) -> 
 def packed_grid(size: tuple[int, int], patch_size: tuple[int, int], packing: int) -> tuple[int, int]:
     """Return the (rows, columns) of patches that an image of `size` has in a pack.
 
-    The image keeps its size, rounded up to whole patches, if these are at most `packing`. Otherwise it is reduced as
-    little as possible at the same aspect ratio, with each side rounded to the nearest whole patch.
+    The image keeps its size, rounded up to whole patches, if these are at most `packing`. Otherwise it is downscaled
+    as little as possible at the same aspect ratio, with each side rounded to the nearest whole patch.
     """
     own = (-(-size[0] // patch_size[0]), -(-size[1] // patch_size[1]))
     if math.prod(own) <= packing:
         return own
 
     def patches_along(other: int, number: int, side: int) -> int:
-        """Return the patches along the `other` side of an image that is `number` and a half patches along `side`."""
+        """Return the number of patches along `other` for an image with `number` + 0.5 patches along `side`."""
         return max(1, -((side - (2 * number + 1) * other) // (2 * side)))
 
-    # A growing image changes its grid when one of its sides reaches a whole number of patches and a half.
+    # As an image grows, its grid changes when one of its sides reaches `number` + 0.5 patches.
     rows, columns = (max(1, (2 * side + patch) // (2 * patch)) for side, patch in zip(size, patch_size, strict=True))
     height, width = size[0] * patch_size[1], size[1] * patch_size[0]  # the aspect ratio in patches
     grids = [(rows, columns)]
@@ -122,6 +122,6 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def corners_of(boxes: Tensor) -> Tensor:
-    """Return (left, top, right, bottom) of boxes `[..., 4]` of centre, width and height."""
+    """Return (left, top, right, bottom) of boxes `[..., 4]` of center, width and height."""
     centre, size = boxes.split(2, dim=-1)
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)

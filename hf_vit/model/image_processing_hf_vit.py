@@ -1,7 +1,7 @@
 """Image processor of the Vision Transformer: the torchvision backend.
 
-Everything but the resize is shared with the PIL backend. On every device resized pixels differ from Pillow's by at
-most one level of 255.
+It shares everything except the resize with the PIL backend. On every device, resized pixels differ from Pillow's by
+at most one level of 255.
 """
 
 from collections.abc import Callable
@@ -48,21 +48,23 @@ class HFViTImageProcessor(HFViTImageProcessing, TorchvisionBackend):  # type: ig
         if not is_tensor or (image.dtype == torch.uint8 and image.device.type == "cpu"):
             height, width = size_of(image)
             if resample == Image.Resampling.BILINEAR and height >= size[0] and width >= size[1]:
-                # To reduce, torchvision's 8-bit kernel resizes both sides in one call, width first, within one level.
+                # For downscaling, torchvision's 8-bit kernel resizes the width, then the height, in one call; pixels
+                # differ from Pillow's by at most one level.
                 pixels = image if is_tensor else tensor_of_pil(image)
                 return tvF.resize(pixels, list(size), interpolation=INTERPOLATIONS[resample])
             image = pil_of_tensor(image) if is_tensor and image.shape[0] in (1, 3) else image
         if isinstance(image, Image.Image) or image.is_floating_point():
             return super()._resize(image, size, resample, do_clip)
-        # Pillow rounds between the passes; not rounding changes a value by less than one level.
+        # Pillow also rounds between the two passes. Without it, a value changes by less than one level.
         floats = super()._resize(image.float(), size, resample, do_clip=True)
         return floats.round().to(image.dtype)
 
     def _resize_side(self, image: Any, size: tuple[int, int], resample: int) -> Any:
         interpolation = INTERPOLATIONS.get(resample)
         if isinstance(image, Image.Image):
-            # The 8-bit kernel has 16-bit weights: bicubic interpolation and enlarging would differ from Pillow by two
-            # levels in one value of a million, in one photo of five. Pillow therefore resizes the width.
+            # The 8-bit kernel has 16-bit weights. With it, bicubic interpolation and upscaling would differ from
+            # Pillow by two levels in one value per million, in one photo out of five. Pillow therefore resizes the
+            # width.
             if interpolation is None or image.width != size[1]:
                 return image.resize((size[1], size[0]), resample)
             image = tensor_of_pil(image)

@@ -1,7 +1,7 @@
 """Image processor of the Vision Transformer: the PIL backend, and everything that the torchvision backend shares.
 
-An image becomes pixel values in four steps: conversion to 8-bit RGB or grayscale (`process_image`), resize, centre
-crop and normalisation (`_preprocess`). The backends differ only in the resize. This file does not need torchvision.
+An image becomes pixel values in four steps: conversion to 8-bit RGB or grayscale (`process_image`), resize, center
+crop and normalization (`_preprocess`). The backends differ only in the resize. This file does not need torchvision.
 
 With `packing` images keep their aspect ratio and are not cropped: each becomes a grid of whole patches, and the
 patches of all images are concatenated without padding (Dehghani et al., "Patch n' Pack", arXiv:2307.06304).
@@ -81,8 +81,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # Paper's code, google-research/vision_transformer vit_jax/input_pipeline.py: `tf.image.resize` to the square,
         # then (im - 127.5) / 127.5; in big_vision `resize(res)|value_range(-1, 1)`. TensorFlow does not antialias
-        # there; Pillow, transformers' port of these checkpoints and this preset do. Enlarged images have the same
-        # pixels, reduced images smoother ones.
+        # there; Pillow, transformers' port of these checkpoints and this preset do. Upscaled images have the same
+        # pixels, downscaled images are smoother.
         "original": MappingProxyType({"resample": BILINEAR, **INCEPTION}),
         # timm/models/vision_transformer.py `_cfg`: crop_pct 0.9, bicubic, Inception mean and std; the pixels of
         # timm/data/transforms_factory.py `transforms_imagenet_eval`. timm's 384 pixel models have crop_pct=1.0.
@@ -98,24 +98,24 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
     """Options in addition to those of every image processor.
 
     Attributes:
-        crop_pct: Share of the resized image that the centre crop keeps, in (0, 1]. The image is resized at its aspect
+        crop_pct: Share of the resized image that the center crop keeps, in (0, 1]. The image is resized at its aspect
             ratio until it covers `size / crop_pct`, then `size` is cropped. Without `do_resize` nothing is cropped.
         do_grayscale: Whether to convert images to one channel, the luma (ITU-R 601-2, Pillow's mode L).
         do_reduce_labels: Whether to subtract 1 from the classes of segmentation maps; class 0 is then ignored.
         packing: Maximum number of patches per image. The output is a pack: `pixel_values` `[rows, C*ph*pw]`, the
             patches of all images in order, and `patch_grids` `[images, 2]`, the (rows, columns) of each. `size`,
-            `crop_pct` and a centre crop then have no effect.
+            `crop_pct` and a center crop then have no effect.
         patch_size: Size of the model's patches in pixels, one number or (height, width), for `packing`; default 16.
         reducing_gap: Permits decoding a JPEG file at 1/2, 1/4 or 1/8 of its size while this leaves at least
             `reducing_gap` times the size that it is resized to, like the option of Pillow's `thumbnail`. 1 is fastest;
             `None` always decodes all pixels.
-        value_range: Values of the pixels of black and white, a pair (low, high) or one pair per channel. Pixels are
-            mapped linearly from it to 0..255, clipped, and rounded to 8 bits: 256 levels over this range. Required
-            where the dtype does not state it, such as (0, 4095) for 12-bit pixels in 16-bit files. `None`: bool, uint8
-            and uint16 have their full range. Floats with values up to 1.25 have (0, 1), from 16 on (0, 255); other
-            integers up to 318 have (0, 255), from 4096 on (0, 65535); what exceeds it is clipped. Other arrays are an
-            error; files of other integers have 16 bits, and other files are stretched from their smallest value to
-            their largest.
+        value_range: Pixel values of black and white, a pair (low, high) or one pair per channel. Pixels are mapped
+            linearly from this range to 0..255, clipped, and rounded to 8 bits: 256 levels over this range. Required
+            if the dtype does not determine the range, such as (0, 4095) for 12-bit pixels in 16-bit files. `None`:
+            bool, uint8 and uint16 have their full range. For other dtypes, the largest value of an image selects the
+            range: floats up to 1.25 have (0, 1), from 16 on (0, 255); integers up to 318 have (0, 255), from 4096 on
+            (0, 65535). Values beyond the range are clipped. Arrays with other values raise an error. Files of other
+            integers have 16 bits, and other files are stretched from their smallest value to their largest.
     """
 
     crop_pct: float | None
@@ -127,7 +127,7 @@ class HFViTImageProcessorKwargs(ImagesKwargs, total=False):
     value_range: list[float] | list[list[float]] | tuple[float, float] | None
 
 
-# Names that other libraries have for options, and which `difflib` does not find.
+# Names of options in other libraries that `difflib` does not match.
 OTHER_NAMES = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"} | dict.fromkeys(
     ("image_size", "img_size"), "size"
 )
@@ -150,7 +150,7 @@ def check_options(given: Mapping[str, Any]) -> None:
 
 
 class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImageProcessor):  # type: ignore[misc]
-    """Implement what both backends share; a backend adds `_resize_side`.
+    """Base class of both backends; a backend adds `_resize_side`.
 
     Accepts PIL images of any mode, arrays and tensors of shape (H, W), (H, W, C) or (C, H, W) and any dtype, paths,
     URLs, 4-D batches, and lists of these. `PRESETS` holds the preprocessing of well-known checkpoints.
@@ -173,7 +173,8 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
     do_grayscale = None
     packing = None
     patch_size: Any = None
-    # From 6 on photographs stay within one level of 255. For 224 pixels, 12 megapixels are decoded at half size.
+    # From 6 on, reduced decoding changes photos by at most one level of 255. For an output of 224 pixels, a photo of
+    # 12 megapixels is decoded at half its size.
     reducing_gap: float | int | None = 6.0
     value_range: Any = None
 
@@ -185,7 +186,7 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a processor from a stored dictionary and further options.
 
-        Stored keys that nearly match an option, such as those of another library, have no effect, with a warning.
+        Stored keys that nearly match an option, such as those of another library, are ignored with a warning.
         """
         check_options(kwargs)
         unknown = {name: meant for name in image_processor_dict if (meant := option_meant_by(name))}
@@ -220,7 +221,7 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
         return cls(**options)
 
     def set_output_size(self, size: int | tuple[int, int]) -> None:
-        """Set the size of the output, one number or (height, width); the margin of a centre crop scales with it."""
+        """Set the size of the output, one number or (height, width); the margin of a center crop scales with it."""
         height, width = (size, size) if isinstance(size, int) else size
         output = SizeDict(height=height, width=width)
         if not self.do_center_crop:
@@ -248,9 +249,10 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
 
     @property
     def mode_with_alpha(self) -> str | None:
-        """Mode that 8-bit gray and colour images are converted to if the output has transparency, LA or RGBA.
+        """LA or RGBA: the mode that 8-bit gray and color images are converted to if the output has transparency.
 
-        It has if all of 2 or 4 channels share one mean, as `set_num_channels` sets it; those of measurements differ.
+        The output has transparency if all of its 2 or 4 channels share one mean, as `set_num_channels` sets it.
+        Channels of measurements have different means.
         """
         if self.do_convert_rgb or self.value_range is not None or len(set(self.image_mean)) > 1:
             return None
@@ -384,7 +386,7 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
         return_tensors: str | TensorType | None = None,
         **options: Any,
     ) -> BatchFeature:
-        """Resize, crop and normalise the outputs of `process_image`."""
+        """Resize, crop and normalize the outputs of `process_image`."""
         if not images:
             raise ValueError("Expected at least one image, got none.")
         call = SimpleNamespace(**options)
@@ -409,13 +411,13 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
             )
         return BatchFeature({name: self._output(values) for name, values in data.items()}, return_tensors)
 
-    # -------------------------------------------------------------------------------- resize, crop, normalise
+    # -------------------------------------------------------------------------------- resize, crop, normalize
 
     def _map(self, function: Callable[[Any], Any], images: list[Any], disable_grouping: bool | None) -> list[Any]:
         return [function(image) for image in images]
 
     def _fit(self, image: Image.Image | Tensor, call: SimpleNamespace) -> Image.Image | Tensor:
-        """Resize and crop one image, or a batch of one shape, by the options of a call."""
+        """Resize and crop one image, or a batch of one shape, with the options of a call."""
         if call.do_resize:
             crop = call.size if call.crop_pct is not None else call.crop_size if call.do_center_crop else None
             keeps_aspect = call.crop_pct is not None or not (call.size and call.size.height and call.size.width)
@@ -440,8 +442,9 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
     def _resize(self, image: Any, size: tuple[int, int], resample: int, do_clip: bool) -> Any:
         """Resize the width, then the height; with `do_clip` floats stay in 0..255, as 8-bit pixels do.
 
-        The order matters: bicubic interpolation overshoots at edges, and each pass clips. Pillow has this order before
-        version 13, which decides by the sizes. Very tall images start with the height, or they would fill the memory.
+        The order matters: bicubic interpolation overshoots at edges, and each pass clips. Pillow uses this order
+        before version 13; version 13 chooses the order by the sizes. The height of very tall images is resized first,
+        since the intermediate image would otherwise fill the memory.
         """
         height, width = size_of(image)
         between = (height, size[1])
@@ -458,7 +461,7 @@ class HFViTImageProcessing(HFViTDetectionBoxes, HFViTSegmentationMaps, BaseImage
         raise NotImplementedError
 
     def _normalize(self, batch: Tensor, call: SimpleNamespace) -> Tensor:
-        """Rescale and normalise `[B, C, H, W]`; changes a float batch in place."""
+        """Rescale and normalize `[B, C, H, W]`; changes a float batch in place."""
         scale = call.rescale_factor if call.do_rescale else 1.0
         if not call.do_normalize:
             return batch * scale if call.do_rescale else batch

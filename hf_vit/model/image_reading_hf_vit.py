@@ -1,12 +1,11 @@
 """Reading of images from files, bytes and URLs.
 
-Pillow reads all formats but NumPy's and the TIFF that it has no mode for: see `image_arrays_hf_vit`. It reads HEIC
-where pillow-heif is installed. For JPEG,
-simplejpeg is used where it is installed: it calls the same libjpeg-turbo and returns the same values as an array,
-without Pillow's copies; Pillow reads the files that simplejpeg rejects. Every fault of a file raises a `ValueError`
-with its name.
+Pillow reads all formats except NumPy arrays and TIFFs that it has no mode for; see `image_arrays_hf_vit` for these. It
+reads HEIC if pillow-heif is installed. JPEG is read with simplejpeg if it is installed: it calls the same
+libjpeg-turbo and returns the same values as an array, without Pillow's copies. Pillow reads the files that simplejpeg
+rejects. Any problem with a file raises a `ValueError` that names the file.
 
-An image with more than `PIL.Image.MAX_IMAGE_PIXELS` pixels is rejected before decoding, where Pillow only warns. The
+An image with more than `PIL.Image.MAX_IMAGE_PIXELS` pixels is rejected before decoding, whereas Pillow only warns. The
 environment variable `HF_VIT_MAX_IMAGE_PIXELS` sets this limit for commands and their processes.
 """
 
@@ -45,7 +44,7 @@ LIMIT = "HF_VIT_MAX_IMAGE_PIXELS"
 if LIMIT in os.environ:
     Image.MAX_IMAGE_PIXELS = int(os.environ[LIMIT])
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-DOWNLOAD_TIMEOUT = 30  # seconds without a response of the server
+DOWNLOAD_TIMEOUT = 30  # seconds without a response from the server
 MIN_BASE64_LENGTH, MAX_PATH_LENGTH = 40, 4096  # characters
 
 # By EXIF orientation: the operation on an array and on a PIL image that turns the pixels upright.
@@ -62,7 +61,7 @@ TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 class NamedBytes(bytes):
-    """Bytes of a file that errors call by its name."""
+    """Bytes of a file, with its name for error messages."""
 
     name: str
 
@@ -80,9 +79,9 @@ def read_image(source: str | os.PathLike | bytes, least_size: LeastSize | None =
             least this size remains; sizes are (height, width) of the upright image. Default: decode all pixels.
 
     Returns:
-        An RGB or grayscale JPEG as upright uint8 `[C, H, W]`, channels last in memory. A NumPy file, a TIFF of 2
-        or more than 3 channels without transparency, and 16-bit colours as `[C, H, W]` of the stored dtype. Other
-        images as a PIL image as stored, in any mode and orientation; the first frame if there are several.
+        An RGB or grayscale JPEG as upright uint8 `[C, H, W]`, channels last in memory. A NumPy file, a TIFF with 2
+        or more than 3 channels without transparency, and 16-bit colors as `[C, H, W]` of the stored dtype. Any other
+        image as a PIL image in its stored mode and orientation; the first frame if there are several.
 
     Raises:
         ValueError: If the source is not an image, is corrupt, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels;
@@ -142,12 +141,12 @@ def download(url: str, timeout: float = DOWNLOAD_TIMEOUT) -> NamedBytes:
 
 
 def is_heic(data: bytes) -> bool:
-    """Return whether a file begins as HEIC and HEIF do, the format of phones; AVIF, which is similar, is not."""
+    """Return whether a file starts like HEIC or HEIF, the format of phones; False for the similar AVIF."""
     return data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
 
 
 def can_read_heic() -> bool:
-    """Let Pillow open HEIC files; return whether pillow-heif is installed for that."""
+    """Enable Pillow to open HEIC files; return whether pillow-heif, which this needs, is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -174,7 +173,7 @@ def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
             return _decode_tiff(data, image)
         if is_deep_png(image):
             return decode_deep_png(data, image)
-        # MPO is written by phones: a JPEG followed by others.
+        # Phones write MPO: a JPEG followed by further JPEGs.
         is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         orientation = _orientation_of(image) if is_jpeg else 1
         factor = 1
@@ -186,7 +185,7 @@ def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
             try:
                 pixels = _decode_jpeg(data, image, factor)
             except ValueError:
-                pass  # Pillow may accept the file, or reports the fault
+                pass  # Pillow may accept the file; otherwise it reports the problem
             else:
                 if orientation in UPRIGHT:
                     pixels = UPRIGHT[orientation][0](pixels).copy()
@@ -198,7 +197,7 @@ def _decode(data: bytes, least_size: LeastSize | None) -> Image.Image | Tensor:
 
 
 def _decode_tiff(data: bytes, image: Image.Image) -> Tensor:
-    """Decode a TIFF whose channels or bits Pillow would drop; without tifffile, bits of colors may be lost."""
+    """Decode a TIFF whose channels or bits Pillow would drop; without tifffile, colors may lose their lower bits."""
     try:
         pixels = decode_tiff(data)
     except NeedsTifffile:
@@ -235,13 +234,13 @@ def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
 def _decode_jpeg(data: bytes, image: Image.Image, factor: int) -> np.ndarray:
     colorspace = {"RGB": "RGB", "L": "GRAY"}[image.mode]
     least = {"min_height": image.height // factor, "min_width": image.width // factor} if factor > 1 else {}
-    # The slow, exact transforms, which Pillow uses. With `strict` a truncated file raises.
+    # Use the slow, exact transforms, as Pillow does. With `strict`, a truncated file raises an error.
     return simplejpeg.decode_jpeg(data, colorspace, fastdct=False, fastupsample=False, strict=True, **least)
 
 
 @contextmanager
 def _errors_named(name: str, data: bytes | None = None) -> Iterator[None]:
-    """Convert any exception of a decoder to a `ValueError` with the name of the file and the fault."""
+    """Convert any exception of a decoder to a `ValueError` that names the file and the problem."""
     try:
         yield
     except Exception as error:  # decoders raise almost anything

@@ -1,6 +1,6 @@
 """Names of the classes in a config: `id2label` and `label2id`, always complete, consistent and ordered by number.
 
-Users and files give them with text for numbers, in any order, and often only one of the two.
+Users and files state them with numbers as text, in any order, and often only one of the two.
 """
 
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ C = TypeVar("C", bound=type)
 
 
 def plain(value: Any) -> Any:
-    """Return numpy numbers and arrays as plain Python numbers and lists, also inside lists and tuples."""
+    """Return NumPy numbers and arrays as plain Python numbers and lists, also inside lists and tuples."""
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
     return value.tolist() if hasattr(value, "tolist") else value
@@ -77,10 +77,11 @@ def label_pair(id2label: Any, label2id: Any) -> tuple[dict, dict]:
 
 
 def merge_labels(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a stored config without those that `given` label names, or a number of them, replace.
+    """Return the fields of a stored config without the label fields that `given` replaces.
 
-    What describes the trained head is left out, too, if the number of labels changes. A stored `label2id` that
-    contradicts the stored `id2label`, as other software writes it, is left out.
+    `given` contains label names or a number of labels. If that number changes, the fields that describe the trained
+    head are also left out. A stored `label2id` that contradicts the stored `id2label`, as written by other software,
+    is left out.
     """
     names = names_by_number(stored.get("id2label"))
     changed = given.get("id2label", given.get("label2id"))
@@ -104,9 +105,9 @@ def _agree(id2label: dict[int, str], label2id: Any) -> bool:
 
 
 def normalizes_values(config_class: C) -> C:
-    """Convert what is assigned to a config before its type is checked: numpy numbers, and label names.
+    """Decorate a strict config class, so that assigned NumPy numbers and label names are converted before type checks.
 
-    An assignment of `id2label` or `label2id` to a finished config updates the other one. Decorates a strict class.
+    An assignment of `id2label` or `label2id` to a finished config updates the other one.
     """
     assign: Any = config_class.__setattr__
 
@@ -115,7 +116,7 @@ def normalizes_values(config_class: C) -> C:
         if name not in LABELS:
             return assign(self, name, value)
         value = names_by_number(value) if name == "id2label" else numbers_by_name(value)
-        if not isinstance(value, dict) or "auto_map" not in vars(self):  # which is set last
+        if not isinstance(value, dict) or "auto_map" not in vars(self):  # `auto_map` is set last
             return assign(self, name, value)
         if name == "id2label":
             pair = label_pair(value, None)

@@ -16,7 +16,7 @@ def patchify(pixels: Tensor, patch_shape: tuple[int, int]) -> Tensor:
     patch_height, patch_width = patch_shape
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch_height, width // patch_width
-    # Explicit sizes, not `unflatten`: torch.onnx.export(dynamo=False) would take the batch of its example for fixed.
+    # Explicit sizes, not `unflatten`: torch.onnx.export(dynamo=False) would fix the batch size to that of its example.
     cut = pixels.reshape(batch, channels, rows, patch_height, columns, patch_width)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_height * patch_width)
 
@@ -150,7 +150,7 @@ class HFViTProductAttention(torch.autograd.Function):
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """Multiply `[n, i, j]` by `[n, j, k]` and by a number, with one rounding."""
+    """Multiply `[n, i, j]` by `[n, j, k]` and by a scalar, with one rounding."""
     return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scaling)
 
 
@@ -166,8 +166,8 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention by torch's fused kernels, or by matrix products where these are faster.
 
-    On a CPU, the backward of the fused kernel takes a third of a training step in bf16; for short sequences, products
-    on matrix units take a small part of that. In evaluation the fused kernel is faster.
+    On a CPU, the backward of the fused kernel takes a third of a training step in bf16. For short sequences, matrix
+    products on matrix units take a small part of that time. In evaluation the fused kernel is faster.
     """
     is_trained = torch.is_grad_enabled() and query.requires_grad
     is_plain = attention_mask is None and not dropout and query.shape[2] <= SHORT_SEQUENCE

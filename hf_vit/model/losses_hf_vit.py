@@ -1,4 +1,4 @@
-"""What follows the head of a classifier of images or pixels: the scale of its logits, and its loss."""
+"""Scale of the logits and loss of classifiers of images or pixels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
     """Return the logits for the outputs of a head `[B, num_labels]`.
 
     They are divided by the temperature of `config`. Standardized targets are converted to their own units, in float32,
-    since half precision would round values that are large beside their deviation.
+    since half precision would round values that are large compared to their standard deviation.
     """
     if config.temperature != 1:
         outputs = outputs / config.temperature
@@ -32,12 +32,12 @@ def scaled_logits(outputs: Tensor, config: HFViTConfig) -> Tensor:
 
 
 def filled(like: Tensor, values: Sequence[float]) -> Tensor:
-    """Return values as a tensor of the dtype and on the device of another; copying them to a GPU would wait for it."""
+    """Return values as a tensor with the dtype and device of `like`; a copy to a GPU would synchronize with it."""
     return torch.stack([like.new_full((), value) for value in values])
 
 
 def activation_of(config: HFViTConfig) -> str:
-    """Return what turns logits into scores: `"softmax"`, `"sigmoid"`, or `"none"` for the values of a regression.
+    """Return the activation that converts logits to scores: `"softmax"`, `"sigmoid"`, or `"none"` for a regression.
 
     It follows from `config.problem_type`. Without one, a single output gets the sigmoid, as in transformers' pipeline.
     """
@@ -56,19 +56,20 @@ def classification_loss(
 ) -> Tensor:
     """Compute the loss of a classifier in float32.
 
-    `config.problem_type` selects the loss. If it is `None`, the shape and dtype of the labels do. A regression of a
-    single target is then written into the config, as transformers does, so that pipelines return its value.
+    `config.problem_type` selects the loss. If it is `None`, one output is a regression, and several outputs have one
+    label per image. Such a regression is then written into the config, as transformers does, so that pipelines return
+    its value.
 
     Args:
         labels: Class indices `[B]`; soft labels `[B, num_labels]` that sum to one (mixup, distillation); 0 or 1 per
             label, `[B, num_labels]`, with `problem_type="multi_label_classification"`; or regression targets in their
-            own units. A class index of -100, and a -100 for one of several labels, is ignored.
+            own units. A class index of -100 is ignored, and so is a -100 for one of several labels.
         logits: `[B, num_labels]`.
         config: The model's config. With `target_scale`, the loss of a regression is that of standardized targets.
         num_items_in_batch: Number of entries of `labels` in all accumulated batches. If given, the sum of the losses
             is divided by it; otherwise the loss is the mean over this batch.
-        class_weights: `[num_labels]`, float32: factors on the loss of each class, or with several labels per image on
-            that of its positives. The divisor stays the number of entries, so weights of mean 1 keep the scale.
+        class_weights: `[num_labels]`, float32: factors on the loss of each class or, with several labels per image, on
+            the loss of its positives. The divisor is still the number of entries, so weights of mean 1 keep the scale.
 
     Raises:
         ValueError: If soft labels do not sum to one, or labels and logits differ in shape.
@@ -144,6 +145,6 @@ def pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Ten
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, config: HFViTConfig) -> Tensor:
-    """Return the mean cross-entropy of the pixels that count, at the size of the labels; as for `pixel_losses`."""
+    """Return the mean cross-entropy of the pixels that count, at the size of the labels; see `pixel_losses`."""
     losses, is_known = pixel_losses(logits, labels, config.semantic_loss_ignore_index)
     return losses.sum() / is_known.sum().clamp(min=1)

@@ -61,7 +61,7 @@ from .validation_hf_vit import DTYPES
 
 logger = logging.get_logger(__name__)
 
-FLOATS = tuple(getattr(torch, name) for name in DTYPES)  # without those of 8 bits, which quantized weights have
+FLOATS = tuple(getattr(torch, name) for name in DTYPES)  # excludes the 8-bit dtypes of quantized weights
 
 
 # ------------------------------------------------------------------------------------- from an image to a sequence
@@ -176,7 +176,7 @@ class HFViTEmbeddings(nn.Module):
 class HFViTAttention(nn.Module):
     """Multi-head self-attention, with queries, keys and values from one matrix product (appendix A).
 
-    The rows of its weight are ordered (head, q/k/v, head_dim), so that a tensor-parallel shard is a number of heads.
+    The rows of its weight are ordered (head, q/k/v, head_dim), so that a tensor-parallel shard contains whole heads.
     """
 
     def __init__(self, config: HFViTConfig) -> None:
@@ -205,7 +205,7 @@ class HFViTAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         qkv = self.qkv(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, A, 3, d]
-        # Unbound before they are transposed, so that the backward joins the gradients in one copy.
+        # Unbind before transposing, so that the backward pass joins the gradients in one copy.
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(3))  # [B, A, T, d] each
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
@@ -273,7 +273,7 @@ class HFViTLayer(GradientCheckpointingLayer):
 
 
 class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: ignore[misc]
-    """Base class: what transformers needs to know about the models, and their initial weights."""
+    """Base class: the attributes of the models that transformers reads, and the weight initialization."""
 
     config: HFViTConfig
     config_class = HFViTConfig
@@ -281,8 +281,8 @@ class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: igno
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    # Accelerate's FSDP shards each of these alone, and the patch embeddings (`_input_embed_layer`), which it could not
-    # within another shard. A pooler is not part of every model.
+    # Accelerate's FSDP shards each of these modules separately, and also the patch embeddings (`_input_embed_layer`),
+    # which it cannot shard as part of another module. The pooler is not listed, since not every model has one.
     _no_split_modules = ["HFViTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -308,11 +308,11 @@ class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: igno
                 init.trunc_normal_(parameter, std=self.config.initializer_range)
         elif isinstance(module, HFViTLayerScale):
             init.constant_(module.weight, cast(float, self.config.layer_scale_init_value))
-        elif hasattr(module, "init_own_weights"):  # of another file
+        elif hasattr(module, "init_own_weights"):  # a module of another file
             cast(Any, module).init_own_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Also save the config, as metadata, without which `torch.save(model.state_dict(), path)` has no heads."""
+        """Also save the config as metadata, so that a file of `torch.save(model.state_dict(), path)` contains it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
             architecture = {"architectures": [type(self).__name__]}
@@ -320,7 +320,7 @@ class HFViTPreTrainedModel(HFViTRepositoryMixin, PreTrainedModel):  # type: igno
 
 
 class HFViTModel(HFViTPreTrainedModel):
-    """The encoder, with the pooling that a head reads.
+    """The encoder and the pooling, whose output is the input of a head.
 
     Args:
         config: The architecture.
@@ -351,8 +351,8 @@ class HFViTModel(HFViTPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: `[B, C, H, W]`, normalised by the image processor. Any height and width that the patch size
-                divides: positions are resampled. For a pack, `[rows, C*ph*pw]`.
+            pixel_values: `[B, C, H, W]`, normalized by the image processor. Height and width can be any multiples of
+                the patch size; positions are resampled. For a pack, `[rows, C*ph*pw]`.
             bool_masked_pos: `[B, N]`, true where a patch is masked; for a model with a mask token.
             attention_mask: `[B, T]`, 1 for tokens to attend to, tokens before the patches first.
             patch_grids: For a pack, integers `[B, 2]`: the (rows, columns) of each image, as the image processor
@@ -424,7 +424,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # The paper fine-tunes from a head of zeros (appendix B.1.1), and so does a new head on a loaded encoder.
+        # As in the paper's fine-tuning (appendix B.1.1), a new head on a loaded encoder starts at zero.
         projection = self.vit.embeddings.patch_embeddings.projection
         is_encoder_loaded = getattr(projection.weight, "_is_hf_initialized", False)
         if module is self.classifier and (self.config.zero_init_head or is_encoder_loaded):
@@ -446,7 +446,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
             kwargs: As for `HFViTModel`, including `patch_grids`.
 
         Returns:
-            `logits` `[B, num_labels]`, as of `scaled_logits`, and, with labels, `loss`.
+            `logits` `[B, num_labels]`, as returned by `scaled_logits`, and, with labels, `loss`.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.vit(pixel_values, **kwargs)
@@ -461,7 +461,7 @@ class HFViTForImageClassification(HFViTPreTrainedModel):
 
 register_checkpoint_conversion_mapping(
     HFViTModel.__name__,
-    # One converter per name: quantizers of transformers search for targets, which a group `\1` is not.
+    # One converter per name: transformers' quantizers look up target names, and a group `\1` is not a name.
     [
         WeightConverter(name, name, [ResamplePositions()])
         for name in (f"position_embeddings.{table}.weight" for table in ("table", "rows", "columns", "offsets"))

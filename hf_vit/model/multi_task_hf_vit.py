@@ -1,9 +1,9 @@
-"""Several heads on one encoder: one forward gives the outputs of all of them.
+"""Several heads on one encoder: one forward pass computes the outputs of all heads.
 
-A head of `HFViTForMultiTask` consists of the very modules that the single-task model has beside its encoder, so that
-`model.single(name)` is that model with shared weights. A head for anomalies has no such model: it compares patches
-with a memory of normal ones (PatchCore, arXiv:2106.08265; with a frozen ViT and cosine distances as in AnomalyDINO,
-arXiv:2405.14529).
+A head of `HFViTForMultiTask` consists of the modules that the single-task model has in addition to its encoder.
+`model.single(name)` therefore returns that model with shared weights. An anomaly head has no single-task model. It
+compares patches with a memory of normal patches (PatchCore, arXiv:2106.08265; with a frozen ViT and cosine distances
+as in AnomalyDINO, arXiv:2405.14529).
 """
 
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ from .packing_hf_vit import reject_packs
 from .pooling_hf_vit import HFViTPooler, classifier_of
 from .segmentation_hf_vit import HFViTForSemanticSegmentation, HFViTSegmentationHead
 
-SHARE_OF_PATCHES = 0.01  # the most distant ones, whose mean is the score of an image (AnomalyDINO, section 3)
+SHARE_OF_PATCHES = 0.01  # the score of an image is the mean of this share of largest distances (AnomalyDINO, sec. 3)
 
 
 class Encoding(NamedTuple):
-    """What heads read: the encoder's output, normalized patches `[B, N, D]` by stage, and their (rows, columns)."""
+    """Input of the heads: the encoder's output, normalized patches `[B, N, D]` by stage, and their (rows, columns)."""
 
     outputs: BaseModelOutputWithPooling
     layers: dict[int, Tensor]
@@ -59,7 +59,7 @@ class HFViTHead(nn.Module):
 
     Attributes:
         model_class: Class of the single-task model; `None` if there is none.
-        stages: Stages whose patches the head reads, from 0, the stem, on.
+        stages: Stages whose patches the head reads; 0 is the stem.
         config: Config of the single-task model.
     """
 
@@ -71,13 +71,13 @@ class HFViTHead(nn.Module):
         self.stages: list[int] = []
 
     def answer(self, outputs: dict[str, Tensor], processor: Any, size: tuple[int, int], top_k: int | None) -> Any:
-        """Return what the head says of one image, in plain types.
+        """Return the prediction of the head for one image, without tensors.
 
         Args:
-            outputs: The outputs of `forward` for a batch of this image.
+            outputs: Outputs of `forward` for a batch of one image.
             processor: The image processor.
             size: (height, width) of the upright image.
-            top_k: Number of labels.
+            top_k: Maximum number of labels or objects; `None` for the head's default.
         """
         raise NotImplementedError
 
@@ -91,7 +91,7 @@ class HFViTImageHead(HFViTHead):
         super().__init__(config, head)
         own = self.config
         is_shared = (own.pooling, own.representation_size) == (config.pooling, config.representation_size)
-        self.pooler = None if is_shared else HFViTPooler(own)  # otherwise it reads what the encoder has pooled
+        self.pooler = None if is_shared else HFViTPooler(own)  # None: use the encoder's pooled output
         self.classifier = classifier_of(own)
 
     def forward(self, encoding: Encoding, labels: Tensor | None = None) -> ImageClassifierOutput:
@@ -102,7 +102,7 @@ class HFViTImageHead(HFViTHead):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def answer(self, outputs: dict[str, Tensor], processor: Any, size: tuple[int, int], top_k: int | None) -> Any:
-        """Return labels with their scores as `with_certainty` does; or the value of every target."""
+        """Return labels and scores in the format of `with_certainty`, or the value of each regression target."""
         logits, names = outputs["logits"][0].float(), cast(dict[int, str], self.config.id2label)
         activation = activation_of(self.config)
         if activation == "none":
@@ -249,7 +249,7 @@ HEADS: dict[str, type[HFViTHead]] = {
 
 
 class HFViTForMultiTask(HFViTPreTrainedModel):
-    """The encoder with several heads, `config.task_heads`, which all read one forward.
+    """The encoder with the heads of `config.task_heads`, which share one forward pass of the encoder.
 
     Example:
         >>> small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
@@ -265,7 +265,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         'HFViTForImageClassification'
     """
 
-    accepts_loss_kwargs = False  # the numbers of items of heads differ
+    accepts_loss_kwargs = False  # the number of items in a batch differs between heads
 
     def __init__(self, config: HFViTConfig) -> None:
         super().__init__(config)
@@ -295,8 +295,8 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
 
         Args:
             pixel_values: `[B, C, H, W]`, as for `HFViTModel`.
-            labels: Labels by the name of the head, as the single-task models take them. If given, each of these heads
-                has a `loss`, and the output has their sum.
+            labels: Labels by head name, in the format of the single-task models. If given, the output of each of these
+                heads has a `loss`, and the model's output has the sum of these losses.
             output_hidden_states: Whether to return the hidden states of the encoder.
             kwargs: As for `HFViTModel`.
 
@@ -320,7 +320,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         return ModelOutput({name: entry for name, entry in entries.items() if entry is not None})
 
     def _encode(self, pixel_values: Tensor | None, output_hidden_states: bool, **kwargs: Any) -> Encoding:
-        """Run the encoder; hidden states are only recorded where a head reads them before the last layer."""
+        """Run the encoder; record hidden states only if requested, or if a head reads a layer before the last one."""
         last, heads = self.config.num_hidden_layers, cast(Any, self.heads.values())
         stages = {stage for head in heads for stage in head.stages}
         needs_states = output_hidden_states or bool(stages - {last})
@@ -335,7 +335,8 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
     def single(self, name: str) -> HFViTPreTrainedModel:
         """Return the single-task model of a head, which shares its weights with this model.
 
-        It can be used and saved like any other. A head for anomalies becomes a multi-task model of this head alone.
+        It can be used and saved like any other model. For an anomaly head, it is a multi-task model with only this
+        head.
 
         Raises:
             ValueError: If there is no such head.
@@ -353,7 +354,7 @@ class HFViTForMultiTask(HFViTPreTrainedModel):
         ours = {f"vit.{part}": parameter for part, parameter in self.vit.named_parameters()}
         for part, parameter in head.named_parameters():
             ours["vit." + part if part.startswith("pooler.") else prefix + part] = parameter
-        # Parameters, not modules: hooks on a shared module would record the hidden states of both models.
+        # Parameters are shared, not modules: hooks on a shared module would record the hidden states of both models.
         for part, parameter in model.named_parameters():
             parameter.requires_grad_(ours[part].requires_grad)
         model.load_state_dict({part: ours[part] for part, _ in model.named_parameters()}, assign=True)

@@ -2,7 +2,7 @@
 
 Dehghani et al., "Patch n' Pack: NaViT, a Vision Transformer for any Aspect Ratio and Resolution", NeurIPS 2023
 (arXiv:2307.06304). Each image has its class token, registers and positions, and attends only to itself. Linear layers,
-norms and MLPs treat tokens one by one and need no change; this file holds what must distinguish between images.
+norms and MLPs treat tokens one by one and need no change; this file has the parts that must distinguish images.
 
 Letters in shapes are those of modeling_hf_vit.py; T counts the tokens of all images. A group is n images of one grid,
 with L tokens each.
@@ -27,8 +27,8 @@ from .positions_hf_vit import HFViTPositions
 class HFViTPacking:
     """Sort the images of a pack by grid, so that images of one grid can be computed as a batch.
 
-    The encoder sees the sorted images: `sort` its input, and `restore` its output. No attention score between tokens
-    of two images is computed.
+    The encoder processes the sorted images: `sort` its input, and `restore` its output. No attention scores between
+    tokens of different images are computed.
 
     Args:
         pixel_values: `[rows, C*ph*pw]`, the flattened patches of all images.
@@ -64,7 +64,7 @@ class HFViTPacking:
         return torch.cat([images[image] for image in self._order])
 
     def restore(self, outputs: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """Return outputs of the sorted images in the order of the pack."""
+        """Reorder the outputs of the sorted images to the order of the pack."""
 
         def restored(states: Any) -> Any:
             if states is None:  # a layer that was not selected
@@ -82,7 +82,7 @@ class HFViTPacking:
     def split(self, states: Tensor, has_prefix: bool = True) -> list[Tensor]:
         """View `[1, T, D]` or `[1, A, T, d]` as a batch `[n, L, D]` or `[n, A, L, d]` of each group.
 
-        Without prefix, the states are of patches alone.
+        Without prefix, the states contain only patches.
         """
         sizes = [(number, prod(grid) + has_prefix * self.prefix) for grid, number in self.groups.items()]
         parts = states.split([prod(size) for size in sizes], dim=-2)
@@ -133,15 +133,15 @@ class HFViTPacking:
         return torch.cat([part.flatten(0, 1) for part in parts]).unsqueeze(0), None
 
     def _can_use_flash(self, value: Tensor, dropout: float) -> bool:
-        # torch's kernel for packs has no dropout, and does not pad heads to a multiple of 8.
+        # torch's variable-length kernel has no dropout, and does not pad heads to a multiple of 8.
         can_pack = self.use_flash and not dropout and value.shape[-1] % 8 == 0
         return can_pack and can_use_flash_attention(SDPAParams(value, value, value, None, 0.0, False, False))
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, packing: HFViTPacking, scaling: float) -> Tensor:
-    """Attend within all images in one call, from `[1, A, T, d]` to `[T, A, d]`, in half precision on CUDA.
+    """Compute attention within each image in one call, from `[1, A, T, d]` to `[T, A, d]`; half precision on CUDA.
 
-    Written from torch's documentation, and not tested on a GPU.
+    Written from torch's documentation and not tested on a GPU.
     """
     from torch.nn.attention.varlen import varlen_attn  # takes seconds to import, and is not needed on a CPU
 

@@ -1,7 +1,7 @@
 """Pipelines that pass files to the image processor instead of opening them first.
 
-transformers' pipelines convert every file to 8-bit RGB before the processor: 16-bit grayscale turns white, transparent
-pixels get an arbitrary color, and an error does not name the file. With the package installed,
+transformers' pipelines convert every file to 8-bit RGB before the processor: 16-bit grayscale becomes white,
+transparent pixels get an arbitrary color, and an error does not name the file. With the package installed,
 `pipeline("image-classification", model)` constructs these classes for our models; without it, with
 `trust_remote_code=True`, the class that `HFViTConfig.custom_pipelines` names.
 """
@@ -24,15 +24,15 @@ from .abstention_hf_vit import certainties, most_shown, with_certainty
 from .image_reading_hf_vit import DOWNLOAD_TIMEOUT, download, is_url
 from .losses_hf_vit import activation_of
 
-# What turns logits into scores, in NumPy, as in transformers.
+# Activations that convert logits to scores, in NumPy as in transformers.
 SCORES: dict[str, Callable[[Any], Any]] = {"softmax": softmax, "sigmoid": sigmoid, "none": lambda logits: logits}
 
 
 class FilePreprocessing:
-    """Preprocess whatever the image processor accepts; raise a `ValueError` that names a file that is unreadable."""
+    """Preprocess any input that the image processor accepts; raise a `ValueError` that names an unreadable file."""
 
     def preprocess(self, image: Any, timeout: float | None = None, **options: Any) -> BatchFeature:
-        """Return the model's inputs for an image; `timeout` is the longest silence of a server, in seconds."""
+        """Return the model's inputs for an image; `timeout` is the maximum number of seconds without a response."""
         pipeline: Any = self
         if not hasattr(pipeline.image_processor, "least_size"):  # of another library, which may not read files
             parent: Any = super()
@@ -43,14 +43,14 @@ class FilePreprocessing:
 
 
 class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPipeline):  # type: ignore[misc]
-    """Image classification on images as `hf_vit` reads them, and with thresholds, answers that can say "unknown"."""
+    """Image classification that reads images like `hf_vit` and, with thresholds, can answer "unknown"."""
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, function_to_apply: Any = None, top_k: int | None = None
     ) -> Any:
-        """Return labels and scores as transformers does; for a model with thresholds, as `with_certainty` does.
+        """Return labels and scores as in transformers or, for a model with thresholds, as in `with_certainty`.
 
-        Only the labels of the answer are named: naming and sorting all 1,000 takes 3 ms per image.
+        Only the returned labels get their names: naming and sorting all 1,000 takes 3 ms per image.
         """
         config: Any = self.model.config
         logits = model_outputs["logits"][0].float()
@@ -63,11 +63,11 @@ class HFViTImageClassificationPipeline(FilePreprocessing, ImageClassificationPip
 
 
 class HFViTImageFeatureExtractionPipeline(FilePreprocessing, ImageFeatureExtractionPipeline):  # type: ignore[misc]
-    """Feature extraction from images as `hf_vit` reads them."""
+    """Feature extraction that reads images like `hf_vit`."""
 
 
 class SizedFilePreprocessing(FilePreprocessing):
-    """Preprocess files as above, and keep the size of the upright image, which masks and boxes refer to."""
+    """`FilePreprocessing` that also returns the size of the upright image, which masks and boxes refer to."""
 
     def preprocess(self, image: Any, timeout: float | None = None, **options: Any) -> BatchFeature:
         """Return the model's inputs for an image, and its size; arguments as in transformers."""
@@ -81,23 +81,25 @@ class SizedFilePreprocessing(FilePreprocessing):
         return inputs
 
     def check_model_type(self, supported_models: Any) -> None:
-        """Accept any model: transformers compares with a list of names that registered classes are not added to."""
+        """Accept any model: the list of class names that transformers compares with lacks registered classes."""
 
 
 class HFViTImageSegmentationPipeline(SizedFilePreprocessing, ImageSegmentationPipeline):  # type: ignore[misc]
-    """Semantic segmentation of images as `hf_vit` reads them; masks have the size of the upright image."""
+    """Semantic segmentation that reads images like `hf_vit`; masks have the size of the upright image."""
 
 
 class HFViTObjectDetectionPipeline(SizedFilePreprocessing, ObjectDetectionPipeline):  # type: ignore[misc]
-    """Object detection in images as `hf_vit` reads them; boxes are in pixels of the upright image."""
+    """Object detection that reads images like `hf_vit`; boxes are in pixels of the upright image."""
 
 
 class HFViTMultiTaskPipeline(SizedFilePreprocessing, Pipeline):  # type: ignore[misc]
-    """Answers of all heads of a multi-task model, by the names of the heads.
+    """Pipeline of a multi-task model, which returns the answers of all heads by name.
 
-    Images are files, addresses, PIL images or arrays, one or a list. Heads of classes answer with labels and scores,
-    of numbers with a value for each target, of pixels with a mask for each class, of objects with boxes, and of
-    anomalies with a score and a map. `top_k` is the number of labels, five if not given.
+    It accepts one image or a list of images: files, URLs, PIL images or arrays. A classification head returns labels
+    and scores, a regression head a value for each target, a segmentation head a mask for each class, a detection head
+    boxes, and an anomaly head a score and a map. `top_k` is the maximum number of labels or objects; by default, a
+    classification head returns five labels or its whole label set, and multi-label and detection heads return those
+    above their thresholds.
     """
 
     model: Any

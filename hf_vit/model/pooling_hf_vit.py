@@ -1,6 +1,6 @@
-"""Pooling: from all tokens to one vector per image, equation (4) of the paper, and the classifier of that vector.
+"""Pooling of all tokens to one vector per image, equation (4) of the paper, and the classifier of that vector.
 
-`POOLINGS` maps the config's names.
+`POOLINGS` maps the values of `HFViTConfig.pooling` to classes.
 """
 
 import torch
@@ -120,7 +120,7 @@ class HFViTPooler(nn.Module):
 
 
 class HFViTDistilledClassifier(nn.Module):
-    """Classify by the class token and by the distillation token, and average the logits (arXiv:2012.12877)."""
+    """One classifier for the class token and one for the distillation token, averaged logits (arXiv:2012.12877)."""
 
     def __init__(self, width: int, num_labels: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from .configuration_hf_vit import POSITION_INTERPOLATIONS, HFViTConfig
 from .splines_hf_vit import geometric_spline
 from .validation_hf_vit import GEOMETRIC_SPLINES, pair
 
-WITHOUT_FLOAT64 = ("mps", "xpu")  # devices, on XPU some of them
+WITHOUT_FLOAT64 = ("mps", "xpu")  # device types; of XPU, only some devices
 
 
 def resample_position_embeddings(
@@ -31,7 +31,7 @@ def resample_position_embeddings(
     Args:
         table: `[K, rows*columns, D]` without class or register tokens. Computed in float32, returned in its dtype.
         old_grid: `(rows, columns)` of `table`.
-        new_grid: Target `(rows, columns)`. A grid with as many cells but another aspect ratio is a different grid.
+        new_grid: Target `(rows, columns)`. A grid with the same number of cells but another aspect ratio differs.
         interpolation: A key of `POSITION_INTERPOLATIONS`, or of `GEOMETRIC_SPLINES` for offsets between patches.
 
     Returns:
@@ -57,7 +57,7 @@ def resample_position_embeddings(
 
 
 def _resample_by_splines(cells: Tensor, grid: tuple[int, int], degree: int) -> Tensor:
-    """Resample `[K, D, rows, columns]` in float64, which autocast leaves alone."""
+    """Resample `[K, D, rows, columns]` in float64, which autocast does not convert."""
     device = torch.device("cpu") if cells.device.type in WITHOUT_FLOAT64 else cells.device
     sizes = zip(cells.shape[2:], grid, strict=True)
     rows, columns = (geometric_spline(old, new, degree).to(device) for old, new in sizes)
@@ -209,7 +209,7 @@ class HFViTLayerPositions(HFViTLearnedPositions):
 
 
 class HFViTLayer2DPositions(HFViTLayerPositions, HFViTLearned2DPositions):
-    """The same, with a vector of D/2 per row and one of D/2 per column."""
+    """Like `HFViTLayerPositions`, with a vector of D/2 per row and one of D/2 per column."""
 
 
 class HFViTSinCos2DPositions(HFViTNoPositions):
@@ -226,8 +226,8 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
 
     def on_grid(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """Return the embeddings of all patches, float32 `[1, N, D]`."""
-        # In float64, as numpy does in the original code: float32 powers differ in the last digits. A table that the
-        # CPU computes for other devices would have to be copied, and they would be waited for, in every forward.
+        # In float64, as NumPy in the original code: float32 powers differ in the last digits. The table is computed on
+        # the device, since copying it from the CPU would synchronize with the device in every forward pass.
         is_wide = device is None or device.type not in WITHOUT_FLOAT64
         powers, angles = (torch.float64, self.ANGLES) if is_wide else (torch.float32, torch.float32)
         frequencies = self.frequencies(device, powers).to(angles)
@@ -238,7 +238,7 @@ class HFViTSinCos2DPositions(HFViTNoPositions):
         return torch.cat(parts, dim=-1).flatten(0, 1).unsqueeze(0).float()
 
     def frequencies(self, device: torch.device | None, dtype: torch.dtype) -> Tensor:
-        """Return the angles between neighbours, `[D/4]`."""
+        """Return the angles between neighboring positions, `[D/4]`."""
         quarter = self.config.hidden_size // 4
         return self.TEMPERATURE ** -(torch.arange(quarter, device=device, dtype=dtype) / max(quarter - 1, 1))
 
@@ -269,7 +269,7 @@ class HFViTRelativePositions(HFViTNoPositions):
         return HFViTPositions(bias=self._with_prefix(bias.transpose(1, 2)))
 
     def bias_of_patches(self, grid: tuple[int, int]) -> Tensor:
-        """Return what each layer adds to the attention scores between patches, `[layers, A, N, N]`."""
+        """Return the bias that each layer adds to the attention scores between patches, `[layers, A, N, N]`."""
         rows, columns = grid
         table = self.offsets((2 * rows - 1, 2 * columns - 1))  # [layers, 2h-1, 2w-1, A]
         row = torch.arange(rows, device=table.device).unsqueeze(1).expand(-1, columns).flatten()  # [N]
@@ -316,7 +316,7 @@ class HFViTRotaryPositions(HFViTNoPositions):
         return torch.cat([row_angles, column_angles] * 2, dim=-1).flatten(0, 1)
 
     def coordinates(self, grid: tuple[int, int], device: torch.device) -> list[Tensor]:
-        """Return the coordinates of rows `[h]` and of columns `[w]`: centres in [-1, 1], or indices on `rope_grid`."""
+        """Return the coordinates of rows `[h]` and of columns `[w]`: centers in [-1, 1], or indices on `rope_grid`."""
         numbers = [torch.arange(size, device=device) for size in grid]
         if self.config.rope_coordinates == "centered":
             return [(2 * number + 1) / size - 1 for number, size in zip(numbers, grid, strict=True)]
@@ -363,7 +363,7 @@ class ResamplePositions(ConversionOps):
         _, rows, columns, _ = model.get_parameter(name).shape
         if not table.numel():  # sharded along its first dimension, which is often 1: this rank may hold no row
             return {name: table.new_empty(table.shape[0], rows, columns, table.shape[3])}
-        # The model may be another one, such as DETR, that has ours as its backbone: its config is not ours.
+        # The model may be another one, such as DETR with ours as its backbone, and has another config then.
         config = model.get_submodule(name.rpartition(".position_embeddings.")[0]).config
         return {name: resample_table(table, (rows, columns), config.position_interpolation)}
 

@@ -1,6 +1,6 @@
-"""The simple feature pyramid of ViTDet (arXiv:2203.16527): maps of several strides from the last layer alone.
+"""The simple feature pyramid of ViTDet (arXiv:2203.16527): maps of several strides from only the last layer.
 
-A map is enlarged by deconvolutions or reduced by max pooling, then a 1x1 and a 3x3 convolution follow, each with a
+A map is upsampled by deconvolutions or downsampled by max pooling. A 1x1 and a 3x3 convolution follow, each with a
 LayerNorm over the channels.
 """
 
@@ -35,11 +35,11 @@ class HFViTChannelLayerNorm(nn.LayerNorm):
 
 
 class HFViTPyramidLevel(nn.Sequential):
-    """Turn the map of the patches `[B, D, h, w]` into one of another stride, `[B, pyramid_channels, h', w']`.
+    """Resample the map of the patches `[B, D, h, w]` to another stride, `[B, pyramid_channels, h', w']`.
 
     Args:
         config: The architecture.
-        doublings: Number of times that the map is doubled, or halved if negative. Odd sizes are rounded up.
+        doublings: How often the size of the map is doubled, or halved if negative. Odd sizes are rounded up.
     """
 
     def __init__(self, config: HFViTConfig, doublings: int) -> None:
@@ -61,7 +61,7 @@ class HFViTPyramidLevel(nn.Sequential):
 
 
 class HFViTPyramid(nn.ModuleDict):
-    """The maps of all strides in `config.feature_strides`, by the names of the stages."""
+    """One pyramid level for each stride in `config.feature_strides`, by the names of the stages."""
 
     def __init__(self, config: HFViTConfig) -> None:
         patch = config.patch_shape[0]

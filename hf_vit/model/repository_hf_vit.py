@@ -113,7 +113,7 @@ class HFViTRepositoryMixin:
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        """Return False: transformers would copy the code of the class's module, which FSDP replaces."""
+        """Return False. Otherwise transformers copies the code of the class's module, but FSDP replaces the class."""
         return False
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def complete_repository(
 ) -> None:
     """Write the code into `folder`, and the image processor and the model card if they are missing.
 
-    The code is every file that `auto_map` names, and the files that these import by relative imports. Without
+    The code consists of the files that `auto_map` names and the files that these import by relative imports. Without
     `processor`, the processor of the checkpoint that the model was loaded from is saved.
     """
     folder = Path(folder)
@@ -150,7 +150,7 @@ def complete_repository(
 
 
 def other_code(folder: Path) -> list[str]:
-    """Return the names of code files in a folder that differ from the files of the same names beside this one."""
+    """Return the names of code files in a folder that differ from the files of the same names next to this file."""
     ours = (file for file in Path(__file__).parent.glob("*_hf_vit.py") if (folder / file.name).is_file())
     return sorted(file.name for file in ours if file.read_bytes() != (folder / file.name).read_bytes())
 
@@ -165,9 +165,9 @@ def warn_of_other_code(folder: Path) -> None:
 
 
 def remove_replaced_weights(folder: Path) -> None:
-    """Remove weights of an earlier save: one file beside new shards, or the index of shards beside one new file.
+    """Remove weights of an earlier save: a single file next to new shards, or the index of shards next to a new file.
 
-    transformers removes old shards, but reads one file before an index, so that the old weights would be loaded.
+    transformers removes old shards, but prefers a single file to an index, so it would load the old weights.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not (single.is_file() and index.is_file()):
@@ -181,7 +181,7 @@ def processor_of(config: HFViTConfig) -> HFViTImageProcessorPil | None:
     """Return the image processor of the checkpoint that a model was loaded from, at the model's image size.
 
     A new model gets the preprocessing of the paper's code. If the checkpoint has no processor on this machine, return
-    `None`: a guessed mean and standard deviation could be wrong without an error.
+    `None`: a guessed mean and standard deviation could be silently wrong.
     """
     if not config.name_or_path:
         return HFViTImageProcessorPil.from_preset("original", config.image_shape, num_channels=config.num_channels)

@@ -1,7 +1,8 @@
 """Segmentation maps in the image processor: from a map to labels, and from logits to a map.
 
-A map holds a class index for every pixel. It is resized and cropped like its image, but by the nearest neighbour, and
-is not normalized. Pixels that no map covers, and those of 255, have the label 255, which the loss ignores.
+A map holds a class index for every pixel. It is resized and cropped like its image, but with nearest-neighbor
+interpolation, and is not normalized. Pixels outside of the map and pixels of value 255 get the label 255, which the
+loss ignores.
 """
 
 import os
@@ -27,10 +28,10 @@ def class_indices(segmentation_map: Any) -> Tensor:
 
     Args:
         segmentation_map: A path, bytes, a grayscale or palette PIL image, or an array or tensor `[H, W]`. The index
-            of a palette image is the class. Colour images must have the same value in all colours.
+            of a palette image is the class. Color images must have the same value in all color channels.
 
     Raises:
-        ValueError: If the map has colours instead of indices.
+        ValueError: If the map has colors instead of indices.
     """
     if isinstance(segmentation_map, str | bytes | os.PathLike):
         segmentation_map = read_image(segmentation_map)
@@ -54,22 +55,22 @@ def class_indices(segmentation_map: Any) -> Tensor:
 
 
 def reduce_labels(labels: Tensor) -> Tensor:
-    """Return labels from which 1 is subtracted; 0, the background, becomes `IGNORED`."""
+    """Return labels minus 1; 0, the background, becomes `IGNORED`."""
     return torch.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
 
 
 class HFViTSegmentationMaps:
-    """Process the maps of images, too; mixed into `HFViTImageProcessing`."""
+    """Mixin of `HFViTImageProcessing` that processes segmentation maps."""
 
     do_reduce_labels: bool | None = None
     crop_pct: Any
     do_center_crop: Any
 
     def preprocess(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
-        """Preprocess images and, if given, a segmentation map for each, which become `labels`, int64 `[B, H, W]`.
+        """Preprocess images and, if given, their segmentation maps, which become `labels`, int64 `[B, H, W]`.
 
         Args:
-            images: As the class says.
+            images: As described in the docstring of the class.
             segmentation_maps: One or several, as for `class_indices`, each of the size of its image.
             kwargs: Options of this call. `do_reduce_labels` subtracts 1 from all classes, and ignores class 0.
         """
@@ -105,12 +106,12 @@ class HFViTSegmentationMaps:
         """Return labels `[H, W]` for class indices of any size."""
         processor: Any = self
         indices = indices.cpu().float()
-        # A crop fills with 0 what lies outside, so classes count from 1 meanwhile.
+        # A crop fills the area outside of the map with 0, so the classes are shifted by 1 during the crop.
         fitted = processor._fit((reduce_labels(indices) if is_reduced else indices)[None] + 1, call)[0] - 1
         return fitted.long().masked_fill(fitted < 0, IGNORED)
 
     def original_size(self, image: Any) -> tuple[int, int]:
-        """Return the (height, width) that an image has when it is upright, whatever size it is processed at."""
+        """Return the (height, width) of the upright image, regardless of the size it is processed at."""
         if isinstance(image, str | bytes | os.PathLike):
             image = read_image(image)
         if isinstance(image, Image.Image):
@@ -127,8 +128,8 @@ class HFViTSegmentationMaps:
 
         Args:
             outputs: Output of a model, with `logits` `[B, num_labels, h, w]`.
-            target_sizes: (height, width) of each image, to which logits are resized; by default maps have the size of
-                the logits.
+            target_sizes: (height, width) of each image, to which its logits are resized; by default, maps have the
+                size of the logits.
             return_segmentation_scores: Whether to return `segmentation`, the classes, and `segmentation_scores`, the
                 logits `[num_labels, H, W]`, for each image.
 

@@ -2,7 +2,7 @@
 
 The entries of a table are placed at geometrically growing offsets instead of 0, 1, 2, ..., so that offsets between
 near patches keep their biases, and the largest offset of the table is that of the new grid
-(github.com/microsoft/unilm, beit/run_class_finetuning.py). A spline is linear in the table: it is a matrix.
+(github.com/microsoft/unilm, beit/run_class_finetuning.py). A spline is linear in the table, so a matrix computes it.
 """
 
 from functools import cache
@@ -39,7 +39,8 @@ def _matrix(old: int, new: int, degree: int) -> np.ndarray:
 def _offsets(number: int, largest: int) -> np.ndarray:
     """Return the offsets 0, 1, 1 + q, 1 + q + q^2, ... on both sides of 0, which end at `largest`.
 
-    The ratio q lies between 1.01 and 1.5. It is found by the original's bisection, since its last digits matter.
+    The ratio q is between 1.01 and 1.5. It is found by the same bisection as in the original code, since its last
+    digits matter.
     """
     left, right = 1.01, 1.5
     ratio = left

@@ -54,7 +54,7 @@ class HFViTStemUnit(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return the normalisation layer of the ResNet."""
+    """Return the normalization layer of the ResNet."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 

@@ -50,9 +50,10 @@ CHOICES: dict[str, Collection[str]] = {
     "hidden_act": ACTIVATIONS,
 }
 
-# Smallest and largest values. The upper limits lie above every published model and within float32, and keep a config
-# from elsewhere from allocating any amount of memory. The largest published: width 6,144 with 24,576 hidden units
-# (arXiv:2302.05442), 1,000 layers (arXiv:2203.00555), 2^20 patches (arXiv:2312.03558).
+# Minimum and maximum values. The maximums are above those of every published model and within the range of float32.
+# They prevent an untrusted config from allocating an arbitrary amount of memory. The largest published models have
+# width 6,144 with 24,576 hidden units (arXiv:2302.05442), 1,000 layers (arXiv:2203.00555), 2^20 patches
+# (arXiv:2312.03558).
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"), (1, 2**16)),
     **dict.fromkeys(("head_dim", "representation_size", "num_pooling_heads"), (1, 2**16)),
@@ -72,8 +73,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "decoder_kernel_size": (1, 31),
 }
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_prob")
-# Fields that describe a trained head, and how they begin with a new one: the scale of its outputs, and thresholds.
-# Those of certainty hold for the probabilities that they were fitted to, and end with further training.
+# Fields that describe a trained head, with their values for a new head: the scale of its outputs, and thresholds.
+# The thresholds of certainty are valid only for the probabilities they were fitted to; further training resets them.
 OF_SCALE: dict[str, Any] = {"temperature": 1.0, "target_mean": None, "target_scale": None}
 OF_CERTAINTY: dict[str, Any] = {"abstention_threshold": None, "label_set_threshold": None, "label_set_coverage": None}
 OF_HEAD: dict[str, Any] = {**OF_SCALE, **OF_CERTAINTY, "thresholds": None}
@@ -81,10 +82,10 @@ MAX_TARGET = 1e30
 MAX_SIDE = 2**16
 MAX_PATCHES = 2**20
 MAX_STEM_STAGES = 8
-MAX_DOUBLINGS = 5  # of the grid of patches, or halvings, in a pyramid
-MAX_COLOR_CHANNELS = 6  # 8^6 = 262,144 colours
+MAX_DOUBLINGS = 5  # of the patch grid in a pyramid, and as many halvings
+MAX_COLOR_CHANNELS = 6  # 8^6 = 262,144 colors
 
-# Names that other libraries give a field. Without this table such a keyword would be stored and have no effect.
+# Names of the fields in other libraries. Without this table, such a keyword would be stored and have no effect.
 OTHER_NAMES = {
     name: field
     for field, names in {
@@ -164,7 +165,7 @@ def check_fields(given: dict[str, Any]) -> None:
     """Check each value on its own, before anything is derived from it.
 
     Raises:
-        ValueError: For a value out of its range, an unknown dtype, or label names that do not fit.
+        ValueError: For a value out of its range, an unknown dtype, or a `num_labels` that contradicts `id2label`.
     """
     inherited = {name: given[name] for name in Inherited.__annotations__ if name in given}
     validate_typed_dict(Inherited, inherited)  # type: ignore[type-var]  # its annotation excludes TypedDict
@@ -189,7 +190,7 @@ def check_fields(given: dict[str, Any]) -> None:
 
 
 def pair(name: str, size: int | list[int] | tuple[int, int], unit: str = "pixels") -> tuple[int, int]:
-    """Return a size in pixels or patches as `(height, width)`; raise `ValueError` for what is none."""
+    """Return a size in pixels or patches as `(height, width)`; raise `ValueError` if it is not a valid size."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(1 <= side <= MAX_SIDE for side in sides):
         raise ValueError(f"{name} must be 1 to {MAX_SIDE} {unit}, one number or (height, width), got {size!r}.")
@@ -203,7 +204,7 @@ def multiples_around(value: int, divisor: int) -> list[int]:
 
 
 def check_config(config: Any) -> None:
-    """Raise `ValueError` for the first combination of values that cannot work, with a remedy."""
+    """Raise `ValueError` for the first invalid combination of values; the message suggests a fix."""
     for problems in (_choices, _decoder, _head, _width, _tokens, _stem, _sizes, _strides):
         for problem in problems(config):
             raise ValueError(problem)

@@ -1,1 +1,1 @@
-"""The layouts of weights that are read and written, a module each."""
+"""The layouts of weights that are read and written, one module for each."""

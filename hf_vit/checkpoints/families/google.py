@@ -23,31 +23,31 @@ PRE_LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "Ml
 LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
 POSITION_NAMES = ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding")
 TABLE = "embeddings.position_embeddings.table.weight"
-# Prefixes of the image model: one of two towers, in a training checkpoint, in an older one, alone.
+# Prefixes of the image model: one of two towers (`img/`), in a training checkpoint or an older one, or alone.
 ROOTS = ("params/img/", "opt/target/img/", "img/", "params/", "opt/target/", "")
 # Optimizer, counters, and the text tower with temperature and bias.
 LEFT_OUT = (r"opt/(?!target/).*", r"(extra|chrono)/.*", r"((params|opt/target)/)?(txt/.*|t|b)")
 
 
 def transposed(config: HFViTConfig) -> Layout:
-    """A dense kernel `[in, out]`."""
+    """Transpose a dense kernel `[in, out]`."""
     return each(lambda kernel: kernel.T, lambda weight: weight.T)
 
 
 def convolution(config: HFViTConfig) -> Layout:
-    """A convolution `[h, w, in, out]`."""
+    """Convert a convolution `[h, w, in, out]` to `[out, in, h, w]`."""
     return each(lambda kernel: kernel.permute(3, 2, 0, 1), lambda weight: weight.permute(2, 3, 1, 0))
 
 
 def patches(config: HFViTConfig) -> Layout:
-    """The patch convolution, to a matrix."""
+    """Convert the patch convolution to a matrix."""
     shape = tuple(size // config.stem_stride for size in config.patch_shape)
     matrix = each(lambda kernel: kernel.flatten(1), lambda weight: weight.unflatten(1, (-1, *shape)))
     return convolution(config).then(matrix)
 
 
 def by_heads(config: HFViTConfig, parts: int = 3) -> Layout:
-    """Kernels `[D, A, d]` of queries, keys and values."""
+    """Convert kernels `[D, A, d]` of queries, keys and values."""
     shape = (config.num_attention_heads, -1)
     return each(lambda kernel: kernel.flatten(1).T, lambda weight: weight.T.unflatten(1, shape)).then(
         heads_together(config, parts)
@@ -55,24 +55,24 @@ def by_heads(config: HFViTConfig, parts: int = 3) -> Layout:
 
 
 def biases_by_heads(config: HFViTConfig, parts: int = 3) -> Layout:
-    """Biases `[A, d]` of queries, keys and values."""
+    """Convert biases `[A, d]` of queries, keys and values."""
     shape = (config.num_attention_heads, -1)
     return each(lambda bias: bias.flatten(), lambda bias: bias.unflatten(0, shape)).then(heads_together(config, parts))
 
 
 def from_heads(config: HFViTConfig) -> Layout:
-    """The output projection `[A, d, D]`."""
+    """Convert the output projection `[A, d, D]` to `[D, A*d]`."""
     shape = (config.num_attention_heads, -1)
     return each(lambda kernel: kernel.flatten(0, 1).T, lambda weight: weight.T.unflatten(0, shape))
 
 
 def flat(config: HFViTConfig) -> Layout:
-    """Scales and biases `[C]`, which flax before 0.3.6 wrote as `[1, 1, 1, C]`."""
+    """Flatten scales and biases to `[C]`; flax before 0.3.6 wrote them as `[1, 1, 1, C]`."""
     return reshaped((-1,), (-1,))
 
 
 def without_first(config: HFViTConfig) -> Layout:
-    """Positions with a row for a class token in a model without one."""
+    """Remove the row for a class token from the positions of a model without one."""
     joined = positions(config)
     return Layout(lambda theirs: joined.read([theirs[0][:, 1:]]), joined.write)
 
@@ -111,7 +111,8 @@ def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False)
         *_dense("pooler.pre_logits", f"{root}pre_logits"),
         *_dense("classifier", f"{root}head"),
     ]
-    # vit_jax reads only its own name of the positions, big_vision reads all; models of big_vision get its name.
+    # vit_jax reads only its own name of the positions, big_vision reads all names. Models that only big_vision has get
+    # its name.
     names = POSITION_NAMES[::-1] if is_of_big_vision(config) else POSITION_NAMES
     layout = without_first if has_spare_position else positions
     rows += [Row(("embeddings.position_embeddings.prefix", TABLE), f"{root}{name}", layout) for name in names]
@@ -121,7 +122,7 @@ def table(config: HFViTConfig, root: str = "", has_spare_position: bool = False)
         rows += _attention("layers.{}.attention", f"{block}/{attention}", {"qkv": ("query", "key", "value")})
         rows += _norm("layers.{}.layernorm_after", f"{block}/{after}")
         rows += _mlp("layers.{}.mlp", f"{block}/{mlp}")
-    for head in (f"{root}MAPHead_0/", root):  # without a module of its own at the time of ViT-g
+    for head in (f"{root}MAPHead_0/", root):  # at the time of ViT-g, this head had no module of its own
         pooling = "pooler.pooling"
         parts = {"query": ("query",), "key_value": ("key", "value")}
         rows.append(Row(f"{pooling}.probe", f"{head}probe"))

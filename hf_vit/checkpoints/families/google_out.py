@@ -19,7 +19,7 @@ def unsupported(checkpoint: Checkpoint) -> list[str]:
     config, features = checkpoint.config, []
     if config.pooling in ("mean", "attention") and config.use_cls_token:
         features.append(f"pooling={config.pooling!r} with a class token")
-    # Only the paper's code has a stem, and only big_vision has these.
+    # Only the paper's code has a stem, and only big_vision has the features in this message.
     is_of_big_vision = google.is_of_big_vision(config)
     if config.stem_layers is not None and (is_of_big_vision or config.position_embedding_type == "sincos_2d"):
         features.append("stem_layers with attention pooling, sincos_2d, or a class token without position")
@@ -47,7 +47,7 @@ def write(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> 
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """Return an array; bfloat16, which numpy does not have, as JAX writes it."""
+    """Return a tensor as an array; bfloat16, which NumPy does not have, is stored as JAX does."""
     tensor = tensor.contiguous()
     return tensor.view(torch.int16).numpy().view("V2") if tensor.dtype == torch.bfloat16 else tensor.numpy()
 

@@ -100,7 +100,7 @@ class Names:
         left_out: Regular expressions of the names that are left out.
 
     Raises:
-        ValueError: If the file is not such a table, or does not fit the tensors; names the line.
+        ValueError: If the file is not such a table, or does not match the tensors; the message names the entry.
     """
 
     def __init__(self, path: str | Path, source: Source) -> None:
@@ -203,7 +203,7 @@ class Names:
 
 
 def fused(config: HFViTConfig, order: list[str]) -> Layout:
-    """Queries, keys and values in one tensor `[3*A*d, ...]`, whose rows have any order, to (head, part, d)."""
+    """Convert queries, keys and values in one tensor `[3*A*d, ...]`, with rows in any order, to (head, part, d)."""
     sizes = {"part": 3, "head": config.num_attention_heads, "dim": config.head_width}
     ours = ["head", "part", "dim"]
     to_ours, to_theirs = [order.index(word) for word in ours], [ours.index(word) for word in order]
@@ -216,12 +216,12 @@ def fused(config: HFViTConfig, order: list[str]) -> Layout:
 
 
 def reshaped_token(config: HFViTConfig, shape: tuple[int, ...]) -> Layout:
-    """A token or several, stored in any shape."""
+    """Convert one or several tokens that are stored in any shape."""
     return each(lambda theirs: theirs.reshape(1, -1, config.hidden_size), lambda ours: ours.reshape(shape))
 
 
 def reshaped_positions(config: HFViTConfig, shape: tuple[int, ...]) -> Layout:
-    """All positions, stored in any shape."""
+    """Convert a table of all positions that is stored in any shape."""
     return reshaped_token(config, shape).then(positions(config))
 
 
@@ -260,7 +260,7 @@ def _read(source: Source, options: Options) -> Reading:
 
 
 def _features(source: Source, shapes: Shapes) -> dict[str, Any]:
-    """Return the fields of a table's further tensors."""
+    """Return the config fields for the optional tensors of a table."""
     fields: dict[str, Any] = {
         "use_qk_norm": "layers.{}.attention.q_norm.weight" in shapes,
         "use_attention_layernorm": "layers.{}.attention.layernorm.weight" in shapes,

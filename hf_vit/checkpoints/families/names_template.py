@@ -26,7 +26,7 @@ from .named import (
 )
 from .plain import CLS_TOKEN, PROJECTION
 
-# Our names of a layer's tensors, by what a name contains; tried in this order on the names of one shape.
+# By kind of tensor: patterns for a name and our name for it; the first pattern that matches is used.
 HINTS: dict[str, tuple[tuple[str, str], ...]] = {
     "square": (
         (r"(^|[._])(to_)?(w?q|query|q_proj|queries)$", PARTS[0]),
@@ -46,7 +46,7 @@ KIND = re.compile(r"(.*[._])(weight|bias)")
 
 
 def layer_prefix(tensors: Iterable[str]) -> str:
-    """Return the beginning of the names of the layers' tensors: what precedes the numbers 0, 1, ... in most names."""
+    """Return the beginning of the names of the layers' tensors, before the number of the layer."""
     found: dict[str, set[str]] = {}
     for name in tensors:
         if match := LAYER.fullmatch(name):
@@ -98,7 +98,7 @@ def main(kinds: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _guesses(shapes: dict[str, dict[str, tuple[int, ...]]]) -> Iterator[tuple[str, str]]:
-    """Yield the names in a source whose tensors' shapes and names determine ours."""
+    """Yield pairs of a name in the source and our name for it, where shapes and names determine ours."""
     norms = [stem for stem, kinds in shapes.items() if len(kinds) == 2 and len(kinds["weight"]) == 1]
     widths = [shapes[stem]["weight"][0] for stem in norms]
     width = max(set(widths), key=widths.count, default=0)
@@ -136,7 +136,7 @@ def _guesses(shapes: dict[str, dict[str, tuple[int, ...]]]) -> Iterator[tuple[st
 
 
 def _kind(stem: str, shape: tuple[int, ...], width: int, is_layer: bool, is_norm: bool) -> str:
-    """Return what a tensor may be, judging by its shape."""
+    """Return the likely kind of a tensor, judging by its shape."""
     if is_layer and len(shape) == 2:
         rows, columns = shape
         if rows == columns == width:

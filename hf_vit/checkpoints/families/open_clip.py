@@ -37,7 +37,7 @@ TABLE = [
     Row("layernorm.*", "ln_post.*"),
     Row("classifier.*", "head.*"),
 ]
-# What OpenAI's archives state about the texts and the images.
+# Entries of OpenAI's archives with sizes of the texts and the images.
 SIZES = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -121,7 +121,7 @@ def _stated(source: Source, config: dict[str, Any]) -> dict[str, Any]:
         "layer_norm_eps": norm_options.get("eps", LIBRARY.layer_norm_eps),
         "image_size": (size, size) if isinstance(size, int) else tuple(size),
         "pooling": "mean" if is_mean else "cls",
-        # LayerNorm of the class token alone is the same before and after the pooling.
+        # For the class token, a LayerNorm before the pooling is the same as one after it.
         "final_layernorm": "tokens" if is_mean and not vision.get("final_ln_after_pool") else "pooled",
     }
 

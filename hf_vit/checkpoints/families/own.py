@@ -1,4 +1,4 @@
-"""This package's own folders and state dicts. Names are the same; sizes and head can change as for every family."""
+"""This package's own folders and state dicts: names are the same; sizes and head can be changed as in every family."""
 
 import json
 from typing import Any
@@ -65,7 +65,7 @@ def _read(source: Source, options: Options) -> Reading:
 
 
 def no_head(source: str, name: str) -> ValueError:
-    """Return the error for the head of a model that has none by name."""
+    """Return the error for a head's name that is given for a model without named heads."""
     return ValueError(f"{source} is not a model with several heads, so it has no head {name!r}: do not name a head.")
 
 

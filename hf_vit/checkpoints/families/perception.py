@@ -1,7 +1,8 @@
 """Perception Encoder (arXiv:2504.13181) with the names of its authors: CLIP's, and rotary positions.
 
-Names and forward are those of facebookresearch/perception_models, core/vision_encoder/pe.py. On other grids its rotary
-positions go on counting, and its learned ones are resampled bilinearly; timm scales and resamples otherwise.
+Names and forward are those of facebookresearch/perception_models, core/vision_encoder/pe.py. On other grids, rotary
+positions use the unscaled indices of rows and columns, and learned positions are resampled bilinearly. timm scales the
+rotary positions and resamples the learned ones in another way.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from .transformers import pooling_attention
 
 
 def rotated(config: HFViTConfig) -> Layout:
-    """Queries, keys and values concatenated, whose rotary positions have adjacent pairs, those of columns first."""
+    """Convert concatenated queries, keys and values whose rotary positions rotate adjacent pairs, columns first."""
     return packed(3).then(rotated_pairs(config, columns_first=True)).then(heads_together(config))
 
 

@@ -1,7 +1,7 @@
 """Plain ViTs with LayerNorm before attention and MLP, whose files differ in names only: a table for each library.
 
-`read` derives the config from the shapes of the tensors that a table names. What the tensors do not determine is the
-library's default, which `assumed` then names.
+`read` derives the config from the shapes of the tensors that a table names. If the tensors do not determine a field,
+the library's default is used, and `assumed` names it.
 """
 
 import re
@@ -39,7 +39,7 @@ def multihead_attention(theirs: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Library:
-    """What is known about the files of a library.
+    """Facts about the files of a library.
 
     Attributes:
         name: Name of the family.
@@ -47,12 +47,13 @@ class Library:
         table: Our names and theirs. Of several rows for the same names, those of the file are used.
         layer_norm_eps: Epsilon of its LayerNorms.
         preprocessing: The preprocessing of its models, from the fields of the config.
-        heads: Module names of its classifiers, as of `Family`.
+        heads: Module names of its classifiers, as in `Family`.
         left_out: Regular expressions that match the names of tensors outside of the model.
-        refused: What a file is that cannot be read, by regular expressions that match the name of one of its tensors.
+        refused: Features of files that cannot be read, by regular expressions that match the name of one of the
+            tensors.
         remarks: What a user must know about a file, by expressions as for `refused`.
         head_dim: Width of a head if `HEAD_DIMS` does not have the model's width.
-        num_heads: Number of heads of published models for which this is wrong, by (width, layers).
+        num_heads: Number of heads of published models for which this width is wrong, by (width, layers).
         pooling: Pooling of its models with a class token whose final LayerNorm follows the pooling.
         fields: Fields of the config that its models share.
     """
@@ -94,10 +95,10 @@ def read(
     Args:
         stated: Fields of the config that are known from elsewhere, such as a config beside the file.
         processor: Arguments of the image processor that are known from elsewhere.
-        assumed: Sentences about what else nothing states.
+        assumed: Sentences about further assumptions.
 
     Raises:
-        ValueError: If the file is of another architecture, or leaves open what an option must state.
+        ValueError: If the file has another architecture, or needs an option that is not given.
     """
     for reason in _matching(source, library.refused):
         raise ValueError(f"{source.name}: {library.name} with {reason}, which is not supported.")
@@ -239,7 +240,7 @@ def patch_of(source: Source, pixels: int, options: Options, assumed: list[str]) 
 
 
 def check_pooling(source: Source, options: Options) -> None:
-    """Raise `ValueError` for a pooling with weights of its own, which files of the class token or the mean lack."""
+    """Raise `ValueError` for a pooling with weights, which the files of these libraries do not have."""
     if options.pooling not in (None, *POOLINGS):
         raise ValueError(
             f"{source.name}: pooling {options.pooling!r} needs weights that the file does not have: choose one of "

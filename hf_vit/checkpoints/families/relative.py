@@ -22,9 +22,9 @@ def relative_rows(of_layers: Sequence[str], shared: str) -> list[Row]:
 
 
 def offsets(config: HFViTConfig) -> Layout:
-    """Biases per offset `[(2h-1)*(2w-1) + 3, A]`, one table per layer or one for all, to `[layers, 2h-1, 2w-1, A]`.
+    """Convert biases per offset `[(2h-1)*(2w-1) + 3, A]`, a table per layer or for all, to `[layers, 2h-1, 2w-1, A]`.
 
-    With a class token there are three more rows, in our order: class token to patches, patches to it, and to itself.
+    With a class token, it has the last three rows, in our order: class token to patches, patches to it, and to itself.
     """
     rows, columns = config.grid_size
     layers, prefix = config.num_hidden_layers, 3 if config.num_prefix_positions else 0
@@ -42,7 +42,7 @@ def offsets(config: HFViTConfig) -> Layout:
 
 
 def shared_offsets(config: HFViTConfig) -> Layout:
-    """Biases per offset that all layers share.
+    """Convert biases per offset that all layers share.
 
     Raises:
         ValueError: When writing layers with different biases.
@@ -59,7 +59,7 @@ def shared_offsets(config: HFViTConfig) -> Layout:
 
 
 def added_offsets(config: HFViTConfig) -> Layout:
-    """Biases per offset of every layer, and those that all layers share, which are added to them."""
+    """Convert biases per offset of every layer, and add the biases that all layers share."""
     joined = offsets(config)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:

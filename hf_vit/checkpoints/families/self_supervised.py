@@ -23,7 +23,7 @@ from .timm_facts import EVA02, PERCEPTION, ROPE_REG, ROPE_VIT
 
 # A block of training code that shards blocks in chunks: blocks.CHUNK.LAYER.rest
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.(.+)")
-# All names in a file of DINO. With others, such as a user's head or a text tower, it is another model of timm.
+# All names in a file of DINO. A file with further names, such as a user's head or a text tower, is another timm model.
 OF_DINO = re.compile(r"cls_token|pos_embed|masked_embed|(patch_embed|blocks|norm|head\.(mlp|last_layer))\..*")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}
 INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 0.875, "interpolation": "bicubic"}
@@ -91,7 +91,7 @@ def _is_headless(source: Source) -> bool:
 def _fixed_positions(source: Source) -> str | None:
     """Return which coordinate the first half of fixed sines and cosines belongs to: "column", "row" or `None`.
 
-    The second patch, in row 0 and column 1, tells them from learned positions.
+    The second patch, in row 0 and column 1, distinguishes them from learned positions.
     """
     shape = source.shape("pos_embed")
     prefix, quarter = int("cls_token" in source.tensors), shape[-1] // 4
@@ -130,7 +130,7 @@ def _is_eva02(source: Source) -> bool:
 
 
 def _is_perception(source: Source) -> bool:
-    """Return whether a file is a Perception Encoder; timm's CLIP has the same LayerNorm first, but another end."""
+    """Return whether a file is a Perception Encoder; timm's CLIP has the same LayerNorm first but ends differently."""
     names = source.tensors
     ends = "attn_pool.latent" in names or not {"norm.weight", "fc_norm.weight"} & names.keys()
     return {"pos_embed", "norm_pre.weight"} <= names.keys() and ends
@@ -160,7 +160,7 @@ def _has_rope_in_its_name(source: Source) -> bool:
     return "rope" in Path(source.name).name.lower()
 
 
-# The first that fits is used. DINO's files hold nothing of its own, so it is the last.
+# The first match is used. DINO's files have no names of their own, so it follows the others without a head.
 ORIGINS = (
     Origin("EVA-02", _is_eva02, "bicubic_antialias", EVA02, CLIP, (r"(.*\.)?rope\.freqs_(cos|sin)", r"lm_head\..*")),
     Origin(
@@ -202,7 +202,7 @@ ORIGINS = (
         ROPE_REG,
         {**INCEPTION, "crop_pct": 0.95, "input_size": (3, 256, 256)},
     ),
-    Origin(  # its second class token is a register to our model
+    Origin(  # its second class token is a register in our model
         "TIPS",
         lambda source: _is_dinov2(source) and "register_tokens" in source.tensors and _registers(source) == 1,
         "bicubic_antialias",

@@ -1,7 +1,7 @@
 """What is known about a timm checkpoint apart from its tensors: its config.json, and facts from timm's code.
 
-A config.json names an architecture. What neither tensors nor config.json state is in timm's code for that name:
-`FACTS` has it, and a test compares it with timm. Architectures with another forward for the same tensors are in
+A config.json names an architecture. `FACTS` has the facts about it that only timm's code states, neither the tensors
+nor config.json; a test compares them with timm. Architectures with another forward for the same tensors are in
 `OTHERS`.
 """
 
@@ -114,12 +114,12 @@ EPSILONS = {"layernorm": 1e-6}
 POOLINGS = {"token": "cls", "avg": "mean", "map": "attention"}
 
 
-# How open_clip resizes images, timm's equivalent.
+# Resize modes of open_clip, and timm's equivalents.
 CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}
 
 
 def with_config_of_open_clip(source: Source) -> Source:
-    """Give a model of open_clip whose image tower is timm's the config.json that timm would write for the tower."""
+    """Add the config.json that timm would write to an open_clip model whose image tower is a timm model."""
     path = source.folder / OPEN_CLIP_CONFIG if source.folder is not None else None
     config = read_json(path) if path is not None and path.is_file() and not source.config else {}
     vision = config.get("model_cfg", {}).get("vision_cfg", {})
@@ -143,7 +143,7 @@ def with_config_of_open_clip(source: Source) -> Source:
 
 
 class Stated:
-    """What is stated about a checkpoint apart from its tensors: options, then `model_args`, then the architecture."""
+    """Facts about a checkpoint apart from its tensors, from options, then `model_args`, then the architecture."""
 
     def __init__(self, source: Source, options: Options) -> None:
         # Without an architecture, config.json was not written by timm.
@@ -174,7 +174,7 @@ class Stated:
             self.assumed.append(sentence)
 
     def named(self, argument: str, names: dict[str, Any], option: str) -> Any:
-        """Return our equivalent of one of timm's arguments that is a name; `None` if it is not given.
+        """Return our equivalent of a name that one of timm's arguments states; `None` if it is not given.
 
         Raises:
             ValueError: If the name is unknown; `option` overrides it.

@@ -63,7 +63,7 @@ ORDERS: dict[str | None, Callable[[HFViTConfig], Layout]] = {
 def table(
     config: HFViTConfig, is_gate_first: bool = True, has_bias_mask: bool = False, rope_axes: str | None = None
 ) -> list[Row]:
-    """Return our names and timm's; of several rows for the same names, timm writes the first today.
+    """Return our names and timm's; if several rows have the same names of ours, timm now writes the first.
 
     Args:
         config: The architecture; its positions and MLP determine some of the rows.
@@ -148,13 +148,13 @@ def _relative_rows(modules: tuple[str, ...], biases: Callable[[HFViTConfig], Lay
 
 
 def gate_last(config: HFViTConfig) -> Layout:
-    """The hidden layer and the gate of an MLP in one projection."""
+    """Split a projection of the hidden layer and the gate of an MLP, the gate last."""
     swapped = Layout(lambda theirs: theirs[::-1], lambda ours: ours[::-1])
     return packed(2).then(swapped)
 
 
 def masked_bias(config: HFViTConfig) -> Layout:
-    """Biases of queries, keys and values. Those of keys are not used: ours are zeros."""
+    """Convert biases of queries, keys and values. Those of keys are masked, so ours are zeros."""
     together = heads_together(config)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
@@ -165,7 +165,7 @@ def masked_bias(config: HFViTConfig) -> Layout:
 
 
 def continuous_offsets(config: HFViTConfig, is_swin: bool = False) -> Layout:
-    """An MLP of log-spaced offsets (arXiv:2111.09883), one per layer or one for all, evaluated on the grid."""
+    """Evaluate an MLP of log-spaced offsets (arXiv:2111.09883), one per layer or one for all, on the grid."""
     grid = config.grid_size
     layers, parts = config.num_hidden_layers, 3 if is_swin else 4
 
@@ -180,7 +180,7 @@ def continuous_offsets(config: HFViTConfig, is_swin: bool = False) -> Layout:
 
 
 def swin_offsets(config: HFViTConfig) -> Layout:
-    """The MLP of Swin V2: offsets are relative to the grid, and biases lie between 0 and 16."""
+    """Evaluate the MLP of Swin V2: offsets are relative to the grid, and biases are between 0 and 16."""
     return continuous_offsets(config, is_swin=True)
 
 

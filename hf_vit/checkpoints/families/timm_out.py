@@ -87,7 +87,7 @@ def special_features(config: HFViTConfig) -> list[str]:
 
 
 def unsupported_preprocessing(processor: dict[str, Any], config: HFViTConfig) -> list[str]:
-    """Return what timm's transforms cannot do."""
+    """Return the features of the preprocessing that timm's transforms do not have."""
     size = input_size(processor, config)
     features = unsupported_size(processor, config) if size == config.image_shape else []
     if not processor["do_resize"]:
@@ -175,7 +175,7 @@ def write(checkpoint: Checkpoint, rules: list[Rule], out: Path, force: bool) -> 
 
 
 def architecture(config: HFViTConfig) -> str:
-    """Return the name of an architecture whose code has what timm's arguments cannot state."""
+    """Return the name of a timm architecture whose code has the features that timm's arguments cannot state."""
     if config.position_embedding_type == "relative":
         return "vit_relpos_base_patch16_224"
     if config.pooling == "cls_and_distillation":

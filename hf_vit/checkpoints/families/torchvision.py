@@ -33,7 +33,7 @@ TABLE = [
 
 
 def preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
-    """Return the transforms of `ViT_*_Weights`: the models of SWAG have patches of 14 or a size that others lack."""
+    """Return the transforms of `ViT_*_Weights`; only models of SWAG have patches of 14 or these larger sizes."""
     if fields["image_size"][0] in (384, 512, 518) or fields["patch_size"][0] == 14:
         return {"name": "center_crop", "crop_pct": 1.0, "resample": BICUBIC}, (
             "bicubic, crop_pct 1, ImageNet's mean and standard deviation"

@@ -1,8 +1,8 @@
 """transformers' ViTs: ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2, DINOv3, BEiT, data2vec, SigLIP, SigLIP 2, CLIP.
 
 Names and forwards are those of transformers 5.23, `models/*/modeling_*.py`. Files have the names of two eras, with or
-without the prefix of the class that saved them; the table has them all. Fields that are missing in `config.json` have
-the defaults of transformers' config class.
+without the prefix of the class that saved them; the table has all of these. Fields that are missing in `config.json`
+have the defaults of transformers' config class.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,12 +71,12 @@ ZERO_KEY_BIAS = Layout(
 
 
 def without_key_bias(config: HFViTConfig) -> Layout:
-    """Biases of queries and values only, to rows ordered (head, part, d)."""
+    """Convert biases of only queries and values to rows ordered (head, part, d)."""
     return ZERO_KEY_BIAS.then(heads_together(config))
 
 
 def pixel_decoder(config: HFViTConfig) -> Layout:
-    """A 1x1 convolution before a pixel shuffle, whose channels have the order of the pixels in our patches."""
+    """Convert a 1x1 convolution before a pixel shuffle to a matrix; its channels are ordered like a patch's pixels."""
     return Layout(
         lambda theirs: [theirs[0].flatten(1) if theirs[0].ndim == 4 else theirs[0]],
         lambda ours: [ours[0][..., None, None] if ours[0].ndim == 2 else ours[0]],
@@ -89,7 +89,7 @@ def table(
     layers: int = 0,
     patches: Callable[[HFViTConfig], Layout] = convolution,
 ) -> list[Row]:
-    """Return our names and theirs; of several rows for the same names, transformers' `ViT` saves the first.
+    """Return our names and theirs; if several rows have the same names of ours, transformers' `ViT` saves the first.
 
     Args:
         key_bias: Whether keys have biases.
@@ -151,7 +151,7 @@ def table(
 
 
 def pooling_attention(config: HFViTConfig) -> Layout:
-    """The packed tensor of `torch.nn.MultiheadAttention`, to our query and to rows ordered (head, k/v, d)."""
+    """Split the packed tensor of `torch.nn.MultiheadAttention` into our query and rows ordered (head, k/v, d)."""
     pair = heads_first(config, 2)
 
     def read(theirs: list[Tensor]) -> list[Tensor]:
@@ -195,10 +195,10 @@ def _pooler(source: Source, kind: str) -> Stored | None:
 
 
 def _input_of_the_head(source: Source, fields: dict[str, Any], assumed: list[str]) -> None:
-    """Decide whether a classifier beside a pooler reads `pooler_output` or the class token, and state it.
+    """Decide whether a classifier in a file with a pooler reads `pooler_output` or the class token, and state it.
 
-    Stock classifiers have no pooler, so that both belong to a user's own head. A pooler that no loss has reached has
-    the biases of its initialization, zeros.
+    Classifiers of transformers have no pooler, so both belong to a user's own head. A pooler that was never trained
+    still has its initial biases, zeros.
     """
     weight, bias = _pooler(source, "weight"), _pooler(source, "bias")
     classifier = source.tensors.get("classifier.weight")
@@ -296,7 +296,7 @@ def _siglip2(config: Any, source: Source) -> dict[str, Any]:
 
 
 def _processor_of_packs(source: Source, fields: dict[str, Any], assumed: list[str]) -> HFViTImageProcessorPil | None:
-    """Return the processor beside SigLIP 2, with images of one size instead of packs, which few commands accept."""
+    """Return SigLIP 2's processor, but with images of one size instead of packs, which few commands accept."""
     processor = processor_beside(source)
     if processor is not None:
         number = vars(processor).pop("max_num_patches", 256)
@@ -330,7 +330,7 @@ TEXT = (
     r".*position_ids",
 )
 MODELS: dict[str, tuple[Callable[[Any, Source], dict[str, Any]], tuple[str, ...]]] = {
-    # Reads the config; names of tensors that do not belong to the encoder.
+    # By model type: a function that reads the config, and names of tensors that do not belong to the encoder.
     "vit": (_vit, (r".*pooler\.dense\..*",)),
     "deit": (_vit, (r".*pooler\.dense\..*",)),
     "vit_mae": (_plain, (r"decoder\..*", r"mask_token")),
@@ -366,7 +366,7 @@ def _stems(source: Source) -> set[str]:
 
 
 def _type_of_bare(source: Source) -> str | None:
-    """Recognise a ViT or DeiT without config.json; the tensors of the others do not determine enough."""
+    """Recognize a ViT or DeiT without config.json; the tensors of other models do not determine enough."""
     names = _stems(source)
     if not {"embeddings.cls_token", "embeddings.position_embeddings", "layernorm.weight"} <= names:
         return None

@@ -53,7 +53,7 @@ def unsupported(checkpoint: Checkpoint) -> list[str]:
 
 
 def unsupported_size(processor: dict[str, Any], config: HFViTConfig) -> list[str]:
-    """Return a processor's output size if the model would have to resize it: other libraries accept one size only."""
+    """Return a processor's output size if it is not the model's image size: other libraries accept only one size."""
     size = dict(processor["crop_size"] if processor.get("do_center_crop") else processor["size"])
     is_fitted = processor["do_resize"] or processor.get("do_center_crop")
     if not is_fitted or (size.get("height"), size.get("width")) == config.image_shape:

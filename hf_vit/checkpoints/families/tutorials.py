@@ -1,4 +1,4 @@
-"""Implementations of the ViT that are copied for the sake of learning, and MONAI's in two dimensions.
+"""Implementations of the ViT from tutorials and from much copied code, and MONAI's for two dimensions.
 
 - jeonsworld/ViT-pytorch, models/modeling.py, the base of many papers;
 - MONAI, monai/networks/nets/vit.py, with patches from a convolution or from a matrix;
@@ -81,7 +81,7 @@ MONAI = Library(
     layer_norm_eps=1e-5,
     preprocessing=_of_the_paper,
     heads=("classification_head", "classification_head.0"),
-    left_out=(r"blocks\.\d+\.(cross_attn|norm_cross_attn)\..*",),  # built, but without a context not used
+    left_out=(r"blocks\.\d+\.(cross_attn|norm_cross_attn)\..*",),  # built, but not used without a context
     remarks={
         r"classification_head\.0\.weight": "The logits are those before MONAI's tanh, which keeps their order: its "
         "head ends with it by default (post_activation)."
@@ -130,7 +130,7 @@ LEARNPYTORCH = Library(
 
 FAMILIES = tuple(library.family for library in (JEONSWORLD, MONAI, LIGHTNING, LEARNPYTORCH))
 
-# Where models have their `torch.nn.TransformerEncoder`.
+# Prefixes of the `torch.nn.TransformerEncoder` of a model.
 _ENCODERS = ("", "encoder.", "transformer.", "transformer_encoder.")
 
 

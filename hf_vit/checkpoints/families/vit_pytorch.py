@@ -1,7 +1,7 @@
 """`ViT` and `SimpleViT` of vit-pytorch (github.com/lucidrains/vit-pytorch), releases 0.7 to 1.26.
 
-Files are bare state dicts. They do not determine the heads, the pooling of older files, and the grid of `SimpleViT`:
-an option does, or the library's default, which `assumed` then names.
+Files are bare state dicts. They do not determine the heads, the pooling of older files, and the grid of `SimpleViT`.
+An option states these; otherwise the library's default is used, and `assumed` names it.
 """
 
 from typing import Any, NamedTuple

@@ -229,7 +229,7 @@ def test_label_names_are_complete_and_in_order(tmp_path, tiny_config, fields, fi
         ({"id2label": ["a", "b"]}, r"pass dict\(enumerate\(names\)\)"),
         ({"id2label": {"a": 0, "b": 1}}, "is it the other field"),
         ({"id2label": {0: "a", "0": "b"}}, "name every class once"),
-        ({"label2id": {"a": 0, "b": 0}}, "every name another number"),
+        ({"label2id": {"a": 0, "b": 0}}, "every name a different number"),
     ],
 )
 def test_label_names_that_would_not_load_are_refused_at_once(tmp_path, tiny_config, fields, message):

@@ -110,7 +110,7 @@ def test_dinov3_of_other_wavelengths() -> None:
     source.tensors["rope_embed.periods"] = stored._replace(read=lambda: 50 ** (torch.arange(3) / 3))
     assert open_checkpoint(source).config.rope_theta == pytest.approx(50)
     source.tensors["rope_embed.periods"] = stored._replace(read=lambda: torch.tensor([1.0, 2.0, 3.0]))
-    with pytest.raises(ValueError, match="no powers of one base"):
+    with pytest.raises(ValueError, match="not powers of one base"):
         open_checkpoint(source)
 
 

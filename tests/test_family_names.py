@@ -178,7 +178,7 @@ def test_from_pretrained_reads_a_table_below_a_wrapper(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name of ours": ({"tensors": {"cls": "class_token"}}, "nearest is 'embeddings.cls_token'"),
     "unknown name of theirs": ({"tensors": {"clz": None}}, "no tensor 'clz'; the nearest is 'cls'"),
-    "unknown field": ({"config": {"heads": 4}}, "no field of HFViTConfig"),
+    "unknown field": ({"config": {"heads": 4}}, "not a field of HFViTConfig"),
     "unknown order": ({"qkv": "q, k, v"}, "words part, head, dim in some order"),
     "unknown order of patches": ({"patch": "row, channel, column"}, "patch must be one of"),
     "unknown key": ({"names": {}}, "'names' is not one of"),

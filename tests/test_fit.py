@@ -267,6 +267,10 @@ def test_a_fitted_model_is_evaluated_on_all_images_of_a_folder(tmp_path: Path, e
     other, same = (fitted.evaluate(tmp_path / name) for name in ("other", "train"))
     assert other["images"] == same["images"] == 24
     assert "trained on other data (train)" in other["note"] and "trained on all of these images" in same["note"]
+    assert "copies of the training images are not noticed" in other["note"]
+    assert other["expected"] is not None and same["expected"] is None  # it is for new images
+    with pytest.raises(ValueError, match="No such file or folder"):
+        hf_vit.TrainedModel(tmp_path / "missing")
     with pytest.raises(ValueError, match="is the data folder"):
         fit(str(tmp_path / "train"), model=encoder, minutes=0, output_dir=tmp_path / "train", say=print)
     with pytest.raises(ValueError, match="hf-vit fit wrote"):

@@ -47,7 +47,8 @@ def load_evaluation_data(
     if past.is_fitted and is_same:
         return _warned(whole, past.warning())
     if not is_same:
-        return whole, f"All images are evaluated, since the model was trained on other data ({past.names})."
+        note = f"All images are evaluated, since the model was trained on other data ({past.names})."
+        return whole, f"{note} Only the paths are compared: copies of the training images are not noticed."
     if not past.has_as_many(len(data.train)):
         return _warned(
             whole,

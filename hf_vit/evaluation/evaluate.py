@@ -140,7 +140,7 @@ def evaluate_checkpoint(
         "problem_type": data.problem_type if classes is None else kind_of(checkpoint.config),
         "labels": label_names,
         "note": note,
-        "expected": _expected(source, facts["images"]),
+        "expected": None if data.is_seen else _expected(source, facts["images"]),
         "assumed": checkpoint.assumed,
         **({} if results is None else _by_class(results, label_names)),
         **_calibrated(results, source, checkpoint, data, plan, label_names, head),

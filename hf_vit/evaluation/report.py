@@ -100,13 +100,14 @@ def report_lines(measured: dict[str, Any]) -> list[str]:
     lines += [f"{name:>17}  {value}" for name, value in _rows(measured)]
     expected = measured.get("expected")
     if expected and (value := measured.get("figures", {}).get(expected["metric"])) is not None:
-        where = "within" if expected["low"] <= value <= expected["high"] else "outside"
+        where = "below" if value < expected["low"] else "within" if value <= expected["high"] else "above"
         name = METRICS[expected["metric"]][0]
         interval = " to ".join(METRICS[expected["metric"]][1].format(expected[end]) for end in ("low", "high"))
         images = counted(measured["images"], "such image")
         advice = {
-            "within": " It is wider than the interval of the fit, since these images are a sample, too.",
-            "outside": " These images probably differ from the training images.",
+            "below": " These images probably differ from the training images.",
+            "within": " This range is wider than the one that fit printed, because these images are also a sample.",
+            "above": " These images may be training images, or copies of them, which hf-vit audit finds.",
         }[where]
         lines += hanging(
             "", f"The {name} is {where} the range that hf-vit fit expected for {images}, {interval}.{advice}"

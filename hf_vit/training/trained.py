@@ -30,6 +30,7 @@ from ..model.image_processing_hf_vit import HFViTImageProcessor
 from ..prediction.predict import Summary, predict_to_file
 from ..prediction.predictor import Prediction
 from ..prediction.shards import Settings
+from ..system.places import check_exist
 from ..system.texts import without_tokens
 from .recipe import TrainConfig, default_recipe
 from .report import train_and_report
@@ -45,6 +46,9 @@ class TrainedModel:
     Args:
         source: A folder that `fit` or `train` wrote, or any other checkpoint that `hf-vit` reads.
 
+    Raises:
+        ValueError: If the folder or file does not exist.
+
     Example:
         >>> model = TrainedModel("my-vit")  # doctest: +SKIP
         >>> model.predict("cat.jpg")[0].labels  # doctest: +SKIP
@@ -53,6 +57,7 @@ class TrainedModel:
 
     def __init__(self, source: Source) -> None:
         self.source = os.fspath(source)
+        check_exist((), self.source)
 
     @property
     def folder(self) -> Path:

@@ -209,7 +209,8 @@ def _write_clean(result: AuditResult, folder: Path) -> list[str]:
         target = folder / CLEAN
         _write_images(images, kept, target)
     number = f"{len(images.names) - len(kept):,} of {counted(len(images.names), 'image')}"
-    return [f"Cleaned data without {number}:  hf-vit train --data {target}{_label_options(data)}"]
+    what = f"Cleaned data without {number}" if len(kept) < len(images.names) else "Nothing to remove. The same data"
+    return [f"{what}:  hf-vit train --data {target}{_label_options(data)}"]
 
 
 def _label_options(data: Any) -> str:

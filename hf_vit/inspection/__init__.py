@@ -1,4 +1,4 @@
-"""What a model learned, and how a run went, as arrays and as figures.
+"""Arrays and figures that show what a model learned and how a training run went.
 
 Functions whose names begin with `plot` return a matplotlib figure; the others return arrays.
 """

@@ -69,7 +69,7 @@ def uniform_distance(grid: tuple[int, int], patch_shape: tuple[int, int]) -> flo
 
 @torch.no_grad()
 def attention_distance(model: Any, batches: Iterable[Tensor]) -> np.ndarray:
-    """Return the mean attention distance of each head, `[layers, A]` in pixels: the right of the paper's figure 7.
+    """Return the mean attention distance of each head, `[layers, A]` in pixels, as in the paper's figure 7, right.
 
     It is the distance between the centres of patches, weighted by the attention between them and averaged over queries
     and images. Attention to tokens without a position is ignored, and the rest is normalized to 1.
@@ -88,7 +88,7 @@ def attention_distance(model: Any, batches: Iterable[Tensor]) -> np.ndarray:
     for pixel_values in batches:
         distances = patch_distances(grid_of(model, pixel_values), config.patch_shape).to(model.device)
         for step in walk(model, pixel_values):
-            # The softmax over patches only equals the softmax over all tokens, normalized over the patches.
+            # The softmax over the patches alone equals the softmax over all tokens, renormalized over the patches.
             for head, weights in enumerate(step.scores.of_heads(patches, patches)):
                 of_queries = torch.einsum("bqk,qk->bq", weights, distances)
                 totals[step.number - 1, head] += of_queries.mean(dim=1).sum().item()
@@ -143,10 +143,11 @@ def _with_residual(average: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_rollout(model: Any, pixel_values: Tensor, layer: int = -1, head: int | None = None) -> np.ndarray:
-    """Return how much of each patch reaches the output of the pooling, `[B, h, w]`: figures 6 and 14 of the paper.
+    """Return how much of each patch reaches the output of the pooling, `[B, h, w]`: the paper's figures 6 and 14.
 
-    The viewpoint is the tokens that the pooling reads, see `READ_BY`. In a model without its pooling layer, attention
-    pooling counts as the mean of the patches. Values are shares of 1; the tokens before the patches have the rest.
+    The rollout is read at the tokens that the pooling reads, see `READ_BY`. If the model was built without its pooling
+    layer, attention pooling is replaced by the mean of the patches. Values are fractions of 1; the remainder belongs
+    to the tokens before the patches.
 
     Args:
         model: Any model class of this package.
@@ -211,8 +212,8 @@ def _read_by_attention(pooling: HFViTAttentionPooling, tokens: Tensor) -> Tensor
 def attention_maps(model: Any, pixel_values: Tensor, layer: int = -1) -> np.ndarray:
     """Return the attention of the class token to each patch for each head of a layer, `[B, A, h, w]`.
 
-    Without a class token, it is the mean attention of all patches. Values are shares of 1; the tokens before the
-    patches have the rest.
+    Without a class token, it is the mean attention of all patches. Values are fractions of 1; the remainder belongs to
+    the tokens before the patches.
 
     Args:
         model: Any model class of this package.
@@ -229,6 +230,6 @@ def attention_maps(model: Any, pixel_values: Tensor, layer: int = -1) -> np.ndar
 
 
 def _on_grid(model: Any, pixel_values: Tensor, of_tokens: Tensor) -> np.ndarray:
-    """Return the values of patch tokens among all tokens `[..., T]` on their grid, `[..., h, w]`."""
+    """Select the values of the patch tokens from those of all tokens, `[..., T]`, and return them as `[..., h, w]`."""
     of_patches = of_tokens[..., model.config.num_prefix_tokens :]
     return of_patches.unflatten(-1, grid_of(model, pixel_values)).cpu().numpy()

@@ -12,7 +12,7 @@ from .drawing import GRAY, Figure, heading, new_figure
 from .masks import legend
 from .tiles import rgb
 
-SHARP = 480  # least length of the longer side of a drawn image, pixels
+SHARP = 480  # minimum length of the longer side of a drawn image, pixels
 
 Objects = tuple[Tensor, list[int]]  # (left, top, right, bottom) `[n, 4]`, relative to the image, and class indices
 
@@ -23,7 +23,8 @@ def plot_boxes(
     """Draw images with their true boxes and with the predicted ones, one row for each image.
 
     Args:
-        shown: Image uint8 `[C, H, W]`, its objects, the predicted ones, and a text, for each.
+        shown: For each image: its pixels, uint8 `[C, H, W]`, its objects, the predicted objects, and a text for the
+            heading of the predicted objects.
         label_names: Names of the classes.
         title: Heading of the figure.
     """
@@ -45,7 +46,7 @@ def plot_boxes(
 
 
 def drawn(image: Tensor, objects: Objects, number: int) -> np.ndarray:
-    """Return an image uint8 `[C, H, W]` with its objects in the colours of their classes, `[H, W, 3]`, enlarged."""
+    """Return an enlarged image `[H, W, 3]` with boxes in class colors, from an image, uint8 `[C, H, W]`."""
     picture = Image.fromarray(rgb(image.permute(1, 2, 0).cpu().numpy()).round().astype(np.uint8))
     factor = max(1, -(-SHARP // max(picture.size)))
     picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC)

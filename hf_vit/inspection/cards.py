@@ -12,7 +12,7 @@ from ..data.images import read_stored
 from ..model.image_conversion_hf_vit import convert_to_rgb, pil_of_tensor, to_8_bit, values_of_file
 from .page import escape
 
-SIDE, QUALITY = 144, 80  # pixels of the longer side of a small picture, and of its JPEG
+SIDE, QUALITY = 144, 80  # longer side of a small picture in pixels, and its JPEG quality
 
 STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; margin: 1rem 0; }
@@ -62,7 +62,7 @@ def _picture(stored: dict[str, Any]) -> str:
 
 
 def thumbnail(stored: dict[str, Any]) -> bytes:
-    """Return a small JPEG of a stored image; raises as `read_stored`."""
+    """Return a small JPEG of a stored image. Raise the same errors as `read_stored`."""
     image = read_stored(stored, lambda size: (2 * SIDE, 2 * SIDE))
     if isinstance(image, Tensor):
         pixels = to_8_bit(values_of_file(image))

@@ -87,13 +87,13 @@ def _preprocessing(processor: HFViTImageProcessorPil) -> str:
 
 
 def _pixels(size: Any) -> str:
-    """Return a size of an image processor."""
+    """Return a size of an image processor as text."""
     stated = {name: pixels for name, pixels in dict(size).items() if pixels}
     return dimensions([size.height, size.width]) if size.height else " ".join(map(str, *stated.items()))
 
 
 def _numbers(values: float | Sequence[float]) -> str:
-    """Return the values of the channels, one if they are all equal."""
+    """Return the values of the channels as text, a single value if all are equal."""
     values = [values] if isinstance(values, int | float) else list(values)
     return " ".join(f"{value:.4g}" for value in (values[:1] if len(set(values)) == 1 else values))
 

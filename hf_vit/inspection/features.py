@@ -28,7 +28,7 @@ def feature_components(model: Any, pixel_values: Tensor, layer: int | None = Non
         model: Any model class of this package.
         pixel_values: `[B, C, H, W]`, of any size that is a multiple of the patch.
         layer: Number of the layer from 1, or negative from the end; by default the output of the final LayerNorm.
-        components: At most the width of the model.
+        components: Number of components, at most the width of the model.
 
     Raises:
         ValueError: If there is no such layer, or too many components.

@@ -28,10 +28,10 @@ def principal_components(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def patch_filters(model: Any, components: int = 28) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first principal components of the patch projection as images, the left of the paper's figure 7.
+    """Return the first principal components of the patch projection as images, as in the paper's figure 7, left.
 
     Returns:
-        Components of norm 1, `[K, ph, pw, C]`, and their shares of the variance `[K]`. K is `components`, or less if
+        Components of norm 1, `[K, ph, pw, C]`, and their shares of the variance `[K]`. K is `components`, or fewer if
         there are fewer filters or weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""All figures of one model in a folder: what `hf-vit inspect MODEL IMAGE...` draws.
+"""Draw all figures of one model into a folder, for `hf-vit inspect MODEL IMAGE...`.
 
 Filters and positions are drawn from the weights. Attention distance is measured on all images; maps are drawn for the
 first few. The model runs in float32, whatever the dtype of its weights.
@@ -105,7 +105,7 @@ class Picture:
 
 @dataclass
 class Subject:
-    """A model to inspect, with the arrays and the notes on skipped parts that are collected on the way.
+    """A model to inspect, with the arrays and the notes on skipped parts that are collected while drawing.
 
     Attributes:
         size: (height, width) of images, pixels.
@@ -133,7 +133,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Photos:
-    """Images to inspect: the first as uint8 `[B, C, H, W]` and as model input; number and distance of all."""
+    """Images to inspect.
+
+    The first `WITH_MAPS` images are kept as uint8 `[B, C, H, W]` and as model input. The number of images and the
+    attention distance are those of all images.
+    """
 
     pixels: np.ndarray
     pixel_values: Tensor
@@ -160,7 +164,7 @@ def draw(
     with_page: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Draw what a model learned into a folder, and save the arrays of the figures.
+    """Draw figures of what a model learned into a folder, and save the arrays of the figures.
 
     Args:
         source: A file, a folder or a name on the Hub, in any layout.
@@ -171,7 +175,7 @@ def draw(
         layer: Layer of attention maps, features and norms; number from 1, or negative from the end.
         form: `"png"` or `"svg"`.
         with_page: Whether to write `index.html` with all figures embedded.
-        say: Prints a line about a part or an image that is skipped.
+        say: Called with a line of text about each part or image that is skipped.
 
     Returns:
         The paths of the written files.
@@ -184,7 +188,7 @@ def draw(
     model, processor = load_for_figures(checkpoint, options.image_size)
     size = options.image_size or model.config.image_shape
     subject = Subject(model, name_of(source), size, layer_number(model, layer))
-    assert model.config.grid_of(*size)  # raises if it is not a multiple of the patch
+    assert model.config.grid_of(*size)  # raises if it is not a multiple of the patch size
     pictures = _of_weights(subject)
     if images:
         pictures = chain(pictures, _of_images(subject, _read(subject, processor, images)))
@@ -304,7 +308,7 @@ def _of_weights(subject: Subject) -> Iterator[Picture]:
 
 
 def pictures_of_positions(subject: Subject) -> Iterator[Picture]:
-    """Yield the positions as learned and as resampled for `subject.size`; add a note if they cannot be drawn."""
+    """Yield figures of positions as learned and as resampled for `subject.size`, or add a note if there are none."""
     config = subject.model.config
     if config.position_embedding_type in NOT_DRAWN:
         subject.notes.append(NOT_DRAWN[config.position_embedding_type])

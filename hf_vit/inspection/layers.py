@@ -1,4 +1,4 @@
-"""Run a model layer by layer, with the output tokens and the attention scores of each layer.
+"""Run a model layer by layer, and return the output tokens and the attention scores of each layer.
 
 Fused kernels do not return attention weights, so they are computed here from the queries and keys that the layer used,
 which include any position encoding. Only one layer is in memory at a time.
@@ -20,7 +20,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Scores:
-    """Queries and keys of an attention, `[B, A, T, d]`, and the bias of its scores, `[B or 1, A, T, T]`, if any."""
+    """Queries and keys of an attention layer, `[B, A, T, d]`, and any bias of its scores, `[B or 1, A, T, T]`."""
 
     query: Tensor
     key: Tensor
@@ -81,7 +81,7 @@ def walk(model: Any, pixel_values: Tensor, last: int | None = None) -> Iterator[
 
 
 def at_layer(model: Any, pixel_values: Tensor, layer: int) -> Step:
-    """Run images through a model up to a layer, number from 1 or negative from the end, and return that layer."""
+    """Run images through a model and return the step of one layer, numbered from 1, or negative from the end."""
     return deque(walk(model, pixel_values, layer_number(model, layer)), maxlen=1).pop()
 
 
@@ -116,7 +116,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recording(attention: Any) -> Iterator[list[Scores]]:
-    """Record the scores of an attention in a list when it is called; its result does not change."""
+    """Record the scores of an attention layer in a list when it is called. Its output does not change."""
     recorded: list[Scores] = []
     function_for = attention._attention_function
 
@@ -137,7 +137,7 @@ def recording(attention: Any) -> Iterator[list[Scores]]:
 
 
 def layer_number(model: Any, layer: int) -> int:
-    """Return the number of a layer from 1, where a negative number counts from the end.
+    """Return the number of a layer, counted from 1. A negative `layer` counts from the end.
 
     Raises:
         ValueError: If there is no such layer.
@@ -149,7 +149,7 @@ def layer_number(model: Any, layer: int) -> int:
 
 
 def head_number(model: Any, head: int) -> int:
-    """Return the number of a head from 1.
+    """Return the number of a head, counted from 1, if the model has such a head.
 
     Raises:
         ValueError: If there is no such head.
@@ -161,7 +161,7 @@ def head_number(model: Any, head: int) -> int:
 
 
 def layer_numbers(model: Any, layers: Iterable[int] | None) -> list[int]:
-    """Return the numbers of several layers in order, by default of all."""
+    """Return the numbers of the given layers in ascending order, by default of all layers."""
     if layers is None:
         return list(range(1, model.config.num_hidden_layers + 1))
     numbers = sorted({layer_number(model, layer) for layer in layers})

@@ -15,7 +15,7 @@ from .features import outlier_norm
 from .tiles import Tile, in_rows, plot_tiles, rgb
 
 COLUMNS = 8
-DIM = 0.2  # brightness at the least value of a map, where the image stays recognizable
+DIM = 0.2  # brightness at the lowest value of a map; the image remains recognizable
 
 
 def plot_attention_maps(
@@ -73,8 +73,8 @@ def plot_norm_maps(
 def lit(image: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     """Return one image lit by its map, uint8 `[H, W, 3]`, and the values where it is darkest and brightest.
 
-    Brightness grows with the square root of the value, so that differences between small values are visible. It ranges
-    from the least value to the quantile 0.995.
+    Brightness grows with the square root of the value, so that differences between small values are visible. The
+    scale ranges from the lowest value to the 0.995 quantile.
 
     Args:
         image: uint8 `[C, H, W]`, of any size; the map is interpolated to it.
@@ -104,7 +104,7 @@ def _plot(
 
 
 def _root_scale(percents: np.ndarray) -> dict[str, Any]:
-    """Return a square-root scale from 0 to the quantile 0.995, so that one patch does not darken all others."""
+    """Return a square-root scale from 0 to the 0.995 quantile, so that one patch does not darken all others."""
     from matplotlib.colors import PowerNorm
 
     end = float(np.quantile(percents, 0.995)) or 1.0

@@ -1,4 +1,4 @@
-"""Masks of semantic segmentation as colours, alone and over their images."""
+"""Figures of semantic segmentation masks, drawn as colors over their images."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def overlay(image: Tensor, classes: Tensor, number: int) -> np.ndarray:
 
     Args:
         image: uint8 `[C, H, W]`.
-        classes: Class indices `[H, W]`; pixels of 255 or another index without a class stay as they are.
+        classes: Class indices `[H, W]`; pixels with 255 or another index without a class are not changed.
         number: Number of classes.
     """
     picture = rgb(image.permute(1, 2, 0).cpu().numpy()).astype(np.float64)
@@ -38,7 +38,8 @@ def plot_overlays(
     """Draw images, their masks and the predicted masks, one row for each image, with the colours of the classes.
 
     Args:
-        shown: Image uint8 `[C, H, W]`, its mask and the predicted one `[H, W]`, and a text, for each.
+        shown: For each image: its pixels, uint8 `[C, H, W]`, its mask and the predicted mask, `[H, W]`, and a text
+            for the heading of the predicted mask.
         label_names: Names of the classes.
         title: Heading of the figure.
     """
@@ -83,12 +84,12 @@ def plot_masks(
 
 
 def legend_colors(number: int) -> np.ndarray:
-    """Return the colours of classes as an overlay shows them on gray, float64 `[number, 3]` in 0 to 1."""
+    """Return the colors that the classes have in an overlay on gray, float64 `[number, 3]` in 0 to 1."""
     return OPACITY * palette(number) / 255 + (1 - OPACITY) * 0.6
 
 
 def legend(figure: Figure, classes: Iterable[int], colors: np.ndarray, label_names: Sequence[str]) -> None:
-    """Add the names and colours of some classes to a figure, given the colours of all, `[num_labels, 3]` in 0 to 1."""
+    """Add a legend of some classes to a figure; `colors` are those of all classes, `[num_labels, 3]` in 0 to 1."""
     from matplotlib.patches import Patch
 
     known = [index for index in sorted(classes) if index < len(label_names)][:LISTED]
@@ -99,7 +100,7 @@ def legend(figure: Figure, classes: Iterable[int], colors: np.ndarray, label_nam
 
 
 def chosen_images(accuracies: Tensor, number: int = 3, seed: int = 0) -> list[int]:
-    """Return random images and the ones with the fewest correct pixels, `number` of each at most."""
+    """Return the indices of random images and of those with the lowest accuracy, at most `number` of each."""
     generator = torch.Generator().manual_seed(seed)
     random = torch.randperm(len(accuracies), generator=generator)[:number].tolist()
     worst = [index for index in accuracies.argsort(stable=True).tolist() if index not in random]

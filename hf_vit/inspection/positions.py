@@ -10,7 +10,7 @@ from .drawing import INK, Figure
 from .layers import layer_number
 from .tiles import GAP, Tile, in_rows, plot_tiles
 
-MOST_SHOWN = 16  # heat maps along a side; of larger grids, every second, third, ... patch is drawn
+MOST_SHOWN = 16  # heat maps along a side; for larger grids, only every second, third, ... patch is drawn
 REMEDIES = {
     "relative": "use position_bias for what it adds to the attention scores",
     "rotary": "rotary positions are not learned; their effect is part of attention_weights",
@@ -22,12 +22,12 @@ REMEDIES = {
 def position_similarity(model: Any, grid: tuple[int, int] | None = None, layer: int = 1) -> np.ndarray:
     """Return the cosine similarity of all pairs of position embeddings, `[rows, columns, rows, columns]`.
 
-    The centre of the paper's figure 7. Entry `[r, c]` compares the patch in row r, column c with all patches.
+    As in the paper's figure 7, center. Entry `[r, c]` compares the patch in row r, column c with all patches.
 
     Args:
         model: Any model class of this package.
         grid: (rows, columns) to resample positions to first; by default the model's own grid.
-        layer: The layer, if each has positions of its own: number from 1, or negative from the end.
+        layer: The layer, if each layer has its own positions: number from 1, or negative from the end.
 
     Raises:
         ValueError: If the model has no position vectors that are added to patches, or the grid or layer is invalid.
@@ -47,7 +47,7 @@ def position_similarity(model: Any, grid: tuple[int, int] | None = None, layer: 
 
 @torch.no_grad()
 def position_bias(model: Any, layer: int = -1, grid: tuple[int, int] | None = None) -> np.ndarray:
-    """Return what relative positions add to the attention scores of a layer, `[A, 2*rows-1, 2*columns-1]`.
+    """Return the bias that relative positions add to the attention scores of a layer, `[A, 2*rows-1, 2*columns-1]`.
 
     Entry `[a, rows-1 + r, columns-1 + c]` is the bias of head a for a key patch r rows below and c columns right of
     the query patch; the centre is the query patch itself.

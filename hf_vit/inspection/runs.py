@@ -14,7 +14,7 @@ from .tiles import rgb
 ROOT_TICKS = (0, 1, 5, 20, 50, 100)
 
 
-# The first of these metrics in a log is drawn: axis label, factor, and the format of the last value.
+# The first of these metrics that the log contains is drawn: axis label, factor, and the format of the printed value.
 DRAWN = {
     "eval_accuracy": ("evaluation accuracy, %", 100, "{:.1f} %"),
     "eval_mean_average_precision": ("mean average precision, %", 100, "{:.1f} %"),
@@ -75,7 +75,7 @@ def plot_training(log: Sequence[dict[str, Any]], title: str = "Training", saved_
 
 
 def plot_average_precision(rows: Sequence[dict[str, Any]], title: str = "Average precision") -> Figure:
-    """Draw the average precision of every label as bars, the best first; of many labels, the worst ones.
+    """Draw the average precision of every label as bars, the best at the top; only the 40 worst if there are more.
 
     Args:
         rows: `LabelResults.per_class`.
@@ -92,7 +92,7 @@ def plot_average_precision(rows: Sequence[dict[str, Any]], title: str = "Average
 
 
 def plot_targets(labels: Tensor, predicted: Tensor, names: Sequence[str], title: str = "Predictions") -> Figure:
-    """Draw predicted against true values, one part for each of the first nine targets.
+    """Draw predicted against true values, one panel for each of the first nine targets.
 
     Args:
         labels, predicted: True and predicted values, `[N, targets]`.
@@ -114,7 +114,7 @@ def plot_targets(labels: Tensor, predicted: Tensor, names: Sequence[str], title:
 
 
 def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "Confusion") -> Figure:
-    """Draw a confusion matrix in percent of the true class; up to 20 classes have numbers.
+    """Draw a confusion matrix in percent of the true class, with numbers in the cells for at most 20 classes.
 
     Args:
         confusion: Numbers of images `[num_labels, num_labels]`; rows are true classes, columns predicted classes.
@@ -158,7 +158,7 @@ def plot_confusion(confusion: Tensor, label_names: Sequence[str], title: str = "
     for row, column in np.argwhere(shares > 0) if is_small else ():
         share = shares[row, column]
         color = "white" if share > (55 if row == column else 40) else INK
-        text = "<1" if share < 1 else f"{int(share + 0.5)}"  # halves up, unlike round
+        text = "<1" if share < 1 else f"{int(share + 0.5)}"  # rounds halves up, unlike `round`
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
     return heading(figure, title)
 

@@ -15,7 +15,7 @@ def write_search_page(path: Path, title: str, results: Sequence[Any], beside: Pa
         path: The file.
         title: Heading of the page.
         results: Results of `FeatureIndex.search`.
-        beside: Folder that names of images may be relative to, apart from the current one.
+        beside: Folder that image names may be relative to, besides the current directory.
     """
     body, are_missing = "", False
     for result in results:
@@ -34,6 +34,6 @@ def write_search_page(path: Path, title: str, results: Sequence[Any], beside: Pa
 
 
 def _stored(name: str, beside: Path) -> dict[str, Any]:
-    """Return a named image as `datasets` stores it, without a path if there is no such file."""
+    """Return the image of a name as `datasets` stores it; the path is None if there is no such file."""
     found = (path for path in (Path(name), beside / name) if path.is_file())
     return {"bytes": None, "path": next((str(path) for path in found), None)}
